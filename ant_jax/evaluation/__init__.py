@@ -1,0 +1,16 @@
+"""Judging samples: feature extractors, the Frechet distance and label accuracy."""
+
+from ant_jax.evaluation.evaluate import Extractor, extractor, real_floor, sample_metrics
+from ant_jax.evaluation.frechet import Moments, covariance, frechet_distance, merge, moments
+
+__all__ = [
+    "Extractor",
+    "Moments",
+    "covariance",
+    "extractor",
+    "frechet_distance",
+    "merge",
+    "moments",
+    "real_floor",
+    "sample_metrics",
+]

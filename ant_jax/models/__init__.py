@@ -1,0 +1,1 @@
+"""Denoising networks, as Flax Linen modules."""

@@ -1,0 +1,201 @@
+"""Interval clustering: split the T denoising tasks into k contiguous intervals of timesteps.
+
+Go et al., *Addressing Negative Transfer in Diffusion Models* (NeurIPS 2023, arXiv 2306.00354),
+section 4.1. A cost matrix holds the cost of every closed interval `l..r` of timesteps, measured
+from its centre `c = (l + r + 1) // 2`; a dynamic programme finds the partition of least total
+cost. NumPy alone, float64: this runs once, before training.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def timestep_costs(num_timesteps: int) -> np.ndarray:
+    """Costs of intervals by distance in timestep, `sum_t |t - c|` (Go et al. 2023, section 4.1).
+
+    Args:
+      num_timesteps: The number of timesteps n, at least 1.
+
+    Returns:
+      Float64 array (n, n), in timesteps: entry `[l, r]` is the cost of `l..r`, inf where `l > r`.
+
+    Raises:
+      ValueError: If `num_timesteps` is not an integer of at least 1.
+    """
+    _check_integer("num_timesteps", num_timesteps)
+    # 2d timesteps cost d^2 and 2d + 1 cost d (d + 1): a quarter of the squared length, floored.
+    by_length = np.arange(1, num_timesteps + 1) ** 2 // 4
+    row = np.concatenate([np.full(num_timesteps - 1, np.inf), by_length])
+    return np.lib.stride_tricks.sliding_window_view(row, num_timesteps)[::-1].copy()
+
+
+def snr_costs(log_snr: np.ndarray) -> np.ndarray:
+    """Costs of intervals by distance in log-SNR, `sum_t |log_snr[t] - log_snr[c]|`.
+
+    Go et al. 2023, section 4.1. Exact for any sequence, monotone or not.
+
+    Args:
+      log_snr: Array (n,), the log signal-to-noise ratio (natural logarithm) of each timestep.
+
+    Returns:
+      Float64 array (n, n), in nats: entry `[l, r]` is the cost of `l..r`, inf where `l > r`.
+
+    Raises:
+      ValueError: If `log_snr` is empty, not one-dimensional or not finite.
+    """
+    log_snr = np.asarray(log_snr, np.float64)
+    if log_snr.ndim != 1 or log_snr.size == 0:
+        raise ValueError(f"log_snr must have shape (n,) with n >= 1, not {log_snr.shape}.")
+    if not np.isfinite(log_snr).all():
+        raise ValueError("log_snr must be finite.")
+
+    def distances(offset):
+        gap = abs(offset)
+        return np.abs(log_snr[gap:] - log_snr[: log_snr.size - gap])
+
+    return _costs_from_centre(log_snr.size, distances)
+
+
+def gradient_costs(affinity: np.ndarray) -> np.ndarray:
+    """Costs of intervals by task affinity, `-sum_t affinity[c, t]` (Go et al. 2023, section 4.1).
+
+    Args:
+      affinity: Array (n, n), the similarity of the gradients of each pair of timesteps (a cosine,
+        no unit). Row c is read for centre c, so it need not be symmetric.
+
+    Returns:
+      Float64 array (n, n): entry `[l, r]` is the cost of `l..r`, inf where `l > r`.
+
+    Raises:
+      ValueError: If `affinity` is empty, not square or not finite.
+    """
+    affinity = _square("affinity", affinity)
+    if not np.isfinite(affinity).all():
+        raise ValueError("affinity must be finite.")
+    return _costs_from_centre(len(affinity), lambda offset: -affinity.diagonal(offset))
+
+
+def interval_clusters(costs: np.ndarray, k: int) -> np.ndarray:
+    """Finds the k nonempty intervals of least total cost, exactly, by dynamic programming.
+
+    Go et al. 2023, section 4.1: `D_1[r] = cost[0, r]` and
+    `D_j[r] = min_l D_{j-1}[l - 1] + cost[l, r]`, in O(k n^2) time and O(n^2) memory. Among
+    partitions of equal cost the last interval starts as early as possible, then the one before
+    it, and so on.
+
+    Args:
+      costs: Array (n, n): entry `[l, r]` is the cost of the closed interval `l..r`. Entries with
+        `l > r` are ignored.
+      k: The number of intervals, `1 <= k <= n`.
+
+    Returns:
+      The boundaries b: an integer array (k + 1,) with `b[0] = 0 < ... < b[k] = n`; cluster i
+      holds the timesteps t with `b[i] <= t < b[i + 1]`.
+
+    Raises:
+      ValueError: If `costs` is empty, not square or not finite for some `l <= r`, or if `k` is
+        not an integer between 1 and n.
+    """
+    costs = _square("costs", costs)
+    n = len(costs)
+    _check_integer("k", k, n)
+    empty = np.tri(n, k=-1, dtype=bool)
+    if not (np.isfinite(costs) | empty).all():
+        raise ValueError("costs[l, r] must be finite for every l <= r.")
+    costs = np.where(empty, np.inf, costs)
+
+    # least[j][r] is the least cost of splitting 0..r into j + 1 intervals. The final interval
+    # always ends at n - 1, so the k-th stage is left to the walk back, which needs no table of
+    # minimisers: it recomputes the one column that it visits at each stage.
+    least = [costs[0]]
+    candidates = np.empty((n - 1, n))
+    for _ in range(k - 2):
+        np.add(least[-1][:-1, None], costs[1:], out=candidates)
+        least.append(candidates.min(axis=0, initial=np.inf))
+    boundaries = np.zeros(k + 1, np.int64)
+    boundaries[k] = n
+    for j in range(k - 1, 0, -1):
+        last = boundaries[j + 1] - 1
+        boundaries[j] = 1 + np.argmin(least[j - 1][:last] + costs[1 : last + 1, last])
+    return boundaries
+
+
+def uniform_boundaries(num_timesteps: int, k: int) -> np.ndarray:
+    """Boundaries of k evenly spaced clusters, whose sizes differ by at most one timestep.
+
+    They are optimal for `timestep_costs`: the cost `length**2 // 4` is convex in the length, so no
+    partition is cheaper than a balanced one.
+
+    Args:
+      num_timesteps: The number of timesteps n, at least 1.
+      k: The number of clusters, `1 <= k <= n`.
+
+    Returns:
+      Integer array (k + 1,), as returned by `interval_clusters`.
+
+    Raises:
+      ValueError: If `num_timesteps` is not an integer of at least 1, or `k` not one of 1 to n.
+    """
+    _check_integer("num_timesteps", num_timesteps)
+    _check_integer("k", k, num_timesteps)
+    return np.arange(k + 1) * num_timesteps // k
+
+
+def assign_clusters(t: Any, boundaries: Any) -> Any:
+    """Returns the cluster of each timestep; traceable by `jax.jit` when `t` is a JAX array.
+
+    Args:
+      t: Integer NumPy or JAX array of any shape, timesteps in `[0, boundaries[-1])`. Timesteps
+        outside go to the nearest cluster, since a traced value can't be checked.
+      boundaries: NumPy or JAX integer array (k + 1,), as returned by `interval_clusters`.
+
+    Returns:
+      Integer array of the shape and kind (NumPy or JAX) of `t`, values in `[0, k)`.
+    """
+    return (t[..., None] >= boundaries[1:-1]).sum(axis=-1)
+
+
+def _costs_from_centre(n: int, distances: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Sums the distances from the centre of every interval.
+
+    Dropping the right end of an interval of odd length, or the left end of one of even length,
+    keeps its centre. So the costs of one length follow from those of the length before by adding
+    one distance each, for any distances, and without the cancellation of differences of prefix
+    sums.
+
+    Args:
+      n: The number of timesteps.
+      distances: Maps an offset d to the d-th diagonal, as `np.diagonal` orders it, of the (n, n)
+        matrix whose entry `[c, t]` is the distance of timestep t from centre c.
+
+    Returns:
+      Float64 array (n, n), inf where `l > r`.
+    """
+    costs = np.full((n, n), np.inf)
+    by_left_end = distances(0)
+    np.fill_diagonal(costs, by_left_end)
+    for length in range(2, n + 1):
+        half = length // 2
+        count = n - length + 1
+        if length % 2:
+            by_left_end = by_left_end[:-1] + distances(half)[half:]
+        else:
+            by_left_end = by_left_end[1:] + distances(-half)[:count]
+        costs.reshape(-1)[length - 1 : n * count : n + 1] = by_left_end
+    return costs
+
+
+def _square(name: str, matrix: np.ndarray) -> np.ndarray:
+    matrix = np.asarray(matrix, np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.size == 0:
+        raise ValueError(f"{name} must have shape (n, n) with n >= 1, not {matrix.shape}.")
+    return matrix
+
+
+def _check_integer(name: str, value: int, largest: int | None = None) -> None:
+    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
+    if largest is not None and value > largest:
+        raise ValueError(f"{name} must be at most the number of timesteps {largest}, not {value}.")

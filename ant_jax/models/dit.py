@@ -1,0 +1,201 @@
+"""DiT, a diffusion transformer with adaLN-Zero conditioning.
+
+Peebles & Xie, *Scalable Diffusion Models with Transformers* (ICCV 2023, arXiv 2212.09748). Widths,
+initialisation and the order of channels in every parameter follow the paper's code, so that its
+weights can be carried over by transposing them.
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Table 1 of the paper.
+SIZES = {
+    "S": dict(depth=12, width=384, heads=6),
+    "B": dict(depth=12, width=768, heads=12),
+    "L": dict(depth=24, width=1024, heads=16),
+    "XL": dict(depth=28, width=1152, heads=16),
+}
+
+_TIMESTEP_FEATURES = 256
+_MAX_PERIOD = 10_000
+_MLP_RATIO = 4
+
+_Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
+_ZeroDense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
+_LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False)
+
+
+def dit(size: str, **fields: Any) -> "DiT":
+    """Builds a DiT of a published size, e.g. DiT-XL/2 by `dit("XL", patch=2, channels=4)`.
+
+    Args:
+      size: A key of `SIZES`: "S", "B", "L" or "XL" (table 1 of Peebles & Xie 2023).
+      **fields: The other fields of `DiT`.
+
+    Returns:
+      The module, not yet initialised.
+
+    Raises:
+      ValueError: If the size is unknown.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}.")
+    return DiT(**SIZES[size], **fields)
+
+
+class DiT(nn.Module):
+    """A diffusion transformer (Peebles & Xie 2023) on images or latents, square or not.
+
+    The output is exactly zero at initialisation. Parameters are float32 whatever `dtype` is, as
+    are layer-norm statistics, the timestep embedding and the output layer.
+
+    Attributes:
+      width: Features of a token; a multiple of `heads`, and of 4 for the position encoding.
+      depth: Number of transformer blocks.
+      heads: Attention heads.
+      patch: Side of the square patch that makes one token, in pixels: 1, 2, 4 or 8.
+      channels: Channels C of the input.
+      num_classes: Number of classes; 0 makes an unconditional model, without label table.
+      learned_variance: Whether to return C further channels that parametrise the variance.
+      dtype: Type of the activations.
+      remat: Whether to recompute the activations of each block in the backward pass, which trades
+        time for memory and changes neither parameters nor values.
+
+    Raises:
+      ValueError: On construction, if `width` or `patch` is not as above.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    patch: int
+    channels: int
+    num_classes: int = 0
+    learned_variance: bool = False
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(
+                f"width must be a multiple of heads ({self.heads}) and of 4, not {self.width}."
+            )
+        if self.patch not in (1, 2, 4, 8):
+            raise ValueError(f"patch must be 1, 2, 4 or 8, not {self.patch}.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array | None = None) -> jax.Array:
+        """Predicts the noise, and the variance parameters if the model learns them.
+
+        Args:
+          x: Noisy input (B, H, W, C), with H and W multiples of `patch`.
+          t: Timesteps (B,), integers.
+          y: Labels (B,), integers in `[0, num_classes]`, where `num_classes` is the null class of
+            classifier-free guidance, or None for an unconditional model. Dropping labels is left
+            to the caller.
+
+        Returns:
+          Float32 array (B, H, W, C), or (B, H, W, 2C) with the noise in the first C channels and
+          the variance in the last C.
+
+        Raises:
+          ValueError: If the shape of `x` doesn't fit `patch` and `channels`, or if labels are
+            missing from a class-conditional model or given to an unconditional one.
+        """
+        batch, height, width, channels = x.shape
+        if height % self.patch or width % self.patch or channels != self.channels:
+            raise ValueError(
+                f"x must have shape (B, H, W, {self.channels}) with H and W multiples of the patch "
+                f"size {self.patch}, not {x.shape}."
+            )
+        if (y is None) != (self.num_classes == 0):
+            raise ValueError(
+                f"y must be {'given' if self.num_classes else 'None'} for {self.num_classes} "
+                "classes."
+            )
+        rows, columns, p = height // self.patch, width // self.patch, self.patch
+
+        x = x.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
+        x = x.reshape(batch, rows * columns, p * p * channels)
+        x = _Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
+        x += _positions(rows, columns, self.width).astype(x.dtype)
+
+        embedding = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
+        condition = embedding(self.width, name="timestep_hidden")(_timestep_features(t))
+        condition = embedding(self.width, name="timestep_embedding")(nn.silu(condition))
+        if y is not None:
+            condition += nn.Embed(
+                self.num_classes + 1,
+                self.width,
+                embedding_init=nn.initializers.normal(0.02),
+                name="label_embedding",
+            )(y)
+        # Every modulation begins with this SiLU, so it is taken once.
+        condition = nn.silu(condition).astype(self.dtype)
+
+        block = nn.remat(_Block) if self.remat else _Block
+        for i in range(self.depth):
+            x = block(self.width, self.heads, self.dtype, name=f"block_{i}")(x, condition)
+
+        modulation = _ZeroDense(2 * self.width, dtype=self.dtype, name="modulation")(condition)
+        x = _modulate(_LayerNorm(dtype=self.dtype)(x), *jnp.split(modulation, 2, axis=-1))
+        outputs = channels * (2 if self.learned_variance else 1)
+        x = _ZeroDense(p * p * outputs, dtype=jnp.float32, name="output")(x)
+        x = x.reshape(batch, rows, columns, p, p, outputs).swapaxes(2, 3)
+        return x.reshape(batch, height, width, outputs)
+
+
+class _Block(nn.Module):
+    """A transformer block with adaLN-Zero: (B, N, width) and a condition (B, width) to tokens."""
+
+    width: int
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        modulation = _ZeroDense(6 * self.width, dtype=self.dtype, name="modulation")(condition)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
+
+        h = _modulate(_LayerNorm(dtype=self.dtype)(x), shift_1, scale_1)
+        h = _Dense(3 * self.width, dtype=self.dtype, name="qkv")(h)
+        h = h.reshape(*h.shape[:2], 3, self.heads, self.width // self.heads)
+        h = jax.nn.dot_product_attention(*jnp.unstack(h, axis=2))
+        h = _Dense(self.width, dtype=self.dtype, name="attention_output")(h.reshape(x.shape))
+        x += gate_1[:, None] * h
+
+        h = _modulate(_LayerNorm(dtype=self.dtype)(x), shift_2, scale_2)
+        h = _Dense(_MLP_RATIO * self.width, dtype=self.dtype, name="mlp_hidden")(h)
+        h = nn.gelu(h, approximate=True)
+        h = _Dense(self.width, dtype=self.dtype, name="mlp_output")(h)
+        return x + gate_2[:, None] * h
+
+
+def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def _timestep_features(t: jax.Array) -> jax.Array:
+    """Cosines then sines of t (B,) at geometric frequencies: (B, 256) float32."""
+    half = _TIMESTEP_FEATURES // 2
+    frequencies = np.float32(_MAX_PERIOD ** (-np.arange(half) / half))
+    angles = t.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def _positions(rows: int, columns: int, width: int) -> np.ndarray:
+    """Fixed 2-D encoding (rows * columns, width): the column in the first half, then the row."""
+    quarter = width // 4
+    frequencies = _MAX_PERIOD ** (-np.arange(quarter) / quarter)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    parts = []
+    for coordinate in (column, row):
+        angles = coordinate[:, None] * frequencies
+        parts += [np.sin(angles), np.cos(angles)]
+    return np.concatenate(parts, axis=-1)

@@ -1,0 +1,125 @@
+"""Nash-MTL (Navon et al., 2022), solved by Newton's method on the device."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from ant_jax.mtl.weighting import Weighting, check_k
+
+_RIDGE = 1e-6
+_TOLERANCE = 1e-6
+_MAX_ITERATIONS = 40
+
+
+class NashState(NamedTuple):
+    """Bargaining solution alpha, (k,), 0 where none is known yet, and the number of calls."""
+
+    alpha: jax.Array
+    count: jax.Array
+
+
+def bargaining_solution(gram: jax.Array, active: jax.Array) -> jax.Array:
+    r"""Solves :math:`G \alpha = 1 / \alpha`, :math:`\alpha > 0`, by damped Newton.
+
+    The solution minimises the strictly convex, self-concordant
+    :math:`\frac12 \alpha^T G \alpha - \sum_i \log \alpha_i`. With G scaled to unit diagonal (A) and
+    :math:`\alpha = G_{ii}^{-1/2} b`, a Newton step in units of b solves
+    :math:`(\mathrm{diag}(b) A\, \mathrm{diag}(b) + I) u = 1 - b \circ A b`, whose matrix is bounded
+    below by I. With the Newton decrement :math:`\lambda`, :math:`|u_i| \le \lambda`, so the damped
+    step :math:`b \leftarrow b (1 + u / (1 + \lambda))` keeps b positive and always descends.
+
+    Args:
+      gram: (k, k) Gram matrix of the gradients.
+      active: (k,) bool; the other rows are left out. Active rows have a positive diagonal.
+
+    Returns:
+      alpha, (k,), 0 where not active. It solves the system with 1e-6 G_ii added to the
+      diagonal, so that it exists for exactly opposed gradients too.
+    """
+    diagonal = jnp.where(active, jnp.diag(gram), 1)
+    eye = jnp.eye(diagonal.size, dtype=gram.dtype)
+    # Divided before the root is taken, so that exactly opposed gradients give exactly -1. A row that
+    # is left out becomes a unit vector, which solves to b = 1 on its own.
+    cosines = gram / diagonal[:, None] * jnp.sqrt(diagonal[:, None] / diagonal)
+    pairs = active[:, None] & active & (eye == 0)
+    unit = eye + jnp.where(pairs, jnp.clip(cosines, -1, 1), 0)
+
+    def residual(b):
+        # The ridge is kept apart: 1 + 1e-6 is off by 5 % of the 1e-6 in float32.
+        return 1 - b * (jnp.dot(unit, b, precision="highest") + _RIDGE * b)
+
+    def newton(carry):
+        b, r, iteration = carry
+        hessian = b[:, None] * unit * b + jnp.diag(1 + _RIDGE * b * b)
+        u = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(hessian), True), r)
+        decrement = jnp.sqrt(jnp.maximum(jnp.sum(u * r), 0))
+        step = jnp.where(decrement < 0.25, 1.0, 1 / (1 + decrement))
+        b = b * (1 + step * u)
+        return b, residual(b), iteration + 1
+
+    def unsolved(carry):
+        _, r, iteration = carry
+        return (jnp.abs(r).max() > _TOLERANCE) & (iteration < _MAX_ITERATIONS)
+
+    # The multiple of 1 for which the residuals add up to 0.
+    total = jnp.maximum(unit.sum(), 0) + _RIDGE * diagonal.size
+    start = jnp.sqrt(diagonal.size / total) * jnp.ones_like(diagonal)
+    b, _, _ = jax.lax.while_loop(unsolved, newton, (start, residual(start), 0))
+    return jnp.where(active, b * jax.lax.rsqrt(diagonal), 0)
+
+
+def nash(k: int, update_every: int = 1, max_norm: float = 1.0) -> Weighting:
+    r"""Multi-task learning as a bargaining game.
+
+    :math:`w = \alpha / k` with :math:`G \alpha = 1 / \alpha` (Navon et al., *Multi-Task Learning as
+    a Bargaining Game*, ICML 2022, claim 3.1), then clipped to
+    :math:`\| \sum_i w_i g_i \| \le` ``max_norm`` with the current Gram matrix. An exact solution has
+    :math:`\| \sum_i \alpha_i g_i \|^2 = k`, so with ``update_every=1`` the norm is
+    :math:`1/\sqrt k` and the clip never fires; it is there for stale solutions. k counts the
+    clusters that are present. Clusters without a gradient get weight 0. Where no finite solution is
+    found, the previous one is kept, at first :math:`\alpha_i = 1 / \|g_i\|`.
+
+    Args:
+      k: number of clusters.
+      update_every: alpha is renewed at every so many-th call.
+      max_norm: bound on the norm of the update direction.
+
+    Returns:
+      A `Weighting` that needs the Gram matrix.
+
+    Raises:
+      ValueError: if k < 1, update_every < 1 or max_norm <= 0.
+    """
+    check_k(k)
+    if update_every < 1:
+        raise ValueError(f"update_every must be >= 1, got {update_every}")
+    if not max_norm > 0:
+        raise ValueError(f"max_norm must be > 0, got {max_norm}")
+
+    def init():
+        return NashState(jnp.zeros(k, jnp.float32), jnp.zeros((), jnp.int32))
+
+    def weigh(losses, gram, present, state):
+        del losses
+        diagonal = jnp.diag(gram)
+        active = present & (diagonal > 0)
+        fallback = jax.lax.rsqrt(jnp.where(active, diagonal, 1))
+        previous = jnp.where(active & (state.alpha == 0), fallback, state.alpha)
+
+        def renew():
+            alpha = bargaining_solution(gram, active)
+            usable = jnp.all(jnp.isfinite(alpha) & ((alpha > 0) | ~active))
+            return jnp.where(usable & active, alpha, previous)
+
+        if update_every == 1:
+            alpha = renew()
+        else:
+            alpha = jax.lax.cond(state.count % update_every == 0, renew, lambda: previous)
+
+        weights = jnp.where(active, alpha, 0) / jnp.maximum(present.sum(), 1)
+        squared = jnp.dot(weights, jnp.dot(gram, weights, precision="highest"), precision="highest")
+        norm = jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
+        return weights * jnp.minimum(1, max_norm / norm), NashState(alpha, state.count + 1)
+
+    return Weighting(init=init, weigh=weigh, k=k, needs_gram=True, needs_losses=False)

@@ -1,0 +1,55 @@
+"""Uncertainty weighting (Kendall et al., 2018)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from ant_jax.mtl.weighting import Weighting, check_k
+
+
+class UncertaintyState(NamedTuple):
+    """Log-variances s of the clusters, shape (k,), and their Adam states, one a cluster."""
+
+    log_variance: jax.Array
+    adam: optax.OptState
+
+
+def uncertainty(k: int, learning_rate: float = 0.025) -> Weighting:
+    r"""Homoscedastic uncertainty weighting.
+
+    Minimises :math:`\sum_i \frac12 (e^{-s_i} L_i / k + s_i)` jointly over the parameters and the
+    log-variances s (Kendall et al., *Multi-Task Learning Using Uncertainty to Weigh Losses*, CVPR
+    2018, eq. 7, with the 1/k of the ANT reference code). Hence :math:`w_i = e^{-s_i} / (2k)` from
+    the s before its update, and s moves along :math:`\frac12 (1 - e^{-s_i} L_i / k)` by Adam
+    without decay, from s = 0. An absent cluster's s and Adam state stay as they are.
+
+    Args:
+      k: number of clusters.
+      learning_rate: Adam's learning rate for s.
+
+    Returns:
+      A `Weighting` that needs losses and no Gram matrix.
+
+    Raises:
+      ValueError: if k < 1.
+    """
+    check_k(k)
+    adam = optax.adam(learning_rate)
+
+    def init():
+        log_variance = jnp.zeros(k, jnp.float32)
+        return UncertaintyState(log_variance, jax.vmap(adam.init)(log_variance))
+
+    def weigh(losses, gram, present, state):
+        del gram
+        scale = jnp.exp(-state.log_variance)
+        grads = 0.5 * (1 - scale * losses / k)
+        # One Adam a cluster, so that an absent one keeps its own step count for bias correction.
+        updates, adam_state = jax.vmap(adam.update)(grads, state.adam)
+        moved = UncertaintyState(state.log_variance + updates, adam_state)
+        state = jax.tree.map(lambda new, old: jnp.where(present, new, old), moved, state)
+        return jnp.where(present, scale / (2 * k), 0.0), state
+
+    return Weighting(init=init, weigh=weigh, k=k, needs_gram=False, needs_losses=True)

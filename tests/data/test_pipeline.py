@@ -1,0 +1,198 @@
+import dataclasses
+import itertools
+import os
+
+import numpy as np
+import pytest
+
+from ant_jax import data
+from ant_jax.data import pipeline
+
+
+@dataclasses.dataclass(frozen=True)
+class Numbered:
+    """Image i is a 2 x 2 picture whose left half is i and whose right half is 255 - i."""
+
+    size: int
+    image_shape: tuple = (2, 2, 1)
+    num_classes: int = 3
+    broken: int | None = None
+    deadly: bool = False
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, i):
+        if self.deadly:
+            os._exit(3)
+        if i == self.broken:
+            raise OSError("bad bytes")
+        row = np.array([i, 255 - i], np.uint8)
+        return {"image": np.stack([row, row])[..., None], "label": np.int32(i % 3)}
+
+
+def _take(count, source, **options):
+    return list(itertools.islice(data.batches(source, **options), count))
+
+
+def _values(batches):
+    """The numbers of the images, in the order of the stream."""
+    return np.concatenate(
+        [np.minimum(b["image"][:, 0, 0, 0], b["image"][:, 0, 1, 0]) for b in batches]
+    )
+
+
+def _assert_equal(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys() == {"image", "label"}
+        for key in x:
+            assert x[key].dtype == y[key].dtype
+            np.testing.assert_array_equal(x[key], y[key])
+
+
+AUGMENTED = dict(batch_size=8, seed=3, image_size=4, crop="random", flip=True)
+
+
+def test_a_batch_has_images_with_their_labels():
+    (batch,) = _take(1, Numbered(12), batch_size=8, seed=0)
+    assert batch["image"].shape == (8, 2, 2, 1) and batch["image"].dtype == np.uint8
+    assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(_values([batch]) % 3, batch["label"])
+
+
+def test_every_epoch_visits_every_example_once_in_its_own_order():
+    # 6 does not divide 20: some batches straddle two epochs.
+    epochs = _values(_take(10, Numbered(20), batch_size=6, seed=0)).reshape(3, 20)
+    np.testing.assert_array_equal(np.sort(epochs), np.tile(np.arange(20), (3, 1)))
+    orders = {tuple(epoch) for epoch in epochs}
+    # A seed must not replay the epochs of its neighbour one epoch later.
+    orders |= {
+        tuple(epoch)
+        for epoch in _values(_take(10, Numbered(20), batch_size=6, seed=1)).reshape(3, 20)
+    }
+    assert len(orders) == 6
+    assert tuple(range(20)) not in orders
+
+
+def test_a_batch_larger_than_the_source():
+    values = _values(_take(2, Numbered(3), batch_size=12, seed=0)).reshape(8, 3)
+    np.testing.assert_array_equal(np.sort(values), np.tile(np.arange(3), (8, 1)))
+
+
+def test_the_same_seed_gives_the_same_stream():
+    _assert_equal(_take(5, Numbered(12), **AUGMENTED), _take(5, Numbered(12), **AUGMENTED))
+
+
+def test_the_stream_does_not_depend_on_the_batch_size():
+    # Element n of the stream is the same whether it is example n of step 0 or example 0 of step n.
+    (whole,) = _take(1, Numbered(12), **AUGMENTED | {"batch_size": 32})
+    parts = _take(32, Numbered(12), **AUGMENTED | {"batch_size": 1})
+    np.testing.assert_array_equal(whole["image"], np.concatenate([p["image"] for p in parts]))
+
+
+def test_resuming_at_any_step_continues_the_stream():
+    full = _take(7, Numbered(12), **AUGMENTED)
+    for step in range(7):
+        _assert_equal(_take(7 - step, Numbered(12), start_step=step, **AUGMENTED), full[step:])
+
+
+def test_starting_late_is_immediate():
+    # Step 10^12 could not be reached by skipping.
+    (batch,) = _take(1, Numbered(12), batch_size=12, seed=0, start_step=10**12)
+    assert set(_values([batch])) == set(range(12))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_hosts_together_hold_the_global_batch(hosts):
+    full = _take(4, Numbered(12), **AUGMENTED)
+    parts = [
+        _take(4, Numbered(12), process_index=h, process_count=hosts, **AUGMENTED)
+        for h in range(hosts)
+    ]
+    joined = [
+        {key: np.concatenate([part[step][key] for part in parts]) for key in ("image", "label")}
+        for step in range(4)
+    ]
+    _assert_equal(joined, full)
+    assert parts[0][0]["label"].shape == (8 // hosts,)
+
+
+def test_flips_half_of_the_images_and_not_always_the_same():
+    batches = _take(40, Numbered(20), batch_size=20, seed=0, flip=True)
+    flipped = np.stack([b["image"][:, 0, 0, 0] > 127 for b in batches])
+    assert 0.45 < flipped.mean() < 0.55
+    # The coin belongs to the element of the stream, not to the image or the place in the batch.
+    per_place = flipped.mean(axis=0)
+    assert per_place.min() > 0 and per_place.max() < 1
+    values = np.stack([_values([b]) for b in batches])
+    per_image = np.array([flipped[values == i].mean() for i in range(20)])
+    assert per_image.min() > 0 and per_image.max() < 1
+    other = _take(40, Numbered(20), batch_size=20, seed=1, flip=True)
+    assert np.any(flipped != np.stack([b["image"][:, 0, 0, 0] > 127 for b in other]))
+
+
+def test_augmentation_leaves_the_order_alone():
+    plain = _take(3, Numbered(20), batch_size=8, seed=0)
+    flipped = _take(3, Numbered(20), batch_size=8, seed=0, flip=True)
+    np.testing.assert_array_equal(_values(plain), _values(flipped))
+
+
+def test_center_crop_in_the_pipeline():
+    plain = _take(2, data.digits("test"), batch_size=4, seed=0)
+    cropped = _take(2, data.digits("test"), batch_size=4, seed=0, crop="center", image_size=4)
+    for a, b in zip(plain, cropped, strict=True):
+        mean = a["image"].reshape(4, 4, 2, 4, 2, 1).mean(axis=(2, 4))
+        # Pillow averages along one axis after the other and rounds each time.
+        assert np.abs(mean - b["image"]).max() <= 1
+
+
+def test_an_unreadable_image_is_named():
+    with pytest.raises(RuntimeError, match=r"example 7 of Numbered.*bad bytes"):
+        _take(3, Numbered(12, broken=7), batch_size=4, seed=0)
+
+
+def test_a_dying_worker_raises():
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        _take(1, Numbered(12, deadly=True), batch_size=4, seed=0, num_workers=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (dict(batch_size=0), "batch_size 0"),
+        (dict(batch_size=6, process_count=4), "multiple of process_count 4"),
+        (dict(process_index=2, process_count=2), "process_index 2"),
+        (dict(process_index=-1), "process_index -1"),
+        (dict(seed=-1), "seed"),
+        (dict(start_step=-1), "start_step"),
+        (dict(num_workers=-1), "num_workers"),
+        (dict(crop="centre"), "'centre'.*none, center, random"),
+        (dict(crop="center"), "image_size"),
+        (dict(crop="random", image_size=0), "image_size"),
+        (dict(image_size=3), "2x2.*image_size 3"),
+    ],
+)
+def test_bad_arguments(options, match):
+    with pytest.raises(ValueError, match=match):
+        data.batches(Numbered(12), **dict(batch_size=4, seed=0) | options)
+
+
+def test_bad_sources():
+    with pytest.raises(ValueError, match="empty"):
+        data.batches(Numbered(0), batch_size=4, seed=0)
+    with pytest.raises(ValueError, match="vary in size"):
+        data.batches(Numbered(12, image_shape=(None, None, 1)), batch_size=4, seed=0)
+
+
+def test_image_size_may_state_the_size_that_the_images_have():
+    assert _take(1, Numbered(12), batch_size=4, seed=0, image_size=2)[0]["image"].shape[1:3] == (
+        2,
+        2,
+    )
+
+
+def test_the_orders_of_large_sources_are_kept_for_two_epochs():
+    pipeline._epoch_order.cache_clear()
+    _take(20, Numbered(20), batch_size=6, seed=0)
+    assert pipeline._epoch_order.cache_info().misses == 6

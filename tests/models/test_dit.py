@@ -1,0 +1,283 @@
+"""DiT against its published sizes and a plain NumPy forward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ant_jax.models.dit import DiT, dit
+
+TINY = dict(width=16, depth=2, heads=2, patch=2, channels=3, num_classes=5, learned_variance=True)
+LABELS = np.array([0, 4, 5])
+
+
+# One compiled function for all tests that need no other model.
+_apply = jax.jit(DiT(**TINY).apply)
+
+
+def _inputs():
+    x = np.random.default_rng(0).normal(size=(3, 4, 6, 3)).astype(np.float32)
+    return x, np.array([0, 57, 999]), LABELS
+
+
+def _random_params(model):
+    """Parameters without the zeros of the initialisation, where most of the network is inert."""
+    rng = np.random.default_rng(1)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), *_inputs())
+    return jax.tree.map(lambda p: rng.normal(0, 0.3, p.shape).astype(np.float32), shapes)
+
+
+@functools.cache
+def _params():
+    return _random_params(DiT(**TINY))
+
+
+@functools.cache
+def _output():
+    return np.asarray(_apply(_params(), *_inputs()))
+
+
+def _num_params(model):
+    x = jax.ShapeDtypeStruct((1, 32, 32, model.channels), jnp.float32)
+    integers = jax.ShapeDtypeStruct((1,), jnp.int32)
+    y = integers if model.num_classes else None
+    params = jax.eval_shape(model.init, jax.random.key(0), x, integers, y)
+    return sum(p.size for p in jax.tree.leaves(params))
+
+
+def _closed_form(w, depth, patch_features, rows, output_features):
+    embeddings = (patch_features + 1) * w + (256 + 1) * w + (w + 1) * w + rows * w
+    block = 6 * w * (w + 1) + 3 * w * (w + 1) + w * (w + 1) + 4 * w * (w + 1) + (4 * w + 1) * w
+    return embeddings + depth * block + 2 * w * (w + 1) + (w + 1) * output_features
+
+
+@pytest.mark.parametrize(
+    "size, exact, published_millions",
+    [("S", 32_865_056, 33), ("B", 130_315_808, 130), ("L", 457_840_672, 458)],
+)
+def test_published_parameter_counts(size, exact, published_millions):
+    model = dit(size, patch=2, channels=4, num_classes=1000, learned_variance=True)
+    assert _num_params(model) == exact
+    assert _closed_form(model.width, model.depth, 16, 1001, 32) == exact
+    assert round(exact / 1e6) == published_millions
+
+
+def test_parameter_count_of_the_official_xl():
+    model = dit("XL", patch=2, channels=4, num_classes=1000, learned_variance=True)
+    # The official total counts the fixed position table, which is no parameter here.
+    assert _num_params(model) + 16 * 16 * 1152 == 675_129_632
+
+
+def test_parameter_count_of_an_unconditional_model():
+    model = DiT(width=24, depth=1, heads=3, patch=8, channels=3)
+    assert _num_params(model) == _closed_form(24, 1, 192, 0, 192)
+
+
+def _numpy_dit(params, x, t, y, heads, patch):
+    """Peebles & Xie 2023, sections 3.1 and 3.2, one image at a time in float64."""
+    params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)["params"]
+
+    def linear(layer, h):
+        return h @ layer["kernel"] + layer["bias"]
+
+    def silu(h):
+        return h / (1 + np.exp(-h))
+
+    def gelu(h):
+        return h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+
+    def norm(h):
+        return (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
+
+    def sin_cos(position, features):
+        angles = [position / 10000 ** (2 * i / features) for i in range(features // 2)]
+        return np.array([np.sin(a) for a in angles] + [np.cos(a) for a in angles])
+
+    def attention(q, k, v):
+        weights = np.exp(q @ k.T / np.sqrt(q.shape[-1]))
+        return weights / weights.sum(-1, keepdims=True) @ v
+
+    width = params["patch_embedding"]["bias"].size
+    grid = [(i, j) for i in range(x.shape[1] // patch) for j in range(x.shape[2] // patch)]
+    output_channels = params["output"]["bias"].size // patch**2
+    output = np.zeros((*x.shape[:3], output_channels))
+    for image, timestep, label, result in zip(x, t, y, output, strict=True):
+        slices = [np.s_[i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] for i, j in grid]
+        tokens = np.stack([image[s].reshape(-1) for s in slices])
+        tokens = linear(params["patch_embedding"], tokens)
+        tokens += [np.append(sin_cos(j, width // 2), sin_cos(i, width // 2)) for i, j in grid]
+
+        features = np.roll(sin_cos(timestep, 256), 128)  # cosines first
+        condition = silu(linear(params["timestep_hidden"], features))
+        condition = linear(params["timestep_embedding"], condition)
+        condition = silu(condition + params["label_embedding"]["embedding"][label])
+
+        for name in sorted(n for n in params if n.startswith("block_")):
+            block = params[name]
+            m = np.split(linear(block["modulation"], condition), 6)
+            h = linear(block["qkv"], norm(tokens) * (1 + m[1]) + m[0])
+            q, k, v = (np.split(part, heads, axis=-1) for part in np.split(h, 3, axis=-1))
+            h = np.concatenate([attention(*head) for head in zip(q, k, v, strict=True)], axis=-1)
+            tokens = tokens + m[2] * linear(block["attention_output"], h)
+            h = gelu(linear(block["mlp_hidden"], norm(tokens) * (1 + m[4]) + m[3]))
+            tokens = tokens + m[5] * linear(block["mlp_output"], h)
+
+        shift, scale = np.split(linear(params["modulation"], condition), 2)
+        tokens = linear(params["output"], norm(tokens) * (1 + scale) + shift)
+        for s, token in zip(slices, tokens, strict=True):
+            result[s] = token.reshape(patch, patch, output_channels)
+    return output
+
+
+def test_forward_pass_equals_numpy():
+    expected = _numpy_dit(_params(), *_inputs(), heads=2, patch=2)
+    with jax.default_matmul_precision("highest"):
+        output = _apply(_params(), *_inputs())
+    assert output.shape == (3, 4, 6, 6)
+    assert 0.5 < expected.std() < 50
+    # The angle of timestep 999 is known to one part in 2^24 only, 6e-5 radians.
+    for i, tolerance in enumerate((1e-5, 1e-5, 2e-4)):
+        np.testing.assert_allclose(
+            output[i], expected[i], rtol=tolerance, atol=tolerance * expected.std()
+        )
+
+
+def test_initialisation():
+    model = DiT(width=128, depth=1, heads=2, patch=2, channels=3, num_classes=99)
+
+    @jax.jit
+    def initialise(key):
+        params = model.init(key, *_inputs())
+        return params["params"], model.apply(params, *_inputs())
+
+    params, output = initialise(jax.random.key(0))
+    np.testing.assert_array_equal(output, np.zeros((3, 4, 6, 3)))
+    for path, p in jax.tree.leaves_with_path(jax.tree.map(np.asarray, params)):
+        layer, kind = path[-2].key, path[-1].key
+        assert p.dtype == np.float32
+        if kind == "bias" or layer in ("modulation", "output"):
+            assert (p == 0).all()
+        elif layer in ("timestep_hidden", "timestep_embedding", "label_embedding"):
+            assert p.std() == pytest.approx(0.02, rel=0.05)
+        else:
+            limit = np.sqrt(6 / sum(p.shape))
+            assert p.std() == pytest.approx(limit / np.sqrt(3), rel=0.05)
+            assert abs(p).max() <= limit * (1 + 1e-6)
+
+
+def test_remat_changes_neither_parameters_nor_values_nor_gradients():
+    models = [DiT(**{**TINY, "depth": 1, "remat": remat}) for remat in (False, True)]
+    trees = [jax.eval_shape(m.init, jax.random.key(0), *_inputs()) for m in models]
+    assert trees[0] == trees[1]
+    params = _random_params(models[0])
+
+    def loss(params, model):
+        return (model.apply(params, *_inputs()) ** 2).mean()
+
+    losses = [functools.partial(loss, model=model) for model in models]
+    for function, num_blocks in zip(losses, (0, 1), strict=True):
+        equations = jax.make_jaxpr(function)(params).eqns
+        assert sum("remat" in e.primitive.name for e in equations) == num_blocks
+    values, gradients = zip(
+        *(jax.jit(jax.value_and_grad(function))(params) for function in losses), strict=True
+    )
+    np.testing.assert_allclose(*values, rtol=1e-5)
+    for plain, remat in zip(*map(jax.tree.leaves, gradients), strict=True):
+        scale = np.abs(np.asarray(plain)).max()
+        assert scale > 0
+        np.testing.assert_allclose(remat, plain, rtol=1e-3, atol=1e-5 * scale)
+
+
+def test_bfloat16_is_close_to_float32():
+    model = DiT(**TINY, dtype=jnp.bfloat16)
+    apply = jax.jit(functools.partial(model.apply, capture_intermediates=True))
+    output, state = apply(_params(), *_inputs())
+    assert output.dtype == jnp.float32
+    dtypes = {
+        name: s["__call__"][0].dtype
+        for name, s in state["intermediates"].items()
+        if name != "__call__"
+    }
+    assert dtypes["block_0"] == dtypes["modulation"] == jnp.bfloat16
+    assert dtypes["timestep_embedding"] == dtypes["output"] == jnp.float32
+    # bfloat16 has 8 bits, and the errors of some ten layers add up.
+    error = np.sqrt(np.mean((output - _output()) ** 2)) / _output().std()
+    assert 1e-4 < error < 0.05
+    initial = jax.eval_shape(model.init, jax.random.key(0), *_inputs())
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(initial))
+
+
+def test_examples_are_independent():
+    x, t, y = _inputs()
+    permutation = np.array([2, 0, 1])
+    output = _apply(_params(), x[permutation], t[permutation], y[permutation])
+    np.testing.assert_allclose(output, _output()[permutation], rtol=1e-5, atol=1e-5)
+    others = np.array([1, 0, 1])
+    output = _apply(_params(), x + others[:, None, None, None], t + others, (y + others) % 6)
+    np.testing.assert_allclose(output[1], _output()[1], rtol=1e-5, atol=1e-5)
+
+
+def test_output_depends_on_timestep_and_label():
+    x, t, y = _inputs()
+    for inputs in ((x, t + 1, y), (x, t, (y + 1) % 6)):
+        output = _apply(_params(), *inputs)
+        assert (abs(output - _output()).max(axis=(1, 2, 3)) > 1e-3).all()
+
+
+def test_null_class_has_its_own_row():
+    params = jax.tree.map(np.array, _params())
+    params["params"]["label_embedding"]["embedding"][5] += 1
+    output = _apply(params, *_inputs())
+    changed = abs(output - _output()).max(axis=(1, 2, 3)) > 1e-3
+    np.testing.assert_array_equal(changed, LABELS == 5)
+
+
+def test_every_position_is_distinct():
+    _, t, y = _inputs()
+    output = _apply(_params(), np.ones((3, 4, 6, 3), np.float32), t, y)
+    patches = np.asarray(output[0]).reshape(2, 2, 3, 2, 6).swapaxes(1, 2).reshape(6, -1)
+    distances = np.linalg.norm(patches[:, None] - patches, axis=-1)
+    assert (distances[~np.eye(6, dtype=bool)] > 1e-2).all()
+
+
+def test_unconditional_model_without_learned_variance():
+    model = DiT(width=16, depth=1, heads=2, patch=1, channels=3)
+    x, t, y = _inputs()
+    output, params = jax.eval_shape(model.init_with_output, jax.random.key(0), x, t)
+    assert "label_embedding" not in params["params"]
+    assert output.shape == x.shape
+    with pytest.raises(ValueError, match="y must be None"):
+        model.init(jax.random.key(0), x, t, y)
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 6, 3), (1, 4, 7, 3), (1, 4, 6, 4)])
+def test_bad_input_shape(shape):
+    with pytest.raises(ValueError, match="x must have shape"):
+        _apply(_params(), np.zeros(shape), np.zeros(1, int), np.zeros(1, int))
+
+
+def test_missing_labels():
+    x, t, _ = _inputs()
+    with pytest.raises(ValueError, match="y must be given"):
+        _apply(_params(), x, t)
+
+
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        (dict(heads=3), "width must be a multiple of heads"),
+        (dict(width=18), "and of 4"),
+        (dict(patch=3), "patch must be"),
+        (dict(patch=0), "patch must be"),
+    ],
+)
+def test_bad_fields(fields, match):
+    with pytest.raises(ValueError, match=match):
+        DiT(**{**TINY, **fields})
+
+
+def test_unknown_size():
+    with pytest.raises(ValueError, match="size must be one of S, B, L, XL"):
+        dit("XXL", patch=2, channels=4)

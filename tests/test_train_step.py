@@ -1,0 +1,325 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ant_jax import mtl, train_step as ts
+from ant_jax.diffusion import GaussianDiffusion, alphas_bar
+from ant_jax.models.dit import DiT
+
+T, K, BATCH, CLASSES = 100, 4, 32, 3
+BOUNDARIES = np.array([0, 7, 30, 71, T])
+MODEL = DiT(width=16, depth=1, heads=2, patch=2, channels=1, num_classes=CLASSES)
+DIFFUSION = GaussianDiffusion(alphas_bar("cosine", T))
+METHODS = {
+    "linear": mtl.linear(K),
+    "uncertainty": mtl.uncertainty(K),
+    "pcgrad": mtl.pcgrad(K),
+    "nash": mtl.nash(K),
+}
+
+
+def apply_fn(params, x, t, y):
+    return MODEL.apply({"params": params}, x, t, y)
+
+
+@pytest.fixture(scope="module")
+def params():
+    x = jnp.zeros((1, 4, 4, 1))
+    zero = jnp.zeros(1, jnp.int32)
+    params = MODEL.init(jax.random.key(0), x, zero, zero)["params"]
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    # adaLN-Zero starts with nearly all gradients zero, where every comparison would pass.
+    moved = [p + 0.2 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, moved)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (BATCH, 4, 4, 1)).astype(np.uint8),
+        "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
+    }
+
+
+def step_fn(weighting, **settings):
+    """A step whose update is the combined gradient itself: params_after - params = gradient."""
+    settings = {
+        "apply_fn": apply_fn,
+        "diffusion": DIFFUSION,
+        "boundaries": BOUNDARIES,
+        "optimizer": optax.identity(),
+        "seed": 3,
+        "num_classes": CLASSES,
+        "label_dropout": 0.3,
+    } | settings
+    return functools.partial(ts.train_step, weighting=weighting, **settings)
+
+
+def gradient(params, batch, weighting, *, step=5, jit=True, method_state=None, **settings):
+    fn = step_fn(weighting, **settings)
+    state = ts.init_state(params, optax.identity(), weighting, K)._replace(
+        step=jnp.asarray(step, jnp.int32)
+    )
+    if method_state is not None:
+        state = state._replace(method_state=method_state)
+    new, metrics = (jax.jit(fn) if jit else fn)(state, batch)
+    return jax.tree.map(jnp.subtract, new.params, params), new, metrics
+
+
+def draw(batch, timesteps, *, step=5, seed=3):
+    return ts.draw_examples(
+        jnp.asarray(step),
+        batch,
+        first_index=0,
+        boundaries=BOUNDARIES,
+        seed=seed,
+        timesteps=timesteps,
+        num_classes=CLASSES,
+        label_dropout=0.3,
+    )
+
+
+def per_example(params, ex):
+    return DIFFUSION.per_example_losses(
+        lambda x, t, y: apply_fn(params, x, t, y), ex.x0, ex.t, ex.noise, ex.label
+    )
+
+
+def assert_close(a, b, rtol=2e-5):
+    scale = optax.global_norm(b)
+    assert scale > 1e-3
+    assert optax.global_norm(jax.tree.map(jnp.subtract, a, b)) < rtol * scale
+
+
+def test_vanilla_is_the_gradient_of_the_plain_mean(params, batch):
+    got, _, metrics = gradient(params, batch, None, timesteps="uniform")
+    ex = draw(batch, "uniform")
+    loss, want = jax.value_and_grad(lambda p: per_example(p, ex).mean())(params)
+    assert_close(got, want)
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics["weights"], metrics["counts"] / BATCH, rtol=1e-6)
+
+
+def test_linear_is_the_gradient_of_the_plain_mean_of_its_stratified_batch(params, batch):
+    got, _, _ = gradient(params, batch, METHODS["linear"])
+    ex = draw(batch, "stratified")
+    assert_close(got, jax.grad(lambda p: per_example(p, ex).mean())(params))
+
+
+def test_cluster_losses_are_means_over_their_own_examples(params, batch):
+    _, _, metrics = gradient(params, batch, METHODS["linear"])
+    ex = draw(batch, "stratified")
+    losses = np.asarray(per_example(params, ex))
+    for i in range(K):
+        inside = (ex.t >= BOUNDARIES[i]) & (ex.t < BOUNDARIES[i + 1])
+        np.testing.assert_array_equal(inside, np.arange(BATCH) % K == i)
+        np.testing.assert_allclose(metrics["cluster_losses"][i], losses[inside].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["pcgrad", "nash"])
+def test_grouped_forms_equal_the_masked_form(params, batch, method):
+    want, state, metrics = gradient(params, batch, METHODS[method], gradient_form="masked")
+    gram = state.method_state.gram
+    off_diagonal = gram[~np.eye(K, dtype=bool)]
+    assert np.abs(off_diagonal).max() > 1e-3 * jnp.diag(gram).max()
+    for form in ("vmap", "scan"):
+        got, got_state, got_metrics = gradient(params, batch, METHODS[method], gradient_form=form)
+        assert_close(got, want)
+        np.testing.assert_allclose(got_state.method_state.gram, gram, rtol=1e-4)
+        np.testing.assert_allclose(
+            got_metrics["smallest_cosine"], metrics["smallest_cosine"], rtol=1e-3, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("method", ["linear", "uncertainty"])
+@pytest.mark.parametrize("timesteps", ["stratified", "uniform"])
+def test_cotangent_path_equals_combine_on_stacked_gradients(params, batch, method, timesteps):
+    weighting = METHODS[method]
+    # A few steps into a run, so that the weights of the clusters differ.
+    warm = mtl.init_combine(weighting)
+    for _ in range(3):
+        losses = jnp.asarray([0.1, 1.0, 3.0, 9.0])
+        warm = warm._replace(
+            weighting_state=weighting.weigh(losses, None, jnp.ones(K, bool), warm.weighting_state)[1]
+        )
+    got, state, _ = gradient(
+        params, batch, weighting, timesteps=timesteps, method_state=warm
+    )
+    ex = draw(batch, timesteps)
+    cluster = np.searchsorted(BOUNDARIES, ex.t, side="right") - 1
+    masks = cluster == np.arange(K)[:, None]
+
+    def cluster_loss(p, mask):
+        return jnp.sum(jnp.where(mask, per_example(p, ex), 0)) / jnp.maximum(mask.sum(), 1)
+
+    pairs = [jax.value_and_grad(cluster_loss)(params, mask) for mask in masks]
+    losses = jnp.stack([loss for loss, _ in pairs])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[g for _, g in pairs])
+    want, want_state = mtl.combine(weighting).update(
+        stacked, warm, losses=losses, present=jnp.asarray(masks.any(1))
+    )
+    assert_close(got, want)
+    for a, b in zip(
+        jax.tree.leaves(state.method_state), jax.tree.leaves(want_state), strict=True
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+@pytest.mark.parametrize("form", ["vmap", "masked"])
+def test_microbatches_add_up_to_the_whole_batch(params, batch, method, form):
+    weighting = METHODS.get(method)
+    timesteps = "uniform" if method is None else "stratified"
+    settings = {"timesteps": timesteps, "gradient_form": form}
+    want, want_state, want_metrics = gradient(params, batch, weighting, **settings)
+    got, state, metrics = gradient(params, batch, weighting, microbatches=4, **settings)
+    assert_close(got, want)
+    for a, b in zip(
+        jax.tree.leaves((state.method_state, metrics)),
+        jax.tree.leaves((want_state.method_state, want_metrics)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_absent_clusters_under_uniform_timesteps(params, batch, method):
+    small = jax.tree.map(lambda leaf: leaf[:4], batch)
+    settings = {"timesteps": "uniform", "gradient_form": "masked"}
+    # At this step four uniform timesteps leave clusters empty.
+    step = next(
+        s for s in range(50) if len(set(np.asarray(draw(small, "uniform", step=s).cluster))) == 2
+    )
+    got, state, metrics = gradient(params, small, METHODS[method], step=step, **settings)
+    absent = np.asarray(metrics["counts"]) == 0
+    assert absent.sum() == 2
+    np.testing.assert_array_equal(np.asarray(metrics["weights"])[absent], 0)
+    np.testing.assert_array_equal(np.asarray(metrics["cluster_losses"])[absent], 0)
+    assert (np.asarray(metrics["weights"])[~absent] > 0).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((got, state, metrics)))
+
+
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_devices_do_not_change_the_step(params, batch, method):
+    weighting = METHODS.get(method)
+    timesteps = "uniform" if method is None else "stratified"
+    want, want_state, want_metrics = gradient(params, batch, weighting, timesteps=timesteps)
+    step = functools.partial(step_fn(weighting, timesteps=timesteps), axis_name="devices")
+    state = ts.init_state(params, optax.identity(), weighting, K)._replace(
+        step=jnp.asarray(5, jnp.int32)
+    )
+    for n in (2, 4, 8):
+        # out_axes=0 shows every replica; None would hide a forgotten collective.
+        mapped = jax.pmap(
+            step, "devices", in_axes=(None, 0), out_axes=0, devices=jax.devices()[:n]
+        )
+        split = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
+        replicas = jax.device_get(mapped(ts.replicate(state, jax.devices()[:n]), split))
+        for leaf in jax.tree.leaves(replicas):
+            np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+        new, metrics = jax.tree.map(lambda leaf: leaf[0], replicas)
+        assert_close(jax.tree.map(jnp.subtract, new.params, params), want)
+        for a, b in zip(
+            jax.tree.leaves((new.method_state, metrics)),
+            jax.tree.leaves((want_state.method_state, want_metrics)),
+            strict=True,
+        ):
+            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_compiles_once(params, batch, num_devices):
+    traces = []
+
+    def counting_apply(params, x, t, y):
+        traces.append(x.shape)
+        return apply_fn(params, x, t, y)
+
+    optimizer = optax.adamw(1e-3)
+    devices = jax.devices()[:num_devices]
+    weighting = METHODS["nash"]
+    fn = step_fn(weighting, optimizer=optimizer, apply_fn=counting_apply)
+    step = ts.parallel_step(fn, devices)
+    state = ts.replicate(ts.init_state(params, optimizer, weighting, K), devices)
+    state, _ = step(state, batch)
+    after_first = len(traces)
+    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
+        compiled = []
+        patch.setattr(
+            jax._src.compiler, "backend_compile_and_load", lambda *a, **k: compiled.append(a)
+        )
+        for _ in range(3):
+            state, _ = step(state, batch)
+    assert len(traces) == after_first
+    assert not compiled
+    assert int(state.step) == 4
+
+
+def test_ema_is_ramped_up(params, batch):
+    optimizer = optax.sgd(0.1)
+    fn = jax.jit(step_fn(METHODS["linear"], optimizer=optimizer, ema_decay=0.15))
+    state = ts.init_state(params, optimizer, METHODS["linear"], K)
+    want = params
+    for decay in (0.1, 0.15, 0.15):  # (1 + step) / (10 + step) is 0.1, 0.18, 0.25
+        state, _ = fn(state, batch)
+        want = jax.tree.map(lambda e, p, d=decay: d * e + (1 - d) * p, want, state.params)
+    assert_close(
+        jax.tree.map(jnp.subtract, state.ema_params, state.params),
+        jax.tree.map(jnp.subtract, want, state.params),
+        rtol=1e-4,
+    )
+
+
+def test_draws_depend_on_step_and_seed_and_global_index(batch):
+    ex = draw(batch, "stratified")
+    assert not np.array_equal(ex.t, draw(batch, "stratified", step=6).t)
+    assert not np.array_equal(ex.t, draw(batch, "stratified", seed=4).t)
+    half = jax.tree.map(lambda leaf: leaf[BATCH // 2 :], batch)
+    second = ts.draw_examples(
+        jnp.asarray(5),
+        half,
+        first_index=BATCH // 2,
+        boundaries=BOUNDARIES,
+        seed=3,
+        timesteps="stratified",
+        num_classes=CLASSES,
+        label_dropout=0.3,
+    )
+    for a, b in zip(second, jax.tree.map(lambda leaf: leaf[BATCH // 2 :], ex), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_draws_have_the_right_distribution():
+    n = 40_000
+    batch = {"image": np.zeros((n, 1, 1, 1), np.uint8), "label": np.zeros(n, np.int32)}
+    uniform = draw(batch, "uniform")
+    assert uniform.t.min() == 0 and uniform.t.max() == T - 1
+    np.testing.assert_allclose(np.bincount(uniform.t, minlength=T) / n, 1 / T, atol=0.003)
+    stratified = draw(batch, "stratified")
+    inside = np.asarray(stratified.t)[np.asarray(stratified.cluster) == 2]
+    share = np.bincount(inside, minlength=T)[30:71] / inside.size
+    np.testing.assert_allclose(share, 1 / 41, atol=0.006)
+    np.testing.assert_allclose(np.mean(stratified.label == CLASSES), 0.3, atol=0.01)
+    np.testing.assert_allclose([stratified.noise.mean(), stratified.noise.std()], [0, 1], atol=0.02)
+    np.testing.assert_array_equal(stratified.x0, -1)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"timesteps": "random"}, "timesteps must be one of"),
+        ({"gradient_form": "loop"}, "gradient_form must be one of"),
+        ({"timesteps": "uniform"}, "gradient_form='masked'"),
+        ({"microbatches": 3}, "divisible by 12 = 3 microbatches x 4 clusters"),
+        ({"boundaries": np.array([0, 50, T])}, "method is for k = 4"),
+    ],
+)
+def test_impossible_settings(params, batch, settings, message):
+    with pytest.raises(ValueError, match=message):
+        gradient(params, batch, METHODS["nash"], jit=False, **settings)
