@@ -205,7 +205,7 @@ def train_step(
         "cluster_losses": losses,
         "weights": method_state.weights,
         "counts": counts,
-        "grad_norm": optax.global_norm(grads),
+        "grad_norm": optax.tree.norm(grads),
     }
     if method_state.gram is not None:
         metrics["smallest_cosine"] = mtl.smallest_cosine(method_state.gram)

@@ -1,0 +1,190 @@
+"""Checkpoints by orbax: asynchronous, atomic, checksummed.
+
+A checkpoint is written beside its place, gets a checksum of every file, and is then renamed into
+place, so that a directory with a step's name is always whole. Orbax notices truncated files but
+not flipped bytes; the checksums notice both.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+_CHECKSUMS = "checksums.json"
+_PARTIAL = "partial-"
+
+
+class CorruptCheckpointError(RuntimeError):
+    """A checkpoint's files are not those that were written."""
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run.
+
+    Saving copies the state off the device, then writes in the background; an error there is raised
+    by the next call of `save`, `check` or `close`.
+
+    Attributes:
+      directory: where the checkpoints lie, one subdirectory a step.
+    """
+
+    def __init__(self, directory: str | os.PathLike, keep: int = 2, keep_period: int = 0):
+        """Opens the directory for writing and removes what an interrupted save left there.
+
+        Args:
+          directory: made if missing.
+          keep: how many of the newest checkpoints to keep, at least 1.
+          keep_period: checkpoints at multiples of this step are kept for good; 0 for none.
+        """
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._keep_period = keep_period
+        self._orbax = ocp.StandardCheckpointer()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.glob(f"{_PARTIAL}*"):
+                shutil.rmtree(path)
+
+    def save(self, step: int, state: Any) -> None:
+        """Starts saving a pytree of arrays as the checkpoint of a step."""
+        self._finish()
+        partial = self.directory / f"{_PARTIAL}{step}"
+        self._orbax.save(partial, state)
+        self._pending = self._executor.submit(self._commit, partial, self.directory / str(step))
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background, if any."""
+        if self._pending is not None and self._pending.done():
+            self._finish()
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        try:
+            self._finish()
+        finally:
+            self._executor.shutdown()
+            self._orbax.close()
+
+    def _finish(self):
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            try:
+                pending.result()
+            except Exception as error:
+                steps = checkpoint_steps(self.directory)
+                newest = f"step {steps[-1]}" if steps else "none"
+                raise RuntimeError(
+                    f"saving a checkpoint in {self.directory} failed: {error} "
+                    f"(disk full? not writable?); newest complete checkpoint: {newest}"
+                ) from error
+
+    def _commit(self, partial: Path, final: Path):
+        self._orbax.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=1))
+        _sync(partial / _CHECKSUMS)
+        _sync(partial)
+        if final.exists():
+            # Only a corrupt checkpoint, passed over by `restore`, can stand here already.
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(self.directory)
+        self._prune()
+
+    def _prune(self):
+        for step in checkpoint_steps(self.directory)[: -self._keep]:
+            if not self._keep_period or step % self._keep_period:
+                # Renamed first: a directory with a step's name is always whole.
+                doomed = self.directory / f"{_PARTIAL}old-{step}"
+                (self.directory / str(step)).rename(doomed)
+                shutil.rmtree(doomed)
+
+
+def checkpoint_steps(directory: str | os.PathLike) -> list[int]:
+    """Steps of the checkpoints in a directory, ascending; empty if there is no such directory."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return sorted(int(name) for name in os.listdir(directory) if name.isdigit())
+    return []
+
+
+def restore(
+    directory: str | os.PathLike, template: Any, step: int | None = None
+) -> tuple[int, Any] | None:
+    """Reads the newest intact checkpoint; a corrupt one is named in the log and passed over.
+
+    Args:
+      directory: of a `Checkpointer`.
+      template: pytree of arrays or `jax.ShapeDtypeStruct` with shardings, as it was saved; the
+        result is placed like it, on whatever devices it names.
+      step: read this step's checkpoint and no other.
+
+    Returns:
+      (step, state), or None if there is no checkpoint at all.
+
+    Raises:
+      CorruptCheckpointError: if there are checkpoints but none of them is intact.
+      FileNotFoundError: if the step asked for has no checkpoint.
+      ValueError: if a checkpoint is intact but not of the template's structure.
+    """
+    directory = Path(directory).absolute()
+    steps = checkpoint_steps(directory)
+    if step is not None:
+        if step not in steps:
+            raise FileNotFoundError(f"no checkpoint of step {step} in {directory}, only {steps}")
+        steps = [step]
+    if not steps:
+        return None
+    problems = []
+    for candidate in reversed(steps):
+        path = directory / str(candidate)
+        try:
+            _verify(path)
+        except CorruptCheckpointError as error:
+            logging.error("%s; trying the one before it", error)
+            problems.append(str(error))
+            continue
+        with ocp.StandardCheckpointer() as orbax:
+            return candidate, orbax.restore(path, template)
+    raise CorruptCheckpointError("no intact checkpoint is left: " + "; ".join(problems))
+
+
+def _verify(path: Path):
+    try:
+        expected = json.loads((path / _CHECKSUMS).read_text())
+    except (OSError, ValueError) as error:
+        raise CorruptCheckpointError(f"checkpoint {path} has no readable checksums") from error
+    found = _checksums(path)
+    wrong = sorted(
+        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
+    )
+    if wrong:
+        raise CorruptCheckpointError(f"checkpoint {path} is corrupt: {', '.join(wrong[:3])}")
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    sums = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file != path / _CHECKSUMS:
+            with file.open("rb") as stream:
+                name = file.relative_to(path).as_posix()
+                sums[name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return sums
+
+
+def _sync(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,218 @@
+"""What a config may hold, checked before anything is compiled.
+
+`configs/digits.py` documents every option; this module knows the allowed values, so that a typo or
+an impossible setting is one clear error.
+"""
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from ant_jax.files import write_bytes
+
+
+class Rule(NamedTuple):
+    """What a setting must be: its types, a test and the words for it."""
+
+    kinds: tuple[type, ...]
+    holds: Callable[[Any], bool]
+    allowed: str
+
+
+def _one_of(*values):
+    return Rule((str,), lambda value: value in values, "one of " + ", ".join(map(repr, values)))
+
+
+def _integer(low):
+    return Rule((int,), lambda value: value >= low, f"an integer >= {low}")
+
+
+def _number(low, high=float("inf"), *, above=False):
+    words = f"a number {'>' if above else '>='} {low:g}"
+    if high < float("inf"):
+        words += f" and <= {high:g}"
+    return Rule(
+        (int, float), lambda value: (value > low if above else value >= low) and value <= high, words
+    )
+
+
+_BOOL = Rule((bool,), lambda value: True, "True or False")
+_TEXT = Rule((str,), lambda value: True, "a string")
+
+RULES = {
+    "seed": _integer(0),
+    "num_steps": _integer(1),
+    "data.name": Rule(
+        (str,), lambda name: name == "digits" or name.startswith("tfds:"), "digits or tfds:BUILDER"
+    ),
+    "data.split": _TEXT,
+    "data.dir": _TEXT,
+    "data.image_size": _integer(1),
+    "data.crop": _one_of("none", "center", "random"),
+    "data.flip": _BOOL,
+    "data.batch_size": _integer(1),
+    "data.num_workers": _integer(0),
+    "diffusion.timesteps": _integer(1),
+    "diffusion.schedule": _one_of("cosine", "linear"),
+    "diffusion.variance": _one_of("fixed_small", "fixed_large", "learned_range"),
+    "diffusion.loss_weight": _one_of("none", "p2", "min_snr"),
+    "diffusion.p2_k": _number(0, above=True),
+    "diffusion.p2_gamma": _number(0),
+    "diffusion.min_snr_gamma": _number(0, above=True),
+    "diffusion.clip_x0": _BOOL,
+    "model.width": _integer(4),
+    "model.depth": _integer(1),
+    "model.heads": _integer(1),
+    "model.patch": Rule((int,), lambda value: value in (1, 2, 4, 8), "one of 1, 2, 4, 8"),
+    "model.conditional": _BOOL,
+    "model.dtype": _one_of("float32", "bfloat16"),
+    "model.remat": _BOOL,
+    "clusters.k": _integer(1),
+    "clusters.cost": _one_of("snr", "timestep"),
+    "method.name": _one_of("vanilla", "linear", "uncertainty", "pcgrad", "nash"),
+    "method.uncertainty_learning_rate": _number(0, above=True),
+    "method.nash_update_every": _integer(1),
+    "method.nash_max_norm": _number(0, above=True),
+    "method.timesteps": _one_of("stratified", "uniform"),
+    "method.gradient_form": _one_of("vmap", "scan", "masked"),
+    "optimizer.learning_rate": _number(0, above=True),
+    "optimizer.warmup_steps": _integer(0),
+    "optimizer.schedule": _one_of("constant", "cosine"),
+    "optimizer.weight_decay": _number(0),
+    "optimizer.clip_norm": _number(0),
+    "optimizer.microbatches": _integer(1),
+    "ema_decay": _number(0, 1),
+    "label_dropout": _number(0, 1),
+    "log_every": _integer(1),
+    "tensorboard": _BOOL,
+    "profile_steps": _integer(0),
+    "checkpoint.every": _integer(1),
+    "checkpoint.keep": _integer(1),
+    "checkpoint.keep_period": _integer(0),
+    "sample.every": _integer(0),
+    "sample.sampler": _one_of("ddim", "ddpm"),
+    "sample.num_steps": _integer(1),
+    "sample.eta": _number(0, 1),
+    "sample.guidance": _number(0),
+    "sample.batch_size": _integer(1),
+    "sample.num": _integer(1),
+    "evaluation.features": _one_of("digits", ""),
+}
+
+# Settings that a restart in the same workdir may change: they don't touch the parameters.
+_FREE = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "sample.", "evaluation.")
+_FREE += ("data.num_workers", "data.dir")
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as {"group.name": value}."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | Mapping):
+            flat |= {f"{name}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every setting.
+
+    Raises:
+      ValueError: naming the setting and what is allowed, for unknown or missing names, wrong types
+        or values, and combinations that can't work.
+    """
+    flat = flatten(config)
+    for name in flat.keys() - RULES.keys():
+        near = difflib.get_close_matches(name, RULES, 1)
+        hint = f"; did you mean config.{near[0]}?" if near else ""
+        raise ValueError(f"unknown setting config.{name}{hint}")
+    for name, rule in RULES.items():
+        if name not in flat:
+            raise ValueError(f"missing setting config.{name}: {rule.allowed}")
+        value = flat[name]
+        # bool is a subclass of int, and True no number of steps.
+        of_kind = isinstance(value, rule.kinds) and (bool in rule.kinds) == isinstance(value, bool)
+        if not of_kind or not rule.holds(value):
+            raise ValueError(f"config.{name} must be {rule.allowed}, got {value!r}")
+    _validate_together(flat)
+
+
+def _validate_together(flat):
+    def at_most(name, limit):
+        if flat[name] > flat[limit]:
+            raise ValueError(
+                f"config.{name} = {flat[name]} must not exceed config.{limit} = {flat[limit]}"
+            )
+
+    at_most("clusters.k", "diffusion.timesteps")
+    at_most("sample.num_steps", "diffusion.timesteps")
+    at_most("optimizer.warmup_steps", "num_steps")
+    if flat["model.width"] % 4 or flat["model.width"] % flat["model.heads"]:
+        raise ValueError(
+            f"config.model.width = {flat['model.width']} must be divisible by 4 and by "
+            f"config.model.heads = {flat['model.heads']}"
+        )
+    if flat["data.image_size"] % flat["model.patch"]:
+        raise ValueError(
+            f"config.data.image_size = {flat['data.image_size']} must be divisible by "
+            f"config.model.patch = {flat['model.patch']}"
+        )
+    if (
+        flat["method.name"] in ("pcgrad", "nash")
+        and flat["method.timesteps"] == "uniform"
+        and flat["method.gradient_form"] != "masked"
+    ):
+        raise ValueError(
+            f"config.method.timesteps = 'uniform' with config.method.name = "
+            f"{flat['method.name']!r} needs config.method.gradient_form = 'masked'"
+        )
+    if flat["sample.guidance"] != 1 and not flat["model.conditional"]:
+        raise ValueError(
+            f"config.sample.guidance = {flat['sample.guidance']} needs "
+            "config.model.conditional = True"
+        )
+
+
+def check_workdir(config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """Refuses a workdir whose run had other settings; a new one gets its ``config.json``.
+
+    Raises:
+      ValueError: naming the settings that differ and both values. Settings that don't change the
+        parameters, such as ``log_every``, may differ; so may ``num_steps`` where the learning rate
+        does not depend on it.
+    """
+    path = Path(workdir) / "config.json"
+    flat = flatten(config)
+    if path.exists():
+        saved = flatten(json.loads(path.read_text()))
+        free = _FREE + (("num_steps",) if flat["optimizer.schedule"] == "constant" else ())
+        differing = [
+            f"  config.{name}: {saved.get(name, 'not set')!r} there, {flat.get(name, 'not set')!r} now"
+            for name in sorted(saved.keys() | flat.keys())
+            if saved.get(name) != flat.get(name) and not name.startswith(free)
+        ]
+        if differing:
+            raise ValueError(
+                f"the run in {workdir} has another config:\n"
+                + "\n".join(differing)
+                + "\nchoose another --workdir, or the same settings"
+            )
+    write_bytes(path, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
+
+
+def load(workdir: str | os.PathLike) -> ConfigDict:
+    """The config of the run in a workdir.
+
+    Raises:
+      FileNotFoundError: if there is none.
+    """
+    path = Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"no run in {workdir}: {path} is missing")
+    return ConfigDict(json.loads(path.read_text()))

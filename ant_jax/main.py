@@ -1,0 +1,54 @@
+"""Trains, samples or evaluates: ``python -m ant_jax.main --config FILE [--workdir DIR]``."""
+
+import sys
+from pathlib import Path
+
+import jax
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", "configs/digits.py", "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives; default runs/CONFIG-METHOD-CLUSTERS-SEED."
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to sample or evaluate; default the newest.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Whether this is one process of many, on a TPU slice or under SLURM."
+)
+
+
+def main(argv: list[str]) -> None:
+    """Dispatches to the mode."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; settings are --config.NAME=VALUE")
+    logging.get_absl_handler().setFormatter(None)
+    if _DISTRIBUTED.value:
+        jax.distributed.initialize()
+    config = _CONFIG.value
+    workdir = Path(_WORKDIR.value or default_workdir(config))
+    # Imported late, so that --help and a mistyped flag answer at once.
+    from ant_jax import evaluate, train
+
+    run = {"train": train.train, "sample": evaluate.sample, "evaluate": evaluate.evaluate}
+    logging.info("%s in %s", _MODE.value, workdir)
+    try:
+        if _MODE.value == "train":
+            run["train"](config, workdir)
+        else:
+            run[_MODE.value](config, workdir, _STEP.value)
+    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+        logging.debug("traceback", exc_info=True)
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def default_workdir(config) -> str:
+    """The workdir of a run that names none."""
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    return f"runs/{name}-{config.method.name}-{config.clusters.cost}-{config.seed}"
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,149 @@
+"""Where a run's numbers go: the console, `metrics.jsonl` and TensorBoard."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from ant_jax.files import write_bytes
+
+
+class Interval:
+    """Mean of the steps' metrics since the last report; cluster losses are weighted by counts."""
+
+    def __init__(self):
+        self._sums: dict[str, Any] = {}
+        self._steps = 0
+
+    def add(self, metrics: dict[str, np.ndarray]) -> None:
+        """Adds one step's metrics, on the host."""
+        metrics = dict(metrics)
+        metrics["cluster_losses"] = metrics["cluster_losses"] * metrics["counts"]
+        for name, value in metrics.items():
+            self._sums[name] = self._sums.get(name, 0) + np.asarray(value, np.float64)
+        self._steps += 1
+
+    def report(self) -> dict[str, Any]:
+        """The means as floats and lists, None where nothing was seen; starts anew."""
+        sums, steps = self._sums, self._steps
+        self._sums, self._steps = {}, 0
+        with np.errstate(invalid="ignore"):
+            cluster_losses = sums.pop("cluster_losses") / sums["counts"]
+        means = {name: value / steps for name, value in sums.items()}
+        return {
+            "loss": means.pop("loss").item(),
+            "cluster_losses": [None if np.isnan(v) else v for v in cluster_losses.tolist()],
+            **{name: value.tolist() for name, value in means.items()},
+        }
+
+
+class Writer:
+    """Appends to ``metrics.jsonl`` and, where TensorFlow is installed, to TensorBoard.
+
+    TensorBoard lives in a thread of its own: importing it takes seconds, and nothing waits for it.
+    """
+
+    def __init__(self, workdir: Path, start_step: int, tensorboard: bool):
+        """Opens the files; lines of a killed run beyond ``start_step`` are dropped."""
+        self._executor = self._board = None
+        if jax.process_index() != 0:
+            self._file = None
+            return
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+            kept = [line for line in lines if json.loads(line)["step"] <= start_step]
+            write_bytes(path, "".join(kept).encode())
+        self._file = path.open("a")
+        if tensorboard and importlib.util.find_spec("tensorflow") is None:
+            logging.info("TensorFlow is not installed: metrics go to %s alone", path)
+        elif tensorboard:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+            self._board = self._executor.submit(_open_board, str(workdir))
+
+    def scalars(self, step: int, values: dict[str, Any]) -> None:
+        """Writes numbers and lists of numbers of a step."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        flat = {}
+        for name, value in values.items():
+            for i, leaf in enumerate(value) if isinstance(value, list) else [(None, value)]:
+                if leaf is not None:
+                    flat[name if i is None else f"{name}/{i}"] = leaf
+        self._submit(lambda board: board.write_scalars(step, flat))
+
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes one uint8 (H, W, 3) image to TensorBoard."""
+        self._submit(lambda board: board.write_images(step, {name: image[None]}))
+
+    def close(self) -> None:
+        """Writes what is outstanding."""
+        self._submit(lambda board: board.close())
+        if self._executor is not None:
+            self._executor.shutdown()
+        if self._file is not None:
+            self._file.close()
+
+    def _submit(self, write: Callable[[Any], None]):
+        if self._executor is not None:
+            self._executor.submit(self._write, write)
+
+    def _write(self, write):
+        try:
+            write(self._board.result())
+        except Exception as error:
+            logging.log_first_n(logging.WARNING, "TensorBoard is off: %s", 1, error)
+
+
+def _open_board(workdir: str):
+    from clu.metric_writers import SummaryWriter
+
+    return SummaryWriter(workdir)
+
+
+class Progress:
+    """Console lines: step, loss, speed and the time left."""
+
+    def __init__(self, start_step: int, num_steps: int, batch_size: int):
+        self._num_steps, self._batch_size = num_steps, batch_size
+        self._mark = start_step, time.perf_counter()
+
+    def restart(self, step: int) -> None:
+        """Leaves the time since the last line, spent on other things than steps, out of the speed."""
+        self._mark = step, time.perf_counter()
+
+    def line(self, step: int, loss: float) -> float:
+        """Logs the line of a step; returns the steps a second since the last one."""
+        last_step, last_time = self._mark
+        self.restart(step)
+        speed = (step - last_step) / (self._mark[1] - last_time)
+        logging.info(
+            "step %*d/%d  loss %.4f  %.1f steps/s  %.0f examples/s  ETA %s",
+            len(str(self._num_steps)),
+            step,
+            self._num_steps,
+            loss,
+            speed,
+            speed * self._batch_size,
+            duration((self._num_steps - step) / speed),
+        )
+        return speed
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 5s, 2m05s or 3h07m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

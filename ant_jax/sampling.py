@@ -1,0 +1,112 @@
+"""Drawing images from a trained model: batches, `.npz` files and grids."""
+
+import functools
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from ml_collections import ConfigDict
+from PIL import Image
+
+from ant_jax import diffusion
+from ant_jax.files import write_bytes
+from ant_jax.models.dit import DiT
+
+# Keeps the keys of samples apart from those of the train step, which start from the bare seed.
+_SAMPLE_STREAM = 1 << 30
+
+
+def sample_batches(
+    config: ConfigDict,
+    model: DiT,
+    params: dict,
+    process: diffusion.GaussianDiffusion,
+    image_shape: tuple[int, int, int],
+    num: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Draws samples, `config.sample.batch_size` at a time, over this process's devices.
+
+    Sample i is a function of the parameters, the seed and i alone, and is of class i mod classes.
+
+    Args:
+      config: the run's config; ``sample`` says how.
+      model: the network.
+      params: its parameters, as a rule the EMA, on the devices.
+      process: the noise process of the training.
+      image_shape: (H, W, C).
+      num: how many samples.
+
+    Yields:
+      (images, labels): uint8 (B, H, W, C), and int32 (B,) or None for unconditional models.
+    """
+    settings = config.sample
+    sampler = diffusion.ddpm_sample
+    if settings.sampler == "ddim":
+        sampler = functools.partial(diffusion.ddim_sample, eta=settings.eta)
+    devices = jax.local_devices()
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("devices",))
+    over_devices = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+    stream = jax.random.fold_in(jax.random.key(config.seed), _SAMPLE_STREAM)
+    # Every batch has the same size, so that one program serves them all.
+    batch = min(settings.batch_size, num)
+    batch += -batch % len(devices)
+    for first in range(0, num, batch):
+        index = jax.device_put(np.arange(first, first + batch), over_devices)
+        keys = jax.vmap(functools.partial(jax.random.fold_in, stream))(index)
+        labels = index % model.num_classes if model.num_classes else None
+        x0 = sampler(
+            Partial(model.apply, {"params": params}),
+            (batch, *image_shape),
+            keys,
+            diffusion=process,
+            num_steps=settings.num_steps,
+            y=labels,
+            null_label=model.num_classes if model.num_classes else None,
+            guidance=settings.guidance,
+            clip_x0=config.diffusion.clip_x0,
+        )
+        keep = min(batch, num - first)
+        images = np.asarray(jnp.clip(jnp.round((x0 + 1) * 127.5), 0, 255).astype(jnp.uint8))
+        yield images[:keep], None if labels is None else np.asarray(labels)[:keep]
+
+
+def image_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
+    """Lays images out row by row.
+
+    Args:
+      images: uint8 (n, H, W, C) with C = 1 or 3.
+      columns: images a row.
+      scale: each pixel is drawn as scale x scale.
+      gap: pixels of white between images.
+
+    Returns:
+      uint8 (height, width, 3).
+    """
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top = gap + i // columns * (height + gap)
+        left = gap + i % columns * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Writes an image, whole or not at all."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="png")
+    write_bytes(path, stream.getvalue())
+
+
+def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
+    """Writes samples as the field does: ``arr_0`` uint8 NHWC, ``arr_1`` labels where there are any."""
+    stream = io.BytesIO()
+    np.savez(stream, *([images] if labels is None else [images, labels]))
+    write_bytes(path, stream.getvalue())
+

@@ -1,0 +1,94 @@
+"""A diffusion transformer on 1797 handwritten digits: the default, no download, minutes on a laptop.
+
+  python -m ant_jax.main --config configs/digits.py              # Nash-MTL on SNR clusters
+  python -m ant_jax.main --config configs/digits.py:vanilla      # the baseline
+  python -m ant_jax.main --config configs/digits.py:uncertainty,timestep --config.num_steps=1000
+
+The argument after the colon is METHOD or METHOD,CLUSTERS. Every option can be set on the command
+line as --config.NAME=VALUE. This file documents all of them; the other configs only change values.
+Expected result: see the README.
+"""
+
+import ml_collections
+
+
+def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
+    """The config for METHOD or METHOD,CLUSTERS."""
+    method, _, clusters = argument.partition(",")
+    config = ml_collections.ConfigDict()
+    config.seed = 0  # of the parameters, data order, timesteps, noise and samples
+    config.num_steps = 3000
+
+    config.data = data = ml_collections.ConfigDict()
+    data.name = "digits"  # "digits" or "tfds:BUILDER", such as "tfds:cifar10"
+    data.split = "train"
+    data.dir = ""  # where tensorflow-datasets keeps its data; "" is its own default
+    data.image_size = 8  # pixels; images of another size need a crop
+    data.crop = "none"  # "none", "center" or "random"
+    data.flip = False  # mirror half of the images
+    data.batch_size = 125  # over all devices
+    data.num_workers = 0  # processes that decode images ahead of time
+
+    config.diffusion = diffusion = ml_collections.ConfigDict()
+    diffusion.timesteps = 1000  # T
+    diffusion.schedule = "cosine"  # "cosine" or "linear"
+    diffusion.variance = "fixed_large"  # "fixed_small", "fixed_large" or "learned_range"
+    diffusion.loss_weight = "none"  # "none", "p2" or "min_snr"
+    diffusion.p2_k = 1.0
+    diffusion.p2_gamma = 1.0
+    diffusion.min_snr_gamma = 5.0
+    diffusion.clip_x0 = True  # clip predicted images to [-1, 1] in sampling: pixels yes, latents no
+
+    config.model = model = ml_collections.ConfigDict()
+    model.width = 64
+    model.depth = 4
+    model.heads = 4
+    model.patch = 4  # 1, 2, 4 or 8
+    model.conditional = True  # on the class label
+    model.dtype = "float32"  # of activations: "bfloat16" on GPU and TPU
+    model.remat = False  # recompute blocks in the backward pass instead of keeping them
+
+    config.clusters = ml_collections.ConfigDict()
+    config.clusters.k = 5
+    config.clusters.cost = clusters or "snr"  # "snr" or "timestep"
+
+    config.method = ml_collections.ConfigDict()
+    config.method.name = method  # "vanilla", "linear", "uncertainty", "pcgrad" or "nash"
+    config.method.uncertainty_learning_rate = 0.025
+    config.method.nash_update_every = 1  # renew Nash's weights at every so many-th step
+    config.method.nash_max_norm = 1.0
+    # "stratified": batch_size / k timesteps in each cluster; "uniform": uniform over all timesteps,
+    # which methods with a Gram matrix (pcgrad, nash) can only do with gradient_form = "masked".
+    # Vanilla always draws uniformly.
+    config.method.timesteps = "stratified"
+    config.method.gradient_form = "vmap"  # k gradients by "vmap", "scan" (less memory) or "masked"
+
+    config.optimizer = optimizer = ml_collections.ConfigDict()
+    optimizer.learning_rate = 3e-3
+    optimizer.warmup_steps = 100  # linear, from 0
+    optimizer.schedule = "constant"  # or "cosine", to 0 at num_steps
+    optimizer.weight_decay = 0.0
+    optimizer.clip_norm = 0.0  # of the combined gradient; 0 for no clipping
+    optimizer.microbatches = 1  # the batch is worked off in so many parts
+    config.ema_decay = 0.999  # ramped up from 0.1
+    config.label_dropout = 0.1  # for classifier-free guidance
+
+    config.log_every = 100  # steps
+    config.tensorboard = True  # where TensorFlow is installed
+    config.profile_steps = 0  # trace so many steps, from the 10th on, into WORKDIR/profile
+    config.checkpoint = ml_collections.ConfigDict()
+    config.checkpoint.every = 500  # steps; the last step is always saved
+    config.checkpoint.keep = 2  # newest checkpoints
+    config.checkpoint.keep_period = 0  # keep each checkpoint at a multiple of this; 0 for none
+
+    config.sample = sample = ml_collections.ConfigDict()
+    sample.every = 1000  # steps between grids of samples while training; 0 for none
+    sample.sampler = "ddim"  # "ddim" or "ddpm"
+    sample.num_steps = 50
+    sample.eta = 0.0  # of DDIM
+    sample.guidance = 1.0  # scale of classifier-free guidance; 1 for none
+    sample.batch_size = 600
+    sample.num = 1797  # how many --mode sample and --mode evaluate draw
+    config.evaluation = ml_collections.ConfigDict()
+    config.evaluation.features = "digits"  # what measures the distance; "" for none
+    return config
