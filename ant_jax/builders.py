@@ -54,9 +54,9 @@ def init_params(model: DiT, image_shape: tuple[int, int, int], seed: int) -> dic
     """The model's parameters before training."""
     label = jnp.zeros(1, jnp.int32) if model.num_classes else None
     init = jax.jit(model.init)
-    return init(
-        jax.random.key(seed), jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32), label
-    )["params"]
+    return init(jax.random.key(seed), jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32), label)[
+        "params"
+    ]
 
 
 def build_method(config: ConfigDict, log_snr: np.ndarray) -> Method:

@@ -37,7 +37,9 @@ def _number(low, high=float("inf"), *, above=False):
     if high < float("inf"):
         words += f" and <= {high:g}"
     return Rule(
-        (int, float), lambda value: (value > low if above else value >= low) and value <= high, words
+        (int, float),
+        lambda value: (value > low if above else value >= low) and value <= high,
+        words,
     )
 
 
@@ -179,40 +181,37 @@ def _validate_together(flat):
         )
 
 
-def check_workdir(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """Refuses a workdir whose run had other settings; a new one gets its ``config.json``.
+def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """Checks that a config describes the run that a workdir holds.
+
+    Settings that don't change the parameters, such as ``log_every``, may differ; so may
+    ``num_steps`` where the learning rate does not depend on it.
 
     Raises:
-      ValueError: naming the settings that differ and both values. Settings that don't change the
-        parameters, such as ``log_every``, may differ; so may ``num_steps`` where the learning rate
-        does not depend on it.
+      ValueError: naming the settings that differ and both values.
     """
+    there, now = flatten(saved), flatten(config)
+    free = _FREE + (("num_steps",) if now["optimizer.schedule"] == "constant" else ())
+    differing = [
+        f"  config.{name}: {there.get(name, 'not set')!r} there, {now.get(name, 'not set')!r} now"
+        for name in sorted(there.keys() | now.keys())
+        if there.get(name) != now.get(name) and not name.startswith(free)
+    ]
+    if differing:
+        raise ValueError(
+            f"the run in {workdir} has another config:\n"
+            + "\n".join(differing)
+            + "\nchoose another --workdir, or the same settings"
+        )
+
+
+def save(config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """Writes ``config.json``, by which a workdir describes itself."""
+    content = json.dumps(config.to_dict(), indent=2) + "\n"
+    write_bytes(Path(workdir) / "config.json", content.encode())
+
+
+def load(workdir: str | os.PathLike) -> ConfigDict | None:
+    """The config of the run in a workdir; None if there is no run."""
     path = Path(workdir) / "config.json"
-    flat = flatten(config)
-    if path.exists():
-        saved = flatten(json.loads(path.read_text()))
-        free = _FREE + (("num_steps",) if flat["optimizer.schedule"] == "constant" else ())
-        differing = [
-            f"  config.{name}: {saved.get(name, 'not set')!r} there, {flat.get(name, 'not set')!r} now"
-            for name in sorted(saved.keys() | flat.keys())
-            if saved.get(name) != flat.get(name) and not name.startswith(free)
-        ]
-        if differing:
-            raise ValueError(
-                f"the run in {workdir} has another config:\n"
-                + "\n".join(differing)
-                + "\nchoose another --workdir, or the same settings"
-            )
-    write_bytes(path, (json.dumps(config.to_dict(), indent=2) + "\n").encode())
-
-
-def load(workdir: str | os.PathLike) -> ConfigDict:
-    """The config of the run in a workdir.
-
-    Raises:
-      FileNotFoundError: if there is none.
-    """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"no run in {workdir}: {path} is missing")
-    return ConfigDict(json.loads(path.read_text()))
+    return ConfigDict(json.loads(path.read_text())) if path.exists() else None

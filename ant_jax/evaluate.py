@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
@@ -26,10 +25,7 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
     labels = None if batches[0][1] is None else np.concatenate([labels for _, labels in batches])
     path = workdir / "samples" / f"{step:08d}.npz"
     sampling.save_npz(path, images, labels)
-    columns = max(10, 2 * images.shape[0] ** 0 * 10)
-    scale = max(1, 32 // images.shape[1])
-    grid = sampling.image_grid(images[:100], columns=columns // 2, scale=scale)
-    sampling.save_png(path.with_suffix(".png"), grid)
+    sampling.save_png(path.with_suffix(".png"), sampling.image_grid(images[: sampling.GRID]))
     logging.info("%d samples: %s and %s", len(images), path, path.with_suffix(".png"))
     return path
 
@@ -57,11 +53,18 @@ def evaluate(config: ConfigDict, workdir: Path, step: int | None = None) -> dict
 
 def _draw(config, workdir, step):
     saved = config_lib.load(workdir)
+    if saved is None:
+        raise FileNotFoundError(f"no run in {workdir}: train first")
     config_lib.check_same(saved, config, workdir)
     experiment = train.build(config)
     step, params = train.restore_ema(config, experiment, workdir, step)
-    batches = sampling.sample_batches(
-        config, experiment.model, params, experiment.process, experiment.image_shape, config.sample.num
-    )
     logging.info("drawing %d samples from step %d", config.sample.num, step)
-    return step, batches
+    drawn = sampling.sample_batches(
+        config,
+        experiment.model,
+        params,
+        experiment.process,
+        experiment.image_shape,
+        config.sample.num,
+    )
+    return step, drawn

@@ -7,9 +7,16 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", "configs/digits.py", "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
-)
+from ant_jax import config as config_lib
+from ant_jax.metrics import quiet_console
+
+try:
+    _CONFIG = config_flags.DEFINE_config_file(
+        "config", "configs/digits.py", "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
+    )
+except (KeyError, TypeError, OSError) as error:
+    # Defining the flag already reads the file and applies the overrides.
+    sys.exit(f"--config: {' '.join(map(str, error.args))}")
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default runs/CONFIG-METHOD-CLUSTERS-SEED."
 )
@@ -24,29 +31,36 @@ def main(argv: list[str]) -> None:
     """Dispatches to the mode."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; settings are --config.NAME=VALUE")
-    logging.get_absl_handler().setFormatter(None)
+    quiet_console()
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
-    config = _CONFIG.value
-    workdir = Path(_WORKDIR.value or default_workdir(config))
     # Imported late, so that --help and a mistyped flag answer at once.
     from ant_jax import evaluate, train
 
-    run = {"train": train.train, "sample": evaluate.sample, "evaluate": evaluate.evaluate}
+    config = _CONFIG.value
+    workdir = Path(_WORKDIR.value or default_workdir(config))
+    flag = flags.FLAGS["config"]
+    saved = config_lib.load(workdir)
+    if flag.using_default_value and saved is not None:
+        # A workdir describes itself: without --config its own is meant.
+        saved.update_from_flattened_dict(config_flags.get_override_values(flag))
+        config = saved
     logging.info("%s in %s", _MODE.value, workdir)
     try:
         if _MODE.value == "train":
-            run["train"](config, workdir)
+            train.train(config, workdir)
+        elif _MODE.value == "sample":
+            evaluate.sample(config, workdir, _STEP.value)
         else:
-            run[_MODE.value](config, workdir, _STEP.value)
-    except (ValueError, FileNotFoundError, FloatingPointError, RuntimeError) as error:
+            evaluate.evaluate(config, workdir, _STEP.value)
+    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         logging.debug("traceback", exc_info=True)
         sys.exit(f"{type(error).__name__}: {error}")
 
 
 def default_workdir(config) -> str:
     """The workdir of a run that names none."""
-    name = Path(config_flags.get_config_filename(flags.FLAGS["config"])).stem
+    name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
     return f"runs/{name}-{config.method.name}-{config.clusters.cost}-{config.seed}"
 
 

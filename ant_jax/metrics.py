@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from logging import WARNING
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ class Writer:
             return
         path = workdir / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"]
+            lines = [
+                line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"
+            ]
             kept = [line for line in lines if json.loads(line)["step"] <= start_step]
             write_bytes(path, "".join(kept).encode())
         self._file = path.open("a")
@@ -137,6 +140,20 @@ class Progress:
             duration((self._num_steps - step) / speed),
         )
         return speed
+
+
+def quiet_console() -> None:
+    """Plain lines of our own on the console; of the libraries', warnings and errors only."""
+    handler = logging.get_absl_handler()
+    handler.setFormatter(None)
+    logging.set_verbosity(logging.INFO)
+    libraries = ("orbax", "tensorflow", "clu", "grain", "jax")
+
+    def ours(record):
+        parts = Path(record.pathname).parts
+        return record.levelno >= WARNING or not any(name in parts for name in libraries)
+
+    handler.addFilter(ours)
 
 
 def duration(seconds: float) -> str:

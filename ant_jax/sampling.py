@@ -19,6 +19,8 @@ from ant_jax.models.dit import DiT
 # Keeps the keys of samples apart from those of the train step, which start from the bare seed.
 _SAMPLE_STREAM = 1 << 30
 
+GRID = 100  # samples in a grid
+
 
 def sample_batches(
     config: ConfigDict,
@@ -74,18 +76,17 @@ def sample_batches(
         yield images[:keep], None if labels is None else np.asarray(labels)[:keep]
 
 
-def image_grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 2) -> np.ndarray:
-    """Lays images out row by row.
+def image_grid(images: np.ndarray) -> np.ndarray:
+    """Lays images out in rows of ten, white between them, small ones enlarged.
 
     Args:
       images: uint8 (n, H, W, C) with C = 1 or 3.
-      columns: images a row.
-      scale: each pixel is drawn as scale x scale.
-      gap: pixels of white between images.
 
     Returns:
       uint8 (height, width, 3).
     """
+    columns, gap = 10, 2
+    scale = max(1, 32 // images.shape[1])
     images = images.repeat(scale, 1).repeat(scale, 2)
     n, height, width, _ = images.shape
     rows = -(-n // columns)
@@ -109,4 +110,3 @@ def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
     stream = io.BytesIO()
     np.savez(stream, *([images] if labels is None else [images, labels]))
     write_bytes(path, stream.getvalue())
-

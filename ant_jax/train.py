@@ -27,7 +27,6 @@ from ant_jax.train_step import (
 )
 
 _PROFILE_START = 10
-_GRID = 100
 
 
 class Experiment(NamedTuple):
@@ -133,8 +132,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     workdir = Path(workdir)
     experiment = build(config)
     method, process = experiment.method, experiment.process
+    saved_config = config_lib.load(workdir)
+    if saved_config is not None:
+        config_lib.check_same(saved_config, config, workdir)
     if jax.process_index() == 0:
-        config_lib.check_workdir(config, workdir)
+        config_lib.save(config, workdir)
     devices = jax.local_devices()
     state = new_state(config, experiment)
     checkpoints = checkpoint.Checkpointer(
@@ -220,7 +222,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 collect()
                 checkpoints.save(step, state)
                 saved = step
-            if config.sample.every and (step % config.sample.every == 0 or step == config.num_steps):
+            if config.sample.every and (
+                step % config.sample.every == 0 or step == config.num_steps
+            ):
                 _write_grid(config, experiment, state.ema_params, workdir, writer, step)
                 progress.restart(step)
             if stopping and step < config.num_steps:
@@ -232,13 +236,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 def _write_grid(config, experiment, ema_params, workdir, writer, step):
     if jax.process_index() != 0:
         return
-    _, _, model, process, _ = experiment
+    _, image_shape, model, process, _ = experiment
     drawn = sampling.sample_batches(
-        config, model, ema_params, process, experiment.image_shape, min(_GRID, config.sample.num)
+        config, model, ema_params, process, image_shape, min(sampling.GRID, config.sample.num)
     )
-    images = np.concatenate([images for images, _ in drawn])
-    scale = max(1, 32 // experiment.image_shape[0])
-    grid = sampling.image_grid(images, columns=10, scale=scale)
+    grid = sampling.image_grid(np.concatenate([images for images, _ in drawn]))
     path = workdir / "samples" / f"{step:08d}.png"
     sampling.save_png(path, grid)
     writer.image(step, "samples", grid)

@@ -353,9 +353,7 @@ def _masked_gradients(cluster_losses, params, part, k):
 def _grouped_gradients(per_example_losses, params, part, inverse_counts, form):
     """The k gradients of one stratified part, each from its own cluster's examples."""
     k = inverse_counts.size
-    grouped = jax.tree.map(
-        lambda leaf: leaf.reshape(-1, k, *leaf.shape[1:]).swapaxes(0, 1), part
-    )
+    grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, k, *leaf.shape[1:]).swapaxes(0, 1), part)
 
     def loss_and_gradient(group, inverse_count):
         loss = lambda p: jnp.sum(per_example_losses(p, group)) * inverse_count

@@ -144,11 +144,11 @@ def test_cotangent_path_equals_combine_on_stacked_gradients(params, batch, metho
     for _ in range(3):
         losses = jnp.asarray([0.1, 1.0, 3.0, 9.0])
         warm = warm._replace(
-            weighting_state=weighting.weigh(losses, None, jnp.ones(K, bool), warm.weighting_state)[1]
+            weighting_state=weighting.weigh(losses, None, jnp.ones(K, bool), warm.weighting_state)[
+                1
+            ]
         )
-    got, state, _ = gradient(
-        params, batch, weighting, timesteps=timesteps, method_state=warm
-    )
+    got, state, _ = gradient(params, batch, weighting, timesteps=timesteps, method_state=warm)
     ex = draw(batch, timesteps)
     cluster = np.searchsorted(BOUNDARIES, ex.t, side="right") - 1
     masks = cluster == np.arange(K)[:, None]
@@ -161,9 +161,7 @@ def test_cotangent_path_equals_combine_on_stacked_gradients(params, batch, metho
         stacked, warm, losses=losses, present=jnp.asarray(masks.any(1))
     )
     assert_close(got, want)
-    for a, b in zip(
-        jax.tree.leaves(state.method_state), jax.tree.leaves(want_state), strict=True
-    ):
+    for a, b in zip(jax.tree.leaves(state.method_state), jax.tree.leaves(want_state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
@@ -212,9 +210,7 @@ def test_devices_do_not_change_the_step(params, batch, method):
     )
     for n in (2, 4, 8):
         # out_axes=0 shows every replica; None would hide a forgotten collective.
-        mapped = jax.pmap(
-            step, "devices", in_axes=(None, 0), out_axes=0, devices=jax.devices()[:n]
-        )
+        mapped = jax.pmap(step, "devices", in_axes=(None, 0), out_axes=0, devices=jax.devices()[:n])
         split = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
         replicas = jax.device_get(mapped(ts.replicate(state, jax.devices()[:n]), split))
         for leaf in jax.tree.leaves(replicas):

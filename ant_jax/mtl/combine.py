@@ -71,7 +71,9 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
         for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
             if leaf.ndim < 1 or leaf.shape[0] != k:
                 name = jax.tree_util.keystr(path)
-                raise ValueError(f"leaf {name} of shape {leaf.shape} has no leading axis of k = {k}")
+                raise ValueError(
+                    f"leaf {name} of shape {leaf.shape} has no leading axis of k = {k}"
+                )
         if present is None:
             present = jnp.ones(k, bool)
         if axis_name is not None:
@@ -87,4 +89,3 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
 def _weighted_sum(weights, leaf):
     total = jnp.einsum("k,k...->...", weights, leaf.astype(jnp.float32), precision="highest")
     return total.astype(leaf.dtype)
-

@@ -24,9 +24,7 @@ class Weighting(NamedTuple):
     """
 
     init: Callable[[], State]
-    weigh: Callable[
-        [jax.Array | None, jax.Array | None, jax.Array, State], tuple[jax.Array, State]
-    ]
+    weigh: Callable[[jax.Array | None, jax.Array | None, jax.Array, State], tuple[jax.Array, State]]
     k: int
     needs_gram: bool
     needs_losses: bool

@@ -1,0 +1,218 @@
+"""ANT against vanilla training on handwritten digits: ``python -m experiments.demo``.
+
+Trains each method from the same seed with the same batches and steps, draws samples from each, and
+prints how far they are from real digits. A finished run is not done again; an interrupted one goes
+on from its checkpoint.
+"""
+
+import json
+import time
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from absl import app, flags, logging
+
+from ant_jax import builders, evaluate, sampling
+from ant_jax import train as trainer
+from ant_jax.config import RULES
+from ant_jax.files import write_bytes
+from ant_jax.metrics import duration, quiet_console
+from configs import digits
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+_METHODS = flags.DEFINE_list("methods", ["vanilla", "nash"], "Methods to compare.")
+_CLUSTERS = flags.DEFINE_string("clusters", "snr", "What clusters the timesteps.")
+_SEEDS = flags.DEFINE_list("seeds", ["0"], "Seeds of each method.")
+_STEPS = flags.DEFINE_integer("num_steps", 3000, "Steps of each run.", lower_bound=1)
+_EVERY = flags.DEFINE_integer("every", 1000, "Steps between measurements.", lower_bound=1)
+_OUT = flags.DEFINE_string("out", "runs/demo", "Where the runs, the table and the picture go.")
+
+_COLUMNS = ("method", "steps", "ms per step", "Frechet distance", "label accuracy", "time")
+
+
+def main(argv):
+    del argv
+    quiet_console()
+    unknown = [name for name in _METHODS.value if not RULES["method.name"].holds(name)]
+    if unknown:
+        raise app.UsageError(f"--methods={unknown[0]}: must be {RULES['method.name'].allowed}")
+    out = Path(_OUT.value)
+    begin = time.perf_counter()
+    runs = [(method, int(seed)) for seed in _SEEDS.value for method in _METHODS.value]
+    results = []
+    for i, (method, seed) in enumerate(runs):
+        elapsed = time.perf_counter() - begin
+        eta = f", about {duration(elapsed / i * (len(runs) - i))} left" if i else ""
+        logging.info("--- run %d of %d: %s, seed %d%s", i + 1, len(runs), method, seed, eta)
+        results.append(run(method, seed, out / f"{method}-{seed}"))
+    table = make_table(results)
+    write_bytes(out / "table.md", table.encode())
+    picture = out / "demo.png"
+    draw(results, picture)
+    floor = results[0]["evaluations"][-1]["real_frechet_distance"]
+    accuracy = results[0]["evaluations"][-1]["classifier_test_accuracy"]
+    print(f"\n{table}")
+    print(
+        f"Frechet distance in the features of a classifier that labels {accuracy:.1%} of held-out "
+        f"digits correctly;\nreal held-out digits are at {floor:.2f}. Lower is better. "
+        "Label accuracy: share of samples the classifier\nrecognises as the digit asked for."
+    )
+    print(f"picture: {picture}\ntook {duration(time.perf_counter() - begin)}")
+
+
+def make_config(method, seed):
+    config = digits.get_config(f"{method},{_CLUSTERS.value}")
+    config.seed = seed
+    config.num_steps = _STEPS.value
+    config.checkpoint.keep_period = _EVERY.value
+    config.checkpoint.every = min(config.checkpoint.every, _EVERY.value)
+    config.sample.every = 0
+    config.tensorboard = False
+    return config
+
+
+def run(method, seed, workdir):
+    """Trains and measures one run; its result is kept in a file."""
+    path = workdir / "result.json"
+    config = make_config(method, seed)
+    steps = sorted({*range(_EVERY.value, _STEPS.value, _EVERY.value), _STEPS.value})
+    if path.exists():
+        result = json.loads(path.read_text())
+        if [row["step"] for row in result["evaluations"]] == steps:
+            logging.info("finished before: %s", path)
+            return result
+    begin = time.perf_counter()
+    trainer.train(config, workdir)
+    seconds = time.perf_counter() - begin
+    result = {
+        "method": method,
+        "seed": seed,
+        "workdir": str(workdir),
+        "seconds": seconds,
+        "evaluations": [evaluate.evaluate(config, workdir, step) for step in steps],
+    }
+    evaluate.sample(config, workdir)
+    write_bytes(path, json.dumps(result, indent=1).encode())
+    return result
+
+
+def curves(result):
+    """The run's metrics.jsonl as arrays by name."""
+    lines = (Path(result["workdir"]) / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {
+        name: np.array([row[name] for row in rows], float)
+        for name in ("step", "cluster_losses", "weights", "steps_per_second")
+    }
+
+
+def make_table(results):
+    """Markdown, a line for each method and step count; over several seeds mean +- deviation."""
+    lines = [_COLUMNS, ["---"] * len(_COLUMNS)]
+    for method in dict.fromkeys(result["method"] for result in results):
+        group = [result for result in results if result["method"] == method]
+        speed = np.median([np.median(curves(result)["steps_per_second"]) for result in group])
+        for i, row in enumerate(group[0]["evaluations"]):
+            last = i == len(group[0]["evaluations"]) - 1
+            rows = [result["evaluations"][i] for result in group]
+            lines.append(
+                [
+                    method,
+                    row["step"],
+                    f"{1000 / speed:.1f}",
+                    _mean([row["frechet_distance"] for row in rows], 2),
+                    _mean([row["label_accuracy"] for row in rows], 3),
+                    duration(np.mean([result["seconds"] for result in group])) if last else "",
+                ]
+            )
+    widths = [max(len(str(line[i])) for line in lines) for i in range(len(_COLUMNS))]
+    text = (
+        "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
+        for line in lines
+    )
+    return " |\n".join(text) + " |\n"
+
+
+def _mean(values, digits):
+    text = f"{np.mean(values):.{digits}f}"
+    return text if len(values) == 1 else f"{text} +- {np.std(values, ddof=1):.{digits}f}"
+
+
+def draw(results, path):
+    """Sample grids of two methods, losses, weights, distances, and the clusters over log-SNR."""
+    first, last = results[0], results[min(len(results), len(_METHODS.value)) - 1]
+    config = make_config(last["method"], 0)
+    process = builders.build_diffusion(config)
+    boundaries = builders.build_method(config, process.log_snr).boundaries
+    k = len(boundaries) - 1
+    colours = plt.colormaps["viridis"](np.linspace(0, 0.9, k))
+    figure = plt.figure(figsize=(15, 9), layout="constrained")
+    axes = figure.subplot_mosaic(
+        [["first", "last", "clusters"], ["losses", "weights", "distance"]],
+        height_ratios=[1.25, 1],
+    )
+    for place, result in (("first", first), ("last", last)):
+        with np.load(Path(result["workdir"]) / "samples" / f"{_STEPS.value:08d}.npz") as samples:
+            grid = sampling.image_grid(samples["arr_0"][: sampling.GRID])
+        axes[place].imshow(grid)
+        axes[place].set_axis_off()
+        row = result["evaluations"][-1]
+        axes[place].set_title(
+            f"{result['method']}, {row['step']} steps: distance {row['frechet_distance']:.2f}, "
+            f"accuracy {row['label_accuracy']:.1%}\n(columns: asked for 0 to 9)"
+        )
+    ax = axes["clusters"]
+    for i in range(k):
+        ax.axvspan(boundaries[i], boundaries[i + 1], color=colours[i], alpha=0.35)
+    ax.plot(process.log_snr, color="black")
+    ax.set(
+        title=f"{k} {config.clusters.cost} clusters of timesteps",
+        xlabel="timestep t",
+        ylabel="log-SNR",
+        xlim=(0, process.num_timesteps),
+    )
+    for result, style in ((first, "--"), (last, "-")):
+        data = curves(result)
+        for i in range(k):
+            label = f"t in [{boundaries[i]}, {boundaries[i + 1]})" if style == "-" else None
+            axes["losses"].plot(
+                data["step"], data["cluster_losses"][:, i], style, color=colours[i], label=label
+            )
+    axes["losses"].set(
+        title=f"cluster losses ({last['method']} solid, {first['method']} dashed)",
+        xlabel="step",
+        yscale="log",
+    )
+    axes["losses"].legend(fontsize="small")
+    data = curves(last)
+    for i in range(k):
+        axes["weights"].plot(data["step"], data["weights"][:, i], color=colours[i])
+    axes["weights"].set(
+        title=f"weights of the clusters, {last['method']}", xlabel="step", yscale="log"
+    )
+    for method in dict.fromkeys(result["method"] for result in results):
+        group = [r["evaluations"] for r in results if r["method"] == method]
+        steps = [row["step"] for row in group[0]]
+        distances = np.array([[row["frechet_distance"] for row in rows] for rows in group])
+        spread = distances.std(0, ddof=1) if len(group) > 1 else None
+        axes["distance"].errorbar(
+            steps, distances.mean(0), spread, marker="o", capsize=3, label=method
+        )
+    floor = first["evaluations"][-1]["real_frechet_distance"]
+    axes["distance"].axhline(floor, color="grey", linestyle=":", label="real held-out digits")
+    axes["distance"].set(
+        title=f"Frechet distance to real digits, {len(_SEEDS.value)} seed(s)",
+        xlabel="step",
+        yscale="log",
+    )
+    axes["distance"].legend(fontsize="small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    app.run(main)
