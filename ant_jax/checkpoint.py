@@ -161,8 +161,8 @@ def restore(
 
 def _verify(path: Path):
     try:
-        expected = json.loads((path / _CHECKSUMS).read_text())
-    except (OSError, ValueError) as error:
+        expected = dict(json.loads((path / _CHECKSUMS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise CorruptCheckpointError(f"checkpoint {path} has no readable checksums") from error
     found = _checksums(path)
     wrong = sorted(

@@ -9,8 +9,8 @@ from ant_jax.mtl.weighting import Weighting, check_k
 def projection_orders(seed: int, count: jax.Array, k: int) -> jax.Array:
     """Orders in which each gradient is projected on the others, int32 of shape (k, k).
 
-    Row i is a random permutation of all k clusters; projecting a gradient on itself is no conflict,
-    so i's own place in it has no effect. A function of the seed and the call count alone.
+    Row i is a random permutation of all k clusters, of which i itself is passed over. A function of
+    the seed and the call count alone.
     """
     key = jax.random.fold_in(jax.random.key(seed), count)
     return jax.vmap(lambda key: jax.random.permutation(key, k))(jax.random.split(key, k))
@@ -40,7 +40,7 @@ def pcgrad(k: int, seed: int = 0) -> Weighting:
     def surgery(i, order, gram, present):
         def project(coefficients, j):
             inner = jnp.dot(gram[j], coefficients, precision="highest")
-            conflict = (inner < 0) & present[j] & (gram[j, j] > 0)
+            conflict = (inner < 0) & (j != i) & present[j] & (gram[j, j] > 0)
             shift = jnp.where(conflict, inner / jnp.where(conflict, gram[j, j], 1), 0)
             return coefficients.at[j].add(-shift), None
 

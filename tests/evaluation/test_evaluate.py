@@ -71,12 +71,24 @@ def test_accuracy_counts_the_labelled_samples_only(model, test_split):
 def test_real_floor(model):
     floor = evaluation.real_floor(model)
     assert floor == evaluation.real_floor(model)
-    assert (floor["num_samples"], floor["halves_num_samples"]) == (300, 748)
+    assert floor["num_samples"] == 300
     train, held_out = (moments(model.features(data.digits(s).images)) for s in ("train", "test"))
     expected = frechet_distance(held_out.mean, covariance(held_out), train.mean, covariance(train))
     assert floor["frechet_distance"] == pytest.approx(expected, rel=1e-9)
-    # The bias of few images: halves of the training images are not at distance zero.
-    assert 0 < floor["halves_frechet_distance"] < 5 * floor["frechet_distance"]
+    metrics = evaluation.sample_metrics([(data.digits("test").images, None)], model)
+    assert metrics["group_frechet_distance"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_groups_are_as_large_as_the_held_out_images(model):
+    images = data.digits("train").images
+    metrics = evaluation.sample_metrics([(images[:450], None), (images[450:], None)], model)
+    train = moments(model.features(images))
+    groups = [moments(model.features(images[i : i + 300])) for i in range(0, 1200, 300)]
+    expected = [
+        frechet_distance(g.mean, covariance(g), train.mean, covariance(train)) for g in groups
+    ]
+    assert metrics["group_frechet_distance"] == pytest.approx(np.mean(expected), rel=1e-9)
+    assert "group_frechet_distance" not in evaluation.sample_metrics([(images[:299], None)], model)
 
 
 def test_errors(model, test_split):

@@ -1,0 +1,188 @@
+"""Nash-MTL: the bargaining solution on hard Gram matrices, stale solutions, the clip."""
+
+import functools
+
+import gradients as sets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ant_jax import mtl
+from ant_jax.mtl.nash import NashState, bargaining_solution
+
+KS = range(2, 9)
+
+
+def _regularised(gram):
+    """G with 1e-6 added to its unit diagonal, float64."""
+    gram = np.asarray(gram, np.float64)
+    return gram + 1e-6 * gram * np.eye(gram.shape[-1])
+
+
+def _check(gram, alpha):
+    """Largest |alpha_i (G alpha)_i - 1| of each matrix, and how much rounding alpha moves it."""
+    alpha = np.asarray(alpha, np.float64)
+    active = np.einsum("nii->ni", gram) > 0
+    assert np.isfinite(alpha).all()
+    np.testing.assert_array_equal(alpha > 0, active)
+    regularised = _regularised(gram)
+    residual = alpha * np.einsum("nij,nj->ni", regularised, alpha) - 1
+    floor = 2.0**-24 * alpha * np.einsum("nij,nj->ni", abs(regularised), alpha)
+    return np.where(active, abs(residual), 0).max(1), floor.max(1)
+
+
+@functools.cache
+def _weigh(k):
+    """Weights of Nash for a batch of Gram matrices, all present, from the first state."""
+    weighting = mtl.nash(k)
+    weigh = lambda gram: weighting.weigh(None, gram, jnp.ones(k, bool), weighting.init())[0]  # noqa: E731
+    return jax.jit(jax.vmap(weigh))
+
+
+@pytest.mark.parametrize("k", KS)
+def test_solves_hard_gram_matrices(k):
+    gradients = sets.draw(sets.REGULAR, k)
+    gram = sets.grams(gradients).astype(np.float32)
+    weights = np.asarray(_weigh(k)(gram), np.float64)
+    residual, _ = _check(gram, k * weights)
+    assert residual.max() < 1e-3
+    # |sum_i alpha_i g_i|^2 = alpha^T G alpha is the number of gradients that bargain.
+    update = np.einsum("nk,nkp->np", weights, gradients)
+    bargaining = (np.einsum("nii->ni", gram) > 0).sum(1)
+    np.testing.assert_allclose(np.linalg.norm(update, axis=1), np.sqrt(bargaining) / k, rtol=1e-4)
+
+
+@pytest.mark.parametrize("k", KS)
+def test_stays_at_the_rounding_floor_for_opposed_gradients(k):
+    """Where positive multiples of the gradients cancel, b = alpha |g| is about 1/sqrt(1e-6) = 1000.
+
+    Then float32 has no alpha of residual below 1e-3: rounding alpha to it moves alpha_i (G alpha)_i
+    by 2^-24 alpha_i (|G| |alpha|)_i, about 0.1. The test below shows that this is all the error.
+    """
+    gram = sets.grams(sets.draw(sets.OPPOSED, k)).astype(np.float32)
+    weights = _weigh(k)(gram)
+    residual, floor = _check(gram, k * np.asarray(weights))
+    assert (residual <= 4 * floor + 1e-3).all()
+
+
+def test_solves_opposed_gradients_too_in_float64():
+    """The same code, all k at once: a smaller set is padded by garbage that is not active."""
+    grams, active = [], []
+    for k in KS:
+        gram = sets.grams(sets.draw(sets.REGULAR + sets.OPPOSED, k))
+        padding = ((0, 0), (0, 8 - k), (0, 8 - k))
+        grams.append(np.pad(gram, padding, constant_values=-7))
+        active.append(np.einsum("nii->ni", grams[-1]) > 0)
+    grams, active = np.concatenate(grams), np.concatenate(active)
+    with jax.enable_x64(True):
+        alpha = jax.jit(jax.vmap(bargaining_solution))(jnp.asarray(grams), jnp.asarray(active))
+    assert alpha.dtype == np.float64
+    residual, _ = _check(np.where(active[:, :, None] & active[:, None], grams, 0), alpha)
+    assert residual.max() < 1e-3
+
+
+def test_two_tasks_in_closed_form():
+    """With unit diagonal and cosine c, alpha_i = 1 / (|g_i| sqrt(1 + c))."""
+    gram = np.array([[4.0, -3.0], [-3.0, 9.0]], np.float32)
+    expected = 1 / np.sqrt(np.diag(gram) * (1 - 0.5))
+    np.testing.assert_allclose(2 * _weigh(2)(gram[None])[0], expected, rtol=1e-5)
+
+
+def test_one_task_gives_the_unit_gradient():
+    gram = np.float32([[[1e-8]], [[1]], [[1e8]], [[0]]])
+    np.testing.assert_allclose(_weigh(1)(gram)[:, 0], [1e4, 1, 1e-4, 0], rtol=1e-5)
+
+
+def test_update_is_invariant_to_the_scale_of_a_loss():
+    k = 5
+    gradients = sets.draw([sets._random], k, n=50)
+    scales = 10 ** np.random.default_rng(0).uniform(-3, 3, size=(50, k, 1))
+    updates = []
+    for g in (gradients, scales * gradients):
+        weights = np.asarray(_weigh(k)(sets.grams(g).astype(np.float32)), np.float64)
+        updates.append(np.einsum("nk,nkp->nkp", weights, g))
+    np.testing.assert_allclose(updates[0], updates[1], atol=1e-4 * abs(updates[0]).max())
+
+
+def test_solution_is_never_clipped_when_renewed_every_time():
+    k = 5
+    gram = sets.grams(sets.draw(sets.REGULAR, k)).astype(np.float32)
+    free = mtl.nash(k, max_norm=np.inf)
+    present = jnp.ones(k, bool)
+    expected = jax.jit(jax.vmap(lambda g: free.weigh(None, g, present, free.init())[0]))(gram)
+    np.testing.assert_array_equal(_weigh(k)(gram), expected)
+
+
+def test_renews_every_third_call_and_clips_stale_solutions():
+    k = 4
+    rng = np.random.default_rng(0)
+    weighting = mtl.nash(k, update_every=3, max_norm=0.4)
+    weigh = jax.jit(weighting.weigh)
+    state, clipped = weighting.init(), []
+    for call in range(9):
+        g = 10 ** rng.uniform(-1, 1) * rng.normal(size=(k, 20))
+        gram = np.float32(g @ g.T)
+        before = state.alpha
+        weights, state = weigh(None, gram, jnp.ones(k, bool), state)
+        assert state.count == call + 1
+        if call % 3 == 0:
+            residual, _ = _check(gram[None], state.alpha[None])
+            assert residual < 1e-3
+        else:
+            np.testing.assert_array_equal(state.alpha, before)
+        # The norm is that of the weights on the Gram matrix of this call.
+        free = np.asarray(state.alpha) / k
+        norm = np.linalg.norm(free @ g)
+        clipped.append(norm > 0.4)
+        np.testing.assert_allclose(weights, free * min(1, 0.4 / norm), rtol=1e-4)
+    assert any(clipped) and not all(clipped)
+
+
+BAD = {
+    "nan everywhere": np.full((3, 3), np.nan),
+    "nan pair": [[1, np.nan, 0], [np.nan, 1, 0], [0, 0, 1]],
+    "inf": np.diag([np.inf, 1, 1]) + np.inf * np.ones((3, 3)),
+}
+
+
+@pytest.fixture(scope="module")
+def weigh3():
+    return jax.jit(mtl.nash(3).weigh)
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_keeps_the_previous_solution_where_there_is_no_finite_one(weigh3, bad):
+    present = jnp.ones(3, bool)
+    alpha = jnp.float32([1, 2, 3])
+    _, state = weigh3(None, jnp.float32(BAD[bad]), present, NashState(alpha, jnp.int32(4)))
+    np.testing.assert_array_equal(state.alpha, alpha)
+    assert state.count == 5
+    # From the first state on nothing that is not finite enters it, and the next call recovers.
+    _, state = weigh3(None, jnp.float32(BAD[bad]), present, mtl.nash(3).init())
+    assert np.isfinite(state.alpha).all()
+    weights, _ = weigh3(None, jnp.diag(jnp.float32([1, 4, 16])), present, state)
+    np.testing.assert_allclose(weights, np.float32([1, 1 / 2, 1 / 4]) / 3, rtol=1e-5)
+
+
+def test_first_fallback_is_one_over_the_norm(weigh3):
+    _, state = weigh3(
+        None,
+        jnp.float32([[4, np.nan, 0], [np.nan, 16, 0], [0, 0, 64]]),
+        jnp.ones(3, bool),
+        mtl.nash(3).init(),
+    )
+    np.testing.assert_allclose(state.alpha, [1 / 2, 1 / 4, 1 / 8], rtol=1e-6)
+
+
+def test_cluster_first_seen_between_renewals_starts_at_one_over_its_norm():
+    weighting = mtl.nash(2, update_every=2, max_norm=np.inf)
+    weigh = jax.jit(weighting.weigh)
+    gram = jnp.diag(jnp.float32([4, 16]))
+    weights, state = weigh(None, gram, jnp.array([True, False]), weighting.init())
+    np.testing.assert_allclose(weights, [1 / 2, 0], rtol=1e-5)
+    weights, state = weigh(None, gram, jnp.array([True, True]), state)
+    np.testing.assert_allclose(weights, [1 / 4, 1 / 8], rtol=1e-5)
+    # An absent cluster's solution is kept for its return.
+    _, state = weigh(None, gram, jnp.array([False, True]), state)
+    np.testing.assert_allclose(state.alpha, [1 / 2, 1 / 4], rtol=1e-5)

@@ -1,0 +1,30 @@
+import re
+from pathlib import Path
+
+import numpy as np
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_the_transforms_in_ones_own_loop():
+    """The README's Python block runs as it stands and does what the text beside it says."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 16
+    scope = {}
+    exec(block, scope)
+    combined = scope["state"][0]
+    # Nash's solution: alpha^T G alpha = k, and w = alpha / k.
+    alpha, gram = 2 * np.asarray(combined.weights), np.asarray(combined.gram)
+    np.testing.assert_allclose(alpha * (gram @ alpha), 1, rtol=1e-3)
+    start = np.sum((scope["targets"] - np.zeros(2)) ** 2, 1)
+    assert (np.asarray(scope["losses"]) < start).all()
+
+
+def test_files_and_commands_exist():
+    root = Path(__file__).parent.parent
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (root / target).exists(), target
+    for module in re.findall(r"python -m ([a-z_.]+)", README):
+        assert (root / (module.replace(".", "/") + ".py")).exists(), module
+    for config in re.findall(r"configs/[a-z0-9_]+\.py", README):
+        assert (root / config).exists(), config

@@ -1,0 +1,336 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ant_jax import builders, checkpoint, data, train as trainer
+from configs import digits
+
+ROOT = Path(__file__).parents[1]
+STEPS, STOP = 8, 5
+TINY = {
+    "num_steps": STEPS,
+    "data.batch_size": 16,
+    "diffusion.timesteps": 50,
+    "model.width": 8,
+    "model.depth": 1,
+    "model.heads": 1,
+    "clusters.k": 2,
+    "method.nash_update_every": 3,
+    "optimizer.warmup_steps": 2,
+    "log_every": 1,
+    "tensorboard": False,
+    "checkpoint.every": 2,
+    "sample.every": 0,
+    "sample.num_steps": 2,
+    "sample.batch_size": 8,
+    "sample.num": 11,
+}
+
+
+def tiny(argument="uncertainty", **settings):
+    """A config to train in a blink; settings are names with __ for the dot."""
+    config = digits.get_config(argument)
+    named = {name.replace("__", "."): value for name, value in settings.items()}
+    config.update_from_flattened_dict(TINY | named)
+    return config
+
+
+def assert_same_state(state, expected):
+    assert jax.tree.structure(state) == jax.tree.structure(expected)
+    for (path, leaf), other in zip(
+        jax.tree.leaves_with_path(state), jax.tree.leaves(expected), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert leaf.dtype == other.dtype, name
+        assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes(), name
+
+
+def lines(workdir):
+    """The lines of metrics.jsonl without what differs from run to run: the speed."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row.pop("steps_per_second") > 0
+    return rows
+
+
+def before_batch(monkeypatch, hook):
+    """Calls ``hook(step, batch) -> batch`` on the batch of each step, counted from 1."""
+    make = data.batches
+
+    class Batches:
+        def __init__(self, source, start_step, **settings):
+            self.step, self.inner = start_step, make(source, start_step=start_step, **settings)
+
+        def __next__(self):
+            self.step += 1
+            return hook(self.step, next(self.inner))
+
+        def close(self):
+            self.inner.close()
+
+    monkeypatch.setattr(data, "batches", Batches)
+
+
+def signal_at(step, number):
+    def hook(now, batch):
+        if now == step:
+            os.kill(os.getpid(), number)
+        return batch
+
+    return hook
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Many runs of few programs: each is compiled once."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilation_cache")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", params=["uncertainty", "pcgrad", "nash"])
+def uninterrupted(request, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp(request.param)
+    config = tiny(request.param)
+    return config, workdir, trainer.train(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    return tiny(), workdir, trainer.train(tiny(), workdir)
+
+
+def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(
+    uninterrupted, tmp_path, monkeypatch
+):
+    config, whole, expected = uninterrupted
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        before_batch(patch, signal_at(STOP, signal.SIGTERM))
+        stopped = trainer.train(config, tmp_path)
+    assert int(stopped.step) == STOP
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [4, STOP]
+
+    steps = []
+    before_batch(monkeypatch, lambda step, batch: (steps.append(step), batch)[1])
+    state = trainer.train(config, tmp_path)
+    assert steps == list(range(STOP + 1, STEPS + 1))
+    assert_same_state(state, expected)
+    assert lines(tmp_path) == lines(whole)
+    assert [row["step"] for row in lines(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(finished, tmp_path):
+    config, whole, expected = finished
+    program = (
+        "import signal, sys, pytest; sys.path.insert(0, 'tests'); import test_train as t\n"
+        "t.before_batch(pytest.MonkeyPatch(), t.signal_at(t.STOP, signal.SIGKILL))\n"
+        "t.trainer.train(t.tiny(), sys.argv[1])"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], cwd=ROOT, timeout=100, stderr=subprocess.DEVNULL
+    )
+    assert killed.returncode == -signal.SIGKILL
+    # What else a kill can leave: half a line and half a checkpoint.
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    (tmp_path / "checkpoints" / "partial-6").mkdir()
+    assert_same_state(trainer.train(config, tmp_path), expected)
+    assert lines(tmp_path) == lines(whole)
+    assert os.listdir(tmp_path / "checkpoints").sort() == ["6", "8"].sort()
+
+
+def test_a_finished_run_is_left_alone(finished, monkeypatch):
+    config, workdir, expected = finished
+    content = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    before_batch(monkeypatch, lambda step, batch: pytest.fail("took a step"))
+    free = tiny(log_every=3, sample__num=5, checkpoint__keep=4, tensorboard=True)
+    for again in (config, free):
+        assert_same_state(trainer.train(again, workdir), expected)
+    after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    for path in content.keys() - {workdir / "config.json"}:
+        assert after[path] == content[path], path
+
+
+def test_another_config_is_refused_with_both_values(finished, monkeypatch):
+    _, workdir, _ = finished
+    monkeypatch.setattr(builders, "init_params", lambda *_: pytest.fail("came too late"))
+    with pytest.raises(ValueError) as error:
+        trainer.train(tiny(model__width=12, ema_decay=0.5, log_every=2), workdir)
+    message = str(error.value)
+    assert "config.model.width: 8 there, 12 now" in message
+    assert "config.ema_decay: 0.999 there, 0.5 now" in message
+    assert str(workdir) in message and "log_every" not in message
+    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 8
+
+
+def test_the_run_does_not_depend_on_the_devices_it_is_resumed_on(finished, tmp_path, monkeypatch):
+    config, whole, expected = finished
+    one = jax.devices()[:1]
+
+    def run(devices, workdir, stop):
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "local_devices", lambda: devices)
+            patch.setattr(jax, "device_count", lambda: len(devices))
+            before_batch(patch, signal_at(stop, signal.SIGTERM))
+            state = trainer.train(config, workdir)
+            assert state.params["final"]["kernel"].devices() == set(devices)
+        return state
+
+    for name, devices in (("one first", (one, jax.devices())), ("last", (jax.devices(), one))):
+        run(devices[0], tmp_path / name, 4)
+        state = run(devices[1], tmp_path / name, STEPS)
+        assert int(state.step) == STEPS
+        for row, other in zip(lines(tmp_path / name), lines(whole), strict=True):
+            np.testing.assert_allclose(row["cluster_losses"], other["cluster_losses"], rtol=1e-5)
+        jax.tree.map(
+            lambda leaf, other: np.testing.assert_allclose(leaf, other, rtol=1e-3, atol=1e-4),
+            state.params,
+            expected.params,
+        )
+
+
+def test_a_corrupt_checkpoint_is_passed_over(finished, tmp_path):
+    config, whole, expected = finished
+    trainer.train(tiny(num_steps=4), tmp_path)
+    (tmp_path / "checkpoints" / "4" / "checksums.json").unlink()
+    state = trainer.train(config, tmp_path)
+    assert_same_state(state, expected)
+    assert lines(tmp_path) == lines(whole)
+
+
+def nan_at(step):
+    def hook(now, batch):
+        image = batch["image"] / np.float32(127.5) - 1
+        image[0] = np.nan if now == step else image[0]
+        return batch | {"image": image}
+
+    return hook
+
+
+@pytest.mark.parametrize("method", ["vanilla", "nash"])
+def test_a_loss_that_is_not_finite_stops_the_run(method, tmp_path, monkeypatch):
+    before_batch(monkeypatch, nan_at(6))
+    config = tiny(method, log_every=100, checkpoint__every=4)
+    with pytest.raises(FloatingPointError) as error:
+        trainer.train(config, tmp_path)
+    message = str(error.value)
+    assert message.startswith("step 6: loss nan")
+    assert "cluster losses [nan, " in message or "nan]" in message
+    assert f"last good checkpoint: step 4 in {tmp_path / 'checkpoints'}" in message
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [4]
+    assert os.listdir(tmp_path / "checkpoints") == ["4"]
+
+
+def test_the_message_says_that_there_is_no_good_checkpoint(tmp_path, monkeypatch):
+    before_batch(monkeypatch, nan_at(2))
+    with pytest.raises(FloatingPointError, match="step 2: .*last good checkpoint: none yet"):
+        trainer.train(tiny(), tmp_path)
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == []
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
+    """The loss and gradient of step 4 are finite; what the optimizer makes of them is not."""
+    build = builders.build_optimizer
+    spoil = optax.scale_by_schedule(lambda count: jnp.where(count == 3, jnp.nan, 1.0))
+    monkeypatch.setattr(
+        builders, "build_optimizer", lambda config: optax.chain(build(config), spoil)
+    )
+    with pytest.raises(FloatingPointError, match="last good checkpoint: step 2 "):
+        trainer.train(tiny(), tmp_path)
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [2]
+
+
+def test_a_failing_save_stops_the_run_with_the_reason(tmp_path, monkeypatch):
+    commit = checkpoint.Checkpointer._commit
+
+    def failing(self, partial, final):
+        if final.name == "4":
+            raise OSError(28, "No space left on device")
+        commit(self, partial, final)
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "_commit", failing)
+    with pytest.raises(RuntimeError, match="No space left.*newest complete checkpoint: step 2"):
+        trainer.train(tiny(), tmp_path)
+
+
+def test_a_source_that_fails_does_not_lose_the_last_checkpoint(finished, tmp_path, monkeypatch):
+    def hook(step, batch):
+        if step == 5:
+            raise OSError("cannot read image")
+        return batch
+
+    with monkeypatch.context() as patch:
+        before_batch(patch, hook)
+        with pytest.raises(OSError, match="cannot read image"):
+            trainer.train(tiny(), tmp_path)
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [2, 4]
+    assert_same_state(trainer.train(tiny(), tmp_path), finished[2])
+
+
+def test_the_log_is_the_mean_of_its_interval_and_grids_are_drawn(finished, tmp_path):
+    _, whole, expected = finished
+    config = tiny(log_every=3, sample__every=4, checkpoint__every=100)
+    assert_same_state(trainer.train(config, tmp_path), expected)
+    rows, every = lines(tmp_path), lines(whole)
+    assert [row["step"] for row in rows] == [3, 6, 8]
+    for row, first in zip(rows, (0, 3, 6), strict=True):
+        inside = every[first : row["step"]]
+        assert row["loss"] == pytest.approx(np.mean([step["loss"] for step in inside]))
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [STEPS]
+    assert sorted(os.listdir(tmp_path / "samples")) == ["00000004.png", "00000008.png"]
+
+
+IMPOSSIBLE = {
+    "data.batch_size = 20 must be divisible by the number of devices, 8": {"data__batch_size": 20},
+    "data.batch_size = 24: the per-device batch of 3 must be divisible by 2": {
+        "data__batch_size": 24
+    },
+    "data.batch_size = 16: .* by 4 = 2 microbatches x 2 clusters": {"optimizer__microbatches": 2},
+    "the images of .*digits.* are 8x8": {"data__image_size": 16},
+    "digits has no split 'validation'": {"data__split": "validation"},
+    "config.clusters.k = 60 must not exceed config.diffusion.timesteps = 50": {"clusters__k": 60},
+}
+
+
+@pytest.mark.parametrize("message", IMPOSSIBLE)
+def test_what_cannot_work_is_said_before_anything_is_compiled(message, tmp_path, monkeypatch):
+    monkeypatch.setattr(builders, "init_params", lambda *_: pytest.fail("came too late"))
+    with pytest.raises(ValueError, match=message):
+        trainer.train(tiny(**IMPOSSIBLE[message]), tmp_path)
+    assert os.listdir(tmp_path) == [], "a workdir that says it is a run of this config"
+
+
+def test_the_ema_of_a_step_is_restored(finished, tmp_path):
+    config, workdir, expected = finished
+    experiment = trainer.build(config)
+    step, params = trainer.restore_ema(config, experiment, workdir)
+    assert step == STEPS
+    assert_same_state(params, expected.ema_params)
+    step, earlier = trainer.restore_ema(config, experiment, workdir, 6)
+    assert step == 6
+    assert any(
+        (a != b).any()
+        for a, b in zip(jax.tree.leaves(earlier), jax.tree.leaves(params), strict=True)
+    )
+    with pytest.raises(FileNotFoundError, match="train first"):
+        trainer.restore_ema(config, experiment, tmp_path)
