@@ -1,5 +1,6 @@
 """From a config to the things it names."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -22,22 +23,34 @@ class Method(NamedTuple):
 
 
 def build_diffusion(config: ConfigDict) -> diffusion.GaussianDiffusion:
-    """The noise process with its loss weight."""
+    """The noise process with its loss weight; the same object for the same settings."""
     settings = config.diffusion
-    alphas_bar = diffusion.alphas_bar(settings.schedule, settings.timesteps)
-    log_snr = diffusion.log_snr(alphas_bar)
+    weights = {
+        "none": (),
+        "p2": (settings.p2_k, settings.p2_gamma),
+        "min_snr": (settings.min_snr_gamma,),
+    }
+    name = settings.loss_weight
+    return _diffusion(
+        settings.schedule, settings.timesteps, settings.variance, name, *weights[name]
+    )
+
+
+# Compiled samplers are found again by the identity of the process and the model.
+@functools.cache
+def _diffusion(schedule, timesteps, variance, weight_name, *weight_settings):
+    alphas_bar = diffusion.alphas_bar(schedule, timesteps)
     weight = None
-    if settings.loss_weight == "p2":
-        weight = loss_weights.p2(log_snr, settings.p2_k, settings.p2_gamma)
-    elif settings.loss_weight == "min_snr":
-        weight = loss_weights.min_snr(log_snr, settings.min_snr_gamma)
-    return diffusion.GaussianDiffusion(alphas_bar, settings.variance, weight)
+    if weight_name != "none":
+        weight_function = {"p2": loss_weights.p2, "min_snr": loss_weights.min_snr}[weight_name]
+        weight = weight_function(diffusion.log_snr(alphas_bar), *weight_settings)
+    return diffusion.GaussianDiffusion(alphas_bar, variance, weight)
 
 
 def build_model(config: ConfigDict, channels: int, num_classes: int) -> DiT:
     """The network; ``num_classes`` is that of the data, or 0 for an unconditional model."""
     settings = config.model
-    return DiT(
+    return _dit(
         width=settings.width,
         depth=settings.depth,
         heads=settings.heads,
@@ -48,6 +61,9 @@ def build_model(config: ConfigDict, channels: int, num_classes: int) -> DiT:
         dtype=jnp.dtype(settings.dtype),
         remat=settings.remat,
     )
+
+
+_dit = functools.cache(DiT)
 
 
 def init_params(model: DiT, image_shape: tuple[int, int, int], seed: int) -> dict:

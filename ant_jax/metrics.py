@@ -121,7 +121,7 @@ class Progress:
         self._mark = start_step, time.perf_counter()
 
     def restart(self, step: int) -> None:
-        """Leaves the time since the last line, spent on other things than steps, out of the speed."""
+        """Leaves the time since the last line, not spent on steps, out of the speed."""
         self._mark = step, time.perf_counter()
 
     def line(self, step: int, loss: float) -> float:

@@ -106,7 +106,7 @@ def save_png(path: Path, image: np.ndarray) -> None:
 
 
 def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
-    """Writes samples as the field does: ``arr_0`` uint8 NHWC, ``arr_1`` labels where there are any."""
+    """Writes samples as the field does: ``arr_0`` uint8 NHWC and ``arr_1`` the labels, if any."""
     stream = io.BytesIO()
     np.savez(stream, *([images] if labels is None else [images, labels]))
     write_bytes(path, stream.getvalue())

@@ -1,7 +1,7 @@
 """The train step: a pure per-device function, run by `jax.jit` on one device or `jax.pmap` on many.
 
-`cluster_losses: params -> R^k` is the vectorised mask ``one_hot(cluster, k).T @ per_example / counts``.
-A step draws timesteps and noise, finds the weights w of the cluster losses by the method, and
+`cluster_losses: params -> R^k` is the vectorised mask
+``one_hot(cluster, k).T @ per_example / counts``. A step draws timesteps and noise, finds the weights w of the cluster losses by the method, and
 follows ``J^T w``. Reductions over devices stand outside everything that is differentiated: counts
 are summed first, each device's losses are its sums divided by the global counts, and losses and
 gradients are summed after.

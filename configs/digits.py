@@ -1,4 +1,4 @@
-"""A diffusion transformer on 1797 handwritten digits: the default, no download, minutes on a laptop.
+"""A diffusion transformer on handwritten digits: the default; no download, minutes on a laptop.
 
   python -m ant_jax.main --config configs/digits.py              # Nash-MTL on SNR clusters
   python -m ant_jax.main --config configs/digits.py:vanilla      # the baseline

@@ -63,9 +63,9 @@ def main(argv):
     last = results[-1]["evaluations"][-1]
     print(
         "Frechet distance to the real training digits, lower is better, in the features of a\n"
-        f"classifier that labels {last['classifier_test_accuracy']:.1%} of held-out digits rightly. "
-        "A perfect generator: real held-out digits, as\nmany as in a group, are at "
-        f"{last['real_frechet_distance']:.2f}; compare that with the column of groups of 300.\n"
+        f"classifier that is right on {last['classifier_test_accuracy']:.1%} of held-out digits. "
+        "The 300 held-out real\ndigits are at "
+        f"{last['real_frechet_distance']:.2f}: compare that with the groups of 300 samples.\n"
         "Label accuracy: the share of samples that the classifier takes for the digit asked for."
     )
     print(f"picture: {picture}\ntook {duration(time.perf_counter() - begin)}")

@@ -7,18 +7,6 @@ on log-SNR rather than SNR, which overflows at the ends of a fine schedule.
 import numpy as np
 
 
-def uniform(log_snr: np.ndarray) -> np.ndarray:
-    """Weight 1 at every timestep: the simple loss of Ho et al. 2020, eq. 14.
-
-    Args:
-      log_snr: (T,) log signal-to-noise ratios, in nats.
-
-    Returns:
-      (T,) float64 ones.
-    """
-    return np.ones_like(log_snr, dtype=np.float64)
-
-
 def p2(log_snr: np.ndarray, k: float = 1.0, gamma: float = 1.0) -> np.ndarray:
     r"""P2 weights :math:`1 / (k + \mathrm{SNR}_t)^\gamma` (Choi et al. 2022).
 

@@ -45,14 +45,14 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
 
     Args:
       weighting: the method.
-      axis_name: name of a mapped axis. If given, the updates are this device's contributions and are
-        summed over the axis first; ``losses`` and ``present`` must be global already. The update and
-        the state are the same on all devices.
+      axis_name: name of a mapped axis. If given, the updates are this device's contributions and
+        are summed over the axis first; ``losses`` and ``present`` must be global already. The
+        update and the state are the same on all devices.
 
     Returns:
       An `optax.experimental.aggregating.Aggregator`. Its update takes a pytree with leaves
-      (k, *param_shape), and the extra arguments ``losses`` (k,) and ``present`` (k,) bool (None: all
-      are present), and returns a pytree with leaves (*param_shape) and a `CombineState`.
+      (k, *param_shape), and the extra arguments ``losses`` (k,) and ``present`` (k,) bool (None:
+      all are present), and returns a pytree with leaves (*param_shape) and a `CombineState`.
 
     Raises:
       ValueError: from update, if the method needs losses and none came, or if a leaf's leading axis

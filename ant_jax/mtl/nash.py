@@ -39,8 +39,8 @@ def bargaining_solution(gram: jax.Array, active: jax.Array) -> jax.Array:
     """
     diagonal = jnp.where(active, jnp.diag(gram), 1)
     eye = jnp.eye(diagonal.size, dtype=gram.dtype)
-    # Divided before the root is taken, so that exactly opposed gradients give exactly -1. A row that
-    # is left out becomes a unit vector, which solves to b = 1 on its own.
+    # Divided before the root is taken, so that exactly opposed gradients give exactly -1. A row
+    # that is left out becomes a unit vector, which solves to b = 1 on its own.
     cosines = gram / diagonal[:, None] * jnp.sqrt(diagonal[:, None] / diagonal)
     pairs = active[:, None] & active & (eye == 0)
     unit = eye + jnp.where(pairs, jnp.clip(cosines, -1, 1), 0)
@@ -74,8 +74,8 @@ def nash(k: int, update_every: int = 1, max_norm: float = 1.0) -> Weighting:
 
     :math:`w = \alpha / k` with :math:`G \alpha = 1 / \alpha` (Navon et al., *Multi-Task Learning as
     a Bargaining Game*, ICML 2022, claim 3.1), then clipped to
-    :math:`\| \sum_i w_i g_i \| \le` ``max_norm`` with the current Gram matrix. An exact solution has
-    :math:`\| \sum_i \alpha_i g_i \|^2 = k`, so with ``update_every=1`` the norm is
+    :math:`\| \sum_i w_i g_i \| \le` ``max_norm`` with the current Gram matrix. An exact solution
+    has :math:`\| \sum_i \alpha_i g_i \|^2 = k`, so with ``update_every=1`` the norm is
     :math:`1/\sqrt k` and the clip never fires; it is there for stale solutions. k counts the
     clusters that are present. Clusters without a gradient get weight 0. Where no finite solution is
     found, the previous one is kept, at first :math:`\alpha_i = 1 / \|g_i\|`.

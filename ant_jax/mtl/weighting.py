@@ -11,13 +11,14 @@ State = Any
 class Weighting(NamedTuple):
     """An MTL method as an (init, weigh) pair on k-sized quantities.
 
-    Every method's update direction is ``J^T w`` with ``J`` the k x P Jacobian of the cluster losses;
-    a method only chooses ``w``. Nothing of size P enters it.
+    Every method's update direction is ``J^T w`` with ``J`` the k x P Jacobian of the cluster
+    losses; a method only chooses ``w``. Nothing of size P enters it.
 
     Attributes:
       init: ``() -> state``; the state is any pytree of arrays and is checkpointed.
-      weigh: ``(losses (k,), gram (k, k) | None, present (k,) bool, state) -> (weights (k,), state)``,
-        pure and jittable, in float32. ``gram = J J^T``. Clusters that are not present get weight 0.
+      weigh: ``(losses (k,), gram (k, k), present (k,) bool, state) -> (weights (k,), state)``, pure
+        and jittable, in float32. ``gram = J J^T``; what the method does not need may be None.
+        Clusters that are not present get weight 0.
       k: number of clusters.
       needs_gram: whether `weigh` reads ``gram``; if not, one backward pass is enough.
       needs_losses: whether `weigh` reads ``losses``.

@@ -61,10 +61,6 @@ def test_log_snr():
 LOG_SNR = np.array([8.0, 2.0, math.log(5.0), 0.0, -3.0])
 
 
-def test_uniform_weights():
-    np.testing.assert_array_equal(loss_weights.uniform(LOG_SNR), np.ones(5))
-
-
 @pytest.mark.parametrize(("k", "gamma"), [(1.0, 1.0), (1.0, 0.5), (3.0, 2.0), (2.0, 0.0)])
 def test_p2_weights(k, gamma):
     expected = [1 / (k + math.exp(x)) ** gamma for x in LOG_SNR]
