@@ -13,6 +13,9 @@ from ant_jax import clustering, diffusion, mtl
 from ant_jax.diffusion import loss_weights
 from ant_jax.models.dit import DiT
 
+# Keeps PCGrad's random orders apart from the draws of the train step, which use the bare seed.
+_ORDER_STREAM = 1 << 30
+
 
 class Method(NamedTuple):
     """How the denoising tasks are clustered and balanced; weighting None is vanilla."""
@@ -87,7 +90,7 @@ def build_method(config: ConfigDict, log_snr: np.ndarray) -> Method:
     weighting = {
         "linear": lambda: mtl.linear(k),
         "uncertainty": lambda: mtl.uncertainty(k, settings.uncertainty_learning_rate),
-        "pcgrad": lambda: mtl.pcgrad(k, config.seed),
+        "pcgrad": lambda: mtl.pcgrad(k, config.seed + _ORDER_STREAM),
         "nash": lambda: mtl.nash(k, settings.nash_update_every, settings.nash_max_norm),
     }[settings.name]()
     return Method(boundaries, weighting, settings.timesteps)

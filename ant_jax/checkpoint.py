@@ -22,7 +22,11 @@ _CHECKSUMS = "checksums.json"
 _PARTIAL = "partial-"
 
 
-class CorruptCheckpointError(RuntimeError):
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read."""
+
+
+class CorruptCheckpointError(CheckpointError):
     """A checkpoint's files are not those that were written."""
 
 
@@ -59,8 +63,8 @@ class Checkpointer:
         """Starts saving a pytree of arrays as the checkpoint of a step."""
         self._finish()
         partial = self.directory / f"{_PARTIAL}{step}"
-        self._orbax.save(partial, state)
-        self._pending = self._executor.submit(self._commit, partial, self.directory / str(step))
+        self._orbax.save(partial, _to_global(state))
+        self._pending = self._executor.submit(self._commit, partial, step)
 
     def check(self) -> None:
         """Raises the error of a save that has failed in the background, if any."""
@@ -83,22 +87,25 @@ class Checkpointer:
             except Exception as error:
                 steps = checkpoint_steps(self.directory)
                 newest = f"step {steps[-1]}" if steps else "none"
-                raise RuntimeError(
+                raise CheckpointError(
                     f"saving a checkpoint in {self.directory} failed: {error} "
                     f"(disk full? not writable?); newest complete checkpoint: {newest}"
                 ) from error
 
-    def _commit(self, partial: Path, final: Path):
+    def _commit(self, partial: Path, step: int):
         self._orbax.wait_until_finished()
         if jax.process_index() != 0:
             return
         (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=1))
         _sync(partial / _CHECKSUMS)
         _sync(partial)
-        if final.exists():
-            # Only a corrupt checkpoint, passed over by `restore`, can stand here already.
-            shutil.rmtree(final)
-        partial.rename(final)
+        for later in checkpoint_steps(self.directory):
+            if later >= step:
+                # Passed over by `restore`, or the run would not be at this step again.
+                aside = self.directory / f"corrupt-{later}"
+                shutil.rmtree(aside, ignore_errors=True)
+                (self.directory / str(later)).rename(aside)
+        partial.rename(self.directory / str(step))
         _sync(self.directory)
         self._prune()
 
@@ -135,7 +142,7 @@ def restore(
     Raises:
       CorruptCheckpointError: if there are checkpoints but none of them is intact.
       FileNotFoundError: if the step asked for has no checkpoint.
-      ValueError: if a checkpoint is intact but not of the template's structure.
+      CheckpointError: if a checkpoint is intact but not of the template's structure.
     """
     directory = Path(directory).absolute()
     steps = checkpoint_steps(directory)
@@ -154,9 +161,40 @@ def restore(
             logging.error("%s; trying the one before it", error)
             problems.append(str(error))
             continue
-        with ocp.StandardCheckpointer() as orbax:
-            return candidate, orbax.restore(path, template)
+        try:
+            with ocp.StandardCheckpointer() as orbax:
+                return candidate, _to_local(orbax.restore(path, _to_global(template)), template)
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {path} does not fit this config: {error}") from error
     raise CorruptCheckpointError("no intact checkpoint is left: " + "; ".join(problems))
+
+
+def _to_global(tree: Any) -> Any:
+    """What every process holds as one array over all of them: orbax takes no other."""
+    if jax.process_count() == 1:
+        return tree
+    mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def convert(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    return jax.tree.map(convert, tree)
+
+
+def _to_local(tree: Any, template: Any) -> Any:
+    """The inverse of `_to_global`: arrays placed like the template's."""
+    if jax.process_count() == 1:
+        return tree
+
+    def convert(leaf, like):
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, like.sharding, shards)
+
+    return jax.tree.map(convert, tree, template)
 
 
 def _verify(path: Path):

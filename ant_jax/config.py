@@ -8,12 +8,17 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from ant_jax.files import write_bytes
+
+
+class ConfigError(ValueError):
+    """A setting that can't be, or doesn't fit the data, the devices or the workdir."""
 
 
 class Rule(NamedTuple):
@@ -38,7 +43,9 @@ def _number(low, high=float("inf"), *, above=False):
         words += f" and <= {high:g}"
     return Rule(
         (int, float),
-        lambda value: (value > low if above else value >= low) and value <= high,
+        lambda value: (
+            (value > low if above else value >= low) and value <= high and isfinite(value)
+        ),
         words,
     )
 
@@ -96,6 +103,7 @@ RULES = {
     "checkpoint.every": _integer(1),
     "checkpoint.keep": _integer(1),
     "checkpoint.keep_period": _integer(0),
+    "sample.seed": _integer(0),
     "sample.every": _integer(0),
     "sample.sampler": _one_of("ddim", "ddpm"),
     "sample.num_steps": _integer(1),
@@ -108,7 +116,7 @@ RULES = {
 
 # Settings that a restart in the same workdir may change: they don't touch the parameters.
 _FREE = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "sample.", "evaluation.")
-_FREE += ("data.num_workers", "data.dir")
+_FREE += ("data.num_workers", "data.dir", "diffusion.clip_x0")
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -126,42 +134,41 @@ def validate(config: ConfigDict) -> None:
     """Checks every setting.
 
     Raises:
-      ValueError: naming the setting and what is allowed, for unknown or missing names, wrong types
+      ConfigError: naming the setting and what is allowed, for unknown or missing names, wrong types
         or values, and combinations that can't work.
     """
     flat = flatten(config)
     for name in flat.keys() - RULES.keys():
         near = difflib.get_close_matches(name, RULES, 1)
         hint = f"; did you mean config.{near[0]}?" if near else ""
-        raise ValueError(f"unknown setting config.{name}{hint}")
+        raise ConfigError(f"unknown setting config.{name}{hint}")
     for name, rule in RULES.items():
         if name not in flat:
-            raise ValueError(f"missing setting config.{name}: {rule.allowed}")
+            raise ConfigError(f"missing setting config.{name}: {rule.allowed}")
         value = flat[name]
         # bool is a subclass of int, and True no number of steps.
         of_kind = isinstance(value, rule.kinds) and (bool in rule.kinds) == isinstance(value, bool)
         if not of_kind or not rule.holds(value):
-            raise ValueError(f"config.{name} must be {rule.allowed}, got {value!r}")
+            raise ConfigError(f"config.{name} must be {rule.allowed}, got {value!r}")
     _validate_together(flat)
 
 
 def _validate_together(flat):
     def at_most(name, limit):
         if flat[name] > flat[limit]:
-            raise ValueError(
+            raise ConfigError(
                 f"config.{name} = {flat[name]} must not exceed config.{limit} = {flat[limit]}"
             )
 
     at_most("clusters.k", "diffusion.timesteps")
     at_most("sample.num_steps", "diffusion.timesteps")
-    at_most("optimizer.warmup_steps", "num_steps")
     if flat["model.width"] % 4 or flat["model.width"] % flat["model.heads"]:
-        raise ValueError(
+        raise ConfigError(
             f"config.model.width = {flat['model.width']} must be divisible by 4 and by "
             f"config.model.heads = {flat['model.heads']}"
         )
     if flat["data.image_size"] % flat["model.patch"]:
-        raise ValueError(
+        raise ConfigError(
             f"config.data.image_size = {flat['data.image_size']} must be divisible by "
             f"config.model.patch = {flat['model.patch']}"
         )
@@ -170,14 +177,19 @@ def _validate_together(flat):
         and flat["method.timesteps"] == "uniform"
         and flat["method.gradient_form"] != "masked"
     ):
-        raise ValueError(
+        raise ConfigError(
             f"config.method.timesteps = 'uniform' with config.method.name = "
             f"{flat['method.name']!r} needs config.method.gradient_form = 'masked'"
         )
-    if flat["sample.guidance"] != 1 and not flat["model.conditional"]:
-        raise ValueError(
-            f"config.sample.guidance = {flat['sample.guidance']} needs "
-            "config.model.conditional = True"
+    if flat["sample.guidance"] != 1 and not (flat["model.conditional"] and flat["label_dropout"]):
+        raise ConfigError(
+            f"config.sample.guidance = {flat['sample.guidance']} needs config.model.conditional = "
+            "True and config.label_dropout > 0, which train the unconditional model"
+        )
+    if flat["evaluation.features"] == "digits" and flat["data.name"] != "digits":
+        raise ConfigError(
+            f"config.evaluation.features = 'digits' can't judge config.data.name = "
+            f"{flat['data.name']!r}: set it to ''"
         )
 
 
@@ -188,7 +200,7 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike
     ``num_steps`` where the learning rate does not depend on it.
 
     Raises:
-      ValueError: naming the settings that differ and both values.
+      ConfigError: naming the settings that differ and both values.
     """
     there, now = flatten(saved), flatten(config)
     free = _FREE + (("num_steps",) if now["optimizer.schedule"] == "constant" else ())
@@ -198,7 +210,7 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike
         if there.get(name) != now.get(name) and not name.startswith(free)
     ]
     if differing:
-        raise ValueError(
+        raise ConfigError(
             f"the run in {workdir} has another config:\n"
             + "\n".join(differing)
             + "\nchoose another --workdir, or the same settings"

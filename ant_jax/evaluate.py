@@ -1,6 +1,7 @@
-"""Samples of a trained model, and how good they are."""
+"""Samples of a trained run, and how good they are."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import evaluation, sampling, train
+from ant_jax import evaluation, experiment, sampling
+from ant_jax.config import ConfigError
 from ant_jax.files import write_bytes
 
 
@@ -17,7 +19,7 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
-      ValueError: if the workdir is of another config.
+      ConfigError: if the workdir is of another config.
     """
     step, drawn = _draw(config, workdir, step)
     batches = list(drawn)
@@ -31,24 +33,35 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
 
 
 def evaluate(config: ConfigDict, workdir: Path, step: int | None = None) -> dict[str, float]:
-    """Measures the distance of EMA samples to the data; prints it and writes a JSON file.
+    """Measures the distance of EMA samples to the data; logs it and writes a JSON file.
+
+    A grid of the first samples lies beside the JSON file.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
-      ValueError: if the workdir is of another config, or names no features to measure by.
+      ConfigError: if the workdir is of another config, or names no features to measure by.
     """
     if not config.evaluation.features:
-        raise ValueError("config.evaluation.features names nothing to measure the distance by")
+        allowed = config_lib.RULES["evaluation.features"].allowed
+        raise ConfigError(f"config.evaluation.features must name what to measure by: {allowed}")
     model = evaluation.extractor(config.evaluation.features)
     step, drawn = _draw(config, workdir, step)
-    result = {"step": step, **evaluation.sample_metrics(drawn, model)}
-    result["real_frechet_distance"] = evaluation.real_floor(model)["frechet_distance"]
-    write_bytes(
-        workdir / "evaluation" / f"{step:08d}.json", (json.dumps(result, indent=1) + "\n").encode()
-    )
+    path = workdir / "evaluation" / f"{step:08d}.json"
+    metrics = evaluation.sample_metrics(_with_grid(drawn, path.with_suffix(".png")), model)
+    floor = evaluation.real_floor(model)
+    result = {"step": step, **metrics, "real_frechet_distance": floor["frechet_distance"]}
+    write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
     for name, value in result.items():
         logging.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
+    logging.info("samples: %s", path.with_suffix(".png"))
     return result
+
+
+def _with_grid(drawn: Iterator, path: Path) -> Iterator:
+    for i, (images, labels) in enumerate(drawn):
+        if i == 0:
+            sampling.save_png(path, sampling.image_grid(images[: sampling.GRID]))
+        yield images, labels
 
 
 def _draw(config, workdir, step):
@@ -56,15 +69,18 @@ def _draw(config, workdir, step):
     if saved is None:
         raise FileNotFoundError(f"no run in {workdir}: train first")
     config_lib.check_same(saved, config, workdir)
-    experiment = train.build(config)
-    step, params = train.restore_ema(config, experiment, workdir, step)
+    pieces = experiment.build(config, **json.loads((workdir / "data.json").read_text()))
+    restored = experiment.restore(config, pieces, workdir, step)
+    if restored is None:
+        raise FileNotFoundError(f"no checkpoint in {workdir}: train first")
+    step, state = restored
     logging.info("drawing %d samples from step %d", config.sample.num, step)
     drawn = sampling.sample_batches(
         config,
-        experiment.model,
-        params,
-        experiment.process,
-        experiment.image_shape,
+        pieces.model,
+        state.ema_params,
+        pieces.process,
+        pieces.image_shape,
         config.sample.num,
     )
     return step, drawn

@@ -8,6 +8,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ant_jax import config as config_lib
+from ant_jax.config import ConfigError
 from ant_jax.metrics import quiet_console
 
 try:
@@ -36,6 +37,7 @@ def main(argv: list[str]) -> None:
         jax.distributed.initialize()
     # Imported late, so that --help and a mistyped flag answer at once.
     from ant_jax import evaluate, train
+    from ant_jax.checkpoint import CheckpointError
 
     config = _CONFIG.value
     workdir = Path(_WORKDIR.value or default_workdir(config))
@@ -45,6 +47,7 @@ def main(argv: list[str]) -> None:
         # A workdir describes itself: without --config its own is meant.
         saved.update_from_flattened_dict(config_flags.get_override_values(flag))
         config = saved
+        logging.info("settings: %s, and the command line", workdir / "config.json")
     logging.info("%s in %s", _MODE.value, workdir)
     try:
         if _MODE.value == "train":
@@ -53,8 +56,8 @@ def main(argv: list[str]) -> None:
             evaluate.sample(config, workdir, _STEP.value)
         else:
             evaluate.evaluate(config, workdir, _STEP.value)
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
-        logging.debug("traceback", exc_info=True)
+    except (ConfigError, CheckpointError, FileNotFoundError, FloatingPointError) as error:
+        # The message says it all; anything else is a surprise and keeps its traceback.
         sys.exit(f"{type(error).__name__}: {error}")
 
 

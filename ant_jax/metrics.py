@@ -17,32 +17,40 @@ from ant_jax.files import write_bytes
 
 
 class Interval:
-    """Mean of the steps' metrics since the last report; cluster losses are weighted by counts."""
+    """Means of the steps' metrics since the last report.
+
+    A cluster's losses are weighted by its counts, and a cosine that is not there does not count.
+    """
 
     def __init__(self):
-        self._sums: dict[str, Any] = {}
-        self._steps = 0
+        self._steps: list[dict[str, np.ndarray]] = []
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """Adds one step's metrics, on the host."""
-        metrics = dict(metrics)
-        metrics["cluster_losses"] = metrics["cluster_losses"] * metrics["counts"]
-        for name, value in metrics.items():
-            self._sums[name] = self._sums.get(name, 0) + np.asarray(value, np.float64)
-        self._steps += 1
+        self._steps.append(metrics)
 
     def report(self) -> dict[str, Any]:
         """The means as floats and lists, None where nothing was seen; starts anew."""
-        sums, steps = self._sums, self._steps
-        self._sums, self._steps = {}, 0
-        with np.errstate(invalid="ignore"):
-            cluster_losses = sums.pop("cluster_losses") / sums["counts"]
-        means = {name: value / steps for name, value in sums.items()}
-        return {
-            "loss": means.pop("loss").item(),
-            "cluster_losses": [None if np.isnan(v) else v for v in cluster_losses.tolist()],
-            **{name: value.tolist() for name, value in means.items()},
+        steps, self._steps = self._steps, []
+        values = {
+            name: np.stack([np.asarray(step[name], np.float64) for step in steps])
+            for name in steps[0]
         }
+        # An empty cluster's loss is 0 by convention, not by measurement.
+        values["cluster_losses"][values["counts"] == 0] = np.nan
+        weights = {"cluster_losses": values["counts"]}
+        return {
+            name: _mean(value, weights.get(name, np.ones_like(value)))
+            for name, value in values.items()
+        }
+
+
+def _mean(values, weights):
+    """Weighted mean over the first axis of what is not NaN, as a float, a list or None."""
+    seen = np.where(np.isnan(values), 0, weights)
+    with np.errstate(invalid="ignore"):
+        means = np.nansum(values * seen, 0) / seen.sum(0)
+    return np.where(np.isnan(means), None, means.astype(object)).tolist()
 
 
 class Writer:
@@ -146,12 +154,11 @@ def quiet_console() -> None:
     """Plain lines of our own on the console; of the libraries', warnings and errors only."""
     handler = logging.get_absl_handler()
     handler.setFormatter(None)
-    logging.set_verbosity(logging.INFO)
-    libraries = ("orbax", "tensorflow", "clu", "grain", "jax")
+    root = Path(__file__).parent.parent
+    folders = (str(root / "ant_jax"), str(root / "experiments"))
 
     def ours(record):
-        parts = Path(record.pathname).parts
-        return record.levelno >= WARNING or not any(name in parts for name in libraries)
+        return record.levelno >= WARNING or record.pathname.startswith(folders)
 
     handler.addFilter(ours)
 

@@ -52,7 +52,7 @@ def sample_batches(
     devices = jax.local_devices()
     mesh = jax.sharding.Mesh(np.asarray(devices), ("devices",))
     over_devices = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
-    stream = jax.random.fold_in(jax.random.key(config.seed), _SAMPLE_STREAM)
+    stream = jax.random.fold_in(jax.random.key(settings.seed), _SAMPLE_STREAM)
     # Every batch has the same size, so that one program serves them all.
     batch = min(settings.batch_size, num)
     batch += -batch % len(devices)

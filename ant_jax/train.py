@@ -2,116 +2,26 @@
 
 import contextlib
 import functools
+import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from absl import logging
 from clu import parameter_overview
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from ant_jax import builders, checkpoint, data, metrics, sampling
+from ant_jax import builders, checkpoint, data, experiment, metrics, sampling
 from ant_jax import config as config_lib
-from ant_jax.diffusion import GaussianDiffusion
-from ant_jax.models.dit import DiT
-from ant_jax.train_step import (
-    TrainState,
-    check_step,
-    init_state,
-    parallel_step,
-    replicate,
-    train_step,
-)
+from ant_jax.files import write_bytes
+from ant_jax.parallel import parallel_step, replicate
+from ant_jax.train_step import TrainState, train_step
 
 _PROFILE_START = 10
-
-
-class Experiment(NamedTuple):
-    """What a config describes, before anything is compiled.
-
-    Attributes:
-      source: the training data.
-      image_shape: (H, W, C) of what the model sees.
-      model: the network.
-      process: the noise process.
-      method: clusters and weighting.
-    """
-
-    source: data.Source
-    image_shape: tuple[int, int, int]
-    model: DiT
-    process: GaussianDiffusion
-    method: builders.Method
-
-
-def build(config: ConfigDict) -> Experiment:
-    """Builds and checks what a config describes.
-
-    Raises:
-      ValueError: naming the setting, if the config is not valid, does not fit the data, or its
-        batch can't be split over clusters, microbatches and devices.
-    """
-    config_lib.validate(config)
-    source = data.load(config.data.name, config.data.split, config.data.dir or None)
-    size = config.data.image_size
-    image_shape = (size, size, source.image_shape[-1])
-    process = builders.build_diffusion(config)
-    method = builders.build_method(config, process.log_snr)
-    per_device, rest = divmod(config.data.batch_size, jax.device_count())
-    if rest:
-        raise ValueError(
-            f"config.data.batch_size = {config.data.batch_size} must be divisible by the number of "
-            f"devices, {jax.device_count()}"
-        )
-    try:
-        check_step(
-            config.clusters.k,
-            per_device,
-            timesteps=method.timesteps,
-            microbatches=config.optimizer.microbatches,
-            gradient_form=config.method.gradient_form,
-            weighting=method.weighting,
-        )
-    except ValueError as error:
-        raise ValueError(f"config.data.batch_size = {config.data.batch_size}: {error}") from None
-    if config.model.conditional and not source.num_classes:
-        raise ValueError(
-            f"config.model.conditional = True, but {config.data.name} has no labels: set it False"
-        )
-    num_classes = source.num_classes if config.model.conditional else 0
-    model = builders.build_model(config, image_shape[-1], num_classes)
-    return Experiment(source, image_shape, model, process, method)
-
-
-def new_state(config: ConfigDict, experiment: Experiment) -> TrainState:
-    """The state before the first step, on this process's devices."""
-    params = builders.init_params(experiment.model, experiment.image_shape, config.seed)
-    optimizer = builders.build_optimizer(config)
-    state = init_state(params, optimizer, experiment.method.weighting, config.clusters.k)
-    return replicate(state, jax.local_devices())
-
-
-def restore_ema(
-    config: ConfigDict, experiment: Experiment, workdir: Path, step: int | None = None
-) -> tuple[int, Any]:
-    """The step and EMA parameters of a run's newest checkpoint, or of the one named.
-
-    Raises:
-      FileNotFoundError: if there is no checkpoint.
-    """
-    template = jax.eval_shape(functools.partial(new_state, config, experiment))
-    mesh = jax.sharding.Mesh(np.asarray(jax.local_devices()), ("devices",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), template
-    )
-    restored = checkpoint.restore(workdir / "checkpoints", template, step)
-    if restored is None:
-        raise FileNotFoundError(f"no checkpoint in {workdir}: train first")
-    return restored[0], restored[1].ema_params
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -119,43 +29,47 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     Args:
       config: see ``configs/digits.py``.
-      workdir: gets ``config.json``, ``metrics.jsonl``, TensorBoard files, ``samples/`` and
-        ``checkpoints/``.
+      workdir: gets ``config.json``, ``data.json``, ``metrics.jsonl``, TensorBoard files,
+        ``samples/`` and ``checkpoints/``.
 
     Returns:
       The state reached: the last one, or on SIGTERM the one that was saved.
 
     Raises:
-      ValueError: for impossible settings or a workdir of another config.
+      ConfigError: for impossible settings or a workdir of another config.
       FloatingPointError: at the first loss or gradient that is not finite.
     """
     workdir = Path(workdir)
-    experiment = build(config)
-    method, process = experiment.method, experiment.process
-    saved_config = config_lib.load(workdir)
-    if saved_config is not None:
-        config_lib.check_same(saved_config, config, workdir)
+    config_lib.validate(config)
+    source = experiment.open_data(config)
+    pieces = experiment.build(config, source.image_shape[-1], source.num_classes)
+    method = pieces.method
+    experiment.check_batch(config, method)
+    before = config_lib.load(workdir)
+    if before is not None:
+        config_lib.check_same(before, config, workdir)
     if jax.process_index() == 0:
         config_lib.save(config, workdir)
+        facts = {"channels": source.image_shape[-1], "num_classes": source.num_classes}
+        write_bytes(workdir / "data.json", json.dumps(facts).encode())
     devices = jax.local_devices()
-    state = new_state(config, experiment)
     checkpoints = checkpoint.Checkpointer(
         workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period
     )
-    restored = checkpoint.restore(checkpoints.directory, state)
-    start = 0
+    restored = experiment.restore(config, pieces, workdir)
     if restored is None:
-        _log_overview(config, experiment, state)
+        start, state = 0, replicate(experiment.new_state(config, pieces), devices)
+        _log_overview(config, pieces, state, len(source))
     else:
         start, state = restored
         logging.info("resuming from step %d of %s", start, checkpoints.directory)
-    saved = start if restored else None
+    saved = None if restored is None else start
 
     step_fn = parallel_step(
         functools.partial(
             train_step,
-            apply_fn=lambda params, x, t, y: experiment.model.apply({"params": params}, x, t, y),
-            diffusion=process,
+            apply_fn=lambda params, x, t, y: pieces.model.apply({"params": params}, x, t, y),
+            diffusion=pieces.process,
             boundaries=method.boundaries,
             weighting=method.weighting,
             optimizer=builders.build_optimizer(config),
@@ -163,14 +77,14 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             timesteps=method.timesteps,
             gradient_form=config.method.gradient_form,
             microbatches=config.optimizer.microbatches,
-            num_classes=experiment.model.num_classes,
+            num_classes=pieces.model.num_classes,
             label_dropout=config.label_dropout,
             ema_decay=config.ema_decay,
         ),
         devices,
     )
     batches = data.batches(
-        experiment.source,
+        source,
         batch_size=config.data.batch_size,
         seed=config.seed,
         start_step=start,
@@ -207,25 +121,28 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         for step in range(start + 1, config.num_steps + 1):
             profile(step)
             state, on_device = step_fn(state, next(batches))
+            if step == start + 1:
+                progress.restart(start)
             # Fetched while this step runs: the metrics of the one before it.
             collect()
             pending = (step, on_device)
             checkpoints.check()
 
-            stopping = stop_requested() or step == config.num_steps
-            if step % config.log_every == 0 or stopping:
+            log = step % config.log_every == 0
+            stopping = step == config.num_steps or stop_requested(log)
+            if log or stopping:
                 collect()
                 report = interval.report()
                 speed = progress.line(step, report["loss"])
                 writer.scalars(step, {**report, "steps_per_second": speed})
             if step % config.checkpoint.every == 0 or stopping:
                 collect()
+                _check_finite(step, state, saved, checkpoints.directory)
                 checkpoints.save(step, state)
                 saved = step
-            if config.sample.every and (
-                step % config.sample.every == 0 or step == config.num_steps
-            ):
-                _write_grid(config, experiment, state.ema_params, workdir, writer, step)
+            every = config.sample.every
+            if every and (step % every == 0 or step == config.num_steps):
+                _write_grid(config, pieces, state.ema_params, workdir, writer, step)
                 progress.restart(step)
             if stopping and step < config.num_steps:
                 logging.info("asked to stop: saving step %d, start again to go on", step)
@@ -233,10 +150,10 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     return state
 
 
-def _write_grid(config, experiment, ema_params, workdir, writer, step):
+def _write_grid(config, pieces, ema_params, workdir, writer, step):
     if jax.process_index() != 0:
         return
-    _, image_shape, model, process, _ = experiment
+    image_shape, model, process, _ = pieces
     drawn = sampling.sample_batches(
         config, model, ema_params, process, image_shape, min(sampling.GRID, config.sample.num)
     )
@@ -247,7 +164,7 @@ def _write_grid(config, experiment, ema_params, workdir, writer, step):
     logging.info("samples of step %d: %s", step, path)
 
 
-def _log_overview(config, experiment, state):
+def _log_overview(config, pieces, state, num_images):
     logging.info(
         "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
     )
@@ -256,35 +173,60 @@ def _log_overview(config, experiment, state):
         "%s; clusters by %s: %s; %d images; %d %s device(s)",
         method,
         config.clusters.cost,
-        " ".join(map(str, experiment.method.boundaries)),
-        len(experiment.source),
+        " ".join(map(str, pieces.method.boundaries)),
+        num_images,
         jax.device_count(),
         jax.default_backend(),
     )
     logging.info("compiling the first step ...")
 
 
+def _check_finite(step, state, saved, directory):
+    """A state that is not finite must not become the last good checkpoint."""
+    if not np.isfinite(jax.jit(optax.tree.norm)((state.params, state.ema_params))):
+        raise FloatingPointError(
+            f"step {step}: parameters are not finite; {_advice(saved, directory)}"
+        )
+
+
 def _not_finite(step, values, saved, directory):
     losses = ", ".join(f"{loss:.4g}" for loss in values["cluster_losses"])
-    last = f"step {saved} in {directory}" if saved is not None else "none yet"
     return (
         f"step {step}: loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}; "
-        f"cluster losses [{losses}]; last good checkpoint: {last}. "
-        "A lower config.optimizer.learning_rate or config.optimizer.clip_norm may help."
+        f"cluster losses [{losses}]; {_advice(saved, directory)}"
+    )
+
+
+def _advice(saved, directory):
+    last = "none yet" if saved is None else f"step {saved} in {directory}"
+    return (
+        f"last good checkpoint: {last}. A lower config.optimizer.learning_rate or "
+        "config.optimizer.clip_norm may help."
     )
 
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator:
-    """Yields a function that tells whether SIGTERM has come; only the main thread can listen."""
+    """Yields a function that tells whether to stop because SIGTERM has come.
+
+    All processes must stop at the same step, so many ask each other, and only where the loop waits
+    for the device anyway.
+    """
     received = []
+
+    def stop_requested(waiting: bool) -> bool:
+        if jax.process_count() == 1:
+            return bool(received)
+        return waiting and bool(multihost_utils.process_allgather(np.array(bool(received))).any())
+
     try:
         before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
     except ValueError:
-        yield lambda: False
+        # Only the main thread can listen.
+        yield stop_requested
         return
     try:
-        yield lambda: bool(received)
+        yield stop_requested
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -1,14 +1,13 @@
 """The train step: a pure per-device function, run by `jax.jit` on one device or `jax.pmap` on many.
 
-`cluster_losses: params -> R^k` is the vectorised mask
-``one_hot(cluster, k).T @ per_example / counts``. A step draws timesteps and noise, finds the weights w of the cluster losses by the method, and
-follows ``J^T w``. Reductions over devices stand outside everything that is differentiated: counts
-are summed first, each device's losses are its sums divided by the global counts, and losses and
+The cluster losses are the vectorised mask ``one_hot(cluster, k).T @ per_example / counts``. A step
+draws timesteps and noise, finds the weights w of the cluster losses by the method, and follows
+``J^T w``. Reductions over devices stand outside everything that is differentiated: counts are
+summed first, each device's losses are its sums divided by the global counts, and losses and
 gradients are summed after.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -239,41 +238,6 @@ def check_step(
             f"the per-device batch of {batch_size} must be divisible by {parts} = {microbatches} "
             f"microbatches" + (f" x {k} clusters" if timesteps == "stratified" else "")
         )
-
-
-def parallel_step(
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]],
-    devices: Sequence[jax.Device],
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    """Compiles a step for this process's devices: `jax.jit` on one, `jax.pmap` on many.
-
-    Args:
-      step: `train_step` with all its settings but ``axis_name`` bound.
-      devices: this process's devices.
-
-    Returns:
-      ``(state, batch) -> (state, metrics)``, where ``batch`` is this process's part of the global
-      batch, its size divisible by the number of devices. The state is donated; put the first one on
-      the devices with `replicate`.
-    """
-    if jax.device_count() == 1 or (jax.process_count() == 1 and len(devices) == 1):
-        return jax.jit(step, donate_argnums=0)
-    mapped = jax.pmap(
-        functools.partial(step, axis_name="devices"),
-        axis_name="devices",
-        in_axes=(None, 0),
-        out_axes=None,
-        devices=devices if jax.process_count() == 1 else None,
-        donate_argnums=0,
-    )
-    split = lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:])
-    return lambda state, batch: mapped(state, jax.tree.map(split, batch))
-
-
-def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Puts a pytree on every one of this process's devices, unstacked."""
-    mesh = jax.sharding.Mesh(np.asarray(devices), ("devices",))
-    return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def draw_examples(

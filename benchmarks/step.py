@@ -21,7 +21,8 @@ import optax
 
 from ant_jax import clustering, diffusion, mtl
 from ant_jax.models.dit import DiT
-from ant_jax.train_step import init_state, parallel_step, replicate, train_step
+from ant_jax.parallel import parallel_step, replicate
+from ant_jax.train_step import init_state, train_step
 
 METHODS = {
     "vanilla": lambda k: None,

@@ -16,7 +16,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     """The config for METHOD or METHOD,CLUSTERS."""
     method, _, clusters = argument.partition(",")
     config = ml_collections.ConfigDict()
-    config.seed = 0  # of the parameters, data order, timesteps, noise and samples
+    config.seed = 0  # of the parameters, data order, timesteps and noise
     config.num_steps = 3000
 
     config.data = data = ml_collections.ConfigDict()
@@ -26,7 +26,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     data.image_size = 8  # pixels; images of another size need a crop
     data.crop = "none"  # "none", "center" or "random"
     data.flip = False  # mirror half of the images
-    data.batch_size = 125  # over all devices
+    data.batch_size = 120  # over all devices; each device's share must be a multiple of k
     data.num_workers = 0  # processes that decode images ahead of time
 
     config.diffusion = diffusion = ml_collections.ConfigDict()
@@ -82,6 +82,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     config.checkpoint.keep_period = 0  # keep each checkpoint at a multiple of this; 0 for none
 
     config.sample = sample = ml_collections.ConfigDict()
+    sample.seed = 0  # another seed draws other samples from the same run
     sample.every = 1000  # steps between grids of samples while training; 0 for none
     sample.sampler = "ddim"  # "ddim" or "ddpm"
     sample.num_steps = 50

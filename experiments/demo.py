@@ -13,9 +13,9 @@ import matplotlib
 import numpy as np
 from absl import app, flags, logging
 
-from ant_jax import builders, evaluate, sampling
+from ant_jax import builders, evaluate
 from ant_jax import train as trainer
-from ant_jax.config import RULES
+from ant_jax.config import RULES, check_same, load
 from ant_jax.files import write_bytes
 from ant_jax.metrics import duration, quiet_console
 from configs import digits
@@ -55,12 +55,13 @@ def main(argv):
         elapsed = time.perf_counter() - begin
         eta = f", about {duration(elapsed / i * (len(runs) - i))} left" if i else ""
         logging.info("--- run %d of %d: %s, seed %d%s", i + 1, len(runs), method, seed, eta)
-        results.append(run(method, seed, out / f"{method}-{seed}"))
+        results.append(run(method, seed, out / f"{method}-{_CLUSTERS.value}-{seed}"))
     table = make_table(results)
     write_bytes(out / "table.md", table.encode())
     picture = out / "demo.png"
     draw(results, picture)
     last = results[-1]["evaluations"][-1]
+    print(f"\n{table}")
     print(
         "Frechet distance to the real training digits, lower is better, in the features of a\n"
         f"classifier that is right on {last['classifier_test_accuracy']:.1%} of held-out digits. "
@@ -76,7 +77,7 @@ def make_config(method, seed):
     config.seed = seed
     config.num_steps = _STEPS.value
     config.checkpoint.keep_period = _EVERY.value
-    config.checkpoint.every = min(config.checkpoint.every, _EVERY.value)
+    config.checkpoint.every = _EVERY.value
     config.sample.every = 0
     config.tensorboard = False
     return config
@@ -88,6 +89,7 @@ def run(method, seed, workdir):
     config = make_config(method, seed)
     steps = sorted({*range(_EVERY.value, _STEPS.value, _EVERY.value), _STEPS.value})
     if path.exists():
+        check_same(load(workdir), config, workdir)
         result = json.loads(path.read_text())
         if [row["step"] for row in result["evaluations"]] == steps:
             logging.info("finished before: %s", path)
@@ -102,7 +104,6 @@ def run(method, seed, workdir):
         "seconds": seconds,
         "evaluations": [evaluate.evaluate(config, workdir, step) for step in steps],
     }
-    evaluate.sample(config, workdir)
     write_bytes(path, json.dumps(result, indent=1).encode())
     return result
 
@@ -164,9 +165,8 @@ def draw(results, path):
         height_ratios=[1.25, 1],
     )
     for place, result in (("first", first), ("last", last)):
-        with np.load(Path(result["workdir"]) / "samples" / f"{_STEPS.value:08d}.npz") as samples:
-            grid = sampling.image_grid(samples["arr_0"][: sampling.GRID])
-        axes[place].imshow(grid)
+        grid = Path(result["workdir"]) / "evaluation" / f"{_STEPS.value:08d}.png"
+        axes[place].imshow(plt.imread(grid))
         axes[place].set_axis_off()
         row = result["evaluations"][-1]
         axes[place].set_title(

@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from ant_jax import builders, checkpoint, data, train as trainer
+from ant_jax import builders, checkpoint, data
+from ant_jax import train as trainer
 from configs import digits
 
 ROOT = Path(__file__).parents[1]
@@ -20,9 +22,6 @@ TINY = {
     "num_steps": STEPS,
     "data.batch_size": 16,
     "diffusion.timesteps": 50,
-    "model.width": 8,
-    "model.depth": 1,
-    "model.heads": 1,
     "clusters.k": 2,
     "method.nash_update_every": 3,
     "optimizer.warmup_steps": 2,
@@ -34,6 +33,21 @@ TINY = {
     "sample.batch_size": 8,
     "sample.num": 11,
 }
+
+
+class Model(nn.Module):
+    """As small as can be, for compiling and saving it takes nearly all of the time here."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, t, y):
+        inputs = [x.reshape(len(x), -1), jnp.sin(t[:, None] / 9), jax.nn.one_hot(y, 11)]
+        return nn.Dense(64)(nn.tanh(nn.Dense(8)(jnp.concatenate(inputs, 1)))).reshape(x.shape)
+
+
+def use_small_model(monkeypatch):
+    monkeypatch.setattr(builders, "build_model", lambda config, channels, classes: Model(classes))
 
 
 def tiny(argument="uncertainty", **settings):
@@ -90,38 +104,37 @@ def signal_at(step, number):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compilation_cache(tmp_path_factory):
-    """Many runs of few programs: each is compiled once."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compilation_cache")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module", params=["uncertainty", "pcgrad", "nash"])
-def uninterrupted(request, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp(request.param)
-    config = tiny(request.param)
-    return config, workdir, trainer.train(config, workdir)
+def small_model():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_small_model(monkeypatch)
+        yield
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("finished")
-    return tiny(), workdir, trainer.train(tiny(), workdir)
+def reference(tmp_path_factory):
+    """For each method one run without interruption, to compare with; not to be changed."""
+    runs = {}
+
+    def run(method="uncertainty"):
+        if method not in runs:
+            workdir = tmp_path_factory.mktemp(method)
+            runs[method] = workdir, trainer.train(tiny(method), workdir)
+        return runs[method]
+
+    return run
 
 
+@pytest.fixture
+def finished(reference):
+    return tiny(), *reference()
+
+
+@pytest.mark.parametrize("method", ["uncertainty", "pcgrad", "nash"])
 def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(
-    uninterrupted, tmp_path, monkeypatch
+    method, reference, tmp_path, monkeypatch
 ):
-    config, whole, expected = uninterrupted
+    config = tiny(method)
+    whole, expected = reference(method)
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         before_batch(patch, signal_at(STOP, signal.SIGTERM))
@@ -143,6 +156,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(finished, tmp_
     config, whole, expected = finished
     program = (
         "import signal, sys, pytest; sys.path.insert(0, 'tests'); import test_train as t\n"
+        "t.use_small_model(pytest.MonkeyPatch())\n"
         "t.before_batch(pytest.MonkeyPatch(), t.signal_at(t.STOP, signal.SIGKILL))\n"
         "t.trainer.train(t.tiny(), sys.argv[1])"
     )
@@ -156,14 +170,14 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(finished, tmp_
     (tmp_path / "checkpoints" / "partial-6").mkdir()
     assert_same_state(trainer.train(config, tmp_path), expected)
     assert lines(tmp_path) == lines(whole)
-    assert os.listdir(tmp_path / "checkpoints").sort() == ["6", "8"].sort()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "8"]
 
 
 def test_a_finished_run_is_left_alone(finished, monkeypatch):
     config, workdir, expected = finished
     content = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     before_batch(monkeypatch, lambda step, batch: pytest.fail("took a step"))
-    free = tiny(log_every=3, sample__num=5, checkpoint__keep=4, tensorboard=True)
+    free = tiny(log_every=3, sample__num=5, checkpoint__keep=4)
     for again in (config, free):
         assert_same_state(trainer.train(again, workdir), expected)
     after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
@@ -175,12 +189,12 @@ def test_another_config_is_refused_with_both_values(finished, monkeypatch):
     _, workdir, _ = finished
     monkeypatch.setattr(builders, "init_params", lambda *_: pytest.fail("came too late"))
     with pytest.raises(ValueError) as error:
-        trainer.train(tiny(model__width=12, ema_decay=0.5, log_every=2), workdir)
+        trainer.train(tiny(model__width=32, ema_decay=0.5, log_every=2), workdir)
     message = str(error.value)
-    assert "config.model.width: 8 there, 12 now" in message
+    assert "config.model.width: 64 there, 32 now" in message
     assert "config.ema_decay: 0.999 there, 0.5 now" in message
     assert str(workdir) in message and "log_every" not in message
-    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 8
+    assert json.loads((workdir / "config.json").read_text())["model"]["width"] == 64
 
 
 def test_the_run_does_not_depend_on_the_devices_it_is_resumed_on(finished, tmp_path, monkeypatch):
@@ -193,7 +207,7 @@ def test_the_run_does_not_depend_on_the_devices_it_is_resumed_on(finished, tmp_p
             patch.setattr(jax, "device_count", lambda: len(devices))
             before_batch(patch, signal_at(stop, signal.SIGTERM))
             state = trainer.train(config, workdir)
-            assert state.params["final"]["kernel"].devices() == set(devices)
+            assert state.params["Dense_0"]["kernel"].devices() == set(devices)
         return state
 
     for name, devices in (("one first", (one, jax.devices())), ("last", (jax.devices(), one))):
@@ -243,7 +257,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(method, tmp_path, monkeypatch):
 
 def test_the_message_says_that_there_is_no_good_checkpoint(tmp_path, monkeypatch):
     before_batch(monkeypatch, nan_at(2))
-    with pytest.raises(FloatingPointError, match="step 2: .*last good checkpoint: none yet"):
+    with pytest.raises(FloatingPointError, match=r"step 2: .*last good checkpoint: none yet"):
         trainer.train(tiny(), tmp_path)
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == []
 
@@ -269,7 +283,7 @@ def test_a_failing_save_stops_the_run_with_the_reason(tmp_path, monkeypatch):
         commit(self, partial, final)
 
     monkeypatch.setattr(checkpoint.Checkpointer, "_commit", failing)
-    with pytest.raises(RuntimeError, match="No space left.*newest complete checkpoint: step 2"):
+    with pytest.raises(RuntimeError, match=r"No space left.*newest complete checkpoint: step 2"):
         trainer.train(tiny(), tmp_path)
 
 

@@ -10,6 +10,7 @@ from ant_jax import mtl
 from ant_jax import train_step as ts
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
 from ant_jax.models.dit import DiT
+from ant_jax.parallel import parallel_step, replicate
 
 T, K, BATCH, CLASSES = 100, 4, 32, 3
 BOUNDARIES = np.array([0, 7, 30, 71, T])
@@ -213,7 +214,7 @@ def test_devices_do_not_change_the_step(params, batch, method):
         # out_axes=0 shows every replica; None would hide a forgotten collective.
         mapped = jax.pmap(step, "devices", in_axes=(None, 0), out_axes=0, devices=jax.devices()[:n])
         split = jax.tree.map(lambda leaf, n=n: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
-        replicas = jax.device_get(mapped(ts.replicate(state, jax.devices()[:n]), split))
+        replicas = jax.device_get(mapped(replicate(state, jax.devices()[:n]), split))
         for leaf in jax.tree.leaves(replicas):
             np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
         new, metrics = jax.tree.map(lambda leaf: leaf[0], replicas)
@@ -255,9 +256,9 @@ def test_compiles_once(params, batch, num_devices):
     optimizer = optax.adamw(1e-3)
     devices = jax.devices()[:num_devices]
     weighting = METHODS["nash"]
-    step = ts.parallel_step(step_fn(weighting, optimizer=optimizer), devices)
+    step = parallel_step(step_fn(weighting, optimizer=optimizer), devices)
     start = jax.tree.map(jnp.copy, params)  # the step donates its state
-    state = ts.replicate(ts.init_state(start, optimizer, weighting, K), devices)
+    state = replicate(ts.init_state(start, optimizer, weighting, K), devices)
     compiled.clear()
     state, _ = step(state, batch)
     assert compiled

@@ -1,7 +1,7 @@
 """Judging samples: feature extractors, the Frechet distance and label accuracy."""
 
-from ant_jax.evaluation.evaluate import Extractor, extractor, real_floor, sample_metrics
 from ant_jax.evaluation.frechet import Moments, covariance, frechet_distance, merge, moments
+from ant_jax.evaluation.sample_metrics import Extractor, extractor, real_floor, sample_metrics
 
 __all__ = [
     "Extractor",

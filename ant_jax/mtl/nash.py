@@ -34,12 +34,14 @@ def bargaining_solution(gram: jax.Array, active: jax.Array) -> jax.Array:
       active: (k,) bool; the other rows are left out. Active rows have a positive diagonal.
 
     Returns:
-      alpha, (k,), 0 where not active. It solves the system with 1e-6 G_ii added to the
-      diagonal, so that it exists for exactly opposed gradients too.
+      alpha, (k,), 0 where not active. It solves the system with 1e-6 G_ii added to the diagonal,
+      so that it exists for gradients that cancel exactly too. There b is about 1000, and rounding
+      it to float32 alone moves alpha_i (G alpha)_i by some tenths; elsewhere residuals are below
+      1e-5.
     """
     diagonal = jnp.where(active, jnp.diag(gram), 1)
     eye = jnp.eye(diagonal.size, dtype=gram.dtype)
-    # Divided before the root is taken, so that exactly opposed gradients give exactly -1. A row
+    # Divided before the root is taken, so that no product of two diagonal entries overflows. A row
     # that is left out becomes a unit vector, which solves to b = 1 on its own.
     cosines = gram / diagonal[:, None] * jnp.sqrt(diagonal[:, None] / diagonal)
     pairs = active[:, None] & active & (eye == 0)

@@ -19,16 +19,16 @@ class Weighting(NamedTuple):
       weigh: ``(losses (k,), gram (k, k), present (k,) bool, state) -> (weights (k,), state)``, pure
         and jittable, in float32. ``gram = J J^T``; what the method does not need may be None.
         Clusters that are not present get weight 0.
-      k: number of clusters.
       needs_gram: whether `weigh` reads ``gram``; if not, one backward pass is enough.
+      k: number of clusters.
       needs_losses: whether `weigh` reads ``losses``.
     """
 
     init: Callable[[], State]
     weigh: Callable[[jax.Array | None, jax.Array | None, jax.Array, State], tuple[jax.Array, State]]
-    k: int
     needs_gram: bool
-    needs_losses: bool
+    k: int
+    needs_losses: bool = False
 
 
 def check_k(k: int) -> None:

@@ -36,34 +36,29 @@ def _check(gram, alpha):
 def _weigh(k):
     """Weights of Nash for a batch of Gram matrices, all present, from the first state."""
     weighting = mtl.nash(k)
-    weigh = lambda gram: weighting.weigh(None, gram, jnp.ones(k, bool), weighting.init())[0]  # noqa: E731
+    weigh = lambda gram: weighting.weigh(None, gram, jnp.ones(k, bool), weighting.init())[0]
     return jax.jit(jax.vmap(weigh))
 
 
 @pytest.mark.parametrize("k", KS)
 def test_solves_hard_gram_matrices(k):
-    gradients = sets.draw(sets.REGULAR, k)
+    """Residuals in float32 are below 1e-3, but for gradients of which positive multiples cancel.
+
+    There b = alpha |g| is about 1/sqrt(1e-6) = 1000, and float32 has no alpha of residual below
+    1e-3: rounding alpha moves alpha_i (G alpha)_i by 2^-24 alpha_i (|G| |alpha|)_i, about 0.1.
+    The test in float64 below shows that this rounding is all the error.
+    """
+    gradients = sets.draw(sets.REGULAR + sets.OPPOSED, k)
     gram = sets.grams(gradients).astype(np.float32)
     weights = np.asarray(_weigh(k)(gram), np.float64)
-    residual, _ = _check(gram, k * weights)
-    assert residual.max() < 1e-3
-    # |sum_i alpha_i g_i|^2 = alpha^T G alpha is the number of gradients that bargain.
-    update = np.einsum("nk,nkp->np", weights, gradients)
-    bargaining = (np.einsum("nii->ni", gram) > 0).sum(1)
-    np.testing.assert_allclose(np.linalg.norm(update, axis=1), np.sqrt(bargaining) / k, rtol=1e-4)
-
-
-@pytest.mark.parametrize("k", KS)
-def test_stays_at_the_rounding_floor_for_opposed_gradients(k):
-    """Where positive multiples of the gradients cancel, b = alpha |g| is about 1/sqrt(1e-6) = 1000.
-
-    Then float32 has no alpha of residual below 1e-3: rounding alpha to it moves alpha_i (G alpha)_i
-    by 2^-24 alpha_i (|G| |alpha|)_i, about 0.1. The test below shows that this is all the error.
-    """
-    gram = sets.grams(sets.draw(sets.OPPOSED, k)).astype(np.float32)
-    weights = _weigh(k)(gram)
-    residual, floor = _check(gram, k * np.asarray(weights))
+    residual, floor = _check(gram, k * weights)
+    regular = np.arange(len(gram)) < 20 * len(sets.REGULAR)
+    assert (residual[regular] < 1e-3).all()
     assert (residual <= 4 * floor + 1e-3).all()
+    # |sum_i alpha_i g_i|^2 = alpha^T G alpha is the number of gradients that bargain.
+    norms = np.linalg.norm(np.einsum("nk,nkp->np", weights, gradients), axis=1)
+    bargaining = (np.einsum("nii->ni", gram) > 0).sum(1)
+    np.testing.assert_allclose(norms[regular], np.sqrt(bargaining[regular]) / k, rtol=1e-4)
 
 
 def test_solves_opposed_gradients_too_in_float64():
@@ -74,6 +69,10 @@ def test_solves_opposed_gradients_too_in_float64():
         padding = ((0, 0), (0, 8 - k), (0, 8 - k))
         grams.append(np.pad(gram, padding, constant_values=-7))
         active.append(np.einsum("nii->ni", grams[-1]) > 0)
+    # Sets from which Newton without damping leaves alpha > 0.
+    steep = [np.random.default_rng(seed).normal(size=(8, 3)) for seed in (3, 654, 848)]
+    grams.append(sets.grams(np.stack(steep)))
+    active.append(np.ones((3, 8), bool))
     grams, active = np.concatenate(grams), np.concatenate(active)
     with jax.enable_x64(True):
         alpha = jax.jit(jax.vmap(bargaining_solution))(jnp.asarray(grams), jnp.asarray(active))
@@ -87,6 +86,14 @@ def test_two_tasks_in_closed_form():
     gram = np.array([[4.0, -3.0], [-3.0, 9.0]], np.float32)
     expected = 1 / np.sqrt(np.diag(gram) * (1 - 0.5))
     np.testing.assert_allclose(2 * _weigh(2)(gram[None])[0], expected, rtol=1e-5)
+
+
+def test_a_gradient_and_its_opposite_in_closed_form():
+    """Only the 1e-6 on the diagonal is left, give or take the last bit of the cosine, 6 % of it."""
+    squares = np.float32(np.linspace(1, 7, 50))
+    gram = squares[:, None, None] * np.float32([[1, -1], [-1, 1]])
+    expected = 1000 / np.sqrt(squares)
+    np.testing.assert_allclose(2 * _weigh(2)(gram), np.stack([expected] * 2, 1), rtol=0.1)
 
 
 def test_one_task_gives_the_unit_gradient():

@@ -1,0 +1,48 @@
+"""Running a step on this process's devices."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+Step = Callable[..., tuple[Any, Any]]
+
+
+def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
+    """Compiles a step for this process's devices: `jax.jit` on one, `jax.pmap` on many.
+
+    Args:
+      step: ``(state, batch, axis_name=None) -> (state, metrics)``, such as `train_step` with its
+        settings bound.
+      devices: this process's devices.
+
+    Returns:
+      ``(state, batch) -> (state, metrics)``, where ``batch`` is this process's part of the global
+      batch, its size divisible by the number of devices. The state is donated; put the first one on
+      the devices with `replicate`.
+    """
+    if jax.device_count() == 1 or (jax.process_count() == 1 and len(devices) == 1):
+        return jax.jit(step, donate_argnums=0)
+    mapped = jax.pmap(
+        functools.partial(step, axis_name="batch"),
+        axis_name="batch",
+        in_axes=(None, 0),
+        out_axes=None,
+        devices=devices if jax.process_count() == 1 else None,
+        donate_argnums=0,
+    )
+    split = lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:])
+    return lambda state, batch: mapped(state, jax.tree.map(split, batch))
+
+
+def replicated(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
+    """The sharding of arrays that every one of these devices holds whole."""
+    mesh = jax.sharding.Mesh(np.asarray(devices), ("devices",))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
+def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Puts a pytree on every one of these devices, unstacked."""
+    return jax.device_put(tree, replicated(devices))

@@ -1,0 +1,189 @@
+"""The optax transformation: values, errors, devices, chains and checkpoints."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ant_jax import checkpoint, mtl
+
+METHODS = {
+    "linear": mtl.linear,
+    "uncertainty": mtl.uncertainty,
+    "pcgrad": mtl.pcgrad,
+    "nash": mtl.nash,
+}
+K = 3
+
+
+def _stacked(rng, k=K):
+    return {
+        "kernel": rng.normal(size=(k, 4, 5)).astype(np.float32),
+        "bias": [rng.normal(size=(k, 5)).astype(np.float32), np.float32(rng.normal(size=k))],
+    }
+
+
+LOSSES = jnp.float32([0.5, 2, 4])
+SOME = jnp.array([True, False, True])
+
+
+def _recorder(needs_gram):
+    """A weighting whose state is what it was given and how often, and whose weights use it all."""
+
+    def weigh(losses, gram, present, state):
+        weights = losses * present + (jnp.diag(gram) if needs_gram else 0)
+        return weights, (losses, present, state[2] + 1)
+
+    state = (jnp.zeros(K), jnp.zeros(K, bool), jnp.int32(0))
+    return mtl.Weighting(lambda: state, weigh, needs_gram=needs_gram, k=K, needs_losses=True)
+
+
+@pytest.mark.parametrize("present", [None, SOME], ids=["all", "some"])
+@pytest.mark.parametrize("needs_gram", [True, False])
+def test_update_is_the_weighted_sum_and_the_state_says_what_was_used(needs_gram, present):
+    tx = mtl.combine(_recorder(needs_gram))
+    stacked = _stacked(np.random.default_rng(0))
+    params = jax.tree.map(lambda leaf: leaf[0], stacked)
+    start = tx.init(params)
+    assert isinstance(start, mtl.CombineState)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(start))
+
+    @jax.jit
+    def update(stacked, state):
+        return tx.update(stacked, state, params, losses=LOSSES, present=present, unknown=1)
+
+    _, state = update(stacked, start)
+    updates, state = update(stacked, state)
+
+    mask = np.ones(K, bool) if present is None else present
+    jax.tree.map(np.testing.assert_array_equal, state.weighting_state, (LOSSES, mask, 2))
+    weights = np.float64(LOSSES * mask)
+    if needs_gram:
+        flat = np.concatenate([leaf.reshape(K, -1) for leaf in jax.tree.leaves(stacked)], 1)
+        np.testing.assert_allclose(state.gram, flat @ flat.T, rtol=1e-5, atol=1e-5)
+        weights += (flat**2).sum(1)
+    else:
+        assert state.gram is None
+    np.testing.assert_allclose(state.weights, weights, rtol=1e-5)
+    jax.tree.map(
+        lambda update, leaf: np.testing.assert_allclose(
+            update, np.tensordot(weights, leaf, 1), rtol=1e-4, atol=1e-4
+        ),
+        updates,
+        stacked,
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_keeps_its_shapes_and_types(name):
+    tx = mtl.combine(METHODS[name](K))
+    stacked, state = _stacked(np.random.default_rng(0)), tx.init(None)
+    updates, after = jax.eval_shape(lambda g, s: tx.update(g, s, losses=LOSSES), stacked, state)
+    look = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert look(after) == look(state)
+    assert look(updates) == look(jax.tree.map(lambda leaf: leaf[0], stacked))
+
+
+def test_low_precision_gradients_are_summed_in_float32():
+    stacked = jnp.array([[1.9921875, 256], [1.9921875, 1], [2, 1]], jnp.bfloat16)
+    tx = mtl.combine(mtl.linear(3))
+    updates, _ = tx.update(stacked, tx.init(None))
+    # With 1/3 in bfloat16 the first were 2; added up in bfloat16, 256 + 1 + 1 is 256.
+    expected = jnp.array([1.9947917, 86], jnp.bfloat16)
+    assert updates.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(updates, expected)
+
+
+def test_missing_losses_are_an_error_where_they_are_needed():
+    stacked = _stacked(np.random.default_rng(0))
+    for name, method in METHODS.items():
+        tx = mtl.combine(method(K))
+        if name == "uncertainty":
+            with pytest.raises(ValueError, match="losses"):
+                tx.update(stacked, tx.init(None))
+        else:
+            jax.eval_shape(tx.update, stacked, tx.init(None))
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (1, 3), ()])
+def test_wrong_leading_axis_is_an_error_that_names_the_leaf(shape):
+    tx = mtl.combine(mtl.linear(K))
+    stacked = {"good": jnp.ones((K, 2)), "bad": {"kernel": jnp.ones(shape)}}
+    with pytest.raises(ValueError, match=r"\['bad'\]\['kernel'\].*k = 3"):
+        tx.update(stacked, tx.init(None))
+
+
+@pytest.mark.parametrize("name", ["uncertainty", "nash"])
+def test_four_devices_give_the_update_of_one(name):
+    """Each device holds a contribution; only their sum is the gradient."""
+    devices = 4
+    stacked = _stacked(np.random.default_rng(0))
+    noise = _stacked(np.random.default_rng(1), devices * K)
+
+    def split(leaf, noise):
+        parts = noise.reshape(devices, *leaf.shape)
+        return parts - parts.mean(0) + leaf / devices
+
+    parts = jax.tree.map(split, stacked, noise)
+    single, mapped = mtl.combine(METHODS[name](K)), mtl.combine(METHODS[name](K), "batch")
+    state = single.init(None)
+
+    def on(tx):
+        return lambda stacked: tx.update(stacked, state, losses=LOSSES, present=SOME)
+
+    expected = jax.jit(on(single))(stacked)
+    # out_axes=0 shows every replica.
+    found = jax.pmap(on(mapped), "batch", devices=jax.devices()[:devices])(parts)
+    for replicas, leaf in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert replicas.shape == (devices, *leaf.shape)
+        np.testing.assert_array_equal(replicas, np.broadcast_to(replicas[0], replicas.shape))
+        np.testing.assert_allclose(replicas[0], leaf, rtol=1e-4, atol=1e-5)
+
+
+def _least_squares(seed=0):
+    """Losses of two regressions that share their parameters and disagree, one 100 times larger."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(2, 16, 6)).astype(np.float32)
+    targets = np.einsum("knd,kd->kn", inputs, rng.normal(size=(2, 6))).astype(np.float32)
+    scales = np.float32([1, 100])
+
+    def losses(params):
+        predictions = inputs @ params["kernel"] + params["bias"]
+        return scales * ((predictions - targets) ** 2).mean(1)
+
+    return losses
+
+
+@pytest.mark.parametrize("name", ["uncertainty", "pcgrad", "nash"])
+def test_trains_in_a_chain_with_adamw_and_resumes_from_a_checkpoint(name, tmp_path):
+    cluster_losses = _least_squares()
+    tx = optax.chain(mtl.combine(METHODS[name](2)), optax.adamw(0.05))
+    params = {"kernel": jnp.zeros(6), "bias": jnp.zeros(())}
+
+    @jax.jit
+    def train(params, state):
+        def step(_, carry):
+            params, state = carry
+            updates, state = tx.update(
+                jax.jacrev(cluster_losses)(params), state, params, losses=cluster_losses(params)
+            )
+            return optax.apply_updates(params, updates), state
+
+        return jax.lax.fori_loop(0, 20, step, (params, state))
+
+    template = (params, tx.init(params))
+    middle = train(*template)
+    expected = train(*middle)
+    saver = checkpoint.Checkpointer(tmp_path)
+    saver.save(20, middle)
+    saver.close()
+    step, restored = checkpoint.restore(tmp_path, template)
+    assert step == 20
+    jax.tree.map(np.testing.assert_array_equal, restored, middle)
+    jax.tree.map(np.testing.assert_array_equal, train(*restored), expected)
+
+    before, after = cluster_losses(params), cluster_losses(expected[0])
+    if name == "nash":  # the others follow the larger loss
+        assert (after < before).all()
+    assert after.sum() < before.sum()

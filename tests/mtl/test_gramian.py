@@ -1,0 +1,57 @@
+"""The Gram matrix and the smallest cosine against NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ant_jax import mtl
+
+
+def _flat(stacked):
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(stacked)]
+    return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
+
+
+def test_gramian_of_a_tree_of_mixed_shapes_and_types():
+    rng = np.random.default_rng(0)
+    stacked = {
+        "kernel": jnp.float32(rng.normal(size=(3, 4, 5))),
+        "bias": [jnp.float32(rng.normal(size=(3, 7))), jnp.float16(rng.normal(size=(3, 2)))],
+        "scalar": jnp.float32(rng.normal(size=3)),
+        "half": jnp.asarray(rng.normal(size=(3, 300)), jnp.bfloat16),
+        "none": None,
+    }
+    flat = _flat(stacked)
+    gram = mtl.gramian(stacked)
+    assert gram.dtype == np.float32
+    # In bfloat16 the products of the last leaf would be off by 1e-3.
+    np.testing.assert_allclose(gram, flat @ flat.T, atol=1e-5 * (flat @ flat.T).max())
+    np.testing.assert_array_equal(gram, gram.T)
+
+
+def test_smallest_cosine():
+    rng = np.random.default_rng(0)
+    for scale in (1e-5, 1, 1e5):
+        g = scale * rng.normal(size=(5, 3))
+        unit = g / np.linalg.norm(g, axis=1, keepdims=True)
+        cosines = (unit @ unit.T)[np.triu_indices(5, 1)]
+        g[2] *= 100
+        np.testing.assert_allclose(
+            mtl.smallest_cosine(jnp.float32(g @ g.T)), cosines.min(), rtol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    ("gram", "expected"),
+    [
+        ([[4, 1], [1, 1]], 0.5),
+        ([[4, 0, 1], [0, 0, 0], [1, 0, 1]], 0.5),  # without the zero row
+        ([[1, -1], [-1, 1]], -1),
+        ([[4, 0], [0, 0]], np.nan),
+        ([[3]], np.nan),
+        ([[0, 0], [0, 0]], np.nan),
+    ],
+)
+def test_smallest_cosine_of_small_matrices(gram, expected):
+    np.testing.assert_allclose(mtl.smallest_cosine(jnp.float32(gram)), expected, rtol=1e-6)

@@ -1,0 +1,191 @@
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+from ant_jax import config as config_lib
+from configs import digits
+
+CONFIGS = sorted(
+    path.stem for path in Path(digits.__file__).parent.glob("*.py") if path.stem != "__init__"
+)
+
+
+def changed(argument="nash", **settings):
+    """The default config with some settings changed; names have __ for the dot."""
+    config = digits.get_config(argument).unlock()
+    for name, value in settings.items():
+        group, _, leaf = name.rpartition("__")
+        node = config[group] if group else config
+        # Past ml_collections, which would convert the value or refuse its type.
+        node._fields[leaf] = value
+    return config
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_file_is_valid(name):
+    config_lib.validate(importlib.import_module(f"configs.{name}").get_config())
+
+
+@pytest.mark.parametrize("method", ["vanilla", "linear", "uncertainty", "pcgrad", "nash"])
+@pytest.mark.parametrize("clusters", ["", ",snr", ",timestep"])
+def test_the_argument_chooses_method_and_clusters(method, clusters):
+    config = digits.get_config(method + clusters)
+    config_lib.validate(config)
+    assert config.method.name == method
+    assert config.clusters.cost == (clusters[1:] or "snr")
+
+
+def test_the_default_config_has_every_setting_and_explains_its_choices():
+    assert config_lib.flatten(digits.get_config()).keys() == config_lib.RULES.keys()
+    source = Path(digits.__file__).read_text()
+    for name, rule in config_lib.RULES.items():
+        if rule.allowed.startswith("one of '"):
+            (line,) = re.findall(rf"^ .*\b{name.replace('.', '[.]')} = .*", source, re.M)
+            comments = source[: source.index(line) + len(line)].splitlines()[-4:]
+            for value in re.findall("'(.*?)'", rule.allowed):
+                assert f'"{value}"' in " ".join(comments).partition("#")[2], (name, value)
+
+
+BAD = {
+    # an unknown name
+    "unknown setting config.num_step; did you mean config.num_steps?": {"num_step": 1},
+    "did you mean config.optimizer.learning_rate?": {"optimizer__learning_rat": 1.0},
+    # a wrong type
+    "config.num_steps must be an integer >= 1, got '3'": {"num_steps": "3"},
+    "config.num_steps must be an integer >= 1, got True": {"num_steps": True},
+    "config.num_steps must be an integer >= 1, got 1.5": {"num_steps": 1.5},
+    "config.ema_decay must be a number >= 0 and <= 1, got False": {"ema_decay": False},
+    "config.optimizer.learning_rate must be a number > 0, got '3'": {
+        "optimizer__learning_rate": "3"
+    },
+    "config.data.flip must be True or False, got 1": {"data__flip": 1},
+    "config.data.name must be digits or tfds:BUILDER, got None": {"data__name": None},
+    # out of range
+    "config.num_steps must be an integer >= 1, got 0": {"num_steps": 0},
+    "config.seed must be an integer >= 0, got -1": {"seed": -1},
+    "config.optimizer.learning_rate must be a number > 0, got 0": {"optimizer__learning_rate": 0},
+    "learning_rate must be a number > 0, got nan": {"optimizer__learning_rate": float("nan")},
+    "config.label_dropout must be a number >= 0 and <= 1, got 1.1": {"label_dropout": 1.1},
+    "config.model.patch must be one of 1, 2, 4, 8, got 3": {"model__patch": 3},
+    "config.data.name must be digits or tfds:BUILDER, got 'mnist'": {"data__name": "mnist"},
+    "config.method.name must be one of 'vanilla', 'linear', ": {"method__name": "nahs"},
+    "config.clusters.cost must be one of 'snr', 'timestep'": {"clusters__cost": "uniform"},
+    # impossible together
+    "config.clusters.k = 9 must not exceed config.diffusion.timesteps = 8": {
+        "clusters__k": 9,
+        "diffusion__timesteps": 8,
+        "sample__num_steps": 8,
+    },
+    "config.sample.num_steps = 50 must not exceed config.diffusion.timesteps = 49": {
+        "diffusion__timesteps": 49
+    },
+    "config.optimizer.warmup_steps = 100 must not exceed config.num_steps = 99": {"num_steps": 99},
+    "config.model.width = 64 must be divisible by 4 and by config.model.heads = 5": {
+        "model__heads": 5
+    },
+    "config.model.width = 6 must be divisible by 4": {"model__width": 6, "model__heads": 1},
+    "config.data.image_size = 10 must be divisible by config.model.patch = 4": {
+        "data__image_size": 10
+    },
+    "config.method.timesteps = 'uniform' with config.method.name = 'nash' needs config.method."
+    "gradient_form = 'masked'": {"method__timesteps": "uniform"},
+    "config.sample.guidance = 2.0 needs config.model.conditional = True": {
+        "sample__guidance": 2.0,
+        "model__conditional": False,
+    },
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_a_bad_setting_is_named_with_what_is_allowed(message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_lib.validate(changed(**BAD[message]))
+
+
+@pytest.mark.parametrize("name", config_lib.RULES)
+def test_a_missing_setting_is_named(name):
+    config = digits.get_config().unlock()
+    group, _, leaf = name.rpartition(".")
+    del (config[group] if group else config)[leaf]
+    with pytest.raises(ValueError, match=f"missing setting config.{name}"):
+        config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("vanilla", {"method__timesteps": "uniform"}),
+        ("uncertainty", {"method__timesteps": "uniform"}),
+        ("nash", {"method__timesteps": "uniform", "method__gradient_form": "masked"}),
+        ("nash", {"num_steps": 100}),
+        ("nash", {"model__conditional": False}),
+        ("nash", {"optimizer__learning_rate": 1, "ema_decay": 0, "label_dropout": 1}),
+        ("nash", {"data__name": "tfds:cifar10"}),
+    ],
+)
+def test_what_works_is_allowed(method, settings):
+    config_lib.validate(changed(method, **settings))
+
+
+FREE = {
+    "log_every": 7,
+    "tensorboard": False,
+    "profile_steps": 3,
+    "checkpoint__keep": 5,
+    "sample__guidance": 2.0,
+    "evaluation__features": "",
+    "data__num_workers": 2,
+    "data__dir": "/elsewhere",
+    "num_steps": 5000,
+}
+FIXED = {
+    "seed": 1,
+    "data__batch_size": 250,
+    "data__name": "tfds:mnist",
+    "model__width": 32,
+    "clusters__k": 4,
+    "method__name": "linear",
+    "optimizer__learning_rate": 0.1,
+    "ema_decay": 0.9,
+    "diffusion__timesteps": 100,
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_a_restart_may_change_what_does_not_touch_the_parameters(name):
+    config_lib.check_same(changed(), changed(**{name: FREE[name]}), "w")
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_restart_may_not_change_the_run(name):
+    old, new = digits.get_config("nash"), changed(**{name: FIXED[name]})
+    dotted = name.replace("__", ".")
+    was = config_lib.flatten(old)[dotted]
+    words = f"config.{dotted}: {was!r} there, {FIXED[name]!r} now"
+    with pytest.raises(ValueError, match=re.escape(words)) as error:
+        config_lib.check_same(old, new, "workdir")
+    assert "the run in workdir" in str(error.value)
+    assert str(error.value).count(" there, ") == 1
+
+
+def test_the_number_of_steps_is_part_of_a_run_whose_learning_rate_depends_on_it():
+    settings = {"optimizer__schedule": "cosine"}
+    with pytest.raises(ValueError, match=r"config.num_steps: 3000 there, 5000 now"):
+        config_lib.check_same(changed(**settings), changed(**settings, num_steps=5000), "w")
+
+
+def test_settings_that_only_one_of_them_has_differ():
+    with pytest.raises(ValueError, match=r"config.new: 'not set' there, 1 now"):
+        config_lib.check_same(changed(), changed(new=1), "w")
+
+
+def test_a_workdir_describes_itself(tmp_path):
+    assert config_lib.load(tmp_path) is None
+    config = digits.get_config()
+    config_lib.save(config, tmp_path / "run")
+    loaded = config_lib.load(tmp_path / "run")
+    assert loaded == config
+    config_lib.validate(loaded)
+    config_lib.check_same(loaded, config, tmp_path)

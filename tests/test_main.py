@@ -1,0 +1,120 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+SMALL = {
+    "num_steps": 14,
+    "data.batch_size": 16,
+    "model.width": 8,
+    "model.depth": 1,
+    "model.heads": 1,
+    "clusters.k": 2,
+    "optimizer.warmup_steps": 2,
+    "log_every": 7,
+    "checkpoint.every": 5,
+    "sample.every": 10,
+    "sample.num_steps": 2,
+    "sample.num": 23,
+    "sample.batch_size": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """Runs the program as a user does, on one device."""
+    # Training the classifier of the evaluation once is enough, and not in the user's home.
+    cache = tmp_path_factory.mktemp("cache")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "XDG_CACHE_HOME": cache}
+
+    def run(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "ant_jax.main", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(command, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("main") / "run"
+    settings = [f"--config.{name}={value}" for name, value in SMALL.items()]
+    return workdir, command(
+        "--config=configs/digits.py:nash",
+        f"--workdir={workdir}",
+        "--config.sample.eta=1",
+        *settings,
+    )
+
+
+def test_training_reports_and_leaves_a_workdir_that_describes_itself(trained):
+    workdir, result = trained
+    assert result.returncode == 0, result.stderr
+    for step in (7, 14):
+        line = rf"step +{step}/14  loss \d+\.\d+  [\d.]+ steps/s  \d+ examples/s  ETA \d+s\n"
+        assert re.search(line, result.stderr), result.stderr
+    assert "nash; clusters by snr: 0 " in result.stderr
+    assert "Traceback" not in result.stderr
+
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["method"]["name"] == "nash"
+    assert config["num_steps"] == 14 and config["sample"]["eta"] == 1.0
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [7, 14]
+    assert len(rows[0]["weights"]) == len(rows[0]["cluster_losses"]) == 2
+    assert {"loss", "grad_norm", "smallest_cosine", "steps_per_second"} < rows[0].keys()
+    assert sorted(os.listdir(workdir / "checkpoints")) == ["10", "14"]
+    assert sorted(os.listdir(workdir / "samples")) == ["00000010.png", "00000014.png"]
+    assert Image.open(workdir / "samples" / "00000014.png").size == (342, 104)
+    assert list(workdir.glob("events.out.tfevents.*"))
+
+
+def test_a_workdir_is_sampled_without_naming_its_config(trained, command):
+    workdir, _ = trained
+    result = command(f"--workdir={workdir}", "--mode=sample", "--step=10", "--config.sample.num=19")
+    assert result.returncode == 0, result.stderr
+    with np.load(workdir / "samples" / "00000010.npz") as stored:
+        assert stored["arr_0"].shape == (19, 8, 8, 1)
+        assert stored["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(stored["arr_1"], np.arange(19) % 10)
+    assert str(workdir / "samples" / "00000010.npz") in result.stderr
+
+
+def test_a_workdir_is_evaluated(trained, command):
+    workdir, _ = trained
+    result = command(f"--workdir={workdir}", "--mode=evaluate")
+    assert result.returncode == 0, result.stderr
+    values = json.loads((workdir / "evaluation" / "00000014.json").read_text())
+    assert values["step"] == 14
+    assert values["frechet_distance"] > values["real_frechet_distance"] > 0
+    assert f"{values['frechet_distance']:.4f}" in result.stderr
+    assert re.search(r"^frechet_distance +\d", result.stderr, re.M)
+
+
+MISTAKES = {
+    "did you mean": ["--config.num_step=3"],
+    "config.num_steps must be an integer >= 1, got 0": ["--config.num_steps=0"],
+    "no run in": ["--mode=sample"],
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_one_clear_line(message, command, tmp_path):
+    result = command(*MISTAKES[message], f"--workdir={tmp_path}")
+    assert result.returncode not in (0, None)
+    assert "Traceback" not in result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if message.lower() in line.lower()]
+    assert len(line) < 300
+    assert os.listdir(tmp_path) == []

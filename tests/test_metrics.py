@@ -1,0 +1,139 @@
+import importlib.util
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from ant_jax import metrics
+
+
+def step_metrics(loss, cluster_losses, counts):
+    """One step as the train step returns it."""
+    values = {"loss": loss, "cluster_losses": cluster_losses, "counts": counts}
+    return {name: np.asarray(value, np.float32) for name, value in values.items()}
+
+
+def test_the_interval_weights_cluster_losses_by_their_counts():
+    interval = metrics.Interval()
+    first = step_metrics(1.0, [2.0, 0.0, 0.0], [3, 0, 0])
+    interval.add(first)
+    interval.add(step_metrics(3.0, [6.0, 5.0, 0.0], [1, 2, 0]))
+    report = interval.report()
+    assert report["loss"] == 2.0
+    # A cluster that nobody saw has no loss; one seen in a single step has that step's.
+    assert report["cluster_losses"] == [(3 * 2 + 6) / 4, 5.0, None]
+    assert report["counts"] == [2.0, 1.0, 0.0]
+    assert first["cluster_losses"][0] == 2.0
+    json.dumps(report, allow_nan=False)
+
+    interval.add(step_metrics(7.0, [1.0, 1.0, 1.0], [1, 1, 1]))
+    assert interval.report()["loss"] == 7.0
+
+
+def read(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_lines_beyond_the_start_and_a_torn_one_are_dropped(tmp_path):
+    lines = [json.dumps({"step": step, "loss": step / 2}) for step in (2, 4, 6)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo')
+    writer = metrics.Writer(tmp_path, 4, tensorboard=False)
+    writer.scalars(5, {"loss": 1.0})
+    writer.close()
+    assert read(tmp_path) == [
+        {"step": 2, "loss": 1.0},
+        {"step": 4, "loss": 2.0},
+        {"step": 5, "loss": 1.0},
+    ]
+
+
+def test_a_line_is_in_the_file_at_once(tmp_path):
+    writer = metrics.Writer(tmp_path, 0, tensorboard=False)
+    writer.scalars(1, {"loss": 0.5, "weights": [0.1, None]})
+    assert read(tmp_path) == [{"step": 1, "loss": 0.5, "weights": [0.1, None]}]
+    writer.close()
+
+
+def test_without_tensorflow_the_file_is_written_alone(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "tensorflow" else find_spec(name)
+    )
+    writer = metrics.Writer(tmp_path, 0, tensorboard=True)
+    writer.scalars(1, {"loss": 0.5})
+    writer.image(1, "samples", np.zeros((4, 4, 3), np.uint8))
+    writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert read(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
+def test_tensorboard_gets_scalars_and_images(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    writer = metrics.Writer(tmp_path, 0, tensorboard=True)
+    writer.scalars(1, {"loss": 0.5, "cluster_losses": [0.25, None]})
+    writer.scalars(2, {"loss": 0.75, "cluster_losses": [0.5, 1.0]})
+    writer.image(2, "samples", np.zeros((4, 4, 3), np.uint8))
+    writer.close()
+    events = EventAccumulator(str(tmp_path), {"tensors": 0}).Reload()
+    found = {
+        tag: [
+            (event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(tag)
+        ]
+        for tag in events.Tags()["tensors"]
+        if tag != "samples"
+    }
+    assert found == {
+        "loss": [(1, 0.5), (2, 0.75)],
+        "cluster_losses/0": [(1, 0.25), (2, 0.5)],
+        "cluster_losses/1": [(2, 1.0)],
+    }
+    assert [event.step for event in events.Tensors("samples")] == [2]
+
+
+def test_a_failing_tensorboard_is_a_warning(tmp_path, monkeypatch, caplog):
+    def fail(workdir):
+        raise OSError("no more files")
+
+    monkeypatch.setattr(metrics, "_open_board", fail)
+    with caplog.at_level(logging.WARNING):
+        writer = metrics.Writer(tmp_path, 0, tensorboard=True)
+        writer.scalars(1, {"loss": 0.5})
+        writer.scalars(2, {"loss": 0.5})
+        writer.close()
+    assert caplog.text.count("TensorBoard is off: no more files") == 1
+    assert [row["step"] for row in read(tmp_path)] == [1, 2]
+
+
+def test_progress_tells_step_loss_speed_and_time_left(monkeypatch, caplog):
+    now = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    progress = metrics.Progress(10, 1000, batch_size=8)
+    now[0] += 5
+    with caplog.at_level(logging.INFO):
+        assert progress.line(20, 0.12345) == 2.0
+        now[0] += 50  # spent on samples
+        progress.restart(20)
+        now[0] += 1
+        assert progress.line(24, 0.1) == 4.0
+    first, second = caplog.messages
+    assert first == "step   20/1000  loss 0.1235  2.0 steps/s  16 examples/s  ETA 8m10s"
+    assert "4.0 steps/s" in second
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.4, "59s"),
+        (59.6, "1m00s"),
+        (125, "2m05s"),
+        (3599.7, "1h00m"),
+        (3 * 3600 + 7 * 60 + 50, "3h07m"),
+        (100 * 3600, "100h00m"),
+    ],
+)
+def test_duration(seconds, text):
+    assert metrics.duration(seconds) == text

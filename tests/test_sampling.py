@@ -1,0 +1,105 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ant_jax import builders, sampling
+from configs import digits
+
+SHAPE = (4, 4, 1)
+
+
+class Model(nn.Module):
+    """Small, and everything it is given matters."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, t, y):
+        inputs = [x.reshape(len(x), -1), jnp.sin(t[:, None] / 9)]
+        if self.num_classes:
+            inputs.append(jax.nn.one_hot(y, self.num_classes + 1))
+        return nn.Dense(16)(jnp.concatenate(inputs, 1)).reshape(x.shape)
+
+
+def draw(num, num_classes=3, **settings):
+    config = digits.get_config()
+    config.diffusion.timesteps = 20
+    config.sample.update({"num_steps": 3, "guidance": 2.0 if num_classes else 1.0} | settings)
+    model = Model(num_classes)
+    params = builders.init_params(model, SHAPE, seed=0)
+    process = builders.build_diffusion(config)
+    return list(sampling.sample_batches(config, model, params, process, SHAPE, num))
+
+
+def join(batches):
+    images, labels = zip(*batches, strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_samples_do_not_depend_on_the_batch_size_or_the_devices(sampler, monkeypatch):
+    whole, labels = join(draw(21, batch_size=100, sampler=sampler))
+    assert whole.shape == (21, *SHAPE) and whole.dtype == np.uint8
+    np.testing.assert_array_equal(labels, np.arange(21) % 3)
+    assert len(np.unique(whole.reshape(21, -1), axis=0)) == 21
+    batches = draw(21, batch_size=8, sampler=sampler)
+    assert [len(images) for images, _ in batches] == [8, 8, 5]
+    # Rounding to uint8 may turn a difference in the last bit into one level.
+    np.testing.assert_allclose(join(batches)[0].astype(int), whole, atol=1)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    one, labels = join(draw(21, batch_size=10, sampler=sampler))
+    np.testing.assert_allclose(one.astype(int), whole, atol=1)
+    np.testing.assert_array_equal(labels, np.arange(21) % 3)
+
+
+def test_a_batch_size_that_devices_do_not_divide_is_rounded_up():
+    assert [len(images) for images, _ in draw(20, batch_size=9)] == [16, 4]
+
+
+def test_an_unconditional_model_has_no_labels():
+    ((images, labels),) = draw(5, num_classes=0)
+    assert images.shape == (5, *SHAPE)
+    assert labels is None
+
+
+def test_the_grid_has_image_i_in_row_i_div_10_and_column_i_mod_10():
+    images = np.arange(1, 14, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 1), "u1")
+    grid = sampling.image_grid(images)
+    assert grid.dtype == np.uint8 and grid.shape == (2 * 34 + 2, 10 * 34 + 2, 3)
+    for i in range(20):
+        top, left = 2 + i // 10 * 34, 2 + i % 10 * 34
+        # The place after the last image and the gaps around each are white.
+        expected = i + 1 if i < 13 else 255
+        assert (grid[top : top + 32, left : left + 32] == expected).all()
+        assert (grid[top - 2 : top, left : left + 32] == 255).all()
+        assert (grid[top : top + 32, left - 2 : left] == 255).all()
+
+
+def test_the_grid_enlarges_small_images_and_keeps_colours():
+    image = np.random.default_rng(0).integers(0, 256, (8, 8, 3)).astype(np.uint8)
+    grid = sampling.image_grid(image[None])
+    np.testing.assert_array_equal(grid[2:34, 2:34], image.repeat(4, 0).repeat(4, 1))
+
+
+def test_files_are_as_the_field_writes_them(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
+    labels = np.arange(3, dtype=np.int32)
+    sampling.save_npz(tmp_path / "new" / "with.npz", images, labels)
+    sampling.save_npz(tmp_path / "new" / "without.npz", images, None)
+    with np.load(tmp_path / "new" / "with.npz") as stored:
+        assert stored.files == ["arr_0", "arr_1"]
+        np.testing.assert_array_equal(stored["arr_0"], images)
+        np.testing.assert_array_equal(stored["arr_1"], labels)
+    with np.load(tmp_path / "new" / "without.npz") as stored:
+        assert stored.files == ["arr_0"]
+    grid = sampling.image_grid(images)
+    sampling.save_png(tmp_path / "grid.png", grid)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "grid.png")), grid)
+    assert sorted(path.name for path in tmp_path.rglob("*.*")) == [
+        "grid.png",
+        "with.npz",
+        "without.npz",
+    ]
