@@ -58,12 +58,14 @@ def open_data(config: ConfigDict) -> data.Source:
     """
     settings = config.data
     try:
-        return data.load(settings.name, settings.split, settings.dir or None)
+        source = data.load(settings.name, settings.split, settings.dir or None)
+        data.check_crop(source, settings.crop, settings.image_size)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(
             f"config.data.name = {settings.name!r}, config.data.split = {settings.split!r}, "
             f"config.data.dir = {settings.dir!r}: {error}"
         ) from error
+    return source
 
 
 def check_batch(config: ConfigDict, method: builders.Method) -> None:

@@ -15,7 +15,7 @@ try:
     _CONFIG = config_flags.DEFINE_config_file(
         "config", "configs/digits.py", "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
     )
-except (KeyError, TypeError, OSError) as error:
+except (AttributeError, KeyError, TypeError, OSError) as error:
     # Defining the flag already reads the file and applies the overrides.
     sys.exit(f"--config: {' '.join(map(str, error.args))}")
 _WORKDIR = flags.DEFINE_string(

@@ -9,6 +9,10 @@ import numpy as np
 
 Step = Callable[..., tuple[Any, Any]]
 
+# One name for pmap's axis and for the mesh of replicated arrays: with two, pmap takes its own first
+# output for something new and compiles the step again.
+_AXIS = "batch"
+
 
 def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
     """Compiles a step for this process's devices: `jax.jit` on one, `jax.pmap` on many.
@@ -26,8 +30,8 @@ def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
     if jax.device_count() == 1 or (jax.process_count() == 1 and len(devices) == 1):
         return jax.jit(step, donate_argnums=0)
     mapped = jax.pmap(
-        functools.partial(step, axis_name="batch"),
-        axis_name="batch",
+        functools.partial(step, axis_name=_AXIS),
+        axis_name=_AXIS,
         in_axes=(None, 0),
         out_axes=None,
         devices=devices if jax.process_count() == 1 else None,
@@ -39,7 +43,7 @@ def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
 
 def replicated(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
     """The sharding of arrays that every one of these devices holds whole."""
-    mesh = jax.sharding.Mesh(np.asarray(devices), ("devices",))
+    mesh = jax.sharding.Mesh(np.asarray(devices), (_AXIS,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 

@@ -158,8 +158,9 @@ def train_step(
         )
 
     def cluster_losses(params, part):
-        mask = jax.nn.one_hot(part.cluster, k)
-        sums = jnp.einsum("bk,b->k", mask, per_example_losses(params, part), precision="highest")
+        mask = part.cluster[:, None] == jnp.arange(k)
+        # Selected, not multiplied: one NaN shows in its own cluster alone.
+        sums = jnp.where(mask, per_example_losses(params, part)[:, None], 0).sum(0)
         return sums * inverse_counts
 
     parts = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), examples)

@@ -152,8 +152,8 @@ def _mean(values, digits):
 
 
 def draw(results, path):
-    """Sample grids of two methods, losses, weights, distances, and the clusters over log-SNR."""
-    first, last = results[0], results[min(len(results), len(_METHODS.value)) - 1]
+    """Sample grids of the first two methods, losses, weights, distances, and the clusters over log-SNR."""
+    first, last = results[0], results[min(1, len(results) - 1)]
     config = make_config(last["method"], 0)
     process = builders.build_diffusion(config)
     boundaries = builders.build_method(config, process.log_snr).boundaries
@@ -195,7 +195,7 @@ def draw(results, path):
         xlabel="step",
         yscale="log",
     )
-    axes["losses"].legend(fontsize="small")
+    axes["losses"].legend(fontsize="small", loc="upper right")
     data = curves(last)
     for i in range(k):
         axes["weights"].plot(data["step"], data["weights"][:, i], color=colours[i])

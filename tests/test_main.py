@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ant_jax import evaluate, evaluation
+from configs import digits
+
 ROOT = Path(__file__).parents[1]
 SMALL = {
     "num_steps": 14,
@@ -19,6 +22,7 @@ SMALL = {
     "clusters.k": 2,
     "optimizer.warmup_steps": 2,
     "log_every": 7,
+    "tensorboard": False,
     "checkpoint.every": 5,
     "sample.every": 10,
     "sample.num_steps": 2,
@@ -78,7 +82,6 @@ def test_training_reports_and_leaves_a_workdir_that_describes_itself(trained):
     assert sorted(os.listdir(workdir / "checkpoints")) == ["10", "14"]
     assert sorted(os.listdir(workdir / "samples")) == ["00000010.png", "00000014.png"]
     assert Image.open(workdir / "samples" / "00000014.png").size == (342, 104)
-    assert list(workdir.glob("events.out.tfevents.*"))
 
 
 def test_a_workdir_is_sampled_without_naming_its_config(trained, command):
@@ -106,7 +109,6 @@ def test_a_workdir_is_evaluated(trained, command):
 MISTAKES = {
     "did you mean": ["--config.num_step=3"],
     "config.num_steps must be an integer >= 1, got 0": ["--config.num_steps=0"],
-    "no run in": ["--mode=sample"],
 }
 
 
@@ -117,4 +119,12 @@ def test_a_mistake_is_one_clear_line(message, command, tmp_path):
     assert "Traceback" not in result.stderr
     (line,) = [line for line in result.stderr.splitlines() if message.lower() in line.lower()]
     assert len(line) < 300
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("mode", [evaluate.sample, evaluate.evaluate])
+def test_a_workdir_without_a_run_is_named(mode, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "extractor", lambda name: None)
+    with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path}: train first"):
+        mode(digits.get_config(), tmp_path)
     assert os.listdir(tmp_path) == []

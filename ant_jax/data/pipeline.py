@@ -65,7 +65,7 @@ def batches(
         crop, image_size and the size of the source's images don't fit together.
     """
     _check_numbers(batch_size, seed, start_step, num_workers, process_index, process_count)
-    _check_crop(source, crop, image_size)
+    check_crop(source, crop, image_size)
     size = len(source)
     if size == 0:
         raise ValueError(f"{source!r} is empty")
@@ -141,7 +141,12 @@ def _check_numbers(
             raise ValueError(f"{name} must not be negative, got {value}")
 
 
-def _check_crop(source: Source, crop: str, image_size: int | None) -> None:
+def check_crop(source: Source, crop: str, image_size: int | None) -> None:
+    """Checks that the pipeline can make images of one size out of a source's.
+
+    Raises:
+      ValueError: If crop is unknown, or crop, image_size and the source's images don't fit.
+    """
     if crop not in CROPS:
         raise ValueError(f"unknown crop {crop!r}; use one of {', '.join(CROPS)}")
     if crop != "none":
