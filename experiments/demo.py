@@ -152,7 +152,7 @@ def _mean(values, digits):
 
 
 def draw(results, path):
-    """Sample grids of the first two methods, losses, weights, distances, and the clusters over log-SNR."""
+    """Grids and curves of the first two methods, all distances, and the clusters over log-SNR."""
     first, last = results[0], results[min(1, len(results) - 1)]
     config = make_config(last["method"], 0)
     process = builders.build_diffusion(config)

@@ -269,6 +269,14 @@ def test_compiles_once(params, batch, num_devices):
     assert int(state.step) == 4
 
 
+@pytest.mark.parametrize("method", ["linear", "nash"])
+def test_one_nan_shows_in_its_own_cluster(params, batch, method):
+    image = batch["image"] / np.float32(127.5) - 1
+    image[4 * K + 2] = np.nan
+    _, _, metrics = gradient(params, batch | {"image": image}, METHODS[method])
+    np.testing.assert_array_equal(np.isnan(metrics["cluster_losses"]), np.arange(K) == 2)
+
+
 def test_ema_is_ramped_up(params, batch):
     optimizer = optax.sgd(0.1)
     fn = jax.jit(step_fn(METHODS["linear"], optimizer=optimizer, ema_decay=0.15))
