@@ -186,19 +186,19 @@ def draw(results, path):
     for result, style in ((first, "--"), (last, "-")):
         data = curves(result)
         for i in range(k):
-            label = f"t in [{boundaries[i]}, {boundaries[i + 1]})" if style == "-" else None
-            axes["losses"].plot(
-                data["step"], data["cluster_losses"][:, i], style, color=colours[i], label=label
-            )
+            losses = data["cluster_losses"][:, i]
+            axes["losses"].plot(data["step"], losses, style, color=colours[i])
     axes["losses"].set(
         title=f"cluster losses ({last['method']} solid, {first['method']} dashed)",
         xlabel="step",
         yscale="log",
     )
-    axes["losses"].legend(fontsize="small", loc="upper right")
     data = curves(last)
     for i in range(k):
-        axes["weights"].plot(data["step"], data["weights"][:, i], color=colours[i])
+        label = f"t in [{boundaries[i]}, {boundaries[i + 1]})"
+        weights = data["weights"][:, i]
+        axes["weights"].plot(data["step"], weights, color=colours[i], label=label)
+    axes["weights"].legend(fontsize="small", loc="upper left")
     axes["weights"].set(
         title=f"weights of the clusters, {last['method']}", xlabel="step", yscale="log"
     )
