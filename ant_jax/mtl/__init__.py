@@ -1,7 +1,7 @@
 """Multi-task weightings and the optax transformation that applies them."""
 
 from ant_jax.mtl.combine import CombineState, combine, init_combine
-from ant_jax.mtl.gramian import gramian, smallest_cosine
+from ant_jax.mtl.gramian import gramian, pairwise_cosines
 from ant_jax.mtl.linear import linear
 from ant_jax.mtl.nash import nash
 from ant_jax.mtl.pcgrad import pcgrad
@@ -16,7 +16,7 @@ __all__ = [
     "init_combine",
     "linear",
     "nash",
+    "pairwise_cosines",
     "pcgrad",
-    "smallest_cosine",
     "uncertainty",
 ]

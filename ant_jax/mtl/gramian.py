@@ -20,13 +20,17 @@ def gramian(stacked: jax.typing.ArrayLike) -> jax.Array:
     return sum(grams)
 
 
-def smallest_cosine(gram: jax.Array) -> jax.Array:
-    """Smallest cosine between two different gradients, scalar float32; NaN where there are none.
+def pairwise_cosines(gram: jax.Array) -> jax.Array:
+    """Cosines between different gradients.
 
-    Rows without a gradient (zero diagonal) are left out.
+    Args:
+      gram: (k, k) Gram matrix.
+
+    Returns:
+      (k (k - 1) / 2,) float32, the pairs (0, 1), (0, 2), ..., (k - 2, k - 1); NaN for a pair of
+      which one has no gradient (zero diagonal).
     """
     diagonal = jnp.diag(gram)
     inverse = jnp.where(diagonal > 0, jax.lax.rsqrt(diagonal), jnp.nan)
     cosines = gram * inverse[:, None] * inverse
-    pairs = jnp.where(jnp.eye(gram.shape[0], dtype=bool), jnp.nan, cosines)
-    return jnp.nanmin(pairs)
+    return cosines[jnp.triu_indices(gram.shape[0], 1)]
