@@ -1,6 +1,7 @@
-"""Judging samples: feature extractors, the Frechet distance and label accuracy."""
+"""Judging samples: feature extractors, the Frechet distance, label accuracy and copies."""
 
 from ant_jax.evaluation.frechet import Moments, covariance, frechet_distance, merge, moments
+from ant_jax.evaluation.nearest import nearest_distances
 from ant_jax.evaluation.sample_metrics import Extractor, extractor, real_floor, sample_metrics
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "frechet_distance",
     "merge",
     "moments",
+    "nearest_distances",
     "real_floor",
     "sample_metrics",
 ]

@@ -10,10 +10,11 @@ import numpy as np
 from ant_jax.data import sources
 from ant_jax.evaluation import digits
 from ant_jax.evaluation.frechet import Moments, covariance, frechet_distance, merge, moments
+from ant_jax.evaluation.nearest import nearest_distances
 
 
 class Extractor(NamedTuple):
-    """What samples are judged by: a network, and its features of the real images.
+    """What samples are judged by: a network, and the real images as it and as pixels show them.
 
     Attributes:
       features: uint8 images (n, height, width, channels) -> features (n, d).
@@ -21,6 +22,8 @@ class Extractor(NamedTuple):
       test_accuracy: Share of the held-out images that `predict` labels correctly.
       train_features: (n, d) of the real training images.
       held_out_features: (n, d) of real images that no model has seen.
+      train_images: uint8 (n, height, width, channels), the real training images.
+      held_out_distances: (n,) from each held-out image to the nearest training image.
     """
 
     features: Callable[[np.ndarray], np.ndarray]
@@ -28,17 +31,22 @@ class Extractor(NamedTuple):
     test_accuracy: float
     train_features: np.ndarray
     held_out_features: np.ndarray
+    train_images: np.ndarray
+    held_out_distances: np.ndarray
 
 
 def _digits(cache_dir: str | os.PathLike | None) -> Extractor:
     classifier = digits.load_classifier(cache_dir)
     features = functools.partial(digits.features, classifier)
+    train, held_out = sources.digits("train").images, sources.digits("test").images
     return Extractor(
         features,
         functools.partial(digits.predict, classifier),
         classifier.test_accuracy,
-        features(sources.digits("train").images),
-        features(sources.digits("test").images),
+        features(train),
+        features(held_out),
+        train,
+        nearest_distances(held_out, train),
     )
 
 
@@ -81,6 +89,12 @@ def sample_metrics(
       label_accuracy: Share of the labelled samples that the classifier gives their label; absent
         where no sample has a label.
       classifier_test_accuracy: The same share for held-out real images: the best to hope for.
+      nearest_train_distance: Mean Euclidean distance to the nearest training image, in pixel values
+        scaled to [0, 1]. Below that of `real_floor` the samples are repetitions of training images
+        (compare Meehan, Chaudhuri & Dasgupta, *A Non-Parametric Test to Detect Data-Copying in
+        Generative Models*, 2020) or smooth, and a low Frechet distance may be no merit.
+      copies: Share of the samples that are as near to a training image as only the nearest 1 % of
+        the held-out images are; so about 0.01 is the figure of a perfect generator.
       num_samples: Number of generated images.
 
     Raises:
@@ -90,7 +104,7 @@ def sample_metrics(
     group_size = len(model.held_out_features)
     total: Moments | None = None
     waiting = model.train_features[:0]
-    groups = []
+    groups, distances = [], []
     correct = labelled = 0
     for images, labels in batches:
         features = model.features(images)
@@ -100,6 +114,7 @@ def sample_metrics(
         while len(waiting) >= group_size:
             groups.append(_distance(moments(waiting[:group_size]), real))
             waiting = waiting[group_size:]
+        distances.append(nearest_distances(images, model.train_images))
         if labels is not None:
             labels = np.asarray(labels)
             if labels.shape != (len(images),):
@@ -113,8 +128,12 @@ def sample_metrics(
         metrics["group_frechet_distance"] = float(np.mean(groups))
     if labelled:
         metrics["label_accuracy"] = correct / labelled
+    nearest = np.concatenate(distances)
     return metrics | {
         "classifier_test_accuracy": model.test_accuracy,
+        "nearest_train_distance": float(nearest.mean()),
+        # At the threshold too: exact copies count even if 1 % of the held-out images are some.
+        "copies": float(np.mean(nearest <= np.percentile(model.held_out_distances, 1))),
         "num_samples": total.count,
     }
 
@@ -124,18 +143,22 @@ def real_floor(model: Extractor) -> dict[str, float]:
 
     A perfect generator is a source of further held-out images. Their distance to the training
     images is above zero because they are few; so is that of as many samples. A model that has
-    learnt its training images by heart scores below the floor.
+    learnt its training images by heart scores below the floor, and so does its
+    ``nearest_train_distance``.
 
     Args:
       model: From `extractor`.
 
     Returns:
       frechet_distance: Distance of the held-out images to the training images.
+      nearest_train_distance: Their mean distance to the nearest of them in pixels; see
+        `sample_metrics`.
       num_samples: Number of held-out images.
     """
     held_out = moments(model.held_out_features)
     return {
         "frechet_distance": _distance(held_out, moments(model.train_features)),
+        "nearest_train_distance": float(model.held_out_distances.mean()),
         "num_samples": held_out.count,
     }
 

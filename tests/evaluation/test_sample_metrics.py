@@ -100,3 +100,39 @@ def test_errors(model, test_split):
         evaluation.sample_metrics([(test_split.images[:1], None)], model)
     with pytest.raises(ValueError, match=r"3 images.*\(2,\)"):
         evaluation.sample_metrics([(test_split.images[:3], test_split.labels[:2])], model)
+
+
+def test_held_out_images_are_no_copies(model, test_split):
+    metrics = evaluation.sample_metrics([(test_split.images, None)], model)
+    train = data.digits("train").images.reshape(-1, 64) / 255
+    held_out = test_split.images.reshape(-1, 64) / 255
+    nearest = np.array([np.linalg.norm(train - image, axis=1).min() for image in held_out])
+    assert metrics["nearest_train_distance"] == pytest.approx(nearest.mean(), rel=1e-9)
+    assert evaluation.real_floor(model)["nearest_train_distance"] == pytest.approx(nearest.mean())
+    assert metrics["copies"] == 0.01
+    metrics = evaluation.sample_metrics([(test_split.images[np.argsort(nearest)[3:]], None)], model)
+    assert metrics["copies"] == 0
+
+
+def test_copies_are_counted(model, test_split):
+    train, held_out = data.digits("train").images, test_split.images
+    metrics = evaluation.sample_metrics([(train[:50], None), (train[50:], None)], model)
+    assert metrics["copies"] == 1
+    assert metrics["nearest_train_distance"] == 0
+    barely_changed = train[:100] ^ 1
+    metrics = evaluation.sample_metrics([(barely_changed, None), (held_out, None)], model)
+    assert metrics["copies"] == pytest.approx(103 / 400)
+
+
+def test_noise_is_far_from_the_training_images(model):
+    noise = np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1)).astype(np.uint8)
+    metrics = evaluation.sample_metrics([(noise, None)], model)
+    assert metrics["copies"] == 0
+    floor = evaluation.real_floor(model)
+    assert metrics["nearest_train_distance"] > 2 * floor["nearest_train_distance"]
+
+
+def test_exact_copies_count_where_held_out_images_are_copies_too(model):
+    model = model._replace(held_out_distances=np.append(np.zeros(20), model.held_out_distances))
+    metrics = evaluation.sample_metrics([(data.digits("train").images[:100], None)], model)
+    assert metrics["copies"] == 1

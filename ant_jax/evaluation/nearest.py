@@ -1,0 +1,53 @@
+"""Distances to the nearest image of a set."""
+
+import numpy as np
+
+# Bounds the memory: one block of distances, and one of either set as float64.
+_BLOCK = 1024
+
+
+def nearest_distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
+    """Returns each image's Euclidean distance to the nearest reference.
+
+    By the expansion |a - b|^2 = |a|^2 - 2 ab + |b|^2, block by block. It doesn't cancel here:
+    pixels are integers, and float64 adds up any number of their products (below 2^53) without
+    rounding. So the squared distances are exact, and an image that is among the references has
+    exactly 0.
+
+    Args:
+      images: uint8 (n, height, width, channels).
+      references: uint8 (m, height, width, channels).
+
+    Returns:
+      (n,) float64 distances, in pixel values scaled to [0, 1].
+
+    Raises:
+      ValueError: If the images are not uint8, have no or unlike shapes, or a set is empty.
+    """
+    for name, array in (("images", images), ("references", references)):
+        if array.dtype != np.uint8 or array.ndim != 4 or array.size == 0:
+            raise ValueError(
+                f"{name} must be non-empty uint8 (n, height, width, channels), got {array.dtype} "
+                f"{array.shape}"
+            )
+    if images.shape[1:] != references.shape[1:]:
+        raise ValueError(
+            f"images of shape {images.shape[1:]} have no distance to references of shape "
+            f"{references.shape[1:]}"
+        )
+    nearest = np.full(len(images), np.inf)
+    for i in range(0, len(images), _BLOCK):
+        a = _rows(images[i : i + _BLOCK])
+        for j in range(0, len(references), _BLOCK):
+            b = _rows(references[j : j + _BLOCK])
+            squared = _squares(a)[:, None] - 2 * (a @ b.T) + _squares(b)
+            nearest[i : i + _BLOCK] = np.minimum(nearest[i : i + _BLOCK], squared.min(axis=1))
+    return np.sqrt(nearest) / 255
+
+
+def _rows(images: np.ndarray) -> np.ndarray:
+    return images.reshape(len(images), -1).astype(np.float64)
+
+
+def _squares(rows: np.ndarray) -> np.ndarray:
+    return np.einsum("ij,ij->i", rows, rows)
