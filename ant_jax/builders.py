@@ -1,6 +1,7 @@
 """From a config to the things it names."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -9,20 +10,32 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from ant_jax import clustering, diffusion, mtl
+from ant_jax import affinity, clustering, diffusion, mtl
 from ant_jax.diffusion import loss_weights
 from ant_jax.models.dit import DiT
 
 # Keeps PCGrad's random orders apart from the draws of the train step, which use the bare seed.
 _ORDER_STREAM = 1 << 30
+# The partition into random clusters is the same for every run, as that into intervals is.
+_PARTITION_SEED = 0
 
 
 class Method(NamedTuple):
-    """How the denoising tasks are clustered and balanced; weighting None is vanilla."""
+    """How the denoising tasks are clustered and balanced.
+
+    Attributes:
+      boundaries: (k + 1,) of the clusters.
+      weighting: the MTL method; None is vanilla, or a specialist where the draw is stratified.
+      timesteps: how timesteps are drawn.
+      timestep_order: (T,) where clusters are no intervals, otherwise None; see `train_step`.
+      loss_scale: (k,) or None; see `train_step`.
+    """
 
     boundaries: np.ndarray
     weighting: mtl.Weighting | None
     timesteps: str
+    timestep_order: np.ndarray | None = None
+    loss_scale: np.ndarray | None = None
 
 
 def build_diffusion(config: ConfigDict) -> diffusion.GaussianDiffusion:
@@ -78,33 +91,81 @@ def init_params(model: DiT, image_shape: tuple[int, int, int], seed: int) -> dic
     ]
 
 
-def build_method(config: ConfigDict, log_snr: np.ndarray) -> Method:
-    """The clusters of timesteps and the weighting of their losses."""
-    k, settings = config.clusters.k, config.method
-    if config.clusters.cost == "snr":
-        boundaries = clustering.interval_clusters(clustering.snr_costs(log_snr), k)
+def build_method(
+    config: ConfigDict, log_snr: np.ndarray, boundaries: Sequence[int] | None = None
+) -> Method:
+    """The clusters of timesteps and the weighting of their losses.
+
+    Args:
+      config: the run's config.
+      log_snr: (T,) of its noise process.
+      boundaries: of the clusters that the method trains on, where they are known already.
+
+    Raises:
+      FileNotFoundError: if the task affinity asked for is not there.
+      ValueError: if it is not one of T timesteps.
+    """
+    settings, num_timesteps = config.clusters, len(log_snr)
+    boundaries = _boundaries(settings, log_snr) if boundaries is None else np.array(boundaries)
+    order = None
+    if settings.cost == "random":
+        order = np.random.default_rng(_PARTITION_SEED).permutation(num_timesteps)
+    if settings.only >= 0:
+        return Method(boundaries, None, "stratified", order)
+    if config.method.name == "vanilla":
+        return Method(boundaries, None, "uniform", order)
+    scale = None
+    if config.method.share_weighted:
+        scale = np.diff(boundaries) * (settings.k / num_timesteps)
+    weighting = build_weighting(config, settings.k, config.seed)
+    return Method(boundaries, weighting, config.method.timesteps, order, scale)
+
+
+def _boundaries(settings, log_snr):
+    if settings.cost == "snr":
+        boundaries = clustering.interval_clusters(clustering.snr_costs(log_snr), settings.k)
+    elif settings.cost == "gradient":
+        costs = clustering.gradient_costs(affinity.load(settings.affinity, len(log_snr)))
+        boundaries = clustering.interval_clusters(costs, settings.k)
     else:
-        boundaries = clustering.uniform_boundaries(len(log_snr), k)
-    if settings.name == "vanilla":
-        return Method(boundaries, None, "uniform")
+        boundaries = clustering.uniform_boundaries(len(log_snr), settings.k)
+    return boundaries[settings.only : settings.only + 2] if settings.only >= 0 else boundaries
+
+
+def build_weighting(config: ConfigDict, k: int, seed: int | jax.Array) -> mtl.Weighting:
+    """The weighting of k cluster losses of a method other than vanilla; the seed may be traced."""
+    settings = config.method
+    fixed = (
+        tuple(map(float, settings.linear_weights.split(","))) if settings.linear_weights else None
+    )
     weighting = {
-        "linear": lambda: mtl.linear(k),
+        "linear": lambda: mtl.linear(k, fixed),
         "uncertainty": lambda: mtl.uncertainty(k, settings.uncertainty_learning_rate),
-        "pcgrad": lambda: mtl.pcgrad(k, config.seed + _ORDER_STREAM),
+        "pcgrad": lambda: mtl.pcgrad(k, seed + _ORDER_STREAM),
         "nash": lambda: mtl.nash(k, settings.nash_update_every, settings.nash_max_norm),
     }[settings.name]()
-    return Method(boundaries, weighting, settings.timesteps)
+    # With the Gram matrix of the gradients at hand their cosines are reported, whoever needs it.
+    return weighting._replace(needs_gram=weighting.needs_gram or settings.cosines)
 
 
-def build_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """AdamW with warm-up, clipping of the combined gradient in front of it where asked for."""
+def build_optimizer(
+    config: ConfigDict, learning_rate: float | jax.Array | None = None
+) -> optax.GradientTransformation:
+    """AdamW with warm-up, clipping of the combined gradient in front of it where asked for.
+
+    Args:
+      config: the run's config.
+      learning_rate: used instead of the config's; may be traced.
+    """
     settings = config.optimizer
-    schedule = optax.constant_schedule(settings.learning_rate)
+    if learning_rate is None:
+        learning_rate = settings.learning_rate
+    schedule = optax.constant_schedule(learning_rate)
     if settings.schedule == "cosine":
         decay_steps = max(config.num_steps - settings.warmup_steps, 1)
-        schedule = optax.cosine_decay_schedule(settings.learning_rate, decay_steps)
+        schedule = optax.cosine_decay_schedule(learning_rate, decay_steps)
     if settings.warmup_steps:
-        warmup = optax.linear_schedule(0, settings.learning_rate, settings.warmup_steps)
+        warmup = optax.linear_schedule(0, learning_rate, settings.warmup_steps)
         schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
     adamw = optax.adamw(schedule, weight_decay=settings.weight_decay)
     if settings.clip_norm:

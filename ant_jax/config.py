@@ -33,8 +33,9 @@ def _one_of(*values):
     return Rule((str,), lambda value: value in values, "one of " + ", ".join(map(repr, values)))
 
 
-def _integer(low):
-    return Rule((int,), lambda value: value >= low, f"an integer >= {low}")
+def _integer(low, high=None):
+    words = f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
+    return Rule((int,), lambda value: value >= low and (high is None or value <= high), words)
 
 
 def _number(low, high=float("inf"), *, above=False):
@@ -53,8 +54,17 @@ def _number(low, high=float("inf"), *, above=False):
 _BOOL = Rule((bool,), lambda value: True, "True or False")
 _TEXT = Rule((str,), lambda value: True, "a string")
 
+
+def _are_weights(text):
+    try:
+        return not text or all(0 <= float(part) < float("inf") for part in text.split(","))
+    except ValueError:
+        return False
+
+
 RULES = {
-    "seed": _integer(0),
+    # PCGrad adds 2**30 to it, on the device in 32 bits.
+    "seed": _integer(0, 2**30 - 1),
     "num_steps": _integer(1),
     "data.name": Rule(
         (str,), lambda name: name == "digits" or name.startswith("tfds:"), "digits or tfds:BUILDER"
@@ -82,11 +92,16 @@ RULES = {
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.remat": _BOOL,
     "clusters.k": _integer(1),
-    "clusters.cost": _one_of("snr", "timestep"),
+    "clusters.cost": _one_of("snr", "timestep", "gradient", "random"),
+    "clusters.affinity": _TEXT,
+    "clusters.only": _integer(-1),
     "method.name": _one_of("vanilla", "linear", "uncertainty", "pcgrad", "nash"),
+    "method.linear_weights": Rule((str,), _are_weights, "'' or k numbers >= 0 as '0.3,0.7'"),
     "method.uncertainty_learning_rate": _number(0, above=True),
     "method.nash_update_every": _integer(1),
     "method.nash_max_norm": _number(0, above=True),
+    "method.share_weighted": _BOOL,
+    "method.cosines": _BOOL,
     "method.timesteps": _one_of("stratified", "uniform"),
     "method.gradient_form": _one_of("vmap", "scan", "masked"),
     "optimizer.learning_rate": _number(0, above=True),
@@ -111,6 +126,7 @@ RULES = {
     "sample.guidance": _number(0),
     "sample.batch_size": _integer(1),
     "sample.num": _integer(1),
+    "evaluation.split": _TEXT,
     "evaluation.features": _one_of("digits", ""),
 }
 
@@ -173,7 +189,7 @@ def _validate_together(flat):
             f"config.model.patch = {flat['model.patch']}"
         )
     if (
-        flat["method.name"] in ("pcgrad", "nash")
+        (flat["method.name"] in ("pcgrad", "nash") or flat["method.cosines"])
         and flat["method.timesteps"] == "uniform"
         and flat["method.gradient_form"] != "masked"
     ):
@@ -181,6 +197,30 @@ def _validate_together(flat):
             f"config.method.timesteps = 'uniform' with config.method.name = "
             f"{flat['method.name']!r} needs config.method.gradient_form = 'masked'"
         )
+    if flat["clusters.cost"] == "gradient" and not flat["clusters.affinity"]:
+        raise ConfigError(
+            "config.clusters.cost = 'gradient' needs config.clusters.affinity = PATH of a task "
+            "affinity; python -m experiments.task_affinity measures one"
+        )
+    if flat["clusters.only"] >= flat["clusters.k"]:
+        raise ConfigError(
+            f"config.clusters.only = {flat['clusters.only']} must be below config.clusters.k = "
+            f"{flat['clusters.k']}"
+        )
+    weights = flat["method.linear_weights"]
+    if weights and (
+        flat["method.name"] != "linear" or weights.count(",") + 1 != flat["clusters.k"]
+    ):
+        raise ConfigError(
+            f"config.method.linear_weights = {weights!r} needs config.method.name = 'linear' and "
+            f"one weight for each of config.clusters.k = {flat['clusters.k']} clusters"
+        )
+    for name in ("method.share_weighted", "method.cosines"):
+        if flat[name] and (flat["method.name"] == "vanilla" or flat["clusters.only"] >= 0):
+            raise ConfigError(
+                f"config.{name} = True needs clusters to weigh: another config.method.name than "
+                "'vanilla' and config.clusters.only = -1"
+            )
     if flat["sample.guidance"] != 1 and not (flat["model.conditional"] and flat["label_dropout"]):
         raise ConfigError(
             f"config.sample.guidance = {flat['sample.guidance']} needs config.model.conditional = "

@@ -4,14 +4,20 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import logging
+from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
 from ant_jax import evaluation, experiment, sampling
 from ant_jax.config import ConfigError
 from ant_jax.files import write_bytes
+from ant_jax.train_step import TrainState
+from ant_jax.transfer_gap import interval_losses
+
+_VALIDATION_IMAGES = 1000
 
 
 def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
@@ -21,8 +27,10 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config.
     """
-    step, drawn = _draw(config, workdir, step)
-    batches = list(drawn)
+    step, pieces, state = restore_run(config, workdir, step)
+    logging.info("drawing %d samples from step %d", config.sample.num, step)
+    apply_fn = experiment.denoiser(pieces, state.ema_params)
+    batches = list(sampling.sample_batches(config, pieces, apply_fn, config.sample.num))
     images = np.concatenate([images for images, _ in batches])
     labels = None if batches[0][1] is None else np.concatenate([labels for _, labels in batches])
     path = workdir / "samples" / f"{step:08d}.npz"
@@ -33,28 +41,57 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
 
 
 def evaluate(config: ConfigDict, workdir: Path, step: int | None = None) -> dict[str, float]:
-    """Measures the distance of EMA samples to the data; logs it and writes a JSON file.
+    """Measures the EMA model; logs what it finds and writes a JSON file.
 
-    A grid of the first samples lies beside the JSON file.
+    By ``config.evaluation.features`` it measures samples against the data, and leaves a grid of the
+    first ones beside the JSON file; by ``config.evaluation.split`` the loss on held-out images: of
+    each cluster, and ``validation_loss`` over all the timesteps of the clusters alike.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
-      ConfigError: if the workdir is of another config, or names no features to measure by.
+      ConfigError: if the workdir is of another config, or names nothing to measure by.
     """
-    if not config.evaluation.features:
+    settings = config.evaluation
+    if not settings.features and not settings.split:
         allowed = config_lib.RULES["evaluation.features"].allowed
-        raise ConfigError(f"config.evaluation.features must name what to measure by: {allowed}")
-    model = evaluation.extractor(config.evaluation.features)
-    step, drawn = _draw(config, workdir, step)
+        raise ConfigError(
+            f"config.evaluation.features must name what to measure by, {allowed}, or "
+            "config.evaluation.split held-out images"
+        )
+    step, pieces, state = restore_run(config, workdir, step)
+    apply_fn = experiment.denoiser(pieces, state.ema_params)
     path = workdir / "evaluation" / f"{step:08d}.json"
-    metrics = evaluation.sample_metrics(_with_grid(drawn, path.with_suffix(".png")), model)
-    floor = evaluation.real_floor(model)
-    result = {"step": step, **metrics, "real_frechet_distance": floor["frechet_distance"]}
+    result = {"step": step}
+    if settings.features:
+        model = evaluation.extractor(settings.features)
+        drawn = sampling.sample_batches(config, pieces, apply_fn, config.sample.num)
+        result |= evaluation.sample_metrics(_with_grid(drawn, path.with_suffix(".png")), model)
+        result |= {f"real_{name}": value for name, value in evaluation.real_floor(model).items()}
+        logging.info("samples: %s", path.with_suffix(".png"))
+    if settings.split:
+        boundaries = pieces.method.boundaries
+        losses = validation_losses(config, pieces, apply_fn)
+        share = np.diff(boundaries) / (boundaries[-1] - boundaries[0])
+        result |= {"validation_loss": float(losses @ share), "validation_losses": losses.tolist()}
     write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
     for name, value in result.items():
         logging.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
-    logging.info("samples: %s", path.with_suffix(".png"))
     return result
+
+
+def validation_losses(
+    config: ConfigDict, pieces: experiment.Experiment, apply_fn: Partial
+) -> np.ndarray:
+    """(k,) mean loss of each cluster of the run on held-out images; see `interval_losses`."""
+    x0, labels = experiment.images(config, config.evaluation.split, _VALIDATION_IMAGES)
+    return interval_losses(
+        apply_fn,
+        pieces.process,
+        x0,
+        jax.random.key(0),
+        pieces.method.boundaries,
+        y=labels if pieces.model.num_classes else None,
+    )
 
 
 def _with_grid(drawn: Iterator, path: Path) -> Iterator:
@@ -64,23 +101,22 @@ def _with_grid(drawn: Iterator, path: Path) -> Iterator:
         yield images, labels
 
 
-def _draw(config, workdir, step):
+def restore_run(
+    config: ConfigDict, workdir: Path, step: int | None = None
+) -> tuple[int, experiment.Experiment, TrainState]:
+    """A run's step, what its config describes, and its state then.
+
+    Raises:
+      FileNotFoundError: if the workdir has no checkpoint (of that step).
+      ConfigError: if the workdir is of another config.
+    """
     saved = config_lib.load(workdir)
     if saved is None:
         raise FileNotFoundError(f"no run in {workdir}: train first")
     config_lib.check_same(saved, config, workdir)
-    pieces = experiment.build(config, **json.loads((workdir / "data.json").read_text()))
+    pieces = experiment.build(config, **experiment.load_facts(workdir))
     restored = experiment.restore(config, pieces, workdir, step)
     if restored is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}: train first")
     step, state = restored
-    logging.info("drawing %d samples from step %d", config.sample.num, step)
-    drawn = sampling.sample_batches(
-        config,
-        pieces.model,
-        state.ema_params,
-        pieces.process,
-        pieces.image_shape,
-        config.sample.num,
-    )
-    return step, drawn
+    return step, pieces, state

@@ -1,19 +1,24 @@
 """What a config describes: the pieces of a run, checked before anything is compiled."""
 
 import functools
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-from ml_collections import ConfigDict
+import numpy as np
+from jax.tree_util import Partial
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ant_jax import builders, checkpoint, data
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import GaussianDiffusion
+from ant_jax.files import write_bytes
 from ant_jax.models.dit import DiT
-from ant_jax.parallel import replicated
-from ant_jax.train_step import TrainState, check_step, init_state
+from ant_jax.parallel import parallel_step, replicated
+from ant_jax.train_step import TrainState, check_step, init_state, train_step
 
 
 class Experiment(NamedTuple):
@@ -32,8 +37,20 @@ class Experiment(NamedTuple):
     method: builders.Method
 
 
-def build(config: ConfigDict, channels: int, num_classes: int) -> Experiment:
-    """Builds what a config describes for images of so many channels and classes.
+def build(
+    config: ConfigDict,
+    channels: int,
+    num_classes: int,
+    boundaries: Sequence[int] | None = None,
+) -> Experiment:
+    """Builds what a config describes.
+
+    Args:
+      config: the run's config.
+      channels: of the images.
+      num_classes: of the data.
+      boundaries: of the clusters where they are known already, as those of a run are once it has
+        begun, whatever becomes of the file they came from.
 
     Raises:
       ConfigError: naming the setting, if the config is not valid or asks for labels there are not.
@@ -46,26 +63,147 @@ def build(config: ConfigDict, channels: int, num_classes: int) -> Experiment:
     process = builders.build_diffusion(config)
     model = builders.build_model(config, channels, num_classes if config.model.conditional else 0)
     size = config.data.image_size
-    method = builders.build_method(config, process.log_snr)
+    try:
+        method = builders.build_method(config, process.log_snr, boundaries)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"config.clusters: {error}") from error
     return Experiment((size, size, channels), model, process, method)
 
 
-def open_data(config: ConfigDict) -> data.Source:
-    """The training data.
+def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
+    """The training data, or another split.
 
     Raises:
       ConfigError: naming the setting, if they can't be opened.
     """
     settings = config.data
+    split = settings.split if split is None else split
     try:
-        source = data.load(settings.name, settings.split, settings.dir or None)
+        source = data.load(settings.name, split, settings.dir or None)
         data.check_crop(source, settings.crop, settings.image_size)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(
-            f"config.data.name = {settings.name!r}, config.data.split = {settings.split!r}, "
+            f"config.data.name = {settings.name!r}, split = {split!r}, "
             f"config.data.dir = {settings.dir!r}: {error}"
         ) from error
     return source
+
+
+def save_facts(pieces: Experiment, source: data.Source, workdir: Path) -> None:
+    """Writes ``facts.json``: what a run found out when it began, by the arguments of `build`."""
+    facts = {
+        "channels": source.image_shape[-1],
+        "num_classes": source.num_classes,
+        "boundaries": pieces.method.boundaries.tolist(),
+    }
+    write_bytes(workdir / "facts.json", json.dumps(facts).encode())
+
+
+def load_facts(workdir: Path) -> dict[str, Any]:
+    """What `save_facts` wrote."""
+    return json.loads((workdir / "facts.json").read_text())
+
+
+def denoiser(pieces: Experiment, params: dict) -> Partial:
+    """The network as samplers take it, ``(x, t, y) -> output``; the parameters stay arguments."""
+    return Partial(pieces.model.apply, {"params": params})
+
+
+def training_step(config: ConfigDict, pieces: Experiment) -> Callable:
+    """The train step on this process's devices, compiled at its first call.
+
+    Runs that differ in nothing but the seed, the learning rate and what happens between the steps
+    share one step and its compiled programs.
+
+    Returns:
+      ``(state, batch) -> (state, metrics)``; see `train_step`. The state is donated.
+    """
+    arrays = (pieces.method.boundaries, pieces.method.timestep_order, pieces.method.loss_scale)
+    step = _training_step(
+        _shared(config),
+        pieces.model,
+        pieces.process,
+        pieces.method.timesteps,
+        pieces.method.weighting is None,
+        tuple(jax.local_devices()),
+        tuple(None if array is None else tuple(array.tolist()) for array in arrays),
+    )
+    own = np.int32(config.seed), np.float32(config.optimizer.learning_rate)
+    return lambda state, batch: step(state, batch, *own)
+
+
+def _shared(config):
+    """What decides the program of a step, apart from what is built from it elsewhere; hashable."""
+    shared = ConfigDict(config.to_dict())
+    for group in ("data", "sample", "checkpoint", "evaluation", "clusters"):
+        del shared[group]
+    for name in ("log_every", "tensorboard", "profile_steps"):
+        del shared[name]
+    if shared.optimizer.schedule == "constant":
+        del shared["num_steps"]
+    del shared["seed"], shared.optimizer["learning_rate"]
+    return FrozenConfigDict(shared)
+
+
+@functools.lru_cache(maxsize=8)
+def _abstract_state(shared, model, image_shape, vanilla, k):
+    def make():
+        params = builders.init_params(model, image_shape, seed=0)
+        weighting = None if vanilla else builders.build_weighting(shared, k, seed=0)
+        return init_state(params, builders.build_optimizer(shared, 0.0), weighting, k)
+
+    return jax.eval_shape(make)
+
+
+@functools.lru_cache(maxsize=8)
+def _training_step(shared, model, process, timesteps, vanilla, devices, arrays):
+    boundaries, order, scale = (None if array is None else np.array(array) for array in arrays)
+    k = len(boundaries) - 1
+
+    def step(state, batch, seed, learning_rate, axis_name=None):
+        return train_step(
+            state,
+            batch,
+            apply_fn=lambda params, x, t, y: model.apply({"params": params}, x, t, y),
+            diffusion=process,
+            boundaries=boundaries,
+            weighting=None if vanilla else builders.build_weighting(shared, k, seed),
+            optimizer=builders.build_optimizer(shared, learning_rate),
+            seed=seed,
+            timesteps=timesteps,
+            gradient_form=shared.method.gradient_form,
+            microbatches=shared.optimizer.microbatches,
+            num_classes=model.num_classes,
+            label_dropout=shared.label_dropout,
+            ema_decay=shared.ema_decay,
+            timestep_order=order,
+            loss_scale=scale,
+            axis_name=axis_name,
+        )
+
+    return parallel_step(step, devices)
+
+
+def images(config: ConfigDict, split: str, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first images of a fixed shuffle of a split, or all of them if there are fewer.
+
+    Returns:
+      float32 (num, H, W, C) in [-1, 1] and int32 labels (num,).
+
+    Raises:
+      ConfigError: naming the setting, if they can't be opened.
+    """
+    source = open_data(config, split)
+    settings = config.data
+    batches = data.batches(
+        source,
+        batch_size=min(num, len(source)),
+        seed=0,
+        image_size=settings.image_size,
+        crop=settings.crop,
+    )
+    batch = next(batches)
+    return np.float32(batch["image"]) / 127.5 - 1, batch["label"]
 
 
 def check_batch(config: ConfigDict, method: builders.Method) -> None:
@@ -78,7 +216,7 @@ def check_batch(config: ConfigDict, method: builders.Method) -> None:
         )
     try:
         check_step(
-            config.clusters.k,
+            len(method.boundaries) - 1,
             batch_size // count,
             timesteps=method.timesteps,
             microbatches=config.optimizer.microbatches,
@@ -95,7 +233,8 @@ def new_state(config: ConfigDict, experiment: Experiment) -> TrainState:
     """The state before the first step."""
     params = builders.init_params(experiment.model, experiment.image_shape, config.seed)
     optimizer = builders.build_optimizer(config)
-    return init_state(params, optimizer, experiment.method.weighting, config.clusters.k)
+    method = experiment.method
+    return init_state(params, optimizer, method.weighting, len(method.boundaries) - 1)
 
 
 def restore(
@@ -106,7 +245,13 @@ def restore(
     Returns:
       (step, state), or None if there is no checkpoint. See `checkpoint.restore` for what it raises.
     """
-    abstract = jax.eval_shape(functools.partial(new_state, config, experiment))
+    abstract = _abstract_state(
+        _shared(config),
+        experiment.model,
+        experiment.image_shape,
+        experiment.method.weighting is None,
+        len(experiment.method.boundaries) - 1,
+    )
     sharding = replicated(jax.local_devices())
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract

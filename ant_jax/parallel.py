@@ -1,6 +1,5 @@
 """Running a step on this process's devices."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,27 +17,27 @@ def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
     """Compiles a step for this process's devices: `jax.jit` on one, `jax.pmap` on many.
 
     Args:
-      step: ``(state, batch, axis_name=None) -> (state, metrics)``, such as `train_step` with its
-        settings bound.
+      step: ``(state, batch, *extra, axis_name=None) -> (state, metrics)``, such as `train_step`
+        with its settings bound.
       devices: this process's devices.
 
     Returns:
-      ``(state, batch) -> (state, metrics)``, where ``batch`` is this process's part of the global
-      batch, its size divisible by the number of devices. The state is donated; put the first one on
-      the devices with `replicate`.
+      ``(state, batch, *extra) -> (state, metrics)``, where ``batch`` is this process's part of the
+      global batch, its size divisible by the number of devices, and ``extra`` the same on all
+      devices. The state is donated; put the first one on the devices with `replicate`.
     """
     if jax.device_count() == 1 or (jax.process_count() == 1 and len(devices) == 1):
         return jax.jit(step, donate_argnums=0)
     mapped = jax.pmap(
-        functools.partial(step, axis_name=_AXIS),
+        lambda state, batch, extra: step(state, batch, *extra, axis_name=_AXIS),
         axis_name=_AXIS,
-        in_axes=(None, 0),
+        in_axes=(None, 0, None),
         out_axes=None,
         devices=devices if jax.process_count() == 1 else None,
         donate_argnums=0,
     )
     split = lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:])
-    return lambda state, batch: mapped(state, jax.tree.map(split, batch))
+    return lambda state, batch, *extra: mapped(state, jax.tree.map(split, batch), extra)
 
 
 def replicated(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:

@@ -13,8 +13,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from ant_jax import diffusion
+from ant_jax.experiment import Experiment
 from ant_jax.files import write_bytes
-from ant_jax.models.dit import DiT
 
 # Keeps the keys of samples apart from those of the train step, which start from the bare seed.
 _SAMPLE_STREAM = 1 << 30
@@ -24,10 +24,8 @@ GRID = 100  # samples in a grid
 
 def sample_batches(
     config: ConfigDict,
-    model: DiT,
-    params: dict,
-    process: diffusion.GaussianDiffusion,
-    image_shape: tuple[int, int, int],
+    pieces: Experiment,
+    apply_fn: Partial,
     num: int,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Draws samples, `config.sample.batch_size` at a time, over this process's devices.
@@ -36,16 +34,15 @@ def sample_batches(
 
     Args:
       config: the run's config; ``sample`` says how.
-      model: the network.
-      params: its parameters, as a rule the EMA, on the devices.
-      process: the noise process of the training.
-      image_shape: (H, W, C).
+      pieces: what it describes.
+      apply_fn: the network, ``(x, t, y) -> output``, with its parameters on the devices: an
+        `experiment.denoiser`, or several by `diffusion.switch_by_timestep`.
       num: how many samples.
 
     Yields:
       (images, labels): uint8 (B, H, W, C), and int32 (B,) or None for unconditional models.
     """
-    settings = config.sample
+    settings, num_classes = config.sample, pieces.model.num_classes
     sampler = diffusion.ddpm_sample
     if settings.sampler == "ddim":
         sampler = functools.partial(diffusion.ddim_sample, eta=settings.eta)
@@ -59,15 +56,15 @@ def sample_batches(
     for first in range(0, num, batch):
         index = jax.device_put(np.arange(first, first + batch), over_devices)
         keys = jax.vmap(functools.partial(jax.random.fold_in, stream))(index)
-        labels = index % model.num_classes if model.num_classes else None
+        labels = index % num_classes if num_classes else None
         x0 = sampler(
-            Partial(model.apply, {"params": params}),
-            (batch, *image_shape),
+            apply_fn,
+            (batch, *pieces.image_shape),
             keys,
-            diffusion=process,
+            diffusion=pieces.process,
             num_steps=settings.num_steps,
             y=labels,
-            null_label=model.num_classes if model.num_classes else None,
+            null_label=num_classes or None,
             guidance=settings.guidance,
             clip_x0=config.diffusion.clip_x0,
         )

@@ -1,8 +1,6 @@
 """The training loop."""
 
 import contextlib
-import functools
-import json
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +13,10 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from ant_jax import builders, checkpoint, data, experiment, metrics, sampling
+from ant_jax import checkpoint, data, experiment, metrics, sampling
 from ant_jax import config as config_lib
-from ant_jax.files import write_bytes
-from ant_jax.parallel import parallel_step, replicate
-from ant_jax.train_step import TrainState, train_step
+from ant_jax.parallel import replicate
+from ant_jax.train_step import TrainState
 
 _PROFILE_START = 10
 
@@ -29,7 +26,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
     Args:
       config: see ``configs/digits.py``.
-      workdir: gets ``config.json``, ``data.json``, ``metrics.jsonl``, TensorBoard files,
+      workdir: gets ``config.json``, ``facts.json``, ``metrics.jsonl``, TensorBoard files,
         ``samples/`` and ``checkpoints/``.
 
     Returns:
@@ -42,16 +39,19 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     workdir = Path(workdir)
     config_lib.validate(config)
     source = experiment.open_data(config)
-    pieces = experiment.build(config, source.image_shape[-1], source.num_classes)
-    method = pieces.method
-    experiment.check_batch(config, method)
     before = config_lib.load(workdir)
     if before is not None:
         config_lib.check_same(before, config, workdir)
+    pieces = experiment.build(
+        config,
+        source.image_shape[-1],
+        source.num_classes,
+        None if before is None else experiment.load_facts(workdir)["boundaries"],
+    )
+    experiment.check_batch(config, pieces.method)
     if jax.process_index() == 0:
+        experiment.save_facts(pieces, source, workdir)
         config_lib.save(config, workdir)
-        facts = {"channels": source.image_shape[-1], "num_classes": source.num_classes}
-        write_bytes(workdir / "data.json", json.dumps(facts).encode())
     devices = jax.local_devices()
     checkpoints = checkpoint.Checkpointer(
         workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period
@@ -65,24 +65,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         logging.info("resuming from step %d of %s", start, checkpoints.directory)
     saved = None if restored is None else start
 
-    step_fn = parallel_step(
-        functools.partial(
-            train_step,
-            apply_fn=lambda params, x, t, y: pieces.model.apply({"params": params}, x, t, y),
-            diffusion=pieces.process,
-            boundaries=method.boundaries,
-            weighting=method.weighting,
-            optimizer=builders.build_optimizer(config),
-            seed=config.seed,
-            timesteps=method.timesteps,
-            gradient_form=config.method.gradient_form,
-            microbatches=config.optimizer.microbatches,
-            num_classes=pieces.model.num_classes,
-            label_dropout=config.label_dropout,
-            ema_decay=config.ema_decay,
-        ),
-        devices,
-    )
+    step_fn = experiment.training_step(config, pieces)
     batches = data.batches(
         source,
         batch_size=config.data.batch_size,
@@ -153,10 +136,8 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 def _write_grid(config, pieces, ema_params, workdir, writer, step):
     if jax.process_index() != 0:
         return
-    image_shape, model, process, _ = pieces
-    drawn = sampling.sample_batches(
-        config, model, ema_params, process, image_shape, min(sampling.GRID, config.sample.num)
-    )
+    apply_fn = experiment.denoiser(pieces, ema_params)
+    drawn = sampling.sample_batches(config, pieces, apply_fn, min(sampling.GRID, config.sample.num))
     grid = sampling.image_grid(np.concatenate([images for images, _ in drawn]))
     path = workdir / "samples" / f"{step:08d}.png"
     sampling.save_png(path, grid)

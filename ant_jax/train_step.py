@@ -84,6 +84,8 @@ def train_step(
     num_classes: int = 0,
     label_dropout: float = 0.0,
     ema_decay: float = 0.9999,
+    timestep_order: np.ndarray | None = None,
+    loss_scale: np.ndarray | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One training step on this device's part of the batch.
@@ -98,7 +100,8 @@ def train_step(
         global examples d B .. (d + 1) B - 1.
       apply_fn: ``(params, x_t, t, label) -> model output``.
       diffusion: the noise process and its loss.
-      boundaries: (k + 1,) cluster boundaries.
+      boundaries: (k + 1,) cluster boundaries. A specialist, trained on one interval alone, has two,
+        and draws stratified.
       weighting: the MTL method; None is vanilla: the plain mean of the per-example losses.
       optimizer: turns the combined gradient into an update.
       seed: seed of the timesteps, noise and dropped labels; may be traced.
@@ -113,13 +116,18 @@ def train_step(
       num_classes: 0 for unconditional models; otherwise the null class of dropped labels.
       label_dropout: probability that a label becomes the null class.
       ema_decay: the average's decay, ramped up as min(ema_decay, (1 + step) / (10 + step)).
+      timestep_order: (T,) a permutation of the timesteps: cluster i then is the timesteps at the
+        places b[i] .. b[i+1] - 1 of this order, an interval no longer. None for intervals.
+      loss_scale: (k,) factors of the cluster losses before the method sees them, such as k times
+        each cluster's share of the timesteps. None for ones. Metrics are without them.
       axis_name: name of the mapped axis of devices.
 
     Returns:
       The new state and the metrics, both the same on all devices: ``loss`` (plain mean of the
       per-example losses of the batch), ``cluster_losses`` (k,), ``weights`` (k,), ``counts`` (k,),
-      ``grad_norm`` of the combined gradient and, for methods with a Gram matrix,
-      ``smallest_cosine`` between two cluster gradients.
+      ``grad_norm`` of the combined gradient and, for methods with a Gram matrix, ``cosines``
+      (k (k - 1) / 2,) between cluster gradients, in the order of `mtl.pairwise_cosines`, the
+      ``smallest_cosine`` of them, and ``conflict``, 1 where it is negative and else 0.
 
     Raises:
       ValueError: for unknown settings, or a batch that can't be split as they ask.
@@ -143,6 +151,7 @@ def train_step(
         timesteps=timesteps,
         num_classes=num_classes,
         label_dropout=label_dropout,
+        timestep_order=timestep_order,
     )
 
     def global_sum(tree):
@@ -151,6 +160,8 @@ def train_step(
     counts = global_sum(jax.nn.one_hot(examples.cluster, k).sum(0))
     present = counts > 0
     inverse_counts = jnp.where(present, 1 / jnp.maximum(counts, 1), 0)
+    scale = jnp.ones(k) if loss_scale is None else jnp.asarray(loss_scale, jnp.float32)
+    factors = inverse_counts * scale
 
     def per_example_losses(params, part):
         return diffusion.per_example_losses(
@@ -161,7 +172,7 @@ def train_step(
         mask = part.cluster[:, None] == jnp.arange(k)
         # Selected, not multiplied: one NaN shows in its own cluster alone.
         sums = jnp.where(mask, per_example_losses(params, part)[:, None], 0).sum(0)
-        return sums * inverse_counts
+        return sums * factors
 
     parts = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), examples)
     if weighting is not None and weighting.needs_gram:
@@ -169,7 +180,7 @@ def train_step(
             grads_fn = lambda part: _masked_gradients(cluster_losses, state.params, part, k)
         else:
             grads_fn = lambda part: _grouped_gradients(
-                per_example_losses, state.params, part, inverse_counts, gradient_form
+                per_example_losses, state.params, part, factors, gradient_form
             )
         losses, stacked = _sum_over(grads_fn, parts)
         losses = global_sum(losses)
@@ -200,6 +211,7 @@ def train_step(
     decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
 
+    losses = losses / scale
     metrics = {
         "loss": jnp.sum(losses * counts) / counts.sum(),
         "cluster_losses": losses,
@@ -208,7 +220,13 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
     }
     if method_state.gram is not None:
-        metrics["smallest_cosine"] = mtl.smallest_cosine(method_state.gram)
+        cosines = mtl.pairwise_cosines(method_state.gram)
+        smallest = jnp.nanmin(cosines, initial=jnp.inf)
+        metrics |= {
+            "cosines": cosines,
+            "smallest_cosine": jnp.where(jnp.isinf(smallest), jnp.nan, smallest),
+            "conflict": (smallest < 0).astype(jnp.float32),
+        }
     return TrainState(state.step + 1, params, ema_params, opt_state, method_state), metrics
 
 
@@ -251,6 +269,7 @@ def draw_examples(
     timesteps: str,
     num_classes: int,
     label_dropout: float,
+    timestep_order: np.ndarray | None = None,
 ) -> Examples:
     """Draws the timestep, noise and dropped label of each example from its own key."""
     image = batch["image"]
@@ -272,6 +291,8 @@ def draw_examples(
     dropped = uniform[:, 1] < label_dropout
     label = jnp.where(dropped, num_classes, batch["label"]) if num_classes else None
     cluster = index % k if stratified else assign_clusters(t, boundaries)
+    if timestep_order is not None:
+        t = jnp.asarray(timestep_order)[t]
     return Examples(x0, label, t, noise, cluster)
 
 
@@ -315,15 +336,15 @@ def _masked_gradients(cluster_losses, params, part, k):
     return losses, stacked
 
 
-def _grouped_gradients(per_example_losses, params, part, inverse_counts, form):
+def _grouped_gradients(per_example_losses, params, part, factors, form):
     """The k gradients of one stratified part, each from its own cluster's examples."""
-    k = inverse_counts.size
+    k = factors.size
     grouped = jax.tree.map(lambda leaf: leaf.reshape(-1, k, *leaf.shape[1:]).swapaxes(0, 1), part)
 
-    def loss_and_gradient(group, inverse_count):
-        loss = lambda p: jnp.sum(per_example_losses(p, group)) * inverse_count
+    def loss_and_gradient(group, factor):
+        loss = lambda p: jnp.sum(per_example_losses(p, group)) * factor
         return jax.value_and_grad(loss)(params)
 
     if form == "scan":
-        return jax.lax.map(lambda args: loss_and_gradient(*args), (grouped, inverse_counts))
-    return jax.vmap(loss_and_gradient)(grouped, inverse_counts)
+        return jax.lax.map(lambda args: loss_and_gradient(*args), (grouped, factors))
+    return jax.vmap(loss_and_gradient)(grouped, factors)

@@ -50,13 +50,21 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
 
     config.clusters = ml_collections.ConfigDict()
     config.clusters.k = 5
-    config.clusters.cost = clusters or "snr"  # "snr" or "timestep"
+    # "snr", "timestep", "gradient" (by task affinity) or "random" (no intervals: a control)
+    config.clusters.cost = clusters or "snr"
+    config.clusters.affinity = ""  # for "gradient": an .npz of experiments.task_affinity
+    config.clusters.only = -1  # train a specialist on this cluster alone; -1 for all clusters
 
     config.method = ml_collections.ConfigDict()
     config.method.name = method  # "vanilla", "linear", "uncertainty", "pcgrad" or "nash"
+    config.method.linear_weights = ""  # fixed weights of linear, "w1,...,wk"; "" for 1/k each
     config.method.uncertainty_learning_rate = 0.025
     config.method.nash_update_every = 1  # renew Nash's weights at every so many-th step
     config.method.nash_max_norm = 1.0
+    # Multiply cluster losses by k times their share of the timesteps before the method sees them:
+    # linear then is vanilla in expectation.
+    config.method.share_weighted = False
+    config.method.cosines = False  # report those of the cluster gradients whatever the method
     # "stratified": batch_size / k timesteps in each cluster; "uniform": uniform over all timesteps,
     # which methods with a Gram matrix (pcgrad, nash) can only do with gradient_form = "masked".
     # Vanilla always draws uniformly.
@@ -92,4 +100,5 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     sample.num = 1797  # how many --mode sample and --mode evaluate draw
     config.evaluation = ml_collections.ConfigDict()
     config.evaluation.features = "digits"  # what measures the distance; "" for none
+    config.evaluation.split = "test"  # held-out images for validation losses; "" for none
     return config

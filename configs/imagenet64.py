@@ -39,4 +39,5 @@ def get_config(argument: str = "uncertainty,snr"):
     config.sample.batch_size = 100
     config.sample.num = 50_000
     config.evaluation.features = ""
+    config.evaluation.split = "validation"
     return config

@@ -49,6 +49,24 @@ def test_the_default_config_has_every_setting_and_explains_its_choices():
 
 
 BAD = {
+    # clusters and weights
+    "config.clusters.cost = 'gradient' needs config.clusters.affinity": {
+        "clusters__cost": "gradient"
+    },
+    "config.clusters.only = 5 must be below config.clusters.k = 5": {"clusters__only": 5},
+    "config.method.linear_weights must be '' or k numbers >= 0": {
+        "method__linear_weights": "1,x,1,1,1"
+    },
+    "config.method.linear_weights = '1,1' needs": {
+        "method__linear_weights": "1,1",
+        "method__name": "linear",
+    },
+    "config.method.linear_weights = '1,1,1,1,1' needs": {"method__linear_weights": "1,1,1,1,1"},
+    "config.method.share_weighted = True needs clusters": {
+        "method__share_weighted": True,
+        "method__name": "vanilla",
+    },
+    "config.method.cosines = True needs clusters": {"method__cosines": True, "clusters__only": 0},
     # an unknown name
     "unknown setting config.num_step; did you mean config.num_steps?": {"num_step": 1},
     "did you mean config.optimizer.learning_rate?": {"optimizer__learning_rat": 1.0},
@@ -64,7 +82,7 @@ BAD = {
     "config.data.name must be digits or tfds:BUILDER, got None": {"data__name": None},
     # out of range
     "config.num_steps must be an integer >= 1, got 0": {"num_steps": 0},
-    "config.seed must be an integer >= 0, got -1": {"seed": -1},
+    "config.seed must be an integer >= 0 and <= 1073741823, got -1": {"seed": -1},
     "config.optimizer.learning_rate must be a number > 0, got 0": {"optimizer__learning_rate": 0},
     "learning_rate must be a number > 0, got nan": {"optimizer__learning_rate": float("nan")},
     "config.label_dropout must be a number >= 0 and <= 1, got 1.1": {"label_dropout": 1.1},

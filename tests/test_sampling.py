@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ant_jax import builders, sampling
+from ant_jax import builders, experiment, sampling
 from configs import digits
 
 SHAPE = (4, 4, 1)
@@ -31,7 +31,9 @@ def draw(num, num_classes=3, **settings):
     model = Model(num_classes)
     params = builders.init_params(model, SHAPE, seed=0)
     process = builders.build_diffusion(config)
-    return list(sampling.sample_batches(config, model, params, process, SHAPE, num))
+    pieces = experiment.Experiment(SHAPE, model, process, method=None)
+    apply_fn = experiment.denoiser(pieces, params)
+    return list(sampling.sample_batches(config, pieces, apply_fn, num))
 
 
 def join(batches):

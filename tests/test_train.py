@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from ant_jax import builders, checkpoint, data, experiment
+from ant_jax import affinity, builders, checkpoint, data, evaluate, experiment
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
 from configs import digits
@@ -250,8 +250,10 @@ def test_a_corrupt_checkpoint_is_passed_over(finished, tmp_path):
 
 
 def test_the_step_is_compiled_once(tmp_path, monkeypatch):
-    """Nothing is compiled after the first batch, neither in a new run nor in a resumed one."""
-    config = tiny(checkpoint__every=100)
+    """Nothing is compiled after the first batch, nor in a resumed run or one of another seed."""
+    # No other test has this decay: their step would be taken.
+    config = tiny(checkpoint__every=100, ema_decay=0.93)
+    other = tiny(checkpoint__every=100, ema_decay=0.93, seed=3, optimizer__learning_rate=1e-4)
     now, compiled = [0], []
 
     def hook(step, batch):
@@ -265,10 +267,12 @@ def test_the_step_is_compiled_once(tmp_path, monkeypatch):
     before_batch(monkeypatch, hook)
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
-        for first, last in ((1, 4), (5, STEPS)):
+        for i, (first, last, run, folder) in enumerate(
+            [(1, 4, config, "a"), (5, STEPS, config, "a"), (1, 4, other, "b")]
+        ):
             compiled.clear()
-            trainer.train(config, tmp_path)
-            assert first in compiled
+            trainer.train(run, tmp_path / folder)
+            assert (first in compiled) == (i == 0)
             # The last step also saves.
             assert not [step for step in compiled if first < step < last]
     finally:
@@ -308,9 +312,9 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     """The loss and gradient of step 4 are finite; what the optimizer makes of them is not."""
     build = builders.build_optimizer
     spoil = optax.scale_by_schedule(lambda count: jnp.where(count == 3, jnp.nan, 1.0))
-    monkeypatch.setattr(
-        builders, "build_optimizer", lambda config: optax.chain(build(config), spoil)
-    )
+    monkeypatch.setattr(builders, "build_optimizer", lambda *args: optax.chain(build(*args), spoil))
+    # Steps are shared between runs of one config: neither an earlier one here, nor this one there.
+    monkeypatch.setattr(experiment, "_training_step", experiment._training_step.__wrapped__)
     with pytest.raises(FloatingPointError, match="last good checkpoint: step 2 "):
         trainer.train(tiny(), tmp_path)
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [2]
@@ -389,3 +393,63 @@ def test_the_state_of_a_step_is_restored(finished, tmp_path):
     step, state = experiment.restore(config, pieces, workdir, 6)
     assert step == int(state.step) == 6
     assert experiment.restore(config, pieces, tmp_path) is None
+
+
+def save_affinity(path, timesteps, width):
+    """Two blocks: timesteps below 20 are alike, and so are the others."""
+    block = np.asarray(timesteps) >= 20
+    affinity.save(path, np.where(block == block[:, None], 1.0, 0.1) ** width, timesteps, 50)
+
+
+@pytest.mark.parametrize("n", [50, 11])
+def test_gradient_clusters_come_from_the_affinity_even_of_a_coarser_grid(tmp_path, n):
+    path = tmp_path / "affinity.npz"
+    save_affinity(path, affinity.timestep_grid(50, n), 1)
+    config = tiny("nash,gradient", clusters__affinity=str(path), num_steps=2)
+    trainer.train(config, tmp_path / "run")
+    facts = experiment.load_facts(tmp_path / "run")
+    # Between grid points the border is anywhere.
+    assert facts["boundaries"][::2] == [0, 50]
+    assert facts["boundaries"][1] == 20 if n == 50 else 15 < facts["boundaries"][1] <= 25
+    # The run keeps its clusters, whatever becomes of the file.
+    path.unlink()
+    config.num_steps = 3
+    assert trainer.train(config, tmp_path / "run").step == 3
+    assert experiment.load_facts(tmp_path / "run") == facts
+
+
+def test_a_missing_affinity_is_named_before_anything_is_made(tmp_path):
+    path = str(tmp_path / "affinity.npz")
+    with pytest.raises(ConfigError, match=r"config.clusters: .*affinity.npz"):
+        trainer.train(tiny("nash,gradient", clusters__affinity=path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_specialist_trains_on_one_cluster(tmp_path):
+    config = tiny("vanilla,timestep", clusters__only=1, num_steps=2, evaluation__features="")
+    trainer.train(config, tmp_path)
+    (first, second) = lines(tmp_path)
+    assert experiment.load_facts(tmp_path)["boundaries"] == [25, 50]
+    assert first["counts"] == second["counts"] == [16]
+    result = evaluate.evaluate(config, tmp_path)
+    assert len(result["validation_losses"]) == 1 and "frechet_distance" not in result
+
+
+def test_runs_of_every_control_differ(tmp_path):
+    """Each setting reaches the step: none of these gradients is that of another."""
+    norms = {}
+    for name, settings in {
+        "plain": {},
+        "shares": {"method__share_weighted": True},
+        "weights": {"method__linear_weights": "0.2,0.8"},
+        "random": {"clusters__cost": "random"},
+    }.items():
+        workdir = tmp_path / name
+        trainer.train(tiny("linear", num_steps=1, **settings), workdir)
+        norms[name] = lines(workdir)[0]["grad_norm"]
+    assert len(set(norms.values())) == len(norms)
+    cosines = tiny("linear", num_steps=1, method__cosines=True)
+    trainer.train(cosines, tmp_path / "cosines")
+    (row,) = lines(tmp_path / "cosines")
+    np.testing.assert_allclose(row["grad_norm"], norms["plain"], rtol=1e-5)
+    assert len(row["cosines"]) == 1 and row["conflict"] == (row["cosines"][0] < 0)

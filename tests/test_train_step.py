@@ -198,6 +198,9 @@ def test_absent_clusters_under_uniform_timesteps(params, batch, method):
     np.testing.assert_array_equal(np.asarray(metrics["weights"])[absent], 0)
     np.testing.assert_array_equal(np.asarray(metrics["cluster_losses"])[absent], 0)
     assert (np.asarray(metrics["weights"])[~absent] > 0).all()
+    if "cosines" in metrics:
+        unknown = absent[np.stack(np.triu_indices(K, 1))].any(0)
+        np.testing.assert_array_equal(np.isnan(metrics.pop("cosines")), unknown)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((got, state, metrics)))
 
 
@@ -330,3 +333,77 @@ def test_draws_have_the_right_distribution():
 def test_impossible_settings(params, batch, settings, message):
     with pytest.raises(ValueError, match=message):
         gradient(params, batch, METHODS["nash"], jit=False, **settings)
+
+
+SCALE = np.array([0.3, 2.0, 0.7, 1.0])
+
+
+@pytest.mark.parametrize("needs_gram", [False, True], ids=["pullback", "stacked"])
+def test_loss_scale_multiplies_the_cluster_losses_but_not_the_metrics(params, batch, needs_gram):
+    weighting = METHODS["linear"]._replace(needs_gram=needs_gram)
+    got, _, metrics = gradient(params, batch, weighting, loss_scale=SCALE)
+    ex = draw(batch, "stratified")
+
+    def loss(p):
+        return jnp.mean(per_example(p, ex) * jnp.asarray(SCALE, jnp.float32)[ex.cluster])
+
+    assert_close(got, jax.jit(jax.grad(loss))(params))
+    _, _, plain = gradient(params, batch, weighting)
+    for name in ("loss", "cluster_losses"):
+        np.testing.assert_allclose(metrics[name], plain[name], rtol=1e-5)
+
+
+def test_shares_make_linear_vanilla_in_expectation(params, batch):
+    """Each cluster's mean loss times its share adds up to the mean loss of all timesteps."""
+    shares = np.diff(BOUNDARIES) / T
+    weighting = METHODS["linear"]
+    many = jax.tree.map(lambda leaf: np.tile(leaf[:1], (2048, *[1] * (leaf.ndim - 1))), batch)
+    got, _, _ = gradient(params, many, weighting, loss_scale=K * shares)
+    want, _, _ = gradient(params, many, None, timesteps="uniform", step=6)
+    assert_close(got, want, rtol=0.05)
+    plain, _, _ = gradient(params, many, weighting)
+    with pytest.raises(AssertionError):
+        assert_close(plain, want, rtol=0.05)
+
+
+def test_nash_does_not_see_a_scale(params, batch):
+    want, _, _ = gradient(params, batch, METHODS["nash"])
+    got, _, _ = gradient(params, batch, METHODS["nash"], loss_scale=SCALE)
+    assert_close(got, want, rtol=1e-3)
+
+
+@pytest.mark.parametrize("timesteps", ["stratified", "uniform"])
+def test_a_timestep_order_scatters_the_clusters(batch, timesteps):
+    order = np.random.default_rng(0).permutation(T)
+    settings = {"first_index": 0, "boundaries": BOUNDARIES, "seed": 3, "num_classes": CLASSES}
+    settings |= {"timesteps": timesteps, "label_dropout": 0.3}
+    got = jax.jit(lambda b: ts.draw_examples(5, b, timestep_order=order, **settings))(batch)
+    place = np.argsort(order)[np.asarray(got.t)]
+    want = draw(batch, timesteps)
+    np.testing.assert_array_equal(place, want.t)
+    np.testing.assert_array_equal(got.cluster, want.cluster)
+    assert (np.asarray(got.t) != np.asarray(want.t)).any()
+
+
+def test_a_specialist_sees_its_interval_alone(params, batch):
+    low, high = 30, 71
+    settings = {"boundaries": np.array([low, high]), "timesteps": "stratified"}
+    got, _, metrics = gradient(params, batch, None, **settings)
+    ex = jax.jit(
+        lambda b: ts.draw_examples(
+            5, b, first_index=0, seed=3, num_classes=CLASSES, label_dropout=0.3, **settings
+        )
+    )(batch)
+    assert (ex.t >= low).all() and (ex.t < high).all() and len(set(np.asarray(ex.t))) > 10
+    assert_close(got, jax.jit(jax.grad(lambda p: per_example(p, ex).mean()))(params))
+    np.testing.assert_array_equal(metrics["counts"], [BATCH])
+
+
+def test_cosines_of_the_cluster_gradients_are_reported(params, batch):
+    _, state, metrics = gradient(params, batch, METHODS["pcgrad"])
+    gram = np.asarray(state.method_state.gram, np.float64)
+    norms = np.sqrt(np.diag(gram))
+    want = (gram / np.outer(norms, norms))[np.triu_indices(K, 1)]
+    np.testing.assert_allclose(metrics["cosines"], want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["smallest_cosine"], want.min(), rtol=1e-4, atol=1e-6)
+    assert metrics["conflict"] == (want.min() < 0)

@@ -1,6 +1,7 @@
 """Labelled images with random access: the digits of scikit-learn and tensorflow-datasets."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -82,6 +83,7 @@ class TfdsSource:
         return {"image": record["image"], "label": np.int32(label)}
 
 
+@functools.cache
 def digits(split: str) -> ArraySource:
     """The 1797 real 8x8 digits that come with scikit-learn (Alpaydin & Kaynak, 1998).
 
@@ -111,7 +113,10 @@ def digits(split: str) -> ArraySource:
         raise ValueError(f"digits has no split {split!r}; it has {', '.join(splits)}")
     chosen = splits[split]
     images = np.round(raw.images[chosen] * (255 / 16)).astype(np.uint8)[..., None]
-    return ArraySource(f"digits[{split}]", images, raw.target[chosen].astype(np.int32), 10)
+    labels = raw.target[chosen].astype(np.int32)
+    # Everybody gets the same arrays.
+    images.flags.writeable = labels.flags.writeable = False
+    return ArraySource(f"digits[{split}]", images, labels, 10)
 
 
 def _tfds(builder_name: str, split: str, data_dir: str | None) -> TfdsSource:

@@ -161,3 +161,17 @@ def test_wrong_k_is_an_error(make, k):
 def test_wrong_arguments_of_nash_are_errors(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         mtl.nash(2, **bad)
+
+
+def test_linear_with_fixed_weights():
+    weigh = mtl.linear(3, [0.5, 0.0, 2.0]).weigh
+    weights, _ = weigh(jnp.ones(3), None, jnp.array([True, True, True]), ())
+    np.testing.assert_array_equal(weights, np.float32([0.5, 0, 2]))
+    weights, _ = weigh(jnp.ones(3), None, jnp.array([True, True, False]), ())
+    np.testing.assert_array_equal(weights, np.float32([0.5, 0, 0]))
+
+
+@pytest.mark.parametrize("weights", [[1.0, 2.0], [1.0, -1.0, 1.0], [1.0, np.nan, 1.0], 1.0])
+def test_fixed_weights_that_can_not_be(weights):
+    with pytest.raises(ValueError, match="weights must be 3 finite numbers >= 0"):
+        mtl.linear(3, weights)

@@ -1,0 +1,76 @@
+"""At which size an experiment runs: the data, the model, the number of steps and seeds."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from configs import digits, imagenet64
+
+
+class Preset(NamedTuple):
+    """The size of an experiment.
+
+    Attributes:
+      config: a config's ``get_config``, of ``"METHOD,CLUSTERS"``.
+      settings: what to change in it, by ``"group.name"``.
+      seeds: of every setting.
+      measurements: at how many evenly spaced steps a run is measured.
+      affinity_grid: timesteps between which the task affinity is measured.
+      affinity_images: how many training images it takes.
+      seconds_per_step: of one run, for the estimate of a plan; None where nobody has timed it.
+    """
+
+    config: Callable[[str], ConfigDict]
+    settings: dict[str, Any]
+    seeds: tuple[int, ...]
+    measurements: int
+    affinity_grid: int
+    affinity_images: int
+    seconds_per_step: float | None
+
+
+_ALWAYS = {"tensorboard": False, "sample.every": 0}
+
+PRESETS = {
+    "smoke": Preset(
+        digits.get_config,
+        {
+            "num_steps": 8,
+            "data.batch_size": 20,
+            "diffusion.timesteps": 40,
+            "model.width": 8,
+            "model.depth": 1,
+            "model.heads": 1,
+            "optimizer.warmup_steps": 2,
+            "log_every": 2,
+            "sample.num_steps": 4,
+            "sample.num": 100,
+            "sample.batch_size": 100,
+        },
+        (0, 1),
+        2,
+        12,
+        20,
+        0.05,
+    ),
+    "digits": Preset(
+        digits.get_config,
+        {"log_every": 50, "sample.num_steps": 25},
+        (0, 1, 2),
+        6,
+        100,
+        240,
+        0.014,
+    ),
+    "imagenet64": Preset(imagenet64.get_config, {"log_every": 500}, (0, 1, 2), 8, 100, 240, None),
+}
+
+
+def make_config(
+    preset: Preset, method: str, clusters: str, seed: int, settings: dict[str, Any] | None = None
+) -> ConfigDict:
+    """The config of one run; ``settings`` go over the preset's."""
+    config = preset.config(f"{method},{clusters}")
+    config.update_from_flattened_dict(_ALWAYS | preset.settings | {"seed": seed} | (settings or {}))
+    return config

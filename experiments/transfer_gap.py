@@ -1,0 +1,177 @@
+"""O2, the negative transfer gap: ``python -m experiments.transfer_gap --preset digits``.
+
+For each of k intervals of timesteps a specialist is trained on that interval alone, with as many
+examples of it and as many steps as the multi-task model sees. The gap of an interval is the Frechet
+distance of the multi-task model's samples minus that of samples for which the specialist denoised
+that interval: positive means negative transfer. Beside it, the multi-task model's loss on held-out
+images of the interval minus the specialist's. Then the same for each method.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from absl import app, logging
+
+from ant_jax import evaluate, evaluation, experiment, sampling
+from ant_jax.files import write_bytes
+from ant_jax.metrics import quiet_console
+from ant_jax.transfer_gap import transfer_gap
+from experiments import runner
+from experiments.presets import PRESETS, Preset
+from experiments.runner import Run
+
+# Vanilla draws each interval as often only in expectation, the others exactly: linear on evenly
+# spaced clusters is vanilla with stratified timesteps.
+METHODS = ("vanilla", "linear", "uncertainty", "pcgrad", "nash")
+_CAPTION = (
+    "Gap: Frechet distance of the multi-task model's samples minus that of samples for which a\n"
+    "specialist denoised the interval. Loss gap: held-out loss of the multi-task model minus the\n"
+    "specialist's. Positive means negative transfer."
+)
+
+
+def main(argv):
+    del argv
+    quiet_console()
+    preset, out = runner.choose(PRESETS)
+    specialists, multi_task = plan(preset)
+    if runner.DRY_RUN.value:
+        stages = {"specialists": specialists, "multi-task models": multi_task}
+        runner.print_plan(stages, out, preset)
+        return
+    runner.execute([*specialists, *multi_task], out, "training")
+    arguments = [
+        (run, [other for other in specialists if other.config.seed == run.config.seed], out)
+        for run in multi_task
+    ]
+    rows = [row for rows in runner.parallel(gaps_of, arguments, "gaps") for row in rows]
+    report(rows, out / "transfer_gap")
+
+
+def plan(preset: Preset) -> tuple[list[Run], list[Run]]:
+    """The runs of the specialists and of the multi-task models."""
+    multi_task = [
+        runner.make_run(preset, method, "timestep", seed)
+        for method in METHODS
+        for seed in preset.seeds
+    ]
+    config = multi_task[0].config
+    specialists = [
+        runner.make_run(
+            preset,
+            "vanilla",
+            "timestep",
+            seed,
+            {"clusters.only": i, "data.batch_size": config.data.batch_size // config.clusters.k},
+            measurements=0,
+        )
+        for i in range(config.clusters.k)
+        for seed in preset.seeds
+    ]
+    return specialists, multi_task
+
+
+def gaps_of(run: Run, specialists: list[Run], out: Path) -> list[dict[str, Any]]:
+    """One row an interval for one multi-task model; kept in a file."""
+    path = out / "transfer_gap" / f"{run.name}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    config = run.config
+    _, pieces, state = evaluate.restore_run(config, runner.folder(run, out))
+    alone = [
+        evaluate.restore_run(other.config, runner.folder(other, out))[2].ema_params
+        for other in specialists
+    ]
+    boundaries = pieces.method.boundaries
+    judge = config.evaluation.features and evaluation.extractor(config.evaluation.features)
+
+    def distance(model):
+        if not judge:
+            return np.nan
+        drawn = sampling.sample_batches(config, pieces, model, config.sample.num)
+        return evaluation.sample_metrics(drawn, judge)["frechet_distance"]
+
+    gap = transfer_gap(
+        distance,
+        pieces.model.apply,
+        {"params": state.ema_params},
+        [{"params": params} for params in alone],
+        pieces.method.boundaries,
+    )
+    losses = lambda params: evaluate.validation_losses(
+        config, pieces, experiment.denoiser(pieces, params)
+    )
+    multi_task_losses = losses(state.ema_params)
+    rows = []
+    for i, params in enumerate(alone):
+        specialist_loss = losses(params)[i]
+        rows.append(
+            {
+                "method": config.method.name,
+                "seed": config.seed,
+                "interval": i,
+                "first t": int(boundaries[i]),
+                "last t": int(boundaries[i + 1] - 1),
+                "multi-task distance": gap.multi_task,
+                "mixed distance": float(gap.mixed[i]),
+                "gap": float(gap.gap[i]),
+                "multi-task loss": float(multi_task_losses[i]),
+                "specialist loss": float(specialist_loss),
+                "loss gap": float(multi_task_losses[i] - specialist_loss),
+            }
+        )
+    write_bytes(path, json.dumps(rows, indent=1).encode())
+    return rows
+
+
+def report(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Writes the table and the picture."""
+    runner.write_csv(folder / "transfer_gap.csv", rows)
+    intervals = sorted({row["interval"] for row in rows})
+    name = lambda i: next(
+        f"t = {row['first t']}..{row['last t']}" for row in rows if row["interval"] == i
+    )
+    values = lambda method, i, key: [
+        row[key] for row in rows if row["method"] == method and row["interval"] == i
+    ]
+    tables = []
+    for key, digits in (("gap", 3), ("loss gap", 4)):
+        lines = [
+            [
+                method,
+                *(runner.mean_and_deviation(values(method, i, key), digits) for i in intervals),
+            ]
+            for method in METHODS
+        ]
+        tables.append(runner.markdown([key, *map(name, intervals)], lines))
+    text = "\n".join(tables) + f"\n{_CAPTION}\n"
+    write_bytes(folder / "table.md", text.encode())
+    print(f"\n{text}")
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    width = 0.8 / len(METHODS)
+    for ax, key, label in (
+        (axes[0], "gap", "distance(multi-task) - distance(mixed)"),
+        (axes[1], "loss gap", "loss(multi-task) - loss(specialist)"),
+    ):
+        for j, method in enumerate(METHODS):
+            groups = np.array([values(method, i, key) for i in intervals])
+            ax.bar(
+                np.array(intervals) + (j - len(METHODS) / 2 + 0.5) * width,
+                groups.mean(1),
+                width,
+                yerr=groups.std(1, ddof=1) if groups.shape[1] > 1 else None,
+                label=method,
+            )
+        ax.axhline(0, color="black", lw=0.8)
+        ax.set_xticks(intervals, map(name, intervals))
+        ax.set(title=f"{key} of each interval; positive: negative transfer", ylabel=label)
+    axes[0].legend()
+    runner.save_figure(figure, folder / "transfer_gap.png")
+    logging.info("picture: %s", folder / "transfer_gap.png")
+
+
+if __name__ == "__main__":
+    app.run(main)
