@@ -9,6 +9,7 @@ several steps; see `report` for the columns.
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,7 +106,7 @@ def core(affinity: Path) -> list[Setting]:
     return [VANILLA, *clustered, *shares, normalised]
 
 
-def fixed_setting(weights: np.ndarray) -> Setting:
+def fixed_setting(weights: Sequence[float]) -> Setting:
     """Linear with fixed weights."""
     text = ",".join(f"{weight:.4g}" for weight in weights)
     return Setting(FIXED, "linear", "snr", {"method.linear_weights": text}, FIXED)
@@ -113,15 +114,18 @@ def fixed_setting(weights: np.ndarray) -> Setting:
 
 def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[float, ...]) -> None:
     """Tunes, trains, measures and reports the settings and Nash's mean weights."""
-    unknown = fixed_setting(np.ones(5))
     tune = functools.partial(tuning_runs, preset, grid)
     train = functools.partial(runs_of, preset)
     if runner.DRY_RUN.value:
-        everything = [*settings, unknown]
+        known = chosen_before(out)
+        everything = [*settings, fixed_setting(known.get("nash_weights", [1.0]))]
+        rates = known.get("learning_rates", {})
         stages = {
             "task affinity": task_affinity.plan(preset),
             "learning rates": [run for each in everything for run in tune(each)],
-            "comparison": [run for each in everything for run in train(each, grid[0])],
+            "comparison": [
+                run for each in everything for run in train(each, rates.get(each.tuned_as, grid[0]))
+            ],
         }
         runner.print_plan(stages, out, preset)
         return
@@ -129,16 +133,16 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
     chosen = choose_rates(preset, out, grid, settings)
     plan = {each.label: train(each, chosen[each.tuned_as]) for each in settings}
     runner.execute([run for runs in plan.values() for run in runs], out, "comparison")
-    weights = [
-        runner.curves(runner.folder(run, out))["weights"].mean(0) for run in plan["nash, snr"]
-    ]
-    fixed = fixed_setting(np.mean(weights, 0))
+    logged = [runner.curves(runner.folder(run, out)) for run in plan["nash, snr"]]
+    weights = np.mean([curves["weights"].mean(0) for curves in logged], 0).tolist()
+    fixed = fixed_setting(weights)
     chosen |= choose_rates(preset, out, grid, [fixed])
     plan[FIXED] = train(fixed, chosen[FIXED])
     runner.execute(plan[FIXED], out, FIXED)
     results = {label: runner.execute(runs, out) for label, runs in plan.items()}
     folder = out / "table"
-    write_bytes(folder / "learning_rates.json", json.dumps(chosen, indent=1).encode())
+    known = {"learning_rates": chosen, "nash_weights": weights}
+    write_bytes(folder / "chosen.json", json.dumps(known, indent=1).encode())
     report(results, dict.fromkeys(results, "vanilla"), folder, "core")
     panels = {
         "methods on SNR clusters": ["vanilla", *(f"{method}, snr" for method in METHODS)],
@@ -215,12 +219,17 @@ def quality(result: dict[str, Any], row: int = -1) -> float:
     return measured.get("frechet_distance", measured.get("validation_loss"))
 
 
+def chosen_before(out: Path) -> dict[str, Any]:
+    """What a finished comparison has chosen: learning rates and Nash's mean weights; or nothing."""
+    path = out / "table" / "chosen.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def ablate(preset: Preset, out: Path) -> None:
     """Everything else, at the learning rates of the core."""
-    path = out / "table" / "learning_rates.json"
-    chosen = json.loads(path.read_text()) if path.exists() else {}
+    chosen = chosen_before(out).get("learning_rates", {})
     if not chosen:
-        logging.warning("no %s: the preset's learning rate for all; run --preset core first", path)
+        logging.warning("%s: the preset's learning rate for all; run --preset core first", out)
     settings = ablations(preset)
     plan = {each.label: runs_of(preset, each, chosen.get(each.tuned_as)) for each in settings}
     runs = [run for runs in plan.values() for run in runs]

@@ -1,0 +1,225 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ant_jax import affinity
+from ant_jax import config as config_lib
+from experiments import dynamics, presets, runner, table, task_affinity, transfer_gap
+
+ROOT = Path(__file__).parents[1]
+SMOKE = presets.PRESETS["smoke"]
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Runs an experiment as a user does; they share their runs and compiled programs."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
+        "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def run(name, *arguments):
+        return subprocess.run(
+            [sys.executable, "-m", f"experiments.{name}", f"--out={tmp_path / 'out'}", *arguments],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run
+
+
+def read(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def check_picture(path):
+    width, height = Image.open(path).size
+    assert width > 500 and height > 300
+    assert len(np.unique(np.asarray(Image.open(path)))) > 50
+
+
+def numbers(rows, name):
+    values = np.array([float(row[name]) for row in rows])
+    assert np.isfinite(values).all(), name
+    return values
+
+
+def test_every_experiment_at_its_smallest(command, tmp_path):
+    out = tmp_path / "out"
+    for name in ("task_affinity", "transfer_gap", "table", "dynamics"):
+        done = command(name, "--preset=smoke")
+        assert done.returncode == 0, done.stderr[-3000:]
+        check = {
+            "task_affinity": check_affinity,
+            "transfer_gap": check_gap,
+            "table": check_table,
+            "dynamics": check_dynamics,
+        }[name]
+        check(out / name)
+    # Nothing is left to do: the same answer at once, and the plan says so.
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("result.json")}
+    plan = command("table", "--preset=smoke", "--dry_run")
+    assert plan.returncode == 0, plan.stderr[-3000:]
+    assert "comparison: 10 runs, 0 of them to do, 0 steps" in plan.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("result.json")}
+
+
+def check_affinity(folder):
+    check_picture(folder / "affinity.png")
+    matrix = affinity.load(folder / "affinity.npz", 40)
+    assert matrix.shape == (40, 40)
+    np.testing.assert_allclose(matrix, matrix.T)
+    rows = read(folder / "rank_correlation.csv")
+    assert [int(row["seed"]) for row in rows] == list(SMOKE.seeds)
+    assert (np.abs(numbers(rows, "log-SNR")) <= 1).all()
+    # Even a network that has hardly trained has neighbours that agree.
+    assert (numbers(rows, "timestep") < 0).all()
+    assert {row["gap in"] for row in read(folder / "affinity_by_gap.csv")} == {
+        "timestep",
+        "log-SNR",
+    }
+
+
+def check_gap(folder):
+    check_picture(folder / "transfer_gap.png")
+    rows = read(folder / "transfer_gap.csv")
+    assert len(rows) == len(transfer_gap.METHODS) * len(SMOKE.seeds) * 5
+    gap = numbers(rows, "multi-task distance") - numbers(rows, "mixed distance")
+    np.testing.assert_allclose(numbers(rows, "gap"), gap, atol=1e-6)
+    loss = numbers(rows, "multi-task loss") - numbers(rows, "specialist loss")
+    np.testing.assert_allclose(numbers(rows, "loss gap"), loss, atol=1e-9)
+    assert (gap != 0).any()
+    assert "Positive means negative transfer" in (folder / "table.md").read_text()
+
+
+def check_table(folder):
+    check_picture(folder / "core.png")
+    rows = read(folder / "core.csv")
+    settings = list(dict.fromkeys(row["setting"] for row in rows))
+    assert settings == [
+        "vanilla",
+        "nash, snr",
+        "nash, gradient",
+        "linear, snr, shares",
+        table.FIXED,
+    ]
+    assert len(rows) == len(settings) * len(SMOKE.seeds) * SMOKE.measurements
+    assert (numbers(rows, "frechet_distance") > 0).all()
+    assert (numbers(rows, "validation_loss") > 0).all()
+    chosen = json.loads((folder / "chosen.json").read_text())
+    assert len(chosen["nash_weights"]) == 5
+    assert set(chosen["learning_rates"]) == {
+        "vanilla",
+        "nash, snr",
+        "linear, snr, shares",
+        table.FIXED,
+    }
+    lines = (folder / "core.md").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("| ")]) == 2 + len(settings)
+
+
+def check_dynamics(folder):
+    for name in ("vanilla", "linear", "uncertainty", "pcgrad", "nash"):
+        check_picture(folder / f"{name}.png")
+    rows = read(folder / "dynamics.csv")
+    cosines = np.stack([numbers(rows, f"cosine {i} {i + 1}") for i in range(4)])
+    assert (np.abs(cosines) <= 1 + 1e-6).all()
+    shares = numbers(rows, "conflict")
+    assert ((shares >= 0) & (shares <= 1)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset=digit"], "--preset=digit: must be one of smoke, digits, imagenet64"),
+        (["--preset=smoke", f"--out={__file__}"], "is not a folder"),
+    ],
+)
+def test_bad_arguments_fail_at_once(command, tmp_path, arguments, message):
+    failed = command("task_affinity", *arguments)
+    assert failed.returncode and message in failed.stderr + failed.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS.values(), ids=presets.PRESETS)
+def test_every_planned_config_is_valid(preset, tmp_path):
+    plans = [
+        task_affinity.plan(preset),
+        *transfer_gap.plan(preset),
+        *dynamics.plan(preset).values(),
+    ]
+    settings = [*table.core(tmp_path / "affinity.npz"), table.fixed_setting(np.ones(5))]
+    for setting in settings:
+        plans += [table.tuning_runs(preset, (1e-3, 1e-2), setting)]
+        plans += [table.runs_of(preset, setting, 1e-2)]
+    plans += [table.runs_of(preset, setting, None) for setting in table.ablations(preset)]
+    runs = [run for plan in plans for run in plan]
+    for run in runs:
+        config_lib.validate(run.config)
+        assert len(run.name) < 200 and "/" not in run.name
+    # One name, one config: whoever shares a name shares the run.
+    configs = {}
+    for run in runs:
+        config_lib.check_same(configs.setdefault(run.name, run.config), run.config, run.name)
+    compared = {setting.label for setting in table.ablations(preset)}
+    assert {setting.against for setting in table.ablations(preset)} <= compared
+
+
+def result(values, step=100, **more):
+    rows = [
+        {"step": step * (i + 1), "frechet_distance": value, "validation_loss": 1.0}
+        for i, value in enumerate(values)
+    ]
+    return {"name": "run", "ms_per_step": 1.0, "diverged": "", "rows": rows} | more
+
+
+def test_steps_to_reach_a_distance_are_interpolated():
+    group = [result([8.0, 2.0, 1.0]), result([4.0, 1.0, 0.5])]
+    # 4 lies half way between 8 and 2 on a logarithmic scale; the second begins there.
+    assert table._steps_to_reach(group, 4.0) == f"{(150 + 100) / 2:.0f}"
+    assert table._steps_to_reach(group, 0.7) == "1 of 2 reach it"
+
+
+def test_a_diverged_run_is_the_worst_of_a_grid_and_named_in_the_table(tmp_path, monkeypatch):
+    diverged = result([], diverged="loss nan")
+    assert table.quality(diverged) == np.inf
+    monkeypatch.setattr(table, "_conflicts", lambda *_: "")
+    results = {"vanilla": [result([2.0, 1.0])], "other": [diverged]}
+    table.report(results, dict.fromkeys(results, "vanilla"), tmp_path, "core")
+    assert "| other   | diverged" in (tmp_path / "core.md").read_text()
+
+
+def test_groups_share_a_step_and_keep_every_worker_busy():
+    runs = [runner.make_run(SMOKE, "vanilla", "snr", seed) for seed in range(4)]
+    runs += [runner.make_run(SMOKE, "nash", "snr", seed) for seed in range(2)]
+    by_step = [{run.name for run in group} for group in runner._groups(runs, 2)]
+    assert by_step == [{run.name for run in runs[:4]}, {run.name for run in runs[4:]}]
+    split = runner._groups(runs[:4], 3)
+    assert len(split) == 3 and sorted(run.name for group in split for run in group) == sorted(
+        run.name for run in runs[:4]
+    )
+
+
+def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
+    run = runner.make_run(SMOKE, "vanilla", "snr", 0)
+
+    def fail(config, workdir):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(runner.train, "train", fail)
+    with pytest.raises(RuntimeError, match=r"run vanilla-snr-seed=0 in .*No space left on device"):
+        runner.execute([run], tmp_path)
