@@ -9,7 +9,7 @@ import json
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import numpy as np
 from absl import app, flags, logging
 
@@ -19,9 +19,7 @@ from ant_jax.config import RULES, check_same, load
 from ant_jax.files import write_bytes
 from ant_jax.metrics import duration, quiet_console
 from configs import digits
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from experiments import report
 
 _METHODS = flags.DEFINE_list("methods", ["vanilla", "nash"], "Methods to compare.")
 _CLUSTERS = flags.DEFINE_string("clusters", "snr", "What clusters the timesteps.")
@@ -108,22 +106,17 @@ def run(method, seed, workdir):
     return result
 
 
-def curves(result):
-    """The run's metrics.jsonl as arrays by name."""
-    lines = (Path(result["workdir"]) / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return {
-        name: np.array([row[name] for row in rows], float)
-        for name in ("step", "cluster_losses", "weights", "steps_per_second")
-    }
-
-
 def make_table(results):
     """Markdown, a line for each method and step count; over several seeds mean +- deviation."""
-    lines = [_COLUMNS, ["---"] * len(_COLUMNS)]
+    lines = []
     for method in dict.fromkeys(result["method"] for result in results):
         group = [result for result in results if result["method"] == method]
-        speed = np.median([np.median(curves(result)["steps_per_second"]) for result in group])
+        speed = np.median(
+            [
+                np.median(report.curves(Path(result["workdir"]))["steps_per_second"])
+                for result in group
+            ]
+        )
         for i, row in enumerate(group[0]["evaluations"]):
             last = i == len(group[0]["evaluations"]) - 1
             rows = [result["evaluations"][i] for result in group]
@@ -132,23 +125,13 @@ def make_table(results):
                     method,
                     row["step"],
                     f"{1000 / speed:.1f}",
-                    _mean([row["frechet_distance"] for row in rows], 2),
-                    _mean([row["group_frechet_distance"] for row in rows], 2),
-                    _mean([row["label_accuracy"] for row in rows], 3),
+                    report.mean_and_deviation([row["frechet_distance"] for row in rows], 2),
+                    report.mean_and_deviation([row["group_frechet_distance"] for row in rows], 2),
+                    report.mean_and_deviation([row["label_accuracy"] for row in rows], 3),
                     duration(np.mean([result["seconds"] for result in group])) if last else "",
                 ]
             )
-    widths = [max(len(str(line[i])) for line in lines) for i in range(len(_COLUMNS))]
-    text = (
-        "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
-    return " |\n".join(text) + " |\n"
-
-
-def _mean(values, digits):
-    text = f"{np.mean(values):.{digits}f}"
-    return text if len(values) == 1 else f"{text} +- {np.std(values, ddof=1):.{digits}f}"
+    return report.markdown(_COLUMNS, lines)
 
 
 def draw(results, path):
@@ -184,7 +167,7 @@ def draw(results, path):
         xlim=(0, process.num_timesteps),
     )
     for result, style in ((first, "--"), (last, "-")):
-        data = curves(result)
+        data = report.curves(Path(result["workdir"]))
         for i in range(k):
             losses = data["cluster_losses"][:, i]
             axes["losses"].plot(data["step"], losses, style, color=colours[i])
@@ -193,7 +176,7 @@ def draw(results, path):
         xlabel="step",
         yscale="log",
     )
-    data = curves(last)
+    data = report.curves(Path(last["workdir"]))
     for i in range(k):
         label = f"t in [{boundaries[i]}, {boundaries[i + 1]})"
         weights = data["weights"][:, i]
@@ -216,9 +199,7 @@ def draw(results, path):
         yscale="log",
     )
     axes["distance"].legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    report.save_figure(figure, path)
 
 
 if __name__ == "__main__":

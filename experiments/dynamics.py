@@ -15,9 +15,9 @@ from absl import app, logging
 from ant_jax import experiment
 from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
-from experiments import runner
+from experiments import report, runner
 from experiments.presets import PRESETS, Preset
-from experiments.runner import Run, mean_and_deviation
+from experiments.runner import Run
 
 # With stratified timesteps the gradients are at hand for the price of one backward pass; weighted
 # by the shares of the clusters they add up to vanilla's, in expectation.
@@ -35,13 +35,13 @@ def main(argv):
         return
     runner.execute([run for group in runs.values() for run in group], out, "training")
     logged = {
-        label: [runner.curves(runner.folder(run, out)) for run in group]
+        label: [report.curves(runner.folder(run, out)) for run in group]
         for label, group in runs.items()
     }
     config = next(iter(runs.values()))[0].config
     source = experiment.open_data(config)
     pieces = experiment.build(config, source.image_shape[-1], source.num_classes)
-    report(logged, pieces.method.boundaries, out / "dynamics")
+    write_report(logged, pieces.method.boundaries, out / "dynamics")
 
 
 def plan(preset: Preset) -> dict[str, list[Run]]:
@@ -59,7 +59,7 @@ def plan(preset: Preset) -> dict[str, list[Run]]:
     }
 
 
-def report(
+def write_report(
     logged: dict[str, Sequence[dict[str, np.ndarray]]], boundaries: np.ndarray, folder: Path
 ) -> dict[str, list[float]]:
     """Writes the pictures, the table and the CSV; returns each method's shares of conflicts."""
@@ -72,7 +72,7 @@ def report(
         shares[label] = [float(curves["conflict"].mean()) for curves in group]
         third = len(group[0]["step"]) // 3
         parts = [
-            mean_and_deviation([curves["conflict"][part].mean() for curves in group], 3)
+            report.mean_and_deviation([curves["conflict"][part].mean() for curves in group], 3)
             for part in (slice(0, third), slice(third, 2 * third), slice(2 * third, None))
         ]
         cosines = np.mean([curves["cosines"].mean(0) for curves in group], 0)
@@ -81,7 +81,7 @@ def report(
         lines.append(
             [
                 label,
-                mean_and_deviation(shares[label], 3),
+                report.mean_and_deviation(shares[label], 3),
                 *parts,
                 f"{cosines[lowest]:.2f} (clusters {i} and {j})",
                 f"{np.mean([np.mean(curves['smallest_cosine']) for curves in group]):.2f}",
@@ -98,12 +98,12 @@ def report(
                 }
                 rows.append(row | {"conflict": curves["conflict"][n]})
         name = label.split(" ")[0]
-        runner.save_figure(_draw(label, group, boundaries, pairs), folder / f"{name}.png")
+        report.save_figure(_draw(label, group, boundaries, pairs), folder / f"{name}.png")
         logging.info("picture: %s", folder / f"{name}.png")
-    runner.write_csv(folder / "dynamics.csv", rows)
+    report.write_csv(folder / "dynamics.csv", rows)
     columns = ["method", "steps with a conflict", "first third", "second third", "last third"]
     columns += ["lowest mean cosine", "mean smallest cosine"]
-    table = runner.markdown(columns, lines)
+    table = report.markdown(columns, lines)
     write_bytes(folder / "table.md", table.encode())
     print(f"\n{table}")
     return shares

@@ -6,21 +6,18 @@ checkpoint.
 """
 
 import contextlib
-import csv
-import io
 import json
 import math
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import matplotlib
 import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -31,10 +28,8 @@ from ant_jax import config as config_lib
 from ant_jax import evaluate, experiment, train
 from ant_jax.files import write_bytes
 from ant_jax.metrics import duration
+from experiments import report
 from experiments.presets import Preset, make_config
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 
 PRESET = flags.DEFINE_string("preset", "digits", "At which size the experiment runs.")
 OUT = flags.DEFINE_string("out", None, "Where everything goes; default runs/experiments/PRESET.")
@@ -190,48 +185,6 @@ def parallel(function: Callable, arguments: Sequence[tuple], title: str) -> list
     return [future.result() for future in futures]
 
 
-def mean_and_deviation(values: Iterable[float], digits: int) -> str:
-    """``mean +- standard deviation`` over seeds; the mean alone of one value."""
-    values = np.array(list(values), float)
-    text = f"{values.mean():.{digits}f}"
-    return text if len(values) == 1 else f"{text} +- {values.std(ddof=1):.{digits}f}"
-
-
-def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table that also reads well as it stands."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    widths = [max(len(str(line[i])) for line in lines) for i in range(len(columns))]
-    text = (
-        "| " + " | ".join(str(cell).ljust(width) for cell, width in zip(line, widths, strict=True))
-        for line in lines
-    )
-    return " |\n".join(text) + " |\n"
-
-
-def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes one line a dict, the columns in the order in which they first appear."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    write_bytes(path, stream.getvalue().encode())
-
-
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure, whole or not at all, and closes it."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    plt.close(figure)
-    write_bytes(path, stream.getvalue())
-
-
-def curves(workdir: Path) -> dict[str, np.ndarray]:
-    """The metrics that a run logged, as arrays by name with the steps on the first axis."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {name: np.array([row[name] for row in rows], float) for name in rows[0]}
-
-
 def folder(run: Run, out: Path) -> Path:
     """The workdir of a run."""
     return out / "runs" / run.name
@@ -342,7 +295,7 @@ def _run(run, out):
         "num_steps": run.config.num_steps,
         "batch_size": run.config.data.batch_size,
         "seconds": time.perf_counter() - begin,
-        "ms_per_step": float(np.median(1000 / curves(workdir)["steps_per_second"])),
+        "ms_per_step": float(np.median(1000 / report.curves(workdir)["steps_per_second"])),
         "diverged": diverged,
         "rows": rows,
     }

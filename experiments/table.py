@@ -4,7 +4,7 @@
 controls, each at the learning rate that was best for it on one grid and budget. ``ablations``: the
 number of clusters, random clusters, other loss weights and noise schedules, and more, at the
 learning rates that ``core`` found, against vanilla under the same change. Everything is measured at
-several steps; see `report` for the columns.
+several steps; see `write_report` for the columns.
 """
 
 import functools
@@ -19,9 +19,9 @@ from absl import app, logging
 
 from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
-from experiments import runner, task_affinity
+from experiments import report, runner, task_affinity
 from experiments.presets import PRESETS, Preset, make_config
-from experiments.runner import Run, mean_and_deviation
+from experiments.runner import Run
 
 _GRID = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
 _GRID_AT_SCALE = (5e-5, 1e-4, 2e-4, 4e-4)
@@ -133,7 +133,7 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
     chosen = choose_rates(preset, out, grid, settings)
     plan = {each.label: train(each, chosen[each.tuned_as]) for each in settings}
     runner.execute([run for runs in plan.values() for run in runs], out, "comparison")
-    logged = [runner.curves(runner.folder(run, out)) for run in plan["nash, snr"]]
+    logged = [report.curves(runner.folder(run, out)) for run in plan["nash, snr"]]
     weights = np.mean([curves["weights"].mean(0) for curves in logged], 0).tolist()
     fixed = fixed_setting(weights)
     chosen |= choose_rates(preset, out, grid, [fixed])
@@ -143,7 +143,7 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
     folder = out / "table"
     known = {"learning_rates": chosen, "nash_weights": weights}
     write_bytes(folder / "chosen.json", json.dumps(known, indent=1).encode())
-    report(results, dict.fromkeys(results, "vanilla"), folder, "core")
+    write_report(results, dict.fromkeys(results, "vanilla"), folder, "core")
     panels = {
         "methods on SNR clusters": ["vanilla", *(f"{method}, snr" for method in METHODS)],
         "clusterings": [
@@ -204,7 +204,7 @@ def choose_rates(
         chosen[label] = grid[int(np.argmin(scores))]
         rows.append([label, *(f"{score:.2f}" for score in scores), f"{chosen[label]:g}"])
     columns = ["tuned", *(f"{rate:g}" for rate in grid), "chosen"]
-    text = runner.markdown(columns, rows)
+    text = report.markdown(columns, rows)
     print(f"\n{text}")
     name = "learning_rates.md" if len(settings) > 1 else "learning_rates_fixed.md"
     write_bytes(out / "table" / name, text.encode())
@@ -239,7 +239,7 @@ def ablate(preset: Preset, out: Path) -> None:
     runner.execute(runs, out, "ablations")
     results = {label: runner.execute(runs, out) for label, runs in plan.items()}
     against = {each.label: each.against for each in settings}
-    report(results, against, out / "table", "ablations")
+    write_report(results, against, out / "table", "ablations")
 
 
 def ablations(preset: Preset) -> list[Setting]:
@@ -274,7 +274,7 @@ def ablations(preset: Preset) -> list[Setting]:
     return settings
 
 
-def report(
+def write_report(
     results: dict[str, list[dict[str, Any]]],
     against: dict[str, str],
     folder: Path,
@@ -297,7 +297,7 @@ def report(
         for result in group
         for row in result["rows"]
     ]
-    runner.write_csv(folder / f"{name}.csv", rows)
+    report.write_csv(folder / f"{name}.csv", rows)
     lines = []
     for label, group in results.items():
         other = results[against[label]]
@@ -308,7 +308,7 @@ def report(
         steps = [row["step"] for row in group[0]["rows"]]
         shown = sorted({len(steps) // 3 - 1, 2 * len(steps) // 3 - 1, len(steps) - 1} - {-1})
         curve = [
-            f"{steps[i]}: " + mean_and_deviation([quality(result, i) for result in group], 2)
+            f"{steps[i]}: " + report.mean_and_deviation([quality(result, i) for result in group], 2)
             for i in shown
         ]
         ahead = sum(quality(a) < quality(b) for a, b in zip(group, other, strict=True))
@@ -333,7 +333,7 @@ def report(
     columns = ["setting", "distance by step", "ahead", "steps to reach", "validation loss"]
     columns += ["label accuracy", "in groups of 300", "nearest", "copies"]
     columns += ["conflicts", "ms per step"]
-    text = runner.markdown(columns, lines)
+    text = report.markdown(columns, lines)
     first = next(iter(results.values()))[0]["rows"][-1]
     if "real_frechet_distance" in first:
         text += (
@@ -346,7 +346,7 @@ def report(
 
 
 def _conflicts(group, out):
-    logged = [runner.curves(out / "runs" / result["name"]) for result in group]
+    logged = [report.curves(out / "runs" / result["name"]) for result in group]
     if "conflict" not in logged[0]:
         return ""
     return f"{np.mean([curves['conflict'].mean() for curves in logged]):.3f}"
@@ -400,7 +400,7 @@ def draw(
         ax.set(title=title, xlabel="step", yscale="log")
         ax.legend(fontsize="small")
     axes[0].set_ylabel("Frechet distance to the training data")
-    runner.save_figure(figure, path)
+    report.save_figure(figure, path)
     logging.info("picture: %s", path)
 
 

@@ -16,7 +16,7 @@ from absl import app, logging
 from ant_jax import affinity, builders, clustering, evaluate, experiment
 from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
-from experiments import runner
+from experiments import report, runner
 from experiments.presets import PRESETS, Preset
 from experiments.runner import Run
 
@@ -31,7 +31,7 @@ def main(argv):
         return
     measure(preset, out)
     measured = [_of_run(run, preset, out) for run in runs]
-    report(preset, out, measured)
+    write_report(preset, out, measured)
 
 
 def plan(preset: Preset) -> list[Run]:
@@ -82,7 +82,7 @@ def _of_run(run, preset, out) -> np.ndarray:
         return arrays["affinity"]
 
 
-def report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[str, Any]:
+def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[str, Any]:
     """Writes the tables and the picture; returns the rank correlations by measure of the gap."""
     folder = out / "task_affinity"
     config = plan(preset)[0].config
@@ -93,7 +93,7 @@ def report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[str, A
         name: [affinity.rank_correlation(matrix, where) for matrix in matrices]
         for name, where in positions.items()
     }
-    runner.write_csv(
+    report.write_csv(
         folder / "rank_correlation.csv",
         [
             {"seed": seed} | {name: values[i] for name, values in correlations.items()}
@@ -102,7 +102,7 @@ def report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[str, A
     )
     mean = np.mean(matrices, 0)
     profiles = {name: affinity.affinity_by_gap(mean, where) for name, where in positions.items()}
-    runner.write_csv(
+    report.write_csv(
         folder / "affinity_by_gap.csv",
         [
             {"gap in": name, "gap": centre, "mean affinity": m, "standard deviation": s, "pairs": n}
@@ -111,13 +111,13 @@ def report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[str, A
         ],
     )
     rows = [
-        [f"difference of {name}", runner.mean_and_deviation(values, 3)]
+        [f"difference of {name}", report.mean_and_deviation(values, 3)]
         for name, values in correlations.items()
     ]
-    table = runner.markdown(["gap", "Spearman's rank correlation with affinity"], rows)
+    table = report.markdown(["gap", "Spearman's rank correlation with affinity"], rows)
     write_bytes(folder / "table.md", table.encode())
     print(f"\n{table}")
-    runner.save_figure(
+    report.save_figure(
         _draw(config, process, mean, grid, profiles, correlations), folder / "affinity.png"
     )
     logging.info("picture: %s", folder / "affinity.png")
@@ -149,7 +149,7 @@ def _draw(config, process, matrix, grid, profiles, correlations):
         ax.fill_between(
             profile.centres, profile.mean - profile.std, profile.mean + profile.std, alpha=0.25
         )
-        rho = runner.mean_and_deviation(correlations[name], 2)
+        rho = report.mean_and_deviation(correlations[name], 2)
         ax.set(
             title=f"Spearman's rank correlation {rho}",
             xlabel=f"|difference of {name}|",

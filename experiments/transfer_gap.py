@@ -19,7 +19,7 @@ from ant_jax import evaluate, evaluation, experiment, sampling
 from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
 from ant_jax.transfer_gap import transfer_gap
-from experiments import runner
+from experiments import report, runner
 from experiments.presets import PRESETS, Preset
 from experiments.runner import Run
 
@@ -48,7 +48,7 @@ def main(argv):
         for run in multi_task
     ]
     rows = [row for rows in runner.parallel(gaps_of, arguments, "gaps") for row in rows]
-    report(rows, out / "transfer_gap")
+    write_report(rows, out / "transfer_gap")
 
 
 def plan(preset: Preset) -> tuple[list[Run], list[Run]]:
@@ -127,9 +127,9 @@ def gaps_of(run: Run, specialists: list[Run], out: Path) -> list[dict[str, Any]]
     return rows
 
 
-def report(rows: list[dict[str, Any]], folder: Path) -> None:
+def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
     """Writes the table and the picture."""
-    runner.write_csv(folder / "transfer_gap.csv", rows)
+    report.write_csv(folder / "transfer_gap.csv", rows)
     intervals = sorted({row["interval"] for row in rows})
     name = lambda i: next(
         f"t = {row['first t']}..{row['last t']}" for row in rows if row["interval"] == i
@@ -142,11 +142,11 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
         lines = [
             [
                 method,
-                *(runner.mean_and_deviation(values(method, i, key), digits) for i in intervals),
+                *(report.mean_and_deviation(values(method, i, key), digits) for i in intervals),
             ]
             for method in METHODS
         ]
-        tables.append(runner.markdown([key, *map(name, intervals)], lines))
+        tables.append(report.markdown([key, *map(name, intervals)], lines))
     text = "\n".join(tables) + f"\n{_CAPTION}\n"
     write_bytes(folder / "table.md", text.encode())
     print(f"\n{text}")
@@ -169,7 +169,7 @@ def report(rows: list[dict[str, Any]], folder: Path) -> None:
         ax.set_xticks(intervals, map(name, intervals))
         ax.set(title=f"{key} of each interval; positive: negative transfer", ylabel=label)
     axes[0].legend()
-    runner.save_figure(figure, folder / "transfer_gap.png")
+    report.save_figure(figure, folder / "transfer_gap.png")
     logging.info("picture: %s", folder / "transfer_gap.png")
 
 

@@ -199,7 +199,7 @@ def test_a_diverged_run_is_the_worst_of_a_grid_and_named_in_the_table(tmp_path, 
     assert table.quality(diverged) == np.inf
     monkeypatch.setattr(table, "_conflicts", lambda *_: "")
     results = {"vanilla": [result([2.0, 1.0])], "other": [diverged]}
-    table.report(results, dict.fromkeys(results, "vanilla"), tmp_path, "core")
+    table.write_report(results, dict.fromkeys(results, "vanilla"), tmp_path, "core")
     assert "| other   | diverged" in (tmp_path / "core.md").read_text()
 
 
