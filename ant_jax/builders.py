@@ -84,11 +84,13 @@ _dit = functools.cache(DiT)
 
 def init_params(model: DiT, image_shape: tuple[int, int, int], seed: int) -> dict:
     """The model's parameters before training."""
+    return _init_params(jax.random.key(seed), model, image_shape)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "image_shape"))
+def _init_params(key, model, image_shape):
     label = jnp.zeros(1, jnp.int32) if model.num_classes else None
-    init = jax.jit(model.init)
-    return init(jax.random.key(seed), jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32), label)[
-        "params"
-    ]
+    return model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32), label)["params"]
 
 
 def build_method(

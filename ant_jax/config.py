@@ -132,7 +132,8 @@ RULES = {
 
 # Settings that a restart in the same workdir may change: they don't touch the parameters.
 _FREE = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "sample.", "evaluation.")
-_FREE += ("data.num_workers", "data.dir", "diffusion.clip_x0")
+# A run keeps the clusters that it has begun with, wherever the affinity lies now.
+_FREE += ("data.num_workers", "data.dir", "diffusion.clip_x0", "clusters.affinity")
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from ant_jax import evaluation, experiment, sampling
 from ant_jax.config import ConfigError
 from ant_jax.files import write_bytes
 from ant_jax.train_step import TrainState
-from ant_jax.transfer_gap import interval_losses
 
 _VALIDATION_IMAGES = 1000
 
@@ -44,8 +43,9 @@ def evaluate(config: ConfigDict, workdir: Path, step: int | None = None) -> dict
     """Measures the EMA model; logs what it finds and writes a JSON file.
 
     By ``config.evaluation.features`` it measures samples against the data, and leaves a grid of the
-    first ones beside the JSON file; by ``config.evaluation.split`` the loss on held-out images: of
-    each cluster, and ``validation_loss`` over all the timesteps of the clusters alike.
+    first ones beside the JSON file; by ``config.evaluation.split`` it measures the loss on held-out
+    images, without loss weights: ``validation_loss``, the mean over the same timesteps and noise
+    whatever the clusters.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
@@ -69,10 +69,9 @@ def evaluate(config: ConfigDict, workdir: Path, step: int | None = None) -> dict
         result |= {f"real_{name}": value for name, value in evaluation.real_floor(model).items()}
         logging.info("samples: %s", path.with_suffix(".png"))
     if settings.split:
-        boundaries = pieces.method.boundaries
-        losses = validation_losses(config, pieces, apply_fn)
-        share = np.diff(boundaries) / (boundaries[-1] - boundaries[0])
-        result |= {"validation_loss": float(losses @ share), "validation_losses": losses.tolist()}
+        everything = np.array([0, pieces.process.num_timesteps])
+        (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=50)
+        result["validation_loss"] = float(loss)
     write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
     for name, value in result.items():
         logging.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
@@ -80,17 +79,22 @@ def evaluate(config: ConfigDict, workdir: Path, step: int | None = None) -> dict
 
 
 def validation_losses(
-    config: ConfigDict, pieces: experiment.Experiment, apply_fn: Partial
+    config: ConfigDict,
+    pieces: experiment.Experiment,
+    apply_fn: Partial,
+    boundaries: np.ndarray,
+    timesteps_each: int,
 ) -> np.ndarray:
-    """(k,) mean loss of each cluster of the run on held-out images; see `interval_losses`."""
+    """(k,) mean loss of each interval on held-out images; see `evaluation.interval_losses`."""
     x0, labels = experiment.images(config, config.evaluation.split, _VALIDATION_IMAGES)
-    return interval_losses(
+    return evaluation.interval_losses(
         apply_fn,
         pieces.process,
         x0,
         jax.random.key(0),
-        pieces.method.boundaries,
+        boundaries,
         y=labels if pieces.model.num_classes else None,
+        timesteps_each=timesteps_each,
     )
 
 

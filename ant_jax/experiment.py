@@ -112,24 +112,39 @@ def denoiser(pieces: Experiment, params: dict) -> Partial:
 def training_step(config: ConfigDict, pieces: Experiment) -> Callable:
     """The train step on this process's devices, compiled at its first call.
 
-    Runs that differ in nothing but the seed, the learning rate and what happens between the steps
-    share one step and its compiled programs.
+    Runs that differ in nothing but the seed, the learning rate, which timesteps the k clusters are,
+    and what happens between the steps share one step and its compiled programs.
 
     Returns:
       ``(state, batch) -> (state, metrics)``; see `train_step`. The state is donated.
     """
-    arrays = (pieces.method.boundaries, pieces.method.timestep_order, pieces.method.loss_scale)
+    method = pieces.method
     step = _training_step(
         _shared(config),
         pieces.model,
         pieces.process,
-        pieces.method.timesteps,
-        pieces.method.weighting is None,
+        method.timesteps,
+        method.weighting is None,
         tuple(jax.local_devices()),
-        tuple(None if array is None else tuple(array.tolist()) for array in arrays),
     )
-    own = np.int32(config.seed), np.float32(config.optimizer.learning_rate)
-    return lambda state, batch: step(state, batch, *own)
+    own = _Own(
+        np.int32(config.seed),
+        np.float32(config.optimizer.learning_rate),
+        method.boundaries.astype(np.int32),
+        None if method.timestep_order is None else method.timestep_order.astype(np.int32),
+        None if method.loss_scale is None else method.loss_scale.astype(np.float32),
+    )
+    return lambda state, batch: step(state, batch, own)
+
+
+class _Own(NamedTuple):
+    """What of a run its step takes as an argument."""
+
+    seed: np.ndarray
+    learning_rate: np.ndarray
+    boundaries: np.ndarray
+    timestep_order: np.ndarray | None
+    loss_scale: np.ndarray | None
 
 
 def _shared(config):
@@ -156,28 +171,26 @@ def _abstract_state(shared, model, image_shape, vanilla, k):
 
 
 @functools.lru_cache(maxsize=8)
-def _training_step(shared, model, process, timesteps, vanilla, devices, arrays):
-    boundaries, order, scale = (None if array is None else np.array(array) for array in arrays)
-    k = len(boundaries) - 1
-
-    def step(state, batch, seed, learning_rate, axis_name=None):
+def _training_step(shared, model, process, timesteps, vanilla, devices):
+    def step(state, batch, own, axis_name=None):
+        k = len(own.boundaries) - 1
         return train_step(
             state,
             batch,
             apply_fn=lambda params, x, t, y: model.apply({"params": params}, x, t, y),
             diffusion=process,
-            boundaries=boundaries,
-            weighting=None if vanilla else builders.build_weighting(shared, k, seed),
-            optimizer=builders.build_optimizer(shared, learning_rate),
-            seed=seed,
+            boundaries=own.boundaries,
+            weighting=None if vanilla else builders.build_weighting(shared, k, own.seed),
+            optimizer=builders.build_optimizer(shared, own.learning_rate),
+            seed=own.seed,
             timesteps=timesteps,
             gradient_form=shared.method.gradient_form,
             microbatches=shared.optimizer.microbatches,
             num_classes=model.num_classes,
             label_dropout=shared.label_dropout,
             ema_decay=shared.ema_decay,
-            timestep_order=order,
-            loss_scale=scale,
+            timestep_order=own.timestep_order,
+            loss_scale=own.loss_scale,
             axis_name=axis_name,
         )
 

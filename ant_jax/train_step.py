@@ -74,7 +74,7 @@ def train_step(
     *,
     apply_fn: Callable[..., jax.Array],
     diffusion: GaussianDiffusion,
-    boundaries: np.ndarray,
+    boundaries: jax.typing.ArrayLike,
     weighting: mtl.Weighting | None,
     optimizer: optax.GradientTransformation,
     seed: int | jax.Array,
@@ -84,8 +84,8 @@ def train_step(
     num_classes: int = 0,
     label_dropout: float = 0.0,
     ema_decay: float = 0.9999,
-    timestep_order: np.ndarray | None = None,
-    loss_scale: np.ndarray | None = None,
+    timestep_order: jax.typing.ArrayLike | None = None,
+    loss_scale: jax.typing.ArrayLike | None = None,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One training step on this device's part of the batch.
@@ -100,7 +100,7 @@ def train_step(
         global examples d B .. (d + 1) B - 1.
       apply_fn: ``(params, x_t, t, label) -> model output``.
       diffusion: the noise process and its loss.
-      boundaries: (k + 1,) cluster boundaries. A specialist, trained on one interval alone, has two,
+      boundaries: (k + 1,) cluster boundaries; may be traced. A specialist, trained on one interval alone, has two,
         and draws stratified.
       weighting: the MTL method; None is vanilla: the plain mean of the per-example losses.
       optimizer: turns the combined gradient into an update.
@@ -264,12 +264,12 @@ def draw_examples(
     batch: dict[str, jax.Array],
     *,
     first_index: int | jax.Array,
-    boundaries: np.ndarray,
+    boundaries: jax.typing.ArrayLike,
     seed: int | jax.Array,
     timesteps: str,
     num_classes: int,
     label_dropout: float,
-    timestep_order: np.ndarray | None = None,
+    timestep_order: jax.typing.ArrayLike | None = None,
 ) -> Examples:
     """Draws the timestep, noise and dropped label of each example from its own key."""
     image = batch["image"]
@@ -279,7 +279,7 @@ def draw_examples(
     k = len(boundaries) - 1
     stratified = timesteps == "stratified"
     low = bounds[index % k] if stratified else jnp.zeros_like(index)
-    high = bounds[index % k + 1] if stratified else jnp.full_like(index, boundaries[-1])
+    high = bounds[index % k + 1] if stratified else jnp.full_like(index, bounds[-1])
     step_key = jax.random.fold_in(jax.random.key(seed), step)
 
     def draw(index):
@@ -290,7 +290,7 @@ def draw_examples(
     t = low + jnp.floor(uniform[:, 0] * (high - low)).astype(low.dtype)
     dropped = uniform[:, 1] < label_dropout
     label = jnp.where(dropped, num_classes, batch["label"]) if num_classes else None
-    cluster = index % k if stratified else assign_clusters(t, boundaries)
+    cluster = index % k if stratified else assign_clusters(t, bounds)
     if timestep_order is not None:
         t = jnp.asarray(timestep_order)[t]
     return Examples(x0, label, t, noise, cluster)

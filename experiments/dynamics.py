@@ -26,14 +26,13 @@ _WATCH = {"method.cosines": True}
 
 
 def main(argv):
-    del argv
     quiet_console()
-    preset, out = runner.choose(PRESETS)
+    preset, out = runner.choose(argv, PRESETS)
     runs = plan(preset)
     if runner.DRY_RUN.value:
         runner.print_plan(runs, out, preset)
         return
-    runner.execute([run for group in runs.values() for run in group], out, "training")
+    runner.finished([run for group in runs.values() for run in group], out, "training")
     logged = {
         label: [report.curves(runner.folder(run, out)) for run in group]
         for label, group in runs.items()
@@ -41,7 +40,11 @@ def main(argv):
     config = next(iter(runs.values()))[0].config
     source = experiment.open_data(config)
     pieces = experiment.build(config, source.image_shape[-1], source.num_classes)
-    write_report(logged, pieces.method.boundaries, out / "dynamics")
+    boundaries = pieces.method.boundaries
+    for curves in logged[VANILLA]:
+        # As weights of the losses themselves, like everybody's.
+        curves["weights"] *= np.diff(boundaries) * (config.clusters.k / boundaries[-1])
+    write_report(logged, boundaries, out / "dynamics")
 
 
 def plan(preset: Preset) -> dict[str, list[Run]]:
@@ -54,7 +57,10 @@ def plan(preset: Preset) -> dict[str, list[Run]]:
         "nash": ("nash", {}),
     }
     return {
-        label: [runner.make_run(preset, method, "snr", seed, changes) for seed in preset.seeds]
+        label: [
+            runner.make_run(preset, method, "snr", seed, changes, measurements=0)
+            for seed in preset.seeds
+        ]
         for label, (method, changes) in settings.items()
     }
 
@@ -105,7 +111,10 @@ def write_report(
     columns += ["lowest mean cosine", "mean smallest cosine"]
     table = report.markdown(columns, lines)
     write_bytes(folder / "table.md", table.encode())
-    print(f"\n{table}")
+    print(
+        f"\n{table}\nThe gradient of a cluster is that of its part of one batch: its noise draws "
+        "cosines\ntowards 0 and makes conflicts of mean gradients that agree."
+    )
     return shares
 
 

@@ -12,15 +12,17 @@ class Preset(NamedTuple):
     """The size of an experiment.
 
     Attributes:
+      name: of the folder for its output.
       config: a config's ``get_config``, of ``"METHOD,CLUSTERS"``.
       settings: what to change in it, by ``"group.name"``.
       seeds: of every setting.
       measurements: at how many evenly spaced steps a run is measured.
       affinity_grid: timesteps between which the task affinity is measured.
       affinity_images: how many training images it takes.
-      seconds_per_step: of one run, for the estimate of a plan; None where nobody has timed it.
+      seconds_per_step: with all measuring, for the estimate of a plan; None if never timed.
     """
 
+    name: str
     config: Callable[[str], ConfigDict]
     settings: dict[str, Any]
     seeds: tuple[int, ...]
@@ -34,10 +36,11 @@ _ALWAYS = {"tensorboard": False, "sample.every": 0}
 
 PRESETS = {
     "smoke": Preset(
+        "smoke",
         digits.get_config,
         {
             "num_steps": 8,
-            "data.batch_size": 20,
+            "data.batch_size": 40,
             "diffusion.timesteps": 40,
             "model.width": 8,
             "model.depth": 1,
@@ -51,19 +54,22 @@ PRESETS = {
         (0, 1),
         2,
         12,
-        20,
-        0.05,
+        40,
+        0.5,
     ),
     "digits": Preset(
+        "digits",
         digits.get_config,
-        {"log_every": 50, "sample.num_steps": 25},
+        {"num_steps": 2000, "log_every": 50, "sample.num_steps": 25},
         (0, 1, 2),
-        6,
+        4,
         100,
         240,
-        0.014,
+        0.02,
     ),
-    "imagenet64": Preset(imagenet64.get_config, {"log_every": 500}, (0, 1, 2), 8, 100, 240, None),
+    "imagenet64": Preset(
+        "imagenet64", imagenet64.get_config, {"log_every": 500}, (0, 1, 2), 8, 100, 240, None
+    ),
 }
 
 

@@ -53,6 +53,11 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def curves(workdir: Path) -> dict[str, np.ndarray]:
-    """The metrics that a run logged, as arrays by name with the steps on the first axis."""
+    """The metrics that a run logged, as arrays by name with the steps on the first axis.
+
+    Empty for a run that ended before its first line.
+    """
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {name: np.array([row[name] for row in rows], float) for name in rows[0]}
+    return {
+        name: np.array([row[name] for row in rows], float) for name in (rows[0] if rows else ())
+    }

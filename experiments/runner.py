@@ -1,4 +1,4 @@
-"""Running many training runs: in parallel where that pays, restartable, with progress.
+"""Running many training runs: side by side where that pays, restartable, with progress.
 
 The runs of a preset lie in one folder, ``OUT/runs``, by names that tell their settings, so that
 experiments share them. A finished run is not done again; an interrupted one goes on from its
@@ -13,12 +13,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 from threadpoolctl import threadpool_limits
@@ -26,9 +25,9 @@ from tqdm import tqdm
 
 from ant_jax import config as config_lib
 from ant_jax import evaluate, experiment, train
+from ant_jax.config import ConfigError
 from ant_jax.files import write_bytes
 from ant_jax.metrics import duration
-from experiments import report
 from experiments.presets import Preset, make_config
 
 PRESET = flags.DEFINE_string("preset", "digits", "At which size the experiment runs.")
@@ -37,6 +36,11 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and do nothing.")
 
 # Below so many steps a process costs more to start than it saves.
 _WORTH_A_PROCESS = 1000
+# Neither what is learnt nor what is measured depends on these.
+_INCIDENTAL = ("log_every", "tensorboard", "profile_steps", "data.num_workers", "data.dir")
+_INCIDENTAL += ("checkpoint.", "sample.every", "clusters.affinity")
+_SHARE_A_STEP = ("seed", "optimizer.learning_rate", "num_steps", "clusters.cost", "clusters.only")
+_SHARE_A_STEP += ("clusters.affinity", "method.share_weighted")
 
 
 class Run(NamedTuple):
@@ -47,16 +51,22 @@ class Run(NamedTuple):
     steps: tuple[int, ...]
 
 
-def choose(presets: dict[str, Preset]) -> tuple[Preset, Path]:
+class Stopped(RuntimeError):
+    """A run was asked to stop before its end; it has saved its state."""
+
+
+def choose(argv: Sequence[str], presets: dict[str, Preset]) -> tuple[Preset, Path]:
     """The preset of the command line and the folder for its output.
 
     Raises:
-      app.UsageError: for an unknown preset or an ``--out`` that is no folder.
+      app.UsageError: for an unknown argument or preset, or an ``--out`` that is no folder.
     """
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
     name = PRESET.value
     if name not in presets:
         raise app.UsageError(f"--preset={name}: must be one of {', '.join(presets)}")
-    out = Path(OUT.value or f"runs/experiments/{name}")
+    out = Path(OUT.value or f"runs/experiments/{presets[name].name}")
     if out.exists() and not out.is_dir():
         raise app.UsageError(f"--out={out} is not a folder")
     return presets[name], out
@@ -78,109 +88,99 @@ def make_run(
       clusters: of the config.
       seed: of the run.
       settings: what to change in the preset's config, by ``"group.name"``; they make the name.
-      measurements: at how many evenly spaced steps to measure, the last of them the end; None is
-        the preset's number.
+      measurements: how many of the preset's evenly spaced measurements to make, counted from the
+        last, at the end of the run; None for all.
     """
     plain = config_lib.flatten(make_config(preset, method, clusters, seed))
     # What changes nothing does not count, so that equal runs have equal names.
     settings = {key: value for key, value in (settings or {}).items() if value != plain[key]}
     config = make_config(preset, method, clusters, seed, settings)
-    if measurements is None:
-        measurements = preset.measurements
-    every = math.ceil(config.num_steps / max(measurements, 1))
-    config.checkpoint.every = config.checkpoint.keep_period = every
-    steps = sorted({*range(every, config.num_steps, every), config.num_steps})[:measurements]
+    every = math.ceil(config.num_steps / preset.measurements)
+    # All are kept, whoever asks first: another experiment may measure the same run elsewhere.
+    config.checkpoint.keep_period = every
+    config.checkpoint.every = math.gcd(every, config.checkpoint.every)
+    steps = [*range(every, config.num_steps, every), config.num_steps]
     words = [
-        f"{key.split('.')[-1]}={Path(value).stem if key.endswith('affinity') else value}"
+        f"{key.split('.')[-1]}={Path(value).stem if key == 'clusters.affinity' else value}"
         for key, value in settings.items()
     ]
-    return Run("-".join([method, clusters, *words, f"seed={seed}"]), config, tuple(steps))
+    count = len(steps) if measurements is None else measurements
+    name = "-".join([method, clusters, *words, f"seed={seed}"])
+    return Run(name, config, tuple(steps[len(steps) - count :]))
 
 
 def print_plan(stages: dict[str, Sequence[Run]], out: Path, preset: Preset) -> None:
     """Says how many runs and steps are to be done, how many are done, and how long it may take.
 
-    The estimate is that of the finished runs in the folder, or else the preset's.
+    The estimate is by the finished runs in the folder, or else by the preset's.
     """
+    pace = _pace(out) or preset.seconds_per_step
     total = 0.0
-    known = True
-    for name, runs in stages.items():
+    for title, runs in stages.items():
         waiting = [run for run in runs if _result(run, out) is None]
-        steps = sum(run.config.num_steps for run in waiting)
-        line = f"{name}: {len(runs)} runs, {len(waiting)} of them to do, {steps} steps"
-        pace = _pace(out) or preset.seconds_per_step
-        if pace is None:
-            known = False
-        else:
-            seconds = pace * sum(_work(run) for run in waiting)
-            total += seconds
-            line += f", about {duration(seconds)}"
-        print(line)
-    print(
-        f"in {out}: about {duration(total)} in all" if known else f"in {out}: nobody timed it yet"
-    )
-
-
-def _work(run):
-    """Steps of a run in units of the preset's; a smaller batch is cheaper, but not for free."""
-    reference = 120 if run.config.data.name == "digits" else run.config.data.batch_size
-    return run.config.num_steps * min(1, (run.config.data.batch_size + 30) / (reference + 30))
-
-
-def _pace(out):
-    """Seconds of all workers together for a step, by the finished runs; None if there are none."""
-    results = [json.loads(path.read_text()) for path in (out / "runs").glob("*/result.json")]
-    steps = sum(result["num_steps"] for result in results if result["batch_size"] >= 120)
-    seconds = sum(result["seconds"] for result in results if result["batch_size"] >= 120)
-    return seconds / _workers() / steps if steps else None
-
-
-def _workers():
-    """Runs side by side: one a core on CPUs, where threads do not help a small step."""
-    return len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else 1
+        seconds = (pace or 0) * sum(map(_work, waiting))
+        total += seconds
+        print(
+            f"{title}: {len(runs)} runs, {len(waiting)} of them to do, "
+            f"{sum(run.config.num_steps for run in waiting)} steps"
+            + (f", about {duration(seconds)}" if pace else "")
+        )
+    estimate = f"about {duration(total)} in all" if pace else "no run of it has been timed yet"
+    print(f"in {out}: {estimate}")
 
 
 def execute(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[str, Any]]:
     """Does what is not done yet and returns the results in the order of the runs.
 
-    A result has ``name``, ``num_steps``, ``seconds``, ``ms_per_step`` (median), ``rows`` (one a
-    measurement, see `evaluate.evaluate`) and ``diverged``, the message where a loss was not finite,
-    or "".
+    A result has ``name``, ``num_steps``, ``batch_size``, ``config`` (flat), ``seconds``, ``rows``
+    (one a measurement, see `evaluate.evaluate`) and ``diverged``: the message where a loss was not
+    finite, otherwise "".
 
     Raises:
-      RuntimeError: naming the run, if one fails for another reason than divergence.
-      ConfigError: if a finished run of the same name has another config.
+      ConfigError: naming the setting, if a run is impossible or its folder holds another one.
+      Stopped: if a run was asked to stop.
+      RuntimeError: naming the run, if it fails for another reason than divergence.
     """
-    for run in runs:
-        config_lib.validate(run.config)
     waiting = [run for run in runs if _result(run, out) is None]
     if waiting:
-        verbosity = logging.get_verbosity()
-        # The runs' own lines would tear the bar.
-        logging.set_verbosity(logging.WARNING)
-        experiment.open_data(waiting[0].config)
-        total = sum(run.config.num_steps for run in waiting)
-        done = sum(_progress(run, out) for run in waiting)
-        with (
-            _executor(total) as executor,
-            tqdm(desc=title, total=total, unit="step", smoothing=0.05, initial=done) as bar,
-        ):
+        _check(waiting)
+        with _progress(waiting, out, title):
             groups = _groups(waiting, _workers())
-            unfinished = {executor.submit(_run_all, group, out) for group in groups}
-            while unfinished:
-                finished, unfinished = wait(unfinished, timeout=2)
-                bar.update(sum(_progress(run, out) for run in waiting) - bar.n)
-                for future in finished:
-                    future.result()
-        logging.set_verbosity(verbosity)
+            if _workers() == 1 or sum(run.config.num_steps for run in waiting) < _WORTH_A_PROCESS:
+                # In the main thread, which SIGTERM can stop.
+                for group in groups:
+                    _run_all(group, out)
+            else:
+                with _processes(len(groups)) as submit:
+                    for future in as_completed([submit(_run_all, group, out) for group in groups]):
+                        future.result()
     return [_result(run, out) for run in runs]
+
+
+def finished(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[str, Any]]:
+    """`execute` where every run must reach its end.
+
+    Raises:
+      RuntimeError: naming the runs that diverged.
+    """
+    results = execute(runs, out, title)
+    diverged = [result for result in results if result["diverged"]]
+    if diverged:
+        raise RuntimeError(
+            "diverged: "
+            + "; ".join(f"{result['name']}: {result['diverged']}" for result in diverged)
+        )
+    return results
 
 
 def parallel(function: Callable, arguments: Sequence[tuple], title: str) -> list[Any]:
     """``[function(*a) for a in arguments]``, each beginning with a run, as runs are executed."""
-    with _executor(sum(run.config.num_steps for run, *_ in arguments)) as executor:
-        futures = [executor.submit(function, *each) for each in arguments]
-        for future in tqdm(as_completed(futures), title, len(futures)):
+    bar = lambda each: tqdm(each, title, len(arguments))
+    if _workers() == 1 or sum(run.config.num_steps for run, *_ in arguments) < _WORTH_A_PROCESS:
+        return [function(*each) for each in bar(arguments)]
+    with _processes(len(arguments)) as submit:
+        futures = [submit(function, *each) for each in arguments]
+        for future in bar(as_completed(futures)):
             future.result()
     return [future.result() for future in futures]
 
@@ -190,6 +190,36 @@ def folder(run: Run, out: Path) -> Path:
     return out / "runs" / run.name
 
 
+def made_from(run: Run) -> dict[str, Any]:
+    """What a run and its measurements depend on, to tell whether something kept is still true."""
+    flat = config_lib.flatten(run.config)
+    kept = {name: value for name, value in flat.items() if not name.startswith(_INCIDENTAL)}
+    return json.loads(json.dumps(kept))
+
+
+def kept(path: Path, source: Any, make: Callable[[], Any]) -> Any:
+    """The JSON value in a file if it was made from the same source, otherwise made anew."""
+    source = json.loads(json.dumps(source))
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before["made from"] == source:
+            return before["value"]
+    value = make()
+    write_bytes(path, json.dumps({"made from": source, "value": value}, indent=1).encode())
+    return value
+
+
+def _check(runs):
+    """What can fail fails before the first run, and not hours later."""
+    source = experiment.open_data(runs[0].config)
+    for run in runs:
+        try:
+            pieces = experiment.build(run.config, source.image_shape[-1], source.num_classes)
+            experiment.check_batch(run.config, pieces.method)
+        except ConfigError as error:
+            raise ConfigError(f"run {run.name}: {error}") from error
+
+
 def _result(run, out):
     """The result of a finished run, or None."""
     path = folder(run, out) / "result.json"
@@ -197,24 +227,55 @@ def _result(run, out):
         return None
     config_lib.check_same(config_lib.load(path.parent), run.config, path.parent)
     result = json.loads(path.read_text())
-    complete = result["diverged"] or [row["step"] for row in result["rows"]] == list(run.steps)
-    return result if complete and result["num_steps"] == run.config.num_steps else None
+    if result["config"] != made_from(run):
+        return None
+    rows = [row for row in result["rows"] if row["step"] in run.steps]
+    if not result["diverged"] and len(rows) < len(run.steps):
+        return None
+    return result | {"rows": rows}
 
 
-def _progress(run, out):
+def _done(run, out):
     """Steps that a run has logged; all of them once it has a result, however it ended."""
-    path = folder(run, out) / "metrics.jsonl"
-    if (path.parent / "result.json").exists():
+    if _result(run, out) is not None:
         return run.config.num_steps
+    path = folder(run, out) / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines[-2:] if line.endswith(b"\n")]
-    return json.loads(whole[-1])["step"] if whole else 0
+    return min(json.loads(whole[-1])["step"], run.config.num_steps) if whole else 0
+
+
+@contextlib.contextmanager
+def _progress(runs, out, title):
+    """A bar over the steps of all runs, by what they have logged."""
+    steps = lambda: sum(_done(run, out) for run in runs)
+    total = sum(run.config.num_steps for run in runs)
+    over = threading.Event()
+    verbosity = logging.get_verbosity()
+    # The runs' own lines would tear the bar.
+    logging.set_verbosity(logging.WARNING)
+    with tqdm(desc=title, total=total, unit="step", smoothing=0.05, initial=steps()) as bar:
+
+        def follow():
+            while not over.wait(2):
+                bar.update(steps() - bar.n)
+
+        thread = threading.Thread(target=follow, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            bar.update(steps() - bar.n)
+            logging.set_verbosity(verbosity)
 
 
 def _groups(runs, workers):
-    """Runs that share a compiled step, the longest group first so that no core waits at the end.
+    """Runs that share a compiled step, as a rule; the longest group first.
 
-    A group is split, and compiled twice, where there would be work for some of the workers only.
+    A group is split, and compiled anew, where it would keep one worker busy when the others are
+    done.
     """
     groups = {}
     for run in runs:
@@ -222,44 +283,50 @@ def _groups(runs, workers):
         key = tuple((name, value) for name, value in config.items() if name not in _SHARE_A_STEP)
         groups.setdefault(key, []).append(run)
     steps = lambda group: sum(run.config.num_steps for run in group)
-    groups = sorted(groups.values(), key=steps, reverse=True)
-    while len(groups) < min(workers, len(runs)):
-        largest = groups.pop(0)
-        groups += [largest[::2], largest[1::2]]
-        groups.sort(key=steps, reverse=True)
-    return groups
+    most = sum(map(steps, groups.values())) / (workers if workers == 1 else 3 * workers)
+    pieces = []
+    for group in groups.values():
+        count = min(len(group), math.ceil(steps(group) / most))
+        pieces += [group[i::count] for i in range(count)]
+    return sorted(pieces, key=steps, reverse=True)
 
 
-_SHARE_A_STEP = ("seed", "optimizer.learning_rate", "num_steps")
+def _cores():
+    """The cores that this process may use; not every system can tell or pin."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def _workers():
+    """Runs side by side: one a core on CPUs, where threads do not help a small step."""
+    return len(_cores()) if jax.default_backend() == "cpu" else 1
 
 
 @contextlib.contextmanager
-def _executor(steps: int) -> Iterator[Executor]:
-    count = _workers()
-    if count == 1 or steps < _WORTH_A_PROCESS:
-        executor = ThreadPoolExecutor(1)
-        processes = lambda: ()
-    else:
-        context = multiprocessing.get_context("spawn")
-        cores = context.SimpleQueue()
-        for core in sorted(os.sched_getaffinity(0)):
-            cores.put(core)
-        executor = ProcessPoolExecutor(count, context, _start_worker, (cores, os.getpid()))
-        processes = lambda: executor._processes.values()
+def _processes(tasks: int) -> Iterator[Callable[..., Future]]:
+    """Yields ``submit`` of a pool with a core for each process."""
+    context = multiprocessing.get_context("spawn")
+    cores = context.SimpleQueue()
+    for core in _cores():
+        cores.put(core)
+    count = min(_workers(), tasks)
+    pool = ProcessPoolExecutor(count, context, _start_worker, (cores, os.getpid()))
     try:
-        yield executor
+        yield pool.submit
     except BaseException:
-        workers = list(processes())
-        executor.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.terminate()
+        # Not SIGTERM, which a run takes for a wish to be saved: its checkpoint is good.
+        for process in list(pool._processes.values()):
+            process.kill()
+        pool.shutdown(wait=False, cancel_futures=True)
         raise
-    executor.shutdown()
+    pool.shutdown()
 
 
 def _start_worker(cores, parent):
     """One core each, set before JAX counts them; nobody works on for a parent that is gone."""
-    os.sched_setaffinity(0, {cores.get()})
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {cores.get()})
     # NumPy counted the cores when it was imported; its threads would wait for each other on one.
     threadpool_limits(1)
     logging.set_verbosity(logging.WARNING)
@@ -276,6 +343,8 @@ def _run_all(runs: Sequence[Run], out: Path) -> None:
     for run in runs:
         try:
             _run(run, out)
+        except Stopped:
+            raise
         except Exception as error:
             raise RuntimeError(f"run {run.name} in {folder(run, out)}: {error!r}") from error
 
@@ -286,7 +355,9 @@ def _run(run, out):
     diverged = ""
     rows = []
     try:
-        train.train(run.config, workdir)
+        state = train.train(run.config, workdir)
+        if int(state.step) < run.config.num_steps:
+            raise Stopped(f"{run.name} stopped at step {int(state.step)}: start again to go on")
         rows = [evaluate.evaluate(run.config, workdir, step) for step in run.steps]
     except FloatingPointError as error:
         diverged = str(error)
@@ -294,9 +365,25 @@ def _run(run, out):
         "name": run.name,
         "num_steps": run.config.num_steps,
         "batch_size": run.config.data.batch_size,
+        "config": made_from(run),
         "seconds": time.perf_counter() - begin,
-        "ms_per_step": float(np.median(1000 / report.curves(workdir)["steps_per_second"])),
         "diverged": diverged,
         "rows": rows,
     }
     write_bytes(workdir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def _pace(out):
+    """Seconds for a unit of work, by the finished runs; None if there are none."""
+    results = [json.loads(path.read_text()) for path in (out / "runs").glob("*/result.json")]
+    work = sum(_steps_of_work(result["num_steps"], result["batch_size"]) for result in results)
+    return sum(result["seconds"] for result in results) / _workers() / work if work else None
+
+
+def _work(run):
+    return _steps_of_work(run.config.num_steps, run.config.data.batch_size)
+
+
+def _steps_of_work(num_steps, batch_size):
+    """Steps in units of those of a batch of 120: a smaller one is cheaper, but not for free."""
+    return num_steps * (batch_size + 30) / 150

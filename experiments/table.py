@@ -1,31 +1,36 @@
 """The methods compared, with controls: ``python -m experiments.table --preset core``.
 
 ``core``: {vanilla, linear, uncertainty, PCGrad, Nash} x {timestep, SNR, gradient clusters} and the
-controls, each at the learning rate that was best for it on one grid and budget. ``ablations``: the
-number of clusters, random clusters, other loss weights and noise schedules, and more, at the
-learning rates that ``core`` found, against vanilla under the same change. Everything is measured at
-several steps; see `write_report` for the columns.
+controls, each at the learning rate that was best for it on one grid with one budget and seeds of
+their own. ``ablations``: the number of clusters, random clusters, other loss weights and noise
+schedules, and more, at the learning rates that ``core`` found, against vanilla under the same
+change. Everything is measured at several steps; see `write_report` for the columns.
 """
 
 import functools
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from absl import app, logging
 
+from ant_jax import data, experiment
 from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
+from ant_jax.parallel import replicate
 from experiments import report, runner, task_affinity
 from experiments.presets import PRESETS, Preset, make_config
 from experiments.runner import Run
 
-_GRID = (3e-3, 6e-3, 1.2e-2, 2.4e-2)
-_GRID_AT_SCALE = (5e-5, 1e-4, 2e-4, 4e-4)
-# Of the runs that choose the learning rate, which are half as long; no compared run has it.
+_GRID = (3e-3, 6e-3, 1.2e-2)
+_GRID_AT_SCALE = (5e-5, 1e-4, 2e-4)
+# The seeds of the runs that choose the learning rate, half as long ones, begin here: no compared
+# run has one of them.
 _TUNING_SEED = 1000
 # Below the norm of every gradient of these runs, so that clipping to it normalises all of them.
 _NORMALISE = {"optimizer.clip_norm": 1e-2}
@@ -55,23 +60,20 @@ VANILLA = Setting("vanilla", "vanilla", "snr", {}, "vanilla")
 METHODS = ("linear", "uncertainty", "pcgrad", "nash")
 CLUSTERS = ("timestep", "snr", "gradient")
 FIXED = "linear, Nash's mean weights"
-_SMOKE = ("vanilla", "nash, snr", "nash, gradient", "linear, snr, shares")
+_TIMED_ROUNDS = 8
+_SMOKE = ("vanilla", "nash, snr", "nash, gradient")
 
 
 def main(argv):
-    del argv
     quiet_console()
-    presets = {"smoke": PRESETS["smoke"], "core": PRESETS["digits"]}
-    presets |= {"ablations": PRESETS["digits"], "imagenet64": PRESETS["imagenet64"]}
-    preset, out = runner.choose(presets)
+    digits = PRESETS["digits"]
+    presets = {"smoke": PRESETS["smoke"], "digits": digits, "core": digits, "ablations": digits}
+    preset, out = runner.choose(argv, presets | {"imagenet64": PRESETS["imagenet64"]})
     name = runner.PRESET.value
-    if runner.OUT.value is None and name in ("core", "ablations"):
-        # Where the other experiments have their runs of the digits.
-        out = Path("runs/experiments/digits")
     if name == "ablations":
         ablate(preset, out)
         return
-    settings = core(out / "task_affinity" / "affinity.npz")
+    settings = core(task_affinity.path_of(out))
     grid = _GRID_AT_SCALE if name == "imagenet64" else _GRID
     if name == "smoke":
         settings = [each for each in settings if each.label in _SMOKE]
@@ -133,8 +135,10 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
     chosen = choose_rates(preset, out, grid, settings)
     plan = {each.label: train(each, chosen[each.tuned_as]) for each in settings}
     runner.execute([run for runs in plan.values() for run in runs], out, "comparison")
-    logged = [report.curves(runner.folder(run, out)) for run in plan["nash, snr"]]
-    weights = np.mean([curves["weights"].mean(0) for curves in logged], 0).tolist()
+    runner.finished(plan["nash, snr"], out)
+    logged = [report.curves(runner.folder(run, out))["weights"] for run in plan["nash, snr"]]
+    # Adam does not see a common factor, and Nash's grows as gradients shrink: shares are averaged.
+    weights = np.mean([(each / each.sum(1, keepdims=True)).mean(0) for each in logged], 0).tolist()
     fixed = fixed_setting(weights)
     chosen |= choose_rates(preset, out, grid, [fixed])
     plan[FIXED] = train(fixed, chosen[FIXED])
@@ -143,7 +147,9 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
     folder = out / "table"
     known = {"learning_rates": chosen, "nash_weights": weights}
     write_bytes(folder / "chosen.json", json.dumps(known, indent=1).encode())
-    write_report(results, dict.fromkeys(results, "vanilla"), folder, "core")
+    times = time_steps(preset, out, settings)
+    milliseconds = {each.label: times[_kind(each)] for each in [*settings, fixed]}
+    write_report(results, dict.fromkeys(results, "vanilla"), milliseconds, folder, "core")
     panels = {
         "methods on SNR clusters": ["vanilla", *(f"{method}, snr" for method in METHODS)],
         "clusterings": [
@@ -168,7 +174,7 @@ def runs_of(preset: Preset, setting: Setting, rate: float | None) -> list[Run]:
 
 
 def tuning_runs(preset: Preset, grid: tuple[float, ...], setting: Setting) -> list[Run]:
-    """Half as long runs of another seed, one a learning rate; none for another setting's rate."""
+    """Half as long runs of other seeds for each rate; none for a setting that takes another's."""
     if setting.tuned_as != setting.label:
         return []
     return [
@@ -176,12 +182,13 @@ def tuning_runs(preset: Preset, grid: tuple[float, ...], setting: Setting) -> li
             preset,
             setting.method,
             setting.clusters,
-            _TUNING_SEED,
+            _TUNING_SEED + i,
             setting.settings
             | {"optimizer.learning_rate": rate, "num_steps": full_length(preset) // 2},
             measurements=1,
         )
         for rate in grid
+        for i in range(len(preset.seeds))
     ]
 
 
@@ -200,15 +207,62 @@ def choose_rates(
     rows = []
     chosen = {}
     for label, runs in plan.items():
-        scores = [quality(result) for result in runner.execute(runs, out)]
-        chosen[label] = grid[int(np.argmin(scores))]
-        rows.append([label, *(f"{score:.2f}" for score in scores), f"{chosen[label]:g}"])
-    columns = ["tuned", *(f"{rate:g}" for rate in grid), "chosen"]
+        scores = np.array([quality(result) for result in runner.execute(runs, out)])
+        scores = scores.reshape(len(grid), -1)
+        chosen[label] = grid[int(np.argmin(scores.mean(1)))]
+        rows.append([label, *(report.mean_and_deviation(each, 2) for each in scores)])
+        rows[-1].append(f"{chosen[label]:g}")
+    columns = ["setting", *(f"{rate:g}" for rate in grid), "chosen"]
     text = report.markdown(columns, rows)
     print(f"\n{text}")
     name = "learning_rates.md" if len(settings) > 1 else "learning_rates_fixed.md"
     write_bytes(out / "table" / name, text.encode())
     return chosen
+
+
+def _kind(setting):
+    """Settings of one kind do the same work in a step."""
+    normalised = "optimizer.clip_norm" in setting.settings
+    return setting.method + ", normalised" * normalised
+
+
+def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, float]:
+    """Median milliseconds of a step of each kind, interleaved, on all of this machine's cores."""
+    kinds = {_kind(each): each for each in settings if each.clusters == "snr"}
+    runs = {kind: runs_of(preset, each, None)[0] for kind, each in kinds.items()}
+
+    def make():
+        logging.info("timing %d kinds of steps", len(runs))
+        source = experiment.open_data(next(iter(runs.values())).config)
+        steps, states, times = {}, {}, {}
+        for kind, run in runs.items():
+            pieces = experiment.build(run.config, source.image_shape[-1], source.num_classes)
+            steps[kind] = experiment.training_step(run.config, pieces)
+            states[kind] = replicate(experiment.new_state(run.config, pieces), jax.local_devices())
+            settings = run.config.data
+            batch = next(
+                data.batches(
+                    source,
+                    batch_size=settings.batch_size,
+                    seed=0,
+                    image_size=settings.image_size,
+                    crop=settings.crop,
+                )
+            )
+            times[kind] = []
+        for round_number in range(_TIMED_ROUNDS + 1):
+            for kind, step in steps.items():
+                begin = time.perf_counter()
+                for _ in range(5):
+                    states[kind], _ = step(states[kind], batch)
+                jax.block_until_ready(states[kind])
+                # The first round compiles.
+                if round_number:
+                    times[kind].append((time.perf_counter() - begin) / 5 * 1000)
+        return {kind: float(np.median(each)) for kind, each in times.items()}
+
+    made_from = [jax.devices()[0].device_kind, *(runner.made_from(run) for run in runs.values())]
+    return runner.kept(out / "table" / "ms_per_step.json", made_from, make)
 
 
 def quality(result: dict[str, Any], row: int = -1) -> float:
@@ -239,35 +293,41 @@ def ablate(preset: Preset, out: Path) -> None:
     runner.execute(runs, out, "ablations")
     results = {label: runner.execute(runs, out) for label, runs in plan.items()}
     against = {each.label: each.against for each in settings}
-    write_report(results, against, out / "table", "ablations")
+    write_report(results, against, {}, out / "table", "ablations")
 
 
 def ablations(preset: Preset) -> list[Setting]:
-    """The settings of the ablations, each with the vanilla that it is to be compared with."""
-    steps = full_length(preset)
-    half = {"num_steps": steps // 2}
-    tuned = lambda method: "vanilla" if method == "vanilla" else f"{method}, snr"
+    """The settings of the ablations, each with what it is to be compared with."""
 
-    def group(name, methods, changes, clusters="snr", against="base: vanilla"):
+    def group(name, methods, changes, clusters="snr", against="snr: vanilla"):
         return [
-            Setting(f"{name}: {method}", method, clusters, half | changes, tuned(method), against)
+            Setting(
+                f"{name}: {method}",
+                method,
+                clusters,
+                changes,
+                "vanilla" if method == "vanilla" else f"{method}, snr",
+                against.format(method=method),
+            )
             for method in methods
         ]
 
     ours = ("uncertainty", "pcgrad", "nash")
-    settings = group("base", ("vanilla", *METHODS), {})
+    narrow = make_config(preset, "vanilla", "snr", seed=0).model.width // 2
+    settings = group("snr", ("vanilla", *METHODS), {})
     for k in (2, 8, 20):
         settings += group(f"k = {k}", ours, {"clusters.k": k})
-    settings += group("random clusters", METHODS, {}, "random")
-    every = {"method.nash_update_every": 25}
-    settings += group("renewed every 25", ("nash",), every)
+    # Of equal sizes, as evenly spaced intervals are.
+    settings += group("timestep", METHODS, {}, "timestep")
+    settings += group("random", METHODS, {}, "random", "timestep: {method}")
+    settings += group("renewed every 25", ("nash",), {"method.nash_update_every": 25})
     for name, changes in (
         ("P2", {"diffusion.loss_weight": "p2"}),
         ("Min-SNR", {"diffusion.loss_weight": "min_snr"}),
         ("linear schedule", {"diffusion.schedule": "linear"}),
-        ("width 32", {"model.width": 32}),
+        ("half the width", {"model.width": narrow}),
         ("unconditional", {"model.conditional": False}),
-        ("four times as long", {"num_steps": 2 * steps}),
+        ("three times as long", {"num_steps": 3 * full_length(preset)}),
     ):
         methods = ("vanilla", "uncertainty", "nash")
         settings += group(name, methods, changes, against=f"{name}: vanilla")
@@ -277,69 +337,78 @@ def ablations(preset: Preset) -> list[Setting]:
 def write_report(
     results: dict[str, list[dict[str, Any]]],
     against: dict[str, str],
+    milliseconds: dict[str, float],
     folder: Path,
     name: str,
 ) -> None:
     """Writes the numbers of every measurement as CSV and the table as Markdown.
 
-    Columns: the distance (mean and standard deviation over seeds) at the steps measured; at how
-    many seeds the last is below that of the setting compared with; the steps to reach that
-    setting's mean last distance, interpolated between measurements; the last loss on held-out
-    images; how many samples the classifier takes for the digit asked for; the mean distance of
-    samples to the nearest training image, and the share of samples nearer to one than 99 % of the
-    held-out images are; for methods with the Gram matrix the share of steps at which two cluster
-    gradients had a negative cosine; median milliseconds a step, one core a run on CPUs.
+    Columns: the distance (mean and standard deviation over seeds) after a quarter, half and all of
+    the steps; at how many seeds it is below that of the setting compared with, after half and all
+    of them; the steps to reach that setting's mean last distance, interpolated between
+    measurements; the last loss on held-out images; how many samples the classifier takes for the
+    digit asked for; the distance of groups as large as the held-out images, to compare with theirs;
+    the mean distance of samples to the nearest training image, and the share of samples nearer to
+    one than 99 % of the held-out images are; for methods with the Gram matrix the share of steps
+    at which two cluster gradients had a negative cosine; milliseconds a step. Without features to
+    judge samples by, the distance is the loss on held-out images.
     """
     rows = [
-        {"setting": label, "run": result["name"], "ms_per_step": result["ms_per_step"]}
-        | {key: value for key, value in row.items() if not isinstance(value, list)}
+        {"setting": label, "run": result["name"]} | row
         for label, group in results.items()
         for result in group
         for row in result["rows"]
     ]
     report.write_csv(folder / f"{name}.csv", rows)
+    columns = ["setting", "distance by step", "ahead", "steps to reach", "validation loss"]
+    columns += ["label accuracy", "in groups", "nearest", "copies", "conflicts", "ms per step"]
     lines = []
     for label, group in results.items():
         other = results[against[label]]
-        if any(result["diverged"] for result in group):
-            lines.append([label, "diverged", *[""] * 10])
+        diverged = [result for result in (*group, *other) if result["diverged"]]
+        if diverged:
+            names = ", ".join(result["name"] for result in diverged)
+            lines.append([label, f"diverged: {names}", *[""] * (len(columns) - 2)])
             continue
         last = [result["rows"][-1] for result in group]
         steps = [row["step"] for row in group[0]["rows"]]
-        shown = sorted({len(steps) // 3 - 1, 2 * len(steps) // 3 - 1, len(steps) - 1} - {-1})
+        shown = sorted({len(steps) // 4 - 1, len(steps) // 2 - 1, len(steps) - 1} - {-1})
         curve = [
             f"{steps[i]}: " + report.mean_and_deviation([quality(result, i) for result in group], 2)
             for i in shown
         ]
-        ahead = sum(quality(a) < quality(b) for a, b in zip(group, other, strict=True))
+        ahead = [
+            sum(quality(a, i) < quality(b, i) for a, b in zip(group, other, strict=True))
+            for i in shown[-2:]
+        ]
         mean = lambda key, digits, last=last: (
             f"{np.mean([row[key] for row in last]):.{digits}f}" if key in last[0] else ""
         )
+        target = np.mean([quality(result) for result in other])
+        same = group is other
         lines.append(
             [
                 label,
                 "; ".join(curve),
-                "" if group is other else f"{ahead} of {len(group)}",
-                _steps_to_reach(group, np.mean([quality(result) for result in other])),
+                "" if same else ", ".join(f"{count} of {len(group)}" for count in ahead),
+                "" if same else _steps_to_reach(group, target),
                 mean("validation_loss", 4),
                 mean("label_accuracy", 3),
                 mean("group_frechet_distance", 2),
                 mean("nearest_train_distance", 3),
                 mean("copies", 3),
                 _conflicts(group, folder.parent),
-                f"{np.median([result['ms_per_step'] for result in group]):.1f}",
+                f"{milliseconds[label]:.1f}" if label in milliseconds else "",
             ]
         )
-    columns = ["setting", "distance by step", "ahead", "steps to reach", "validation loss"]
-    columns += ["label accuracy", "in groups of 300", "nearest", "copies"]
-    columns += ["conflicts", "ms per step"]
     text = report.markdown(columns, lines)
-    first = next(iter(results.values()))[0]["rows"][-1]
-    if "real_frechet_distance" in first:
+    first = next(iter(results.values()))[0]["rows"]
+    if first and "real_frechet_distance" in first[-1]:
+        real = first[-1]
         text += (
-            f"\nHeld-out real images: distance {first['real_frechet_distance']:.2f} (compare with "
-            f"groups of 300), nearest {first['real_nearest_train_distance']:.3f}, copies 0.010, "
-            f"label accuracy {first['classifier_test_accuracy']:.3f}.\n"
+            f"\nHeld-out real images: in groups {real['real_frechet_distance']:.2f}, nearest "
+            f"{real['real_nearest_train_distance']:.3f}, copies 0.010, label accuracy "
+            f"{real['classifier_test_accuracy']:.3f}.\n"
         )
     write_bytes(folder / f"{name}.md", text.encode())
     print(f"\n{text}\ntable: {folder / f'{name}.md'}, all numbers: {folder / f'{name}.csv'}")
@@ -355,23 +424,24 @@ def _conflicts(group, out):
 def _steps_to_reach(group, target):
     """Mean step at which the curves fall to a distance, or at how many seeds they do."""
     reached = []
+    early = False
     for result in group:
         steps = [row["step"] for row in result["rows"]]
-        values = np.log([quality(result, i) for i in range(len(steps))])
-        below = np.flatnonzero(values <= np.log(target))
-        if below.size:
-            i = below[0]
-            low, high = max(i - 1, 0), i
-            # The distance falls about exponentially between measurements.
-            place = (
-                1.0
-                if low == high
-                else (values[low] - np.log(target)) / (values[low] - values[high])
-            )
-            reached.append(steps[low] + place * (steps[high] - steps[low]))
+        # The distance falls about exponentially between measurements.
+        excess = np.log([quality(result, i) / target for i in range(len(steps))])
+        below = np.flatnonzero(excess <= 0)
+        if not below.size:
+            continue
+        i = below[0]
+        if i == 0:
+            early = True
+            reached.append(steps[0])
+        else:
+            part = excess[i - 1] / (excess[i - 1] - excess[i])
+            reached.append(steps[i - 1] + part * (steps[i] - steps[i - 1]))
     if len(reached) < len(group):
         return f"{len(reached)} of {len(group)} reach it"
-    return f"{np.mean(reached):.0f}"
+    return ("<= " if early else "") + f"{np.mean(reached):.0f}"
 
 
 def draw(
@@ -399,7 +469,10 @@ def draw(
             )
         ax.set(title=title, xlabel="step", yscale="log")
         ax.legend(fontsize="small")
-    axes[0].set_ylabel("Frechet distance to the training data")
+    judged = any(
+        "frechet_distance" in row for group in results.values() for row in group[0]["rows"]
+    )
+    axes[0].set_ylabel("Frechet distance to the training data" if judged else "validation loss")
     report.save_figure(figure, path)
     logging.info("picture: %s", path)
 

@@ -22,16 +22,13 @@ from experiments.runner import Run
 
 
 def main(argv):
-    del argv
     quiet_console()
-    preset, out = runner.choose(PRESETS)
+    preset, out = runner.choose(argv, PRESETS)
     runs = plan(preset)
     if runner.DRY_RUN.value:
         runner.print_plan({"vanilla training": runs}, out, preset)
         return
-    measure(preset, out)
-    measured = [_of_run(run, preset, out) for run in runs]
-    write_report(preset, out, measured)
+    write_report(preset, out, measure(preset, out))
 
 
 def plan(preset: Preset) -> list[Run]:
@@ -39,29 +36,28 @@ def plan(preset: Preset) -> list[Run]:
     return [runner.make_run(preset, "vanilla", "snr", seed) for seed in preset.seeds]
 
 
-def measure(preset: Preset, out: Path) -> Path:
-    """Trains and measures what is not there yet; returns the path of the mean affinity."""
-    path = out / "task_affinity" / "affinity.npz"
+def path_of(out: Path) -> Path:
+    """Where the mean affinity lies."""
+    return out / "task_affinity" / "affinity.npz"
+
+
+def measure(preset: Preset, out: Path) -> list[np.ndarray]:
+    """Trains and measures what is not there yet and saves the mean; (n, n) matrices, one a seed."""
     runs = plan(preset)
-    runner.execute(runs, out, "vanilla training")
-    if not path.exists():
-        arguments = [(run, preset, out) for run in runs]
-        matrices = runner.parallel(_of_run, arguments, "affinity")
-        num_timesteps = runs[0].config.diffusion.timesteps
-        affinity.save(path, np.mean(matrices, 0), _grid(preset, num_timesteps), num_timesteps)
-    return path
+    runner.finished(runs, out, "vanilla training")
+    arguments = [(run, preset, out) for run in runs]
+    matrices = [np.array(rows) for rows in runner.parallel(_of_run, arguments, "affinity")]
+    num_timesteps = runs[0].config.diffusion.timesteps
+    grid = affinity.timestep_grid(num_timesteps, preset.affinity_grid)
+    affinity.save(path_of(out), np.mean(matrices, 0), grid, num_timesteps)
+    return matrices
 
 
-def _grid(preset, num_timesteps):
-    return affinity.timestep_grid(num_timesteps, preset.affinity_grid)
-
-
-def _of_run(run, preset, out) -> np.ndarray:
+def _of_run(run, preset, out):
     """(n, n) mean over the run's checkpoints; kept in a file."""
-    num_timesteps = run.config.diffusion.timesteps
-    grid = _grid(preset, num_timesteps)
-    path = out / "task_affinity" / f"{run.name}.npz"
-    if not path.exists():
+    grid = affinity.timestep_grid(run.config.diffusion.timesteps, preset.affinity_grid)
+
+    def make():
         x0, labels = experiment.images(run.config, run.config.data.split, preset.affinity_images)
         matrices = []
         for step in run.steps:
@@ -77,9 +73,15 @@ def _of_run(run, preset, out) -> np.ndarray:
                 microbatch=min(len(x0), run.config.data.batch_size),
             )
             matrices.append(matrix)
-        affinity.save(path, np.mean(matrices, 0), grid, num_timesteps)
-    with np.load(path) as arrays:
-        return arrays["affinity"]
+        return np.mean(matrices, 0).tolist()
+
+    source = {
+        "run": runner.made_from(run),
+        "steps": run.steps,
+        "grid": grid.tolist(),
+        "images": preset.affinity_images,
+    }
+    return runner.kept(out / "task_affinity" / f"{run.name}.json", source, make)
 
 
 def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
     folder = out / "task_affinity"
     config = plan(preset)[0].config
     process = builders.build_diffusion(config)
-    grid = _grid(preset, process.num_timesteps)
+    grid = affinity.timestep_grid(process.num_timesteps, preset.affinity_grid)
     positions = {"timestep": grid, "log-SNR": process.log_snr[grid]}
     correlations = {
         name: [affinity.rank_correlation(matrix, where) for matrix in matrices]
@@ -121,7 +123,7 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
         _draw(config, process, mean, grid, profiles, correlations), folder / "affinity.png"
     )
     logging.info("picture: %s", folder / "affinity.png")
-    logging.info("for config.clusters.affinity: %s", folder / "affinity.npz")
+    logging.info("for config.clusters.affinity: %s", path_of(out))
     return correlations
 
 
@@ -138,12 +140,15 @@ def _draw(config, process, matrix, grid, profiles, correlations):
     figure.colorbar(mesh, ax=axes[0], label="cosine of mean gradients")
     k = config.clusters.k
     full = affinity.interpolate(matrix, grid, process.num_timesteps)
-    for cost, colour in (
-        (clustering.snr_costs(process.log_snr), "white"),
-        (clustering.gradient_costs(full), "red"),
-    ):
-        for boundary in clustering.interval_clusters(cost, k)[1:-1]:
-            axes[0, 0].plot([boundary] * 2, [0, process.num_timesteps], color=colour, lw=0.8)
+    clusters = {
+        "SNR": (clustering.snr_costs(process.log_snr), "white"),
+        "gradient": (clustering.gradient_costs(full), "red"),
+    }
+    for name, (cost, colour) in clusters.items():
+        for i, boundary in enumerate(clustering.interval_clusters(cost, k)[1:-1]):
+            label = None if i else f"{name} clusters"
+            axes[0, 0].axvline(boundary, color=colour, lw=0.8, label=label)
+    axes[0, 0].legend(facecolor="grey", fontsize="small", loc="upper left")
     for ax, (name, profile) in zip(axes[1], profiles.items(), strict=True):
         ax.plot(profile.centres, profile.mean)
         ax.fill_between(

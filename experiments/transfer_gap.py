@@ -7,7 +7,6 @@ that interval: positive means negative transfer. Beside it, the multi-task model
 images of the interval minus the specialist's. Then the same for each method.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,25 @@ METHODS = ("vanilla", "linear", "uncertainty", "pcgrad", "nash")
 _CAPTION = (
     "Gap: Frechet distance of the multi-task model's samples minus that of samples for which a\n"
     "specialist denoised the interval. Loss gap: held-out loss of the multi-task model minus the\n"
-    "specialist's. Positive means negative transfer."
+    "specialist's. Positive means negative transfer. All models have the same learning rate; the\n"
+    "specialist's batch is its interval's part of the multi-task model's."
 )
+_DIGITS = {"gap": 3, "loss gap": 4}
+_LABELS = {
+    "gap": "distance(multi-task) - distance(mixed)",
+    "loss gap": "loss(multi-task) - loss(specialist)",
+}
 
 
 def main(argv):
-    del argv
     quiet_console()
-    preset, out = runner.choose(PRESETS)
+    preset, out = runner.choose(argv, PRESETS)
     specialists, multi_task = plan(preset)
     if runner.DRY_RUN.value:
         stages = {"specialists": specialists, "multi-task models": multi_task}
         runner.print_plan(stages, out, preset)
         return
-    runner.execute([*specialists, *multi_task], out, "training")
+    runner.finished([*specialists, *multi_task], out, "training")
     arguments = [
         (run, [other for other in specialists if other.config.seed == run.config.seed], out)
         for run in multi_task
@@ -54,7 +58,7 @@ def main(argv):
 def plan(preset: Preset) -> tuple[list[Run], list[Run]]:
     """The runs of the specialists and of the multi-task models."""
     multi_task = [
-        runner.make_run(preset, method, "timestep", seed)
+        runner.make_run(preset, method, "timestep", seed, measurements=0)
         for method in METHODS
         for seed in preset.seeds
     ]
@@ -76,9 +80,12 @@ def plan(preset: Preset) -> tuple[list[Run], list[Run]]:
 
 def gaps_of(run: Run, specialists: list[Run], out: Path) -> list[dict[str, Any]]:
     """One row an interval for one multi-task model; kept in a file."""
+    source = [runner.made_from(each) for each in (run, *specialists)]
     path = out / "transfer_gap" / f"{run.name}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    return runner.kept(path, source, lambda: _measure(run, specialists, out))
+
+
+def _measure(run, specialists, out):
     config = run.config
     _, pieces, state = evaluate.restore_run(config, runner.folder(run, out))
     alone = [
@@ -99,10 +106,10 @@ def gaps_of(run: Run, specialists: list[Run], out: Path) -> list[dict[str, Any]]
         pieces.model.apply,
         {"params": state.ema_params},
         [{"params": params} for params in alone],
-        pieces.method.boundaries,
+        boundaries,
     )
     losses = lambda params: evaluate.validation_losses(
-        config, pieces, experiment.denoiser(pieces, params)
+        config, pieces, experiment.denoiser(pieces, params), boundaries, timesteps_each=20
     )
     multi_task_losses = losses(state.ema_params)
     rows = []
@@ -123,7 +130,6 @@ def gaps_of(run: Run, specialists: list[Run], out: Path) -> list[dict[str, Any]]
                 "loss gap": float(multi_task_losses[i] - specialist_loss),
             }
         )
-    write_bytes(path, json.dumps(rows, indent=1).encode())
     return rows
 
 
@@ -138,11 +144,16 @@ def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
         row[key] for row in rows if row["method"] == method and row["interval"] == i
     ]
     tables = []
-    for key, digits in (("gap", 3), ("loss gap", 4)):
+    # Without features to judge samples by there are losses alone.
+    keys = [key for key in ("gap", "loss gap") if not np.isnan(rows[0][key])]
+    for key in keys:
         lines = [
             [
                 method,
-                *(report.mean_and_deviation(values(method, i, key), digits) for i in intervals),
+                *(
+                    report.mean_and_deviation(values(method, i, key), _DIGITS[key])
+                    for i in intervals
+                ),
             ]
             for method in METHODS
         ]
@@ -150,12 +161,11 @@ def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
     text = "\n".join(tables) + f"\n{_CAPTION}\n"
     write_bytes(folder / "table.md", text.encode())
     print(f"\n{text}")
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(keys), figsize=(6.5 * len(keys), 4.5), layout="constrained", squeeze=False
+    )
     width = 0.8 / len(METHODS)
-    for ax, key, label in (
-        (axes[0], "gap", "distance(multi-task) - distance(mixed)"),
-        (axes[1], "loss gap", "loss(multi-task) - loss(specialist)"),
-    ):
+    for ax, key in zip(axes[0], keys, strict=True):
         for j, method in enumerate(METHODS):
             groups = np.array([values(method, i, key) for i in intervals])
             ax.bar(
@@ -167,8 +177,8 @@ def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
             )
         ax.axhline(0, color="black", lw=0.8)
         ax.set_xticks(intervals, map(name, intervals))
-        ax.set(title=f"{key} of each interval; positive: negative transfer", ylabel=label)
-    axes[0].legend()
+        ax.set(title=f"{key} of each interval; positive: negative transfer", ylabel=_LABELS[key])
+    axes[0, 0].legend()
     report.save_figure(figure, folder / "transfer_gap.png")
     logging.info("picture: %s", folder / "transfer_gap.png")
 

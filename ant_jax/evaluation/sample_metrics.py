@@ -53,6 +53,7 @@ def _digits(cache_dir: str | os.PathLike | None) -> Extractor:
 _EXTRACTORS = {"digits": _digits}
 
 
+@functools.cache
 def extractor(name: str, cache_dir: str | os.PathLike | None = None) -> Extractor:
     """Returns a feature extractor by name.
 
