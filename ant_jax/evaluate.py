@@ -70,7 +70,7 @@ def evaluate(config: ConfigDict, workdir: Path, step: int | None = None) -> dict
         logging.info("samples: %s", path.with_suffix(".png"))
     if settings.split:
         everything = np.array([0, pieces.process.num_timesteps])
-        (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=50)
+        (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=25)
         result["validation_loss"] = float(loss)
     write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
     for name, value in result.items():

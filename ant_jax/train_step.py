@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from ant_jax import mtl
@@ -100,8 +99,8 @@ def train_step(
         global examples d B .. (d + 1) B - 1.
       apply_fn: ``(params, x_t, t, label) -> model output``.
       diffusion: the noise process and its loss.
-      boundaries: (k + 1,) cluster boundaries; may be traced. A specialist, trained on one interval alone, has two,
-        and draws stratified.
+      boundaries: (k + 1,) cluster boundaries; may be traced. A specialist, trained on one interval
+        alone, has two, and draws stratified.
       weighting: the MTL method; None is vanilla: the plain mean of the per-example losses.
       optimizer: turns the combined gradient into an update.
       seed: seed of the timesteps, noise and dropped labels; may be traced.

@@ -15,6 +15,7 @@ class Preset(NamedTuple):
       name: of the folder for its output.
       config: a config's ``get_config``, of ``"METHOD,CLUSTERS"``.
       settings: what to change in it, by ``"group.name"``.
+      methods: the multi-task methods to compare.
       seeds: of every setting.
       measurements: at how many evenly spaced steps a run is measured.
       affinity_grid: timesteps between which the task affinity is measured.
@@ -25,6 +26,7 @@ class Preset(NamedTuple):
     name: str
     config: Callable[[str], ConfigDict]
     settings: dict[str, Any]
+    methods: tuple[str, ...]
     seeds: tuple[int, ...]
     measurements: int
     affinity_grid: int
@@ -32,6 +34,7 @@ class Preset(NamedTuple):
     seconds_per_step: float | None
 
 
+METHODS = ("linear", "uncertainty", "pcgrad", "nash")
 _ALWAYS = {"tensorboard": False, "sample.every": 0}
 
 PRESETS = {
@@ -51,6 +54,7 @@ PRESETS = {
             "sample.num": 100,
             "sample.batch_size": 100,
         },
+        ("linear", "nash"),
         (0, 1),
         2,
         12,
@@ -61,6 +65,7 @@ PRESETS = {
         "digits",
         digits.get_config,
         {"num_steps": 2000, "log_every": 50, "sample.num_steps": 25},
+        METHODS,
         (0, 1, 2),
         4,
         100,
@@ -68,7 +73,15 @@ PRESETS = {
         0.02,
     ),
     "imagenet64": Preset(
-        "imagenet64", imagenet64.get_config, {"log_every": 500}, (0, 1, 2), 8, 100, 240, None
+        "imagenet64",
+        imagenet64.get_config,
+        {"log_every": 500},
+        METHODS,
+        (0, 1, 2),
+        8,
+        100,
+        240,
+        None,
     ),
 }
 

@@ -24,7 +24,7 @@ from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
 from ant_jax.parallel import replicate
 from experiments import report, runner, task_affinity
-from experiments.presets import PRESETS, Preset, make_config
+from experiments.presets import METHODS, PRESETS, Preset, make_config
 from experiments.runner import Run
 
 _GRID = (3e-3, 6e-3, 1.2e-2)
@@ -57,7 +57,6 @@ class Setting(NamedTuple):
 
 
 VANILLA = Setting("vanilla", "vanilla", "snr", {}, "vanilla")
-METHODS = ("linear", "uncertainty", "pcgrad", "nash")
 CLUSTERS = ("timestep", "snr", "gradient")
 FIXED = "linear, Nash's mean weights"
 _TIMED_ROUNDS = 8
@@ -147,7 +146,7 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
     folder = out / "table"
     known = {"learning_rates": chosen, "nash_weights": weights}
     write_bytes(folder / "chosen.json", json.dumps(known, indent=1).encode())
-    times = time_steps(preset, out, settings)
+    times = time_steps(preset, out, [*settings, fixed])
     milliseconds = {each.label: times[_kind(each)] for each in [*settings, fixed]}
     write_report(results, dict.fromkeys(results, "vanilla"), milliseconds, folder, "core")
     panels = {
@@ -326,7 +325,7 @@ def ablations(preset: Preset) -> list[Setting]:
         ("Min-SNR", {"diffusion.loss_weight": "min_snr"}),
         ("linear schedule", {"diffusion.schedule": "linear"}),
         ("half the width", {"model.width": narrow}),
-        ("unconditional", {"model.conditional": False}),
+        ("unconditional", {"model.conditional": False, "sample.guidance": 1.0}),
         ("three times as long", {"num_steps": 3 * full_length(preset)}),
     ):
         methods = ("vanilla", "uncertainty", "nash")
