@@ -156,7 +156,7 @@ def _shared(config):
         del shared[name]
     if shared.optimizer.schedule == "constant":
         del shared["num_steps"]
-    del shared["seed"], shared.optimizer["learning_rate"]
+    del shared["seed"], shared.optimizer["learning_rate"], shared.method["share_weighted"]
     return FrozenConfigDict(shared)
 
 

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import re
@@ -395,6 +396,10 @@ def test_the_state_of_a_step_is_restored(finished, tmp_path):
     assert experiment.restore(config, pieces, tmp_path) is None
 
 
+# SNR clusters that are not evenly spaced, and eight devices that can hold them.
+FOUR = {"clusters__k": 4, "data__batch_size": 32}
+
+
 def save_affinity(path, timesteps, width):
     """Two blocks: timesteps below 20 are alike, and so are the others."""
     block = np.asarray(timesteps) >= 20
@@ -441,15 +446,37 @@ def test_runs_of_every_control_differ(tmp_path):
     for name, settings in {
         "plain": {},
         "shares": {"method__share_weighted": True},
-        "weights": {"method__linear_weights": "0.2,0.8"},
+        "weights": {"method__linear_weights": "0.1,0.2,0.3,0.4"},
         "random": {"clusters__cost": "random"},
     }.items():
         workdir = tmp_path / name
-        trainer.train(tiny("linear", num_steps=1, **settings), workdir)
+        trainer.train(tiny("linear", num_steps=1, **FOUR, **settings), workdir)
         norms[name] = lines(workdir)[0]["grad_norm"]
     assert len(set(norms.values())) == len(norms)
-    cosines = tiny("linear", num_steps=1, method__cosines=True)
+    cosines = tiny("linear", num_steps=1, method__cosines=True, **FOUR)
     trainer.train(cosines, tmp_path / "cosines")
     (row,) = lines(tmp_path / "cosines")
     np.testing.assert_allclose(row["grad_norm"], norms["plain"], rtol=1e-5)
-    assert len(row["cosines"]) == 1 and row["conflict"] == (row["cosines"][0] < 0)
+    assert len(row["cosines"]) == 6 and row["conflict"] == (min(row["cosines"]) < 0)
+
+
+def test_a_shared_step_is_each_run_s_own(tmp_path, monkeypatch):
+    """Seed (of PCGrad's order too), learning rate and clusters are not those of the first run."""
+    first = tiny("pcgrad", num_steps=3, **FOUR)
+    second = tiny(
+        "pcgrad,timestep",
+        num_steps=3,
+        seed=7,
+        optimizer__learning_rate=1e-2,
+        method__share_weighted=True,
+        **FOUR,
+    )
+    monkeypatch.setattr(experiment, "_training_step", experiment._training_step.__wrapped__)
+    alone = trainer.train(second, tmp_path / "alone")
+    monkeypatch.setattr(experiment, "_training_step", functools.cache(experiment._training_step))
+    other = trainer.train(first, tmp_path / "first")
+    shared = trainer.train(second, tmp_path / "shared")
+    assert experiment._training_step.cache_info().misses == 1
+    assert_same_state(shared, alone)
+    kernels = [np.asarray(state.params["Dense_0"]["kernel"]) for state in (shared, other)]
+    assert np.abs(kernels[0] - kernels[1]).max() > 0.01
