@@ -55,7 +55,7 @@ PRESETS = {
             "sample.batch_size": 100,
         },
         ("linear", "nash"),
-        (0, 1),
+        (0,),
         2,
         12,
         40,

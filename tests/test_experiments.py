@@ -13,7 +13,7 @@ from ant_jax import affinity
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.train_step import TrainState
-from experiments import dynamics, presets, runner, table, task_affinity, transfer_gap
+from experiments import dynamics, presets, report, runner, table, task_affinity, transfer_gap
 
 ROOT = Path(__file__).parents[1]
 SMOKE = presets.PRESETS["smoke"]
@@ -77,9 +77,9 @@ def test_every_experiment_at_its_smallest(command, tmp_path):
     # Nothing is left to do, and the plan says so.
     plan = command("table", "--preset=smoke", "--dry_run")
     assert plan.returncode == 0, plan.stderr[-3000:]
-    assert "task affinity: 2 runs, 0 of them to do, 0 steps" in plan.stdout
-    assert "learning rates: 12 runs, 0 of them to do, 0 steps" in plan.stdout
-    assert "comparison: 8 runs, 0 of them to do, 0 steps" in plan.stdout
+    assert "task affinity: 1 runs, 0 of them to do, 0 steps" in plan.stdout
+    assert "learning rates: 6 runs, 0 of them to do, 0 steps" in plan.stdout
+    assert "comparison: 4 runs, 0 of them to do, 0 steps" in plan.stdout
 
 
 def check_affinity(folder):
@@ -181,6 +181,11 @@ def result(values, step=100, **more):
     return {"name": "run", "diverged": "", "rows": rows} | more
 
 
+def test_means_and_deviations_over_seeds():
+    assert report.mean_and_deviation([1.0, 2.0, 3.0], 2) == "2.00 +- 1.00"
+    assert report.mean_and_deviation([2.5], 1) == "2.5"
+
+
 def test_steps_to_reach_a_distance_are_interpolated():
     group = [result([8.0, 2.0, 1.0]), result([4.0, 1.0, 0.5])]
     # 4 lies half way between 8 and 2 on a logarithmic scale; the second begins there.
@@ -259,6 +264,7 @@ def test_runs_side_by_side_in_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_WORTH_A_PROCESS", 0)
     monkeypatch.setattr(runner, "_workers", lambda: 2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XLA_FLAGS", "")
     settings = {"num_steps": 2, "sample.num": 20}
     runs = [runner.make_run(SMOKE, "vanilla", "snr", seed, settings) for seed in (0, 1)]
     first, second = runner.execute(runs, tmp_path)

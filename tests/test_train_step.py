@@ -355,15 +355,14 @@ def test_loss_scale_multiplies_the_cluster_losses_but_not_the_metrics(params, ba
 
 def test_shares_make_linear_vanilla_in_expectation(params, batch):
     """Each cluster's mean loss times its share adds up to the mean loss of all timesteps."""
-    shares = np.diff(BOUNDARIES) / T
-    weighting = METHODS["linear"]
-    many = jax.tree.map(lambda leaf: np.tile(leaf[:1], (2048, *[1] * (leaf.ndim - 1))), batch)
-    got, _, _ = gradient(params, many, weighting, loss_scale=K * shares)
+    scale = K * np.diff(BOUNDARIES) / T
+    many = jax.tree.map(lambda leaf: np.tile(leaf[:1], (40_000, *[1] * (leaf.ndim - 1))), batch)
     want, _, _ = gradient(params, many, None, timesteps="uniform", step=6)
-    assert_close(got, want, rtol=0.05)
-    plain, _, _ = gradient(params, many, weighting)
-    with pytest.raises(AssertionError):
-        assert_close(plain, want, rtol=0.05)
+    got, _, _ = gradient(params, many, METHODS["linear"], loss_scale=scale)
+    plain, _, _ = gradient(params, many, METHODS["linear"])
+    error = lambda tree: optax.tree.norm(jax.tree.map(jnp.subtract, tree, want))
+    # Only chance is left of the first, and that falls with the number of examples.
+    assert error(got) < 0.2 * error(plain)
 
 
 def test_nash_does_not_see_a_scale(params, batch):
