@@ -10,6 +10,7 @@ from scipy import stats
 
 from ant_jax import affinity as af
 from ant_jax import clustering
+from ant_jax.affinity import gradients
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
 from ant_jax.models.dit import DiT
 
@@ -174,7 +175,7 @@ def test_memory_does_not_hold_all_gradients():
     size = 512
 
     def temporary(n, sketch_size):
-        program = af._gram.lower(
+        program = gradients._gram.lower(
             *(params, images()[0], np.arange(n, dtype=np.int32), KEY, None),
             apply_fn=toy,
             diffusion=GaussianDiffusion(alphas_bar("cosine", 200)),
