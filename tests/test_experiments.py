@@ -122,6 +122,11 @@ def check_table(folder):
     chosen = json.loads((folder / "chosen.json").read_text())
     assert len(chosen["nash_weights"]) == 5
     assert set(chosen["learning_rates"]) == {"vanilla", "nash, snr", table.FIXED}
+    tuned_as = dict(zip(settings, ["vanilla", "nash, snr", "nash, snr", table.FIXED], strict=True))
+    for row in rows:
+        rate = chosen["learning_rates"][tuned_as[row["setting"]]]
+        config = json.loads((folder.parent / "runs" / row["run"] / "result.json").read_text())
+        assert config["config"]["optimizer.learning_rate"] == rate
     lines = (folder / "core.md").read_text().splitlines()
     assert len([line for line in lines if line.startswith("| ")]) == 2 + len(settings)
 
@@ -192,6 +197,30 @@ def test_steps_to_reach_a_distance_are_interpolated():
     assert table._steps_to_reach(group, 4.0) == f"<= {(150 + 100) / 2:.0f}"
     assert table._steps_to_reach(group[:1], 4.0) == "150"
     assert table._steps_to_reach(group, 0.7) == "1 of 2 reach it"
+
+
+def test_the_best_mean_over_seeds_chooses_the_learning_rate(tmp_path, monkeypatch):
+    preset = SMOKE._replace(seeds=(0, 1, 2))
+    distances = {
+        ("vanilla", 3e-3): [4.0, 5.0, 6.0],
+        ("vanilla", 6e-3): [1.0, 9.0, 8.0],  # the best seed, but not the best mean
+        ("nash", 3e-3): [4.0, 5.0, 6.0],
+        ("nash", 6e-3): [3.0, 2.0, 7.0],
+    }
+
+    def execute(runs, out, title=""):
+        found = []
+        for run in runs:
+            assert run.config.seed >= table._TUNING_SEED
+            key = run.config.method.name, run.config.optimizer.learning_rate
+            found.append(result([distances[key][run.config.seed - table._TUNING_SEED]]))
+        return found
+
+    monkeypatch.setattr(table.runner, "execute", execute)
+    settings = [each for each in table.core(tmp_path) if each.label in table._SMOKE]
+    chosen = table.choose_rates(preset, tmp_path, (3e-3, 6e-3), settings)
+    # Gradient clusters take the rate of the SNR clusters.
+    assert chosen == {"vanilla": 3e-3, "nash, snr": 6e-3}
 
 
 def test_a_diverged_run_is_the_worst_of_a_grid_and_named_in_the_table(tmp_path, monkeypatch):
