@@ -9,10 +9,10 @@ change. Everything is measured at several steps; see `write_report` for the colu
 
 import functools
 import json
+import math
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
@@ -24,41 +24,22 @@ from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
 from ant_jax.parallel import replicate
 from experiments import report, runner, task_affinity
-from experiments.presets import METHODS, PRESETS, Preset, make_config
-from experiments.runner import Run
+from experiments.comparisons import (
+    CHANGED_METHODS,
+    CLUSTERS,
+    FIXED,
+    Setting,
+    ablations,
+    changes,
+    core,
+    fixed_setting,
+    runs_of,
+    tuning_runs,
+)
+from experiments.presets import METHODS, PRESETS, Preset
 
 _GRID = (3e-3, 6e-3, 1.2e-2)
 _GRID_AT_SCALE = (5e-5, 1e-4, 2e-4)
-# The seeds of the runs that choose the learning rate, half as long ones, begin here: no compared
-# run has one of them.
-_TUNING_SEED = 1000
-# Below the norm of every gradient of these runs, so that clipping to it normalises all of them.
-_NORMALISE = {"optimizer.clip_norm": 1e-2}
-
-
-class Setting(NamedTuple):
-    """One line of the table.
-
-    Attributes:
-      label: what it is.
-      method: of the config.
-      clusters: of the config.
-      settings: what it changes in the preset's config.
-      tuned_as: label of the setting whose learning rate it takes.
-      against: label of the setting that it is compared with.
-    """
-
-    label: str
-    method: str
-    clusters: str
-    settings: dict[str, Any]
-    tuned_as: str
-    against: str = "vanilla"
-
-
-VANILLA = Setting("vanilla", "vanilla", "snr", {}, "vanilla")
-CLUSTERS = ("timestep", "snr", "gradient")
-FIXED = "linear, Nash's mean weights"
 _TIMED_ROUNDS = 8
 _SMOKE = ("vanilla", "nash, snr", "nash, gradient")
 
@@ -78,39 +59,6 @@ def main(argv):
         settings = [each for each in settings if each.label in _SMOKE]
         grid = _GRID[:2]
     compare(preset, out, settings, grid)
-
-
-def core(affinity: Path) -> list[Setting]:
-    """The settings of the comparison, but for the one that must wait for Nash's weights."""
-    clustered = [
-        Setting(
-            f"{method}, {clusters}",
-            method,
-            clusters,
-            {"clusters.affinity": str(affinity)} if clusters == "gradient" else {},
-            f"{method}, snr",
-        )
-        for clusters in CLUSTERS
-        for method in METHODS
-    ]
-    shares = [
-        Setting(
-            f"{method}, snr, shares",
-            method,
-            "snr",
-            {"method.share_weighted": True},
-            f"{method}, snr, shares",
-        )
-        for method in ("linear", "uncertainty", "pcgrad")
-    ]
-    normalised = Setting("vanilla, normalised", "vanilla", "snr", _NORMALISE, "vanilla, normalised")
-    return [VANILLA, *clustered, *shares, normalised]
-
-
-def fixed_setting(weights: Sequence[float]) -> Setting:
-    """Linear with fixed weights."""
-    text = ",".join(f"{weight:.4g}" for weight in weights)
-    return Setting(FIXED, "linear", "snr", {"method.linear_weights": text}, FIXED)
 
 
 def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[float, ...]) -> None:
@@ -159,41 +107,6 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
         + [f"{method}, snr, shares" for method in ("linear", "uncertainty", "pcgrad")],
     }
     draw(results, panels, folder / "core.png")
-
-
-def runs_of(preset: Preset, setting: Setting, rate: float | None) -> list[Run]:
-    """The runs of a setting, one a seed; None is the preset's learning rate."""
-    changes = dict(setting.settings)
-    if rate is not None:
-        changes["optimizer.learning_rate"] = rate
-    return [
-        runner.make_run(preset, setting.method, setting.clusters, seed, changes)
-        for seed in preset.seeds
-    ]
-
-
-def tuning_runs(preset: Preset, grid: tuple[float, ...], setting: Setting) -> list[Run]:
-    """Half as long runs of other seeds for each rate; none for a setting that takes another's."""
-    if setting.tuned_as != setting.label:
-        return []
-    return [
-        runner.make_run(
-            preset,
-            setting.method,
-            setting.clusters,
-            _TUNING_SEED + i,
-            setting.settings
-            | {"optimizer.learning_rate": rate, "num_steps": full_length(preset) // 2},
-            measurements=1,
-        )
-        for rate in grid
-        for i in range(len(preset.seeds))
-    ]
-
-
-def full_length(preset: Preset) -> int:
-    """Steps of a run of the core."""
-    return make_config(preset, "vanilla", "snr", seed=0).num_steps
 
 
 def choose_rates(
@@ -293,44 +206,20 @@ def ablate(preset: Preset, out: Path) -> None:
     results = {label: runner.execute(runs, out) for label, runs in plan.items()}
     against = {each.label: each.against for each in settings}
     write_report(results, against, {}, out / "table", "ablations")
-
-
-def ablations(preset: Preset) -> list[Setting]:
-    """The settings of the ablations, each with what it is to be compared with."""
-
-    def group(name, methods, changes, clusters="snr", against="snr: vanilla"):
-        return [
-            Setting(
-                f"{name}: {method}",
-                method,
-                clusters,
-                changes,
-                "vanilla" if method == "vanilla" else f"{method}, snr",
-                against.format(method=method),
-            )
-            for method in methods
-        ]
-
-    ours = ("uncertainty", "pcgrad", "nash")
-    narrow = make_config(preset, "vanilla", "snr", seed=0).model.width // 2
-    settings = group("snr", ("vanilla", *METHODS), {})
-    for k in (2, 8, 20):
-        settings += group(f"k = {k}", ours, {"clusters.k": k})
-    # Of equal sizes, as evenly spaced intervals are.
-    settings += group("timestep", METHODS, {}, "timestep")
-    settings += group("random", METHODS, {}, "random", "timestep: {method}")
-    settings += group("renewed every 25", ("nash",), {"method.nash_update_every": 25})
-    for name, changes in (
-        ("P2", {"diffusion.loss_weight": "p2"}),
-        ("Min-SNR", {"diffusion.loss_weight": "min_snr"}),
-        ("linear schedule", {"diffusion.schedule": "linear"}),
-        ("half the width", {"model.width": narrow}),
-        ("unconditional", {"model.conditional": False, "sample.guidance": 1.0}),
-        ("three times as long", {"num_steps": 3 * full_length(preset)}),
-    ):
-        methods = ("vanilla", "uncertainty", "nash")
-        settings += group(name, methods, changes, against=f"{name}: vanilla")
-    return settings
+    ours = ("uncertainty", "nash")
+    panels = {
+        "number of clusters": [
+            "snr: vanilla",
+            *(f"{name}: nash" for name in ("k = 2", "snr", "k = 8", "k = 20", "renewed every 25")),
+        ],
+        "intervals and random clusters": [
+            "snr: vanilla",
+            *(f"{name}: {each}" for each in ours for name in ("timestep", "random")),
+        ],
+    }
+    for name in changes(preset):
+        panels[name] = [f"{name}: {method}" for method in CHANGED_METHODS]
+    draw(results, panels, out / "table" / "ablations.png")
 
 
 def write_report(
@@ -447,10 +336,12 @@ def draw(
     results: dict[str, list[dict[str, Any]]], panels: dict[str, list[str]], path: Path
 ) -> None:
     """Convergence curves, the band being one standard deviation over seeds."""
+    rows = math.ceil(len(panels) / 4)
+    columns = math.ceil(len(panels) / rows)
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(16, 4.8), sharey=True, layout="constrained"
+        rows, columns, figsize=(16, 4.8 * rows), sharey=True, squeeze=False, layout="constrained"
     )
-    for ax, (title, labels) in zip(axes, panels.items(), strict=True):
+    for ax, (title, labels) in zip(axes.flat, panels.items(), strict=True):
         for label in labels:
             group = [result for result in results.get(label, []) if not result["diverged"]]
             if not group:
@@ -471,7 +362,8 @@ def draw(
     judged = any(
         "frechet_distance" in row for group in results.values() for row in group[0]["rows"]
     )
-    axes[0].set_ylabel("Frechet distance to the training data" if judged else "validation loss")
+    for ax in axes[:, 0]:
+        ax.set_ylabel("Frechet distance to the training data" if judged else "validation loss")
     report.save_figure(figure, path)
     logging.info("picture: %s", path)
 

@@ -13,7 +13,16 @@ from ant_jax import affinity
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.train_step import TrainState
-from experiments import dynamics, presets, report, runner, table, task_affinity, transfer_gap
+from experiments import (
+    comparisons,
+    dynamics,
+    presets,
+    report,
+    runner,
+    table,
+    task_affinity,
+    transfer_gap,
+)
 
 ROOT = Path(__file__).parents[1]
 SMOKE = presets.PRESETS["smoke"]
@@ -115,14 +124,16 @@ def check_table(folder):
     check_picture(folder / "core.png")
     rows = read(folder / "core.csv")
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    assert settings == ["vanilla", "nash, snr", "nash, gradient", table.FIXED]
+    assert settings == ["vanilla", "nash, snr", "nash, gradient", comparisons.FIXED]
     assert len(rows) == len(settings) * len(SMOKE.seeds) * SMOKE.measurements
     assert (numbers(rows, "frechet_distance") > 0).all()
     assert (numbers(rows, "validation_loss") > 0).all()
     chosen = json.loads((folder / "chosen.json").read_text())
     assert len(chosen["nash_weights"]) == 5
-    assert set(chosen["learning_rates"]) == {"vanilla", "nash, snr", table.FIXED}
-    tuned_as = dict(zip(settings, ["vanilla", "nash, snr", "nash, snr", table.FIXED], strict=True))
+    assert set(chosen["learning_rates"]) == {"vanilla", "nash, snr", comparisons.FIXED}
+    tuned_as = dict(
+        zip(settings, ["vanilla", "nash, snr", "nash, snr", comparisons.FIXED], strict=True)
+    )
     for row in rows:
         rate = chosen["learning_rates"][tuned_as[row["setting"]]]
         config = json.loads((folder.parent / "runs" / row["run"] / "result.json").read_text())
@@ -161,11 +172,13 @@ def test_every_planned_config_is_valid(preset, tmp_path):
         *transfer_gap.plan(preset),
         *dynamics.plan(preset).values(),
     ]
-    settings = [*table.core(tmp_path / "affinity.npz"), table.fixed_setting(np.ones(5))]
+    settings = [*comparisons.core(tmp_path / "affinity.npz"), comparisons.fixed_setting(np.ones(5))]
     for setting in settings:
-        plans += [table.tuning_runs(preset, (1e-3, 1e-2), setting)]
-        plans += [table.runs_of(preset, setting, 1e-2)]
-    plans += [table.runs_of(preset, setting, None) for setting in table.ablations(preset)]
+        plans += [comparisons.tuning_runs(preset, (1e-3, 1e-2), setting)]
+        plans += [comparisons.runs_of(preset, setting, 1e-2)]
+    plans += [
+        comparisons.runs_of(preset, setting, None) for setting in comparisons.ablations(preset)
+    ]
     runs = [run for plan in plans for run in plan]
     for run in runs:
         config_lib.validate(run.config)
@@ -174,8 +187,8 @@ def test_every_planned_config_is_valid(preset, tmp_path):
     configs = {}
     for run in runs:
         config_lib.check_same(configs.setdefault(run.name, run.config), run.config, run.name)
-    compared = {setting.label for setting in table.ablations(preset)}
-    assert {setting.against for setting in table.ablations(preset)} <= compared
+    compared = {setting.label for setting in comparisons.ablations(preset)}
+    assert {setting.against for setting in comparisons.ablations(preset)} <= compared
 
 
 def result(values, step=100, **more):
@@ -211,13 +224,13 @@ def test_the_best_mean_over_seeds_chooses_the_learning_rate(tmp_path, monkeypatc
     def execute(runs, out, title=""):
         found = []
         for run in runs:
-            assert run.config.seed >= table._TUNING_SEED
+            assert run.config.seed >= comparisons.TUNING_SEED
             key = run.config.method.name, run.config.optimizer.learning_rate
-            found.append(result([distances[key][run.config.seed - table._TUNING_SEED]]))
+            found.append(result([distances[key][run.config.seed - comparisons.TUNING_SEED]]))
         return found
 
     monkeypatch.setattr(table.runner, "execute", execute)
-    settings = [each for each in table.core(tmp_path) if each.label in table._SMOKE]
+    settings = [each for each in comparisons.core(tmp_path) if each.label in table._SMOKE]
     chosen = table.choose_rates(preset, tmp_path, (3e-3, 6e-3), settings)
     # Gradient clusters take the rate of the SNR clusters.
     assert chosen == {"vanilla": 3e-3, "nash, snr": 6e-3}

@@ -1,0 +1,151 @@
+"""What `experiments.table` compares: the settings of the core and of the ablations."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments import runner
+from experiments.presets import METHODS, Preset, make_config
+from experiments.runner import Run
+
+# The seeds of the runs that choose the learning rate, half as long ones, begin here: no compared
+# run has one of them.
+TUNING_SEED = 1000
+# Below the norm of every gradient of these runs, so that clipping to it normalises all of them.
+_NORMALISE = {"optimizer.clip_norm": 1e-2}
+
+
+class Setting(NamedTuple):
+    """One line of the table.
+
+    Attributes:
+      label: what it is.
+      method: of the config.
+      clusters: of the config.
+      settings: what it changes in the preset's config.
+      tuned_as: label of the setting whose learning rate it takes.
+      against: label of the setting that it is compared with.
+    """
+
+    label: str
+    method: str
+    clusters: str
+    settings: dict[str, Any]
+    tuned_as: str
+    against: str = "vanilla"
+
+
+VANILLA = Setting("vanilla", "vanilla", "snr", {}, "vanilla")
+CLUSTERS = ("timestep", "snr", "gradient")
+FIXED = "linear, Nash's mean weights"
+CHANGED_METHODS = ("vanilla", "uncertainty", "nash")
+
+
+def core(affinity: Path) -> list[Setting]:
+    """The settings of the comparison, but for the one that must wait for Nash's weights."""
+    clustered = [
+        Setting(
+            f"{method}, {clusters}",
+            method,
+            clusters,
+            {"clusters.affinity": str(affinity)} if clusters == "gradient" else {},
+            f"{method}, snr",
+        )
+        for clusters in CLUSTERS
+        for method in METHODS
+    ]
+    shares = [
+        Setting(
+            f"{method}, snr, shares",
+            method,
+            "snr",
+            {"method.share_weighted": True},
+            f"{method}, snr, shares",
+        )
+        for method in ("linear", "uncertainty", "pcgrad")
+    ]
+    normalised = Setting("vanilla, normalised", "vanilla", "snr", _NORMALISE, "vanilla, normalised")
+    return [VANILLA, *clustered, *shares, normalised]
+
+
+def fixed_setting(weights: Sequence[float]) -> Setting:
+    """Linear with fixed weights."""
+    text = ",".join(f"{weight:.4g}" for weight in weights)
+    return Setting(FIXED, "linear", "snr", {"method.linear_weights": text}, FIXED)
+
+
+def runs_of(preset: Preset, setting: Setting, rate: float | None) -> list[Run]:
+    """The runs of a setting, one a seed; None is the preset's learning rate."""
+    changes = dict(setting.settings)
+    if rate is not None:
+        changes["optimizer.learning_rate"] = rate
+    return [
+        runner.make_run(preset, setting.method, setting.clusters, seed, changes)
+        for seed in preset.seeds
+    ]
+
+
+def tuning_runs(preset: Preset, grid: tuple[float, ...], setting: Setting) -> list[Run]:
+    """Half as long runs of other seeds for each rate; none for a setting that takes another's."""
+    if setting.tuned_as != setting.label:
+        return []
+    return [
+        runner.make_run(
+            preset,
+            setting.method,
+            setting.clusters,
+            TUNING_SEED + i,
+            setting.settings
+            | {"optimizer.learning_rate": rate, "num_steps": full_length(preset) // 2},
+            measurements=1,
+        )
+        for rate in grid
+        for i in range(len(preset.seeds))
+    ]
+
+
+def full_length(preset: Preset) -> int:
+    """Steps of a run of the core."""
+    return make_config(preset, "vanilla", "snr", seed=0).num_steps
+
+
+def ablations(preset: Preset) -> list[Setting]:
+    """The settings of the ablations, each with what it is to be compared with."""
+
+    def group(name, methods, change, clusters="snr", against="snr: vanilla"):
+        return [
+            Setting(
+                f"{name}: {method}",
+                method,
+                clusters,
+                change,
+                "vanilla" if method == "vanilla" else f"{method}, snr",
+                against.format(method=method),
+            )
+            for method in methods
+        ]
+
+    ours = ("uncertainty", "pcgrad", "nash")
+    settings = group("snr", ("vanilla", *METHODS), {})
+    for k in (2, 8, 20):
+        settings += group(f"k = {k}", ours, {"clusters.k": k})
+    # Of equal sizes, as evenly spaced intervals are.
+    settings += group("timestep", METHODS, {}, "timestep")
+    settings += group("random", METHODS, {}, "random", "timestep: {method}")
+    settings += group("renewed every 25", ("nash",), {"method.nash_update_every": 25})
+    for name, change in changes(preset).items():
+        settings += group(name, CHANGED_METHODS, change, against=f"{name}: vanilla")
+    return settings
+
+
+def changes(preset: Preset) -> dict[str, dict[str, Any]]:
+    """Other losses, noise schedules, models and lengths, by name."""
+    narrow = make_config(preset, "vanilla", "snr", seed=0).model.width // 2
+    return {
+        "P2": {"diffusion.loss_weight": "p2"},
+        "Min-SNR": {"diffusion.loss_weight": "min_snr"},
+        "linear schedule": {"diffusion.schedule": "linear"},
+        "half the width": {"model.width": narrow},
+        "unconditional": {"model.conditional": False, "sample.guidance": 1.0},
+        "three times as long": {"num_steps": 3 * full_length(preset)},
+    }
