@@ -67,13 +67,16 @@ RULES = {
     "seed": _integer(0, 2**30 - 1),
     "num_steps": _integer(1),
     "data.name": Rule(
-        (str,), lambda name: name == "digits" or name.startswith("tfds:"), "digits or tfds:BUILDER"
+        (str,),
+        lambda name: name in ("digits", "folder") or name.startswith("tfds:"),
+        "digits, folder or tfds:BUILDER",
     ),
     "data.split": _TEXT,
     "data.dir": _TEXT,
     "data.image_size": _integer(1),
     "data.crop": _one_of("none", "center", "random"),
     "data.flip": _BOOL,
+    "data.replace_unreadable": _BOOL,
     "data.batch_size": _integer(1),
     "data.num_workers": _integer(0),
     "diffusion.timesteps": _integer(1),
@@ -198,6 +201,8 @@ def _validate_together(flat):
             f"config.method.timesteps = 'uniform' with config.method.name = "
             f"{flat['method.name']!r} needs config.method.gradient_form = 'masked'"
         )
+    if flat["data.name"] == "folder" and not flat["data.dir"]:
+        raise ConfigError("config.data.name = 'folder' needs config.data.dir = PATH of the folder")
     if flat["clusters.cost"] == "gradient" and not flat["clusters.affinity"]:
         raise ConfigError(
             "config.clusters.cost = 'gradient' needs config.clusters.affinity = PATH of a task "

@@ -161,13 +161,27 @@ def _shared(config):
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_state(shared, model, image_shape, vanilla, k):
-    def make():
-        params = builders.init_params(model, image_shape, seed=0)
-        weighting = None if vanilla else builders.build_weighting(shared, k, seed=0)
+def _first_state(shared, model, image_shape, vanilla, k, devices):
+    """The state before the first step as a function of the seed: one program for all its leaves."""
+
+    def make(seed):
+        params = builders.init_params(model, image_shape, seed)
+        weighting = None if vanilla else builders.build_weighting(shared, k, seed)
         return init_state(params, builders.build_optimizer(shared, 0.0), weighting, k)
 
-    return jax.eval_shape(make)
+    return jax.jit(make, out_shardings=replicated(devices))
+
+
+def _first_state_of(config, pieces):
+    method = pieces.method
+    return _first_state(
+        _shared(config),
+        pieces.model,
+        pieces.image_shape,
+        method.weighting is None,
+        len(method.boundaries) - 1,
+        tuple(jax.local_devices()),
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -214,6 +228,7 @@ def images(config: ConfigDict, split: str, num: int) -> tuple[np.ndarray, np.nda
         seed=0,
         image_size=settings.image_size,
         crop=settings.crop,
+        replace_unreadable=settings.replace_unreadable,
     )
     batch = next(batches)
     return np.float32(batch["image"]) / 127.5 - 1, batch["label"]
@@ -243,11 +258,8 @@ def check_batch(config: ConfigDict, method: builders.Method) -> None:
 
 
 def new_state(config: ConfigDict, experiment: Experiment) -> TrainState:
-    """The state before the first step."""
-    params = builders.init_params(experiment.model, experiment.image_shape, config.seed)
-    optimizer = builders.build_optimizer(config)
-    method = experiment.method
-    return init_state(params, optimizer, method.weighting, len(method.boundaries) - 1)
+    """The state before the first step, on this process's devices."""
+    return _first_state_of(config, experiment)(np.int32(config.seed))
 
 
 def restore(
@@ -258,13 +270,7 @@ def restore(
     Returns:
       (step, state), or None if there is no checkpoint. See `checkpoint.restore` for what it raises.
     """
-    abstract = _abstract_state(
-        _shared(config),
-        experiment.model,
-        experiment.image_shape,
-        experiment.method.weighting is None,
-        len(experiment.method.boundaries) - 1,
-    )
+    abstract = jax.eval_shape(_first_state_of(config, experiment), np.int32(0))
     sharding = replicated(jax.local_devices())
     template = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract

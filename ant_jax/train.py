@@ -15,7 +15,6 @@ from ml_collections import ConfigDict
 
 from ant_jax import checkpoint, data, experiment, metrics, sampling
 from ant_jax import config as config_lib
-from ant_jax.parallel import replicate
 from ant_jax.train_step import TrainState
 
 _PROFILE_START = 10
@@ -52,13 +51,12 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     if jax.process_index() == 0:
         experiment.save_facts(pieces, source, workdir)
         config_lib.save(config, workdir)
-    devices = jax.local_devices()
     checkpoints = checkpoint.Checkpointer(
         workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period
     )
     restored = experiment.restore(config, pieces, workdir)
     if restored is None:
-        start, state = 0, replicate(experiment.new_state(config, pieces), devices)
+        start, state = 0, experiment.new_state(config, pieces)
         _log_overview(config, pieces, state, len(source))
     else:
         start, state = restored
@@ -74,6 +72,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         image_size=config.data.image_size,
         crop=config.data.crop,
         flip=config.data.flip,
+        replace_unreadable=config.data.replace_unreadable,
         num_workers=config.data.num_workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -82,6 +81,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     progress = metrics.Progress(start, config.num_steps, config.data.batch_size)
     interval = metrics.Interval()
     pending = None
+    replaced = 0
 
     def collect():
         """Fetches the pending metrics and refuses to go on from a state that is not finite."""
@@ -103,7 +103,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     ):
         for step in range(start + 1, config.num_steps + 1):
             profile(step)
-            state, on_device = step_fn(state, next(batches))
+            batch = next(batches)
+            replaced += int(batch.pop("replaced", np.zeros(0)).sum())
+            state, on_device = step_fn(state, batch)
             if step == start + 1:
                 progress.restart(start)
             # Fetched while this step runs: the metrics of the one before it.
@@ -117,6 +119,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
                 collect()
                 report = interval.report()
                 speed = progress.line(step, report["loss"])
+                if config.data.replace_unreadable:
+                    report["replaced_images"] = replaced
+                    replaced = 0
                 writer.scalars(step, {**report, "steps_per_second": speed})
             if step % config.checkpoint.every == 0 or stopping:
                 collect()

@@ -20,12 +20,13 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     config.num_steps = 3000
 
     config.data = data = ml_collections.ConfigDict()
-    data.name = "digits"  # "digits" or "tfds:BUILDER", such as "tfds:cifar10"
-    data.split = "train"
-    data.dir = ""  # where tensorflow-datasets keeps its data; "" is its own default
+    data.name = "digits"  # "digits", "folder" or "tfds:BUILDER", such as "tfds:cifar10"
+    data.split = "train"  # of a folder: the subfolder of the split, "" if there is none
+    data.dir = ""  # the folder, or where tensorflow-datasets keeps its data; "" is its own default
     data.image_size = 8  # pixels; images of another size need a crop
     data.crop = "none"  # "none", "center" or "random"
     data.flip = False  # mirror half of the images
+    data.replace_unreadable = False  # damaged images by the next one; else the run fails there
     data.batch_size = 120  # over all devices; each device's share must be a multiple of k
     data.num_workers = 0  # processes that decode images ahead of time
 

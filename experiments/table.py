@@ -22,7 +22,6 @@ from absl import app, logging
 from ant_jax import data, experiment
 from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
-from ant_jax.parallel import replicate
 from experiments import report, runner, task_affinity
 from experiments.comparisons import (
     CHANGED_METHODS,
@@ -150,7 +149,7 @@ def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, 
         for kind, run in runs.items():
             pieces = experiment.build(run.config, source.image_shape[-1], source.num_classes)
             steps[kind] = experiment.training_step(run.config, pieces)
-            states[kind] = replicate(experiment.new_state(run.config, pieces), jax.local_devices())
+            states[kind] = experiment.new_state(run.config, pieces)
             settings = run.config.data
             batch = next(
                 data.batches(

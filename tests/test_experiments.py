@@ -77,12 +77,16 @@ def numbers(rows, name):
 def test_every_experiment_at_its_smallest(command, tmp_path):
     out = tmp_path / "out"
     # One after the other in one process, which saves compiling what they share.
-    done = command("task_affinity", "transfer_gap", "table", "dynamics", "--preset=smoke")
+    done = command(
+        *("task_affinity", "transfer_gap", "table", "dynamics", "demo"), "--preset=smoke"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     check_affinity(out / "task_affinity")
     check_gap(out / "transfer_gap")
     check_table(out / "table")
     check_dynamics(out / "dynamics")
+    check_picture(out / "demo" / "demo.png")
+    assert (out / "demo" / "table.md").read_text().count("\n") == 2 + 2 * SMOKE.measurements
     # Nothing is left to do, and the plan says so.
     plan = command("table", "--preset=smoke", "--dry_run")
     assert plan.returncode == 0, plan.stderr[-3000:]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from PIL import Image
 
 from ant_jax import affinity, builders, checkpoint, data, evaluate, experiment
 from ant_jax import train as trainer
@@ -46,7 +47,9 @@ class Model(nn.Module):
     @nn.compact
     def __call__(self, x, t, y):
         inputs = [x.reshape(len(x), -1), jnp.sin(t[:, None] / 9), jax.nn.one_hot(y, 11)]
-        return nn.Dense(64)(nn.tanh(nn.Dense(8)(jnp.concatenate(inputs, 1)))).reshape(x.shape)
+        return nn.Dense(x[0].size)(nn.tanh(nn.Dense(8)(jnp.concatenate(inputs, 1)))).reshape(
+            x.shape
+        )
 
 
 def use_small_model(monkeypatch):
@@ -423,6 +426,29 @@ def test_a_specialist_trains_on_one_cluster(tmp_path):
     assert first["counts"] == second["counts"] == [16]
     result = evaluate.evaluate(config, tmp_path)
     assert result["validation_loss"] > 0 and "frechet_distance" not in result
+
+
+def test_damaged_images_of_a_folder_are_counted_or_named(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(16):
+        path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:40])
+    settings = {
+        "num_steps": 4,
+        "log_every": 2,
+        "data__name": "folder",
+        "data__dir": str(tmp_path / "images"),
+        "data__split": "",
+        "data__crop": "center",
+        "evaluation__features": "",
+    }
+    trainer.train(tiny(**settings, data__replace_unreadable=True), tmp_path / "replaced")
+    # Every step sees each of the 16 images once.
+    assert [row["replaced_images"] for row in lines(tmp_path / "replaced")] == [2, 2]
+    with pytest.raises(RuntimeError, match=r"class1/15\.png: "):
+        trainer.train(tiny(**settings), tmp_path / "named")
 
 
 def test_runs_of_every_control_differ(tmp_path):

@@ -1,6 +1,16 @@
 """Images: sources, crops and the deterministic input pipeline."""
 
+from ant_jax.data.catalogue import load
+from ant_jax.data.folder import folder
 from ant_jax.data.pipeline import batches, check_crop
-from ant_jax.data.sources import Source, digits, load
+from ant_jax.data.sources import Source, UnreadableImageError, digits
 
-__all__ = ["Source", "batches", "check_crop", "digits", "load"]
+__all__ = [
+    "Source",
+    "UnreadableImageError",
+    "batches",
+    "check_crop",
+    "digits",
+    "folder",
+    "load",
+]

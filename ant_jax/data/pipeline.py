@@ -11,12 +11,14 @@ from collections.abc import Iterator
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from ant_jax.data import transforms
-from ant_jax.data.sources import Example, Source
+from ant_jax.data.sources import Example, Source, UnreadableImageError
 
 CROPS = ("none", "center", "random")
+# So many unreadable images in a row are no accident.
+_REPLACEMENTS = 100
 
 # Keep the stream that orders the images apart from the one that crops and flips them.
 _ORDER, _AUGMENT = 0, 1
@@ -31,6 +33,7 @@ def batches(
     image_size: int | None = None,
     crop: str = "none",
     flip: bool = False,
+    replace_unreadable: bool = False,
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -49,6 +52,8 @@ def batches(
       image_size: Side in pixels that the crop produces; None without a crop.
       crop: "none", "center" or "random" (see `transforms`).
       flip: Whether to mirror each image with probability 1/2.
+      replace_unreadable: Whether the next image that can be read takes the place of one that can't;
+        otherwise that is an error.
       num_workers: Processes that prepare batches ahead of time; 0 prepares them when asked. They
         are spawned, so a script needs its `if __name__ == "__main__"`; they end when the returned
         iterator is closed or collected.
@@ -56,9 +61,9 @@ def batches(
       process_count: Number of hosts H.
 
     Returns:
-      An iterator over {"image": uint8 (B/H, height, width, channels), "label": int32 (B/H,)}. It
-      raises RuntimeError, naming the source and the index, where an image cannot be read, and
-      where a worker dies.
+      An iterator over {"image": uint8 (B/H, height, width, channels), "label": int32 (B/H,)}, with
+      replace_unreadable also "replaced": bool (B/H,). It raises RuntimeError, naming the source
+      and the index, where an image cannot be read, and where a worker dies.
 
     Raises:
       ValueError: If the source is empty, a number is out of range, B is not divisible by H, or
@@ -73,22 +78,24 @@ def batches(
 
     def load(step: int) -> dict[str, np.ndarray]:
         first = step * batch_size + process_index * per_host
-        examples = []
+        examples, replaced = [], []
         for position in range(first, first + per_host):
             epoch, place = divmod(position, size)
             index = int(_epoch_order(size, seed, epoch)[place])
             try:
-                example = source[index]
+                example, other = _read(source, index, _REPLACEMENTS if replace_unreadable else 0)
                 if crop != "none" or flip:
                     example = _augment(example, crop, image_size, flip, (seed, _AUGMENT, position))
             except Exception as error:
                 # The message repeats the cause, which is lost on the way out of a worker.
                 raise RuntimeError(f"example {index} of {source!r}: {error!r}") from error
             examples.append(example)
-        return {
+            replaced.append(other)
+        batch = {
             "image": np.stack([example["image"] for example in examples]),
             "label": np.array([example["label"] for example in examples], np.int32),
         }
+        return batch | ({"replaced": np.array(replaced)} if replace_unreadable else {})
 
     # One element of the dataset is a whole batch: grain's bookkeeping is paid once a batch, where
     # it costs 80 us an element otherwise, more than reading a small image.
@@ -101,6 +108,16 @@ def batches(
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     return iter(dataset)
+
+
+def _read(source: Source, index: int, replacements: int) -> tuple[Example, bool]:
+    """The image, or the first of the next ones that can be read; and whether it is another."""
+    for shift in range(replacements):
+        try:
+            return source[(index + shift) % len(source)], shift > 0
+        except UnreadableImageError as error:
+            logging.warning("replaced by the next image: %s", error)
+    return source[(index + replacements) % len(source)], replacements > 0
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,4 +1,4 @@
-"""Labelled images with random access: the digits of scikit-learn and tensorflow-datasets."""
+"""Labelled images with random access: what they are, the digits and tensorflow-datasets."""
 
 import dataclasses
 import functools
@@ -8,6 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 
 Example = dict[str, Any]
+
+
+class UnreadableImageError(OSError):
+    """An image that is damaged, or not of a kind that can be read; the message names it."""
 
 
 class Source(Protocol):
@@ -26,7 +30,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Returns {"image": uint8 (height, width, channels), "label": int32 ()}."""
+        """Returns {"image": uint8 (height, width, channels), "label": int32 ()}.
+
+        Raises:
+          UnreadableImageError: If the image is damaged.
+        """
         ...
 
 
@@ -99,7 +107,7 @@ def digits(split: str) -> ArraySource:
     Raises:
       ValueError: If there is no such split.
     """
-    # Imported here and in `_tfds` because each takes about a second that the other need not pay.
+    # Imported here, as in `from_tfds`: each takes a second that users of the other need not pay.
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -119,7 +127,8 @@ def digits(split: str) -> ArraySource:
     return ArraySource(f"digits[{split}]", images, labels, 10)
 
 
-def _tfds(builder_name: str, split: str, data_dir: str | None) -> TfdsSource:
+def from_tfds(builder_name: str, split: str, data_dir: str | None) -> TfdsSource:
+    """Opens a split of a tensorflow-datasets builder; see `data.load`."""
     import tensorflow_datasets as tfds
 
     try:
@@ -151,29 +160,3 @@ def _tfds(builder_name: str, split: str, data_dir: str | None) -> TfdsSource:
         raise ValueError(f"{builder_name!r} cannot read split {split!r}: {error}") from error
     num_classes = label.num_classes if isinstance(label, tfds.features.ClassLabel) else 0
     return TfdsSource(f"{builder_name}[{split}]", records, tuple(image.shape), num_classes)
-
-
-def load(name: str, split: str, data_dir: str | None = None) -> Source:
-    """Opens a source by name.
-
-    Args:
-      name: "digits", or "tfds:BUILDER" for any tensorflow-datasets builder with a uint8 "image"
-        and, optionally, a class "label" (e.g. "tfds:cifar10"). It must have been prepared in a
-        random-access format such as array_record; nothing is downloaded here.
-      split: A split of that source; for tensorflow-datasets also a slice such as "train[:90%]".
-      data_dir: Where tensorflow-datasets keeps its data; None is its own default.
-
-    Returns:
-      The source.
-
-    Raises:
-      FileNotFoundError: If the dataset is not prepared in data_dir.
-      ValueError: If there is no such source, builder or split, or if the dataset has no usable
-        image or is not stored for random access.
-    """
-    kind, _, builder_name = name.partition(":")
-    if name == "digits":
-        return digits(split)
-    if kind == "tfds" and builder_name:
-        return _tfds(builder_name, split, data_dir)
-    raise ValueError(f"unknown source {name!r}; use 'digits' or 'tfds:BUILDER'")

@@ -1,0 +1,91 @@
+"""Images per second that the input pipeline delivers: ``python -m benchmarks.input``.
+
+Crops of scikit-learn's two sample photographs are written as JPEG files of the sizes asked for,
+read from the file system's cache, cropped to 256x256 and flipped. Variants take turns, a few
+batches each, every round; figures are medians over rounds. A model that trains on N images a
+second needs as many from here.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from ant_jax import data
+
+
+def parse():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", nargs="+", default=["256x256", "500x375"], help="WIDTHxHEIGHT")
+    parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--images", type=int, default=200, help="number of files")
+    parser.add_argument("--rounds", type=int, default=8)
+    return parser.parse_args()
+
+
+def main():
+    args = parse()
+    with tempfile.TemporaryDirectory() as folder:
+        streams = {}
+        for size in args.sizes:
+            directory = Path(folder) / size
+            write_images(directory, *map(int, size.split("x")), args.images)
+            source = data.folder(directory, "")
+            for workers in args.workers:
+                streams[size, workers] = data.batches(
+                    source,
+                    batch_size=args.batch,
+                    seed=0,
+                    image_size=256,
+                    crop="center",
+                    flip=True,
+                    num_workers=workers,
+                )
+        rates = {key: [] for key in streams}
+        for round_number in range(args.rounds + 1):
+            for key, stream in streams.items():
+                # What was prepared while the others had their turn does not count.
+                drain(stream)
+                begin = time.perf_counter()
+                for _ in range(4):
+                    next(stream)
+                # The first round starts the workers.
+                if round_number:
+                    rates[key].append(4 * args.batch / (time.perf_counter() - begin))
+        for stream in streams.values():
+            stream.close()
+    print("| JPEG files | workers | images per second |\n| --- | --- | --- |")
+    for (size, workers), rate in rates.items():
+        print(f"| {size} | {workers} | {np.median(rate):.0f} |")
+
+
+def write_images(directory, width, height, num):
+    """Random crops of the photographs, 427 pixels high, enlarged where they are too small."""
+    directory.mkdir()
+    rng = np.random.default_rng(0)
+    photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
+    for i in range(num):
+        picture = photographs[i % 2]
+        scale = min(1, picture.width / width, picture.height / height)
+        w, h = int(width * scale), int(height * scale)
+        left, top = rng.integers(picture.width - w + 1), rng.integers(picture.height - h + 1)
+        crop = picture.crop((left, top, left + w, top + h)).resize((width, height))
+        crop.save(directory / f"{i:05d}.jpg", quality=90)
+
+
+def drain(stream):
+    """Takes batches until one has not been waiting."""
+    for _ in range(100):
+        begin = time.perf_counter()
+        next(stream)
+        if time.perf_counter() - begin > 0.02:
+            return
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""A small diffusion transformer on a folder of your own images, at 64x64 pixels.
+
+  python -m ant_jax.main --config configs/folder64.py --config.data.dir=DIR
+  python -m ant_jax.main --config configs/folder64.py:uncertainty --config.data.dir=DIR
+
+DIR holds JPEG, PNG or WebP files. If they lie in a subfolder for each class, add
+--config.model.conditional=True; if there is a folder above for each split, as in
+DIR/train/CLASS/*.jpg, add --config.data.split=train. Hardware: one GPU; a step takes
+seconds on CPUs.
+The settings are a starting point, not tuned: no result to expect.
+"""
+
+from configs import digits
+
+
+def get_config(argument: str = "nash,snr"):
+    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    config = digits.get_config(argument)
+    config.num_steps = 100_000
+    config.data.name = "folder"
+    config.data.split = ""
+    config.data.image_size = 64
+    config.data.crop = "center"
+    config.data.flip = True
+    config.data.num_workers = 2
+    config.model.width = 384
+    config.model.depth = 8
+    config.model.heads = 6
+    config.model.conditional = False
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.warmup_steps = 1000
+    config.ema_decay = 0.9995
+    config.checkpoint.every = 1000
+    config.sample.every = 2000
+    config.sample.batch_size = 100
+    config.sample.num = 100
+    config.evaluation.features = ""
+    config.evaluation.split = ""
+    return config
