@@ -71,10 +71,9 @@ class Autoencoder(nn.Module):
         """Makes the four parts."""
         shared = (self.width, self.multipliers, self.blocks, self.dtype)
         numbers = self.latent_channels if self.codebook else 2 * self.latent_channels
-        conv = functools.partial(nn.Conv, kernel_size=(1, 1), dtype=self.dtype)
         self.encoder = _Encoder(*shared, numbers)
-        self.quant_conv = conv(numbers)
-        self.post_quant_conv = conv(self.latent_channels)
+        self.quant_conv = nn.Dense(numbers, dtype=self.dtype)
+        self.post_quant_conv = nn.Dense(self.latent_channels, dtype=self.dtype)
         self.decoder = _Decoder(*shared, self.channels)
         if self.codebook:
             scale = 1 / self.codebook
@@ -191,7 +190,7 @@ class _Block(nn.Module):
         h = nn.silu(_GroupNorm(name="norm2")(h)).astype(self.dtype)
         h = conv(name="conv2")(h)
         if x.shape[-1] != self.features:
-            x = conv(kernel_size=(1, 1), padding=0, name="shortcut")(x)
+            x = nn.Dense(self.features, dtype=self.dtype, name="shortcut")(x)
         return x + h
 
 

@@ -1,0 +1,132 @@
+import importlib.util
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ant_jax.interop.autoencoder_names import autoencoder_from_torch
+from ant_jax.models.autoencoder import Autoencoder
+
+RECORDED = Path(__file__).parents[1] / "data" / "autoencoder"
+_spec = importlib.util.spec_from_file_location("record", RECORDED / "record.py")
+record = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(record)
+
+TINY = dict(width=32, multipliers=(1, 2, 2), blocks=1)
+MODELS = {
+    "kl": Autoencoder(**TINY),
+    "vq": Autoencoder(**TINY, latent_channels=3, codebook=50),
+}
+
+
+def paper_name(name):
+    """What the paper's code calls a weight that diffusers calls so; both as of 2024."""
+    parts = name.split(".")
+    if parts[1] == "mid_block":
+        kind, number, *rest = parts[2:]
+        inner = {"resnets": f"block_{int(number) + 1}", "attentions": "attn_1"}[kind]
+        parts = [parts[0], "mid", inner, *rest]
+    elif parts[1] in ("down_blocks", "up_blocks"):
+        way = parts[1].removesuffix("_blocks")
+        level = int(parts[2]) if way == "down" else 2 - int(parts[2])
+        inner = ["block", parts[4]] if parts[3] == "resnets" else [f"{way}sample"]
+        parts = [parts[0], way, str(level), *inner, *parts[5:]]
+    text = ".".join(parts)
+    for theirs, papers in (
+        ("conv_shortcut", "nin_shortcut"),
+        ("conv_norm_out", "norm_out"),
+        ("attn_1.group_norm", "attn_1.norm"),
+        ("to_out.0", "proj_out"),
+        ("to_q", "q"),
+        ("to_k", "k"),
+        ("to_v", "v"),
+    ):
+        text = text.replace(theirs, papers)
+    return text
+
+
+def load(name, names):
+    """The recording, and its weights by the names of diffusers or of the paper's code."""
+    with np.load(RECORDED / f"{name}.npz") as stored:
+        recorded = dict(stored)
+    state = {}
+    for key, shape in zip(recorded["names"], recorded["shapes"], strict=True):
+        value = record.weight(str(key), tuple(map(int, str(shape).split())))
+        if names == "paper":
+            key = paper_name(str(key))
+            if "attn_1" in key and value.ndim == 2:
+                value = value[:, :, None, None]
+        state[str(key)] = value
+    if names == "paper":
+        state["loss.logvar"] = np.zeros(())
+    return recorded, state
+
+
+@pytest.mark.parametrize("names", ["diffusers", "paper"])
+@pytest.mark.parametrize("name", ["kl", "vq"])
+def test_weights_of_others_give_their_numbers(name, names):
+    recorded, state = load(name, names)
+    model, variables = MODELS[name], {"params": autoencoder_from_torch(state)}
+    fresh = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
+    assert shapes(variables) == shapes(fresh)
+    images = recorded["images"].transpose(0, 2, 3, 1)
+    latent = jax.jit(lambda v, x: model.apply(v, x, method="encode"))(variables, images)
+    assert_close(latent.mean, recorded["mean"])
+    assert_close(latent.std, recorded["std"])
+    mean = recorded["mean"].transpose(0, 2, 3, 1)
+    decoded = jax.jit(lambda v, x: model.apply(v, x, method="decode"))(variables, mean)
+    assert_close(decoded, recorded["decoded"])
+
+
+def assert_close(ours, theirs):
+    theirs = theirs.transpose(0, 2, 3, 1)
+    assert ours.shape == theirs.shape and ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max() + 1e-30)
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        # KL-f8 of Stable Diffusion and VQ-f4 of LDM (55.3 M in the paper's table 8).
+        (Autoencoder(), 83_653_863),
+        (Autoencoder(multipliers=(1, 2, 4), latent_channels=3, codebook=8192), 55_322_782),
+    ],
+    ids=["KL-f8", "VQ-f4"],
+)
+def test_published_numbers_of_parameters(model, count):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def test_bfloat16_activations_leave_parameters_and_results_in_float32():
+    model = Autoencoder(**TINY, dtype=jnp.bfloat16)
+    images = jax.ShapeDtypeStruct((2, 16, 16, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    latent = jax.eval_shape(lambda v, x: model.apply(v, x, method="encode"), shapes, images)
+    assert latent.mean.shape == latent.std.shape == (2, 4, 4, 4)
+    assert latent.mean.dtype == latent.std.dtype == jnp.float32
+    decoded = jax.eval_shape(model.apply, shapes, images)
+    assert decoded.shape == images.shape and decoded.dtype == jnp.float32
+
+
+def test_a_latent_on_the_codebook_is_its_own_neighbour():
+    model = MODELS["vq"]
+    params = autoencoder_from_torch(load("vq", "diffusers")[1])
+    codes = params["embedding"][np.arange(50).reshape(1, 5, 10)]
+    near = codes + np.random.default_rng(0).normal(0, 1e-3, codes.shape)
+    quantise = lambda latents: model.apply(
+        {"params": params}, latents, method=lambda module, x: module._quantise(x)
+    )
+    np.testing.assert_array_equal(quantise(np.float32(near)), codes)
+
+
+def test_what_cannot_be_is_said():
+    with pytest.raises(ValueError, match="width must be a multiple of 32, not 40"):
+        Autoencoder(width=40)
+    for shape in ((1, 16, 18, 3), (1, 16, 16, 1)):
+        with pytest.raises(ValueError, match=r"with H and W multiples of 4, not \(1, 16"):
+            jax.eval_shape(MODELS["kl"].init, jax.random.key(0), jnp.zeros(shape))
