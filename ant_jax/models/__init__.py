@@ -1,1 +1,6 @@
 """Denoising networks, as Flax Linen modules."""
+
+from ant_jax.models.dit import DiT
+from ant_jax.models.unet import UNet
+
+__all__ = ["DiT", "UNet"]

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ant_jax.models.timesteps import MAX_PERIOD, timestep_features
+
 # Table 1 of the paper.
 SIZES = {
     "S": dict(depth=12, width=384, heads=6),
@@ -22,7 +24,6 @@ SIZES = {
 }
 
 _TIMESTEP_FEATURES = 256
-_MAX_PERIOD = 10_000
 _MLP_RATIO = 4
 
 _Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
@@ -127,7 +128,8 @@ class DiT(nn.Module):
         x += _positions(rows, columns, self.width).astype(x.dtype)
 
         embedding = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
-        condition = embedding(self.width, name="timestep_hidden")(_timestep_features(t))
+        features = timestep_features(t, _TIMESTEP_FEATURES)
+        condition = embedding(self.width, name="timestep_hidden")(features)
         condition = embedding(self.width, name="timestep_embedding")(nn.silu(condition))
         if y is not None:
             condition += nn.Embed(
@@ -181,18 +183,10 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def _timestep_features(t: jax.Array) -> jax.Array:
-    """Cosines then sines of t (B,) at geometric frequencies: (B, 256) float32."""
-    half = _TIMESTEP_FEATURES // 2
-    frequencies = np.float32(_MAX_PERIOD ** (-np.arange(half) / half))
-    angles = t.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
 def _positions(rows: int, columns: int, width: int) -> np.ndarray:
     """Fixed 2-D encoding (rows * columns, width): the column in the first half, then the row."""
     quarter = width // 4
-    frequencies = _MAX_PERIOD ** (-np.arange(quarter) / quarter)
+    frequencies = MAX_PERIOD ** (-np.arange(quarter) / quarter)
     row, column = np.divmod(np.arange(rows * columns), columns)
     parts = []
     for coordinate in (column, row):

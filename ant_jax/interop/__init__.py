@@ -1,0 +1,1 @@
+"""Weights of others' code as parameters of the networks here."""

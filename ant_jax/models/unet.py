@@ -1,0 +1,312 @@
+"""The UNets of ADM and of LDM: residual blocks and self-attention at several resolutions.
+
+Dhariwal & Nichol, *Diffusion Models Beat GANs on Image Synthesis* (NeurIPS 2021, arXiv 2105.05233),
+section 3; Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models* (CVPR
+2022, arXiv 2112.10752), whose unconditional UNet is the same network with other settings.
+
+Parameters correspond one to one to those of the papers' code (openai/guided-diffusion, `unet.py`;
+CompVis/latent-diffusion, `openaimodel.py`): module `input_3_1` here is `input_blocks.3.1` there,
+`middle_2` is `middle_block.2` and `output_5_0` is `output_blocks.5.0`. Kernels are transposed only.
+The 3 C channels of `qkv` are ordered by head first, and by query, key and value inside a head, as
+in that code with its default attention order. `ant_jax.interop.unet_names` has the table of names.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ant_jax.models.timesteps import timestep_features
+
+# ADM's settings are the flags that its repository lists for its checkpoints, LDM's those of its
+# configs for FFHQ and CelebA-HQ, on latents of 64 x 64 x 3. The light ADM for 256 x 256 pixels is
+# that of Choi et al., *Perception Prioritized Training of Diffusion Models* (CVPR 2022).
+VARIANTS = {
+    "ADM-64": dict(
+        width=192,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=3,
+        attention_factors=(2, 4, 8),
+        head_channels=64,
+    ),
+    "ADM-256": dict(
+        width=256,
+        channel_mult=(1, 1, 2, 2, 4, 4),
+        num_res_blocks=2,
+        attention_factors=(8, 16, 32),
+        head_channels=64,
+    ),
+    "ADM-light-256": dict(
+        width=128,
+        channel_mult=(1, 1, 2, 2, 4, 4),
+        num_res_blocks=1,
+        attention_factors=(16,),
+        head_channels=64,
+    ),
+    "LDM-4": dict(
+        width=224,
+        channel_mult=(1, 2, 3, 4),
+        num_res_blocks=2,
+        attention_factors=(2, 4, 8),
+        head_channels=32,
+        scale_shift_norm=False,
+        resblock_updown=False,
+    ),
+}
+
+_GROUPS = 32
+
+# A third of the variance of LeCun's, which is how PyTorch, and so the papers' code, begins.
+_kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+_Dense = functools.partial(nn.Dense, kernel_init=_kernel_init)
+_ZeroDense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
+# An explicit padding: with "SAME", a stride of 2 would pad at the far side only.
+_Conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=_kernel_init)
+_ZeroConv = functools.partial(_Conv, kernel_init=nn.initializers.zeros)
+# Computes in float32 inside, whatever the type of its input and output.
+_GroupNorm = functools.partial(nn.GroupNorm, num_groups=_GROUPS, epsilon=1e-5)
+
+
+def unet(variant: str, **fields: Any) -> "UNet":
+    """Builds a UNet of a published architecture, e.g. `unet("LDM-4", channels=3)`.
+
+    Args:
+      variant: A key of `VARIANTS`: "ADM-64", "ADM-256", "ADM-light-256" or "LDM-4".
+      **fields: The other fields of `UNet`, or replacements of the variant's.
+
+    Returns:
+      The module, not yet initialised.
+
+    Raises:
+      ValueError: If the variant is unknown.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}.")
+    return UNet(**VARIANTS[variant] | fields)
+
+
+class UNet(nn.Module):
+    """The UNet of ADM (Dhariwal & Nichol 2021) or, by its settings, of LDM (Rombach et al. 2022).
+
+    It is called as `DiT` is. The output is exactly zero at initialisation, and so is what each
+    residual block and each attention adds to its input. Biases begin at zero, where the papers'
+    code draws them. Parameters are float32 whatever `dtype` is, as are the inside of group norms,
+    the embedding of timestep and label, and the output layer. There is no dropout.
+
+    Attributes:
+      width: Channels at a multiplier of 1, and features of the sinusoidal timestep encoding.
+      channel_mult: Channels at each level, in multiples of `width`; each level after the first has
+        half the resolution of the one before. A level's channels are a multiple of 32.
+      num_res_blocks: Residual blocks a level on the way down; there is one more on the way up.
+      attention_factors: The downsampling factors, powers of 2, at which attention follows each
+        residual block: 8 is at 32 x 32 for an image of 256 x 256. Always in the middle as well.
+      head_channels: Channels of an attention head; divides the channels wherever attention is.
+      channels: Channels C of the input.
+      num_classes: Number of classes; 0 makes an unconditional model, without label table.
+      learned_variance: Whether to return C further channels that parametrise the variance.
+      scale_shift_norm: Whether the condition scales and shifts the normalised activations, as in
+        ADM, or is added to them before the norm, as in LDM.
+      resblock_updown: Whether the resolution changes inside a residual block, as in ADM, or by a
+        convolution, as in LDM.
+      dtype: Type of the activations.
+      remat: Whether to recompute the activations of each residual block and each attention in the
+        backward pass, which trades time for memory and changes neither parameters nor values.
+
+    Raises:
+      ValueError: On construction, if a field is not as above.
+    """
+
+    width: int
+    channel_mult: tuple[float, ...]
+    num_res_blocks: int
+    attention_factors: tuple[int, ...]
+    head_channels: int
+    channels: int
+    num_classes: int = 0
+    learned_variance: bool = False
+    scale_shift_norm: bool = True
+    resblock_updown: bool = True
+    dtype: Any = jnp.float32
+    remat: bool = False
+
+    def __post_init__(self):
+        if self.width < 1 or self.width % 2:
+            raise ValueError(f"width must be positive and even, not {self.width}.")
+        if not self.channel_mult:
+            raise ValueError("channel_mult must have at least one level.")
+        if self.num_res_blocks < 1:
+            raise ValueError(f"num_res_blocks must be at least 1, not {self.num_res_blocks}.")
+        factors = [2**level for level in range(len(self.channel_mult))]
+        for factor in self.attention_factors:
+            if factor not in factors:
+                raise ValueError(f"attention_factors must be among {factors}, not {factor}.")
+        for factor, mult in zip(factors, self.channel_mult, strict=True):
+            channels = self.width * mult
+            if channels <= 0 or channels % _GROUPS:
+                raise ValueError(
+                    f"width * channel_mult must be a multiple of {_GROUPS}, the groups of a group "
+                    f"norm, not {self.width} * {mult}."
+                )
+            attends = factor in self.attention_factors or factor == factors[-1]
+            if attends and (self.head_channels < 1 or channels % self.head_channels):
+                raise ValueError(
+                    f"head_channels must divide the {channels} channels at the downsampling factor "
+                    f"{factor}, where attention is, not {self.head_channels}."
+                )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array | None = None) -> jax.Array:
+        """Predicts the noise, and the variance parameters if the model learns them.
+
+        Args:
+          x: Noisy input (B, H, W, C), with H and W multiples of 2 to the number of levels less one.
+          t: Timesteps (B,), integers or the floats of a respaced process.
+          y: Labels (B,), integers in `[0, num_classes]`, where `num_classes` is the null class of
+            classifier-free guidance, or None for an unconditional model. Dropping labels is left
+            to the caller.
+
+        Returns:
+          Float32 array (B, H, W, C), or (B, H, W, 2C) with the noise in the first C channels and
+          the variance in the last C.
+
+        Raises:
+          ValueError: If the shape of `x` doesn't fit `channel_mult` and `channels`, or if labels
+            are missing from a class-conditional model or given to an unconditional one.
+        """
+        levels = len(self.channel_mult)
+        multiple = 2 ** (levels - 1)
+        if x.shape[1] % multiple or x.shape[2] % multiple or x.shape[3] != self.channels:
+            raise ValueError(
+                f"x must have shape (B, H, W, {self.channels}) with H and W multiples of "
+                f"{multiple}, for {levels} levels, not {x.shape}."
+            )
+        if (y is None) != (self.num_classes == 0):
+            raise ValueError(
+                f"y must be {'given' if self.num_classes else 'None'} for {self.num_classes} "
+                "classes."
+            )
+
+        condition = timestep_features(t, self.width)
+        condition = _Dense(4 * self.width, name="timestep_hidden")(condition)
+        condition = _Dense(4 * self.width, name="timestep_embedding")(nn.silu(condition))
+        if y is not None:
+            condition += nn.Embed(
+                self.num_classes + 1,
+                4 * self.width,
+                embedding_init=nn.initializers.normal(1.0),
+                name="label_embedding",
+            )(y)
+        # Every residual block begins with this SiLU of the condition, so it is taken once.
+        condition = nn.silu(condition).astype(self.dtype)
+
+        remat = nn.remat if self.remat else lambda module: module
+        block = functools.partial(
+            remat(_ResidualBlock), scale_shift_norm=self.scale_shift_norm, dtype=self.dtype
+        )
+        attention = functools.partial(
+            remat(_Attention), head_channels=self.head_channels, dtype=self.dtype
+        )
+        channels = [int(self.width * mult) for mult in self.channel_mult]
+        attends = [2**level in self.attention_factors for level in range(levels)]
+
+        x = _Conv(channels[0], dtype=self.dtype, name="input_0_0")(x)
+        skips = [x]
+        for level in range(levels):
+            for _ in range(self.num_res_blocks):
+                name = f"input_{len(skips)}"
+                x = block(channels[level], name=f"{name}_0")(x, condition)
+                if attends[level]:
+                    x = attention(name=f"{name}_1")(x)
+                skips.append(x)
+            if level < levels - 1:
+                name = f"input_{len(skips)}_0"
+                if self.resblock_updown:
+                    x = block(channels[level], resample=_halve, name=name)(x, condition)
+                else:
+                    x = _Conv(channels[level], strides=2, dtype=self.dtype, name=name)(x)
+                skips.append(x)
+
+        x = block(channels[-1], name="middle_0")(x, condition)
+        x = attention(name="middle_1")(x)
+        x = block(channels[-1], name="middle_2")(x, condition)
+
+        num_skips = len(skips)
+        for level in reversed(range(levels)):
+            for _ in range(self.num_res_blocks + 1):
+                name = f"output_{num_skips - len(skips)}"
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = block(channels[level], name=f"{name}_0")(x, condition)
+                if attends[level]:
+                    x = attention(name=f"{name}_1")(x)
+            if level > 0:
+                name = f"{name}_{1 + attends[level]}"
+                if self.resblock_updown:
+                    x = block(channels[level], resample=_double, name=name)(x, condition)
+                else:
+                    x = _Conv(channels[level], dtype=self.dtype, name=name)(_double(x))
+
+        x = nn.silu(_GroupNorm(dtype=jnp.float32, name="output_norm")(x))
+        outputs = self.channels * (2 if self.learned_variance else 1)
+        return _ZeroConv(outputs, dtype=jnp.float32, name="output")(x)
+
+
+class _ResidualBlock(nn.Module):
+    """(B, H, W, C) and a condition (B, D) to (B, H, W, features), resampled where asked for."""
+
+    features: int
+    scale_shift_norm: bool
+    dtype: Any
+    resample: Callable[[jax.Array], jax.Array] | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
+        h = nn.silu(_GroupNorm(dtype=self.dtype, name="norm_1")(x))
+        if self.resample:
+            h, x = self.resample(h), self.resample(x)
+        h = _Conv(self.features, dtype=self.dtype, name="conv_1")(h)
+
+        norm = _GroupNorm(dtype=self.dtype, name="norm_2")
+        outputs = self.features * (2 if self.scale_shift_norm else 1)
+        modulation = _Dense(outputs, dtype=self.dtype, name="modulation")(condition)
+        modulation = modulation[:, None, None]
+        if self.scale_shift_norm:
+            scale, shift = jnp.split(modulation, 2, axis=-1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + modulation)
+        h = _ZeroConv(self.features, dtype=self.dtype, name="conv_2")(nn.silu(h))
+
+        if x.shape[-1] != self.features:
+            x = _Dense(self.features, dtype=self.dtype, name="skip")(x)
+        return x + h
+
+
+class _Attention(nn.Module):
+    """Self-attention over all positions of (B, H, W, C), added to the input."""
+
+    head_channels: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        batch, height, width, channels = x.shape
+        heads = channels // self.head_channels
+        h = _GroupNorm(dtype=self.dtype, name="norm")(x)
+        h = _Dense(3 * channels, dtype=self.dtype, name="qkv")(h)
+        h = h.reshape(batch, height * width, heads, 3, self.head_channels)
+        h = jax.nn.dot_product_attention(*jnp.unstack(h, axis=3))
+        return x + _ZeroDense(channels, dtype=self.dtype, name="output")(h.reshape(x.shape))
+
+
+def _halve(x: jax.Array) -> jax.Array:
+    """Means of 2 x 2 positions."""
+    return nn.avg_pool(x, (2, 2), (2, 2))
+
+
+def _double(x: jax.Array) -> jax.Array:
+    """Nearest neighbours: every position becomes 2 x 2."""
+    return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

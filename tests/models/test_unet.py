@@ -1,0 +1,253 @@
+"""UNet against recorded outputs of the ADM code and against published sizes."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ant_jax.interop.unet_names import unet_from_torch
+from ant_jax.models.unet import UNet, unet
+
+RECORDS = Path(__file__).parents[1] / "data" / "unet"
+COMMON = dict(num_res_blocks=1, attention_factors=(2,), head_channels=16, channels=3)
+# The settings of tests/data/unet/record.py.
+MODELS = {
+    "adm": UNet(width=16, channel_mult=(2, 2), num_classes=4, learned_variance=True, **COMMON),
+    "ldm": UNet(
+        width=32, channel_mult=(1, 2), scale_shift_norm=False, resblock_updown=False, **COMMON
+    ),
+}
+# The least that has every kind of module.
+TINY = dict(COMMON, width=32, channel_mult=(1, 1), attention_factors=(1,))
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def _record(name):
+    """State dict, inputs (x, t and y or nothing) and output."""
+    arrays = dict(np.load(RECORDS / f"{name}.npz"))
+    x = np.moveaxis(arrays.pop("x"), 1, -1).astype(np.float32)
+    labels = [arrays.pop("y")] if "y" in arrays else []
+    inputs = (x, arrays.pop("t"), *labels)
+    output = np.moveaxis(arrays.pop("output"), 1, -1)
+    return arrays, inputs, output
+
+
+@functools.cache
+def _params(name):
+    return unet_from_torch(_record(name)[0])
+
+
+@functools.cache
+def _compiled(name):
+    return jax.jit(lambda params, *inputs: MODELS[name].apply({"params": params}, *inputs))
+
+
+def _apply(name, *inputs, params=None):
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(_compiled(name)(params or _params(name), *inputs))
+
+
+def _shapes(model, size=8):
+    x = jax.ShapeDtypeStruct((1, size, size, model.channels), jnp.float32)
+    integers = jax.ShapeDtypeStruct((1,), jnp.int32)
+    labels = [integers] if model.num_classes else []
+    return jax.eval_shape(model.init_with_output, KEY, x, integers, *labels)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parity_with_the_recorded_output(name):
+    state, inputs, expected = _record(name)
+    assert 0.1 < expected.std() < 10
+    output = _apply(name, *inputs)
+    assert output.shape == expected.shape
+    assert abs(output - expected).max() < 1e-4 * abs(expected).max()
+    # Every weight of the record has its place, and every parameter its weight.
+    shapes = jax.tree.map(lambda p: p.shape, _shapes(MODELS[name])[1]["params"])
+    assert jax.tree.map(np.shape, _params(name)) == shapes
+    null_class = 4 * MODELS[name].width if MODELS[name].num_classes else 0
+    assert sum(p.size for p in jax.tree.leaves(_params(name))) == null_class + sum(
+        w.size for w in state.values()
+    )
+
+
+@pytest.mark.parametrize(
+    "variant, size, num_classes, learned_variance, exact, published_millions",
+    [
+        # Dhariwal & Nichol 2021, table 11; their label tables have no null class.
+        ("ADM-64", 64, 1000, True, 295_904_454 + 4 * 192, 296),
+        ("ADM-256", 256, 1000, True, 553_838_086 + 4 * 256, 554),
+        # README of github.com/jychoi118/P2-weighting.
+        ("ADM-light-256", 256, 0, True, 93_563_910, 93),
+        # Rombach et al. 2022, table 12.
+        ("LDM-4", 64, 0, False, 274_056_163, 274),
+    ],
+)
+def test_published_parameter_counts(
+    variant, size, num_classes, learned_variance, exact, published_millions
+):
+    model = unet(variant, channels=3, num_classes=num_classes, learned_variance=learned_variance)
+    output, params = _shapes(model, size)
+    assert output.shape == (1, size, size, 6 if learned_variance else 3)
+    assert sum(p.size for p in jax.tree.leaves(params)) == exact
+    # Some round to the nearest million, some down.
+    assert abs(exact / 1e6 - published_millions) < 1
+
+
+def test_the_other_order_of_attention_channels():
+    state, _, _ = _record("adm")
+    reordered = dict(state)
+    for name, weight in state.items():
+        if "qkv" in name:
+            heads = weight.shape[0] // (3 * 16)
+            parts = weight.reshape(heads, 3, 16, *weight.shape[1:])
+            reordered[name] = np.concatenate(
+                [parts[head, part] for part in range(3) for head in range(heads)]
+            )
+    params = unet_from_torch(reordered, new_order_head_channels=16)
+    jax.tree.map(np.testing.assert_array_equal, params, _params("adm"))
+    plain = unet_from_torch(reordered)["middle_1"]["qkv"]["kernel"]
+    assert (plain != _params("adm")["middle_1"]["qkv"]["kernel"]).any()
+
+
+@pytest.mark.parametrize(
+    "name", ["input_blocks.0.0.running_mean", "input_blocks.1.0.in_layers.1.weight", "head.weight"]
+)
+def test_a_name_of_another_network(name):
+    with pytest.raises(ValueError, match=name):
+        unet_from_torch({name: np.zeros((2, 2))})
+
+
+def test_output_depends_on_timestep_label_and_nothing_but_the_own_example():
+    _, (x, t, y), _ = _record("adm")
+    output = _apply("adm", x, t, y)
+    for inputs in ((x, t + np.float32(20), y), (x, t, (y + 1) % 4)):
+        assert (abs(_apply("adm", *inputs) - output).max(axis=(1, 2, 3)) > 1e-3).all()
+    other = np.array([0, 1])
+    others = (x + other[:, None, None, None].astype(np.float32), t + np.float32(other), y - other)
+    np.testing.assert_allclose(_apply("adm", *others)[0], output[0], rtol=1e-4, atol=1e-4)
+
+
+def test_the_null_class_has_a_row_of_its_own():
+    _, (x, t, y), _ = _record("adm")
+    params = jax.tree.map(np.array, _params("adm"))
+    params["label_embedding"]["embedding"][4] += 1
+    for labels, changes in ((y, False), (np.full_like(y, 4), True)):
+        change = _apply("adm", x, t, labels, params=params) - _apply("adm", x, t, labels)
+        np.testing.assert_array_equal(abs(change).max(axis=(1, 2, 3)) > 1e-3, changes)
+
+
+def _initialised(model):
+    init = jax.jit(model.init_with_output)
+    return init(KEY, np.ones((1, 4, 4, 3), np.float32), np.zeros(1, np.int32))
+
+
+def test_initialisation():
+    output, params = _initialised(UNet(**{**TINY, "channel_mult": (1,)}))
+    np.testing.assert_array_equal(output, np.zeros((1, 4, 4, 3)))
+    kinds = set()
+    for path, p in jax.tree.leaves_with_path(jax.tree.map(np.asarray, params["params"])):
+        layer, kind = path[-2].key, path[-1].key
+        assert p.dtype == np.float32
+        if kind == "bias" or layer in ("conv_2", "output"):
+            assert (p == 0).all()
+        elif kind == "scale":
+            assert (p == 1).all()
+        else:
+            # PyTorch's limit of convolutions and linear layers.
+            limit = 1 / np.sqrt(np.prod(p.shape[:-1]))
+            assert abs(p).max() <= limit * (1 + 1e-6)
+            assert p.std() == pytest.approx(limit / np.sqrt(3), rel=0.1)
+        kinds.add((layer, kind))
+    assert {("conv_2", "kernel"), ("qkv", "kernel"), ("skip", "kernel")} <= kinds
+
+
+def test_remat_changes_neither_parameters_nor_values_nor_gradients():
+    # Two channels a group: a norm of one channel takes every bias before it away.
+    fields = {**TINY, "width": 64, "channel_mult": (1,)}
+    models = [UNet(**fields, remat=remat) for remat in (False, True)]
+    trees = [_shapes(model, 4) for model in models]
+    assert trees[0] == trees[1]
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), trees[0][1])
+    x = rng.normal(size=(2, 4, 4, 3)).astype(np.float32)
+
+    def loss(params, model):
+        return (model.apply(params, x, np.array([3, 700])) ** 2).mean()
+
+    losses = [functools.partial(loss, model=model) for model in models]
+    # Two modules on the way down, three in the middle, four on the way up.
+    for function, modules in zip(losses, (0, 2 + 3 + 4), strict=True):
+        equations = jax.make_jaxpr(function)(params).eqns
+        assert sum("remat" in e.primitive.name for e in equations) == modules
+    values, gradients = zip(
+        *(jax.jit(jax.value_and_grad(function))(params) for function in losses), strict=True
+    )
+    np.testing.assert_allclose(*values, rtol=1e-5)
+    for plain, remat in zip(*map(jax.tree.leaves, gradients), strict=True):
+        scale = np.abs(np.asarray(plain)).max()
+        assert np.isfinite(scale) and scale > 0
+        np.testing.assert_allclose(remat, plain, rtol=1e-3, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_types_of_activations_and_parameters(name):
+    model = MODELS[name].clone(dtype=jnp.bfloat16)
+    inputs = _record(name)[1]
+    apply = functools.partial(model.apply, capture_intermediates=True)
+    output, state = jax.eval_shape(apply, {"params": _params(name)}, *inputs)
+    dtypes = {
+        jax.tree_util.keystr(path, simple=True, separator="/").split("/__call__")[0]: value.dtype
+        for path, value in jax.tree.leaves_with_path(state["intermediates"])
+    }
+    assert output.dtype == dtypes["output"] == dtypes["output_norm"] == jnp.float32
+    assert dtypes["timestep_hidden"] == dtypes["timestep_embedding"] == jnp.float32
+    inside = {key for key in dtypes if key.startswith(("input_", "middle_", "output_"))}
+    inside -= {"output_norm"}
+    assert {"input_0_0", "middle_1/qkv", "output_3_0/norm_2", "input_2_0"} <= inside
+    assert {dtypes[key] for key in inside} == {jnp.dtype(jnp.bfloat16)}
+    assert {p.dtype for p in jax.tree.leaves(_shapes(model)[1])} == {jnp.dtype(jnp.float32)}
+
+
+def test_labels_are_given_to_models_with_classes_alone():
+    _, (x, t, y), _ = _record("adm")
+    with pytest.raises(ValueError, match="y must be given"):
+        MODELS["adm"].apply({"params": {}}, x, t)
+    with pytest.raises(ValueError, match="y must be None"):
+        MODELS["ldm"].apply({"params": {}}, x, t, y)
+    assert "label_embedding" not in _shapes(MODELS["ldm"])[1]["params"]
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 8, 3), (1, 8, 7, 3), (1, 8, 8, 4)])
+def test_bad_input_shape(shape):
+    with pytest.raises(ValueError, match=r"x must have shape \(B, H, W, 3\).* multiples of 2"):
+        MODELS["ldm"].apply({"params": {}}, np.zeros(shape), np.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "fields, match",
+    [
+        (dict(width=0), "width must be positive and even"),
+        (dict(width=33), "width must be positive and even"),
+        (dict(width=40), r"width \* channel_mult must be a multiple of 32.*not 40 \* 1"),
+        (dict(channel_mult=(1, 0.75)), r"not 32 \* 0.75"),
+        (dict(channel_mult=(1, 0)), r"not 32 \* 0"),
+        (dict(channel_mult=()), "channel_mult must have"),
+        (dict(num_res_blocks=0), "num_res_blocks must be at least 1, not 0"),
+        (dict(attention_factors=(4,)), r"attention_factors must be among \[1, 2\], not 4"),
+        (dict(head_channels=24), "head_channels must divide the 32 channels at .* factor 1"),
+        (dict(head_channels=24, attention_factors=()), "32 channels at .* factor 2"),
+        (dict(head_channels=0), "head_channels must divide"),
+    ],
+)
+def test_bad_fields(fields, match):
+    with pytest.raises(ValueError, match=match):
+        UNet(**{**TINY, **fields})
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="variant must be one of ADM-64, ADM-256,"):
+        unet("ADM-1024", channels=3)
