@@ -17,7 +17,7 @@ LAYERS = {
     "mtl": CORE,
     "diffusion": CORE,
     "models": CORE,
-    "interop": {"numpy"},
+    "interop": {"numpy", "ml_dtypes"},
     "transfer_gap": CORE | {"ant_jax.diffusion"},
     "train_step": CORE | {"ant_jax.mtl", "ant_jax.diffusion", "ant_jax.clustering"},
 }

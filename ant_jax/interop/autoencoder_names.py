@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ant_jax.interop.layout import kernel
+
 # The names of diffusers as those of the paper's code, but for the order of the decoder's levels.
 _DIFFUSERS = (
     (r"\.(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r".\1.\2.block.\3."),
@@ -59,15 +61,9 @@ def autoencoder_from_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
         *path, kind = name.split(".")
         value = np.asarray(value, np.float32)
         if kind == "weight":
-            kind, value = ("scale", value) if value.ndim == 1 else ("kernel", _kernel(value))
+            kind, value = ("scale", value) if value.ndim == 1 else ("kernel", kernel(value))
         node = params
         for key in path:
             node = node.setdefault(key, {})
         node[kind] = value
     return params
-
-
-def _kernel(weight):
-    """(out, in, *spatial) to (*spatial, in, out), or (in, out) where it sees one position only."""
-    kernel = np.moveaxis(weight, (1, 0), (-2, -1))
-    return kernel.reshape(kernel.shape[-2:]) if kernel[..., 0, 0].size == 1 else kernel

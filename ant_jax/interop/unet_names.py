@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from ant_jax.interop.layout import kernel
+
 _PLACE = re.compile(r"(input|middle|output)_blocks?(?:\.(\d+))?\.(\d+)(?:\.|$)")
 
 # What a place of the network holds; what is the place itself has no name of its own here.
@@ -69,7 +71,7 @@ def unet_from_torch(
         if path == ("label_embedding",):
             kind, value = "embedding", np.pad(value, ((0, 1), (0, 0)))
         elif kind == "weight":
-            kind, value = ("scale", value) if value.ndim == 1 else ("kernel", _kernel(value))
+            kind, value = ("scale", value) if value.ndim == 1 else ("kernel", kernel(value))
         node = params
         for key in path:
             node = node.setdefault(key, {})
@@ -84,9 +86,3 @@ def _path(layer: str) -> tuple[str, ...] | None:
         return (_OUTSIDE[layer],) if layer in _OUTSIDE else None
     inside = _INSIDE.get(layer[place.end() :])
     return None if inside is None else ("_".join(filter(None, place.groups())), *inside)
-
-
-def _kernel(weight: np.ndarray) -> np.ndarray:
-    """(out, in, *spatial) to (*spatial, in, out), or (in, out) where it sees one position only."""
-    kernel = np.moveaxis(weight, (1, 0), (-2, -1))
-    return kernel.reshape(kernel.shape[-2:]) if kernel[..., 0, 0].size == 1 else kernel

@@ -1,0 +1,203 @@
+"""Pickles of plain containers, read without running anything they name.
+
+Not `pickle.Unpickler` with a list of allowed names: that one still calls what it has on its stack,
+sets attributes, hashes what it is told to and allocates what it is told to. Here nothing from the
+file is imported, so that there is nothing to call.
+"""
+
+import dataclasses
+import pickletools
+from collections.abc import Callable, Mapping
+from typing import Any, BinaryIO
+
+
+@dataclasses.dataclass(frozen=True)
+class Global:
+    """A class or function that a pickle mentions; only its name is kept.
+
+    Attributes:
+      name: Module and name, such as "torch.float32".
+    """
+
+    name: str
+
+
+# Deeper keys would be hashed recursively in C, which overflows the stack.
+_KEYS = (str, int, float, bool, bytes, type(None), Global)
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE"),
+    *("BINUNICODE8", "SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
+}
+_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+
+
+def load(
+    stream: BinaryIO,
+    builders: Mapping[str, Callable[..., Any]],
+    set_state: Callable[[Any, Any], None],
+    persistent: Callable[[Any], Any],
+) -> Any:
+    """Reads one pickle of plain containers, of any protocol.
+
+    Args:
+      stream: The pickle, with `read`, `readline` and `tell`; left behind its end. `read(n)` must
+        not allocate more than there is.
+      builders: What to call, by its own choice of name, for the constructions that are allowed.
+        It gets the arguments in the file and raises ValueError or TypeError if they don't fit.
+      set_state: Gets an object and the state that the file has for it; raises ValueError for
+        objects that have none.
+      persistent: Returns the object of a persistent id.
+
+    Returns:
+      Nested dict, list, tuple, set, str, int, float, bool, None and bytes, with what builders and
+      `persistent` returned, and a `Global` for each class or function mentioned but not called.
+
+    Raises:
+      ValueError: If the pickle is damaged, or makes anything that is not as above.
+    """
+    stack, outer, memo = [], [], {}
+
+    def to_mark():
+        nonlocal stack
+        items, stack = stack, outer.pop()
+        return items
+
+    try:
+        for opcode, arg, _ in pickletools.genops(stream):
+            match opcode.name:
+                case "PROTO" | "FRAME":
+                    pass
+                case name if name in _LITERALS:
+                    stack.append(arg)
+                case name if name in _CONSTANTS:
+                    stack.append(_CONSTANTS[name])
+                case "EMPTY_DICT":
+                    stack.append({})
+                case "EMPTY_LIST":
+                    stack.append([])
+                case "EMPTY_SET":
+                    stack.append(set())
+                case name if name in _TUPLES:
+                    items = [stack.pop() for _ in range(_TUPLES[name])]
+                    stack.append(tuple(reversed(items)))
+                case "MARK":
+                    outer.append(stack)
+                    stack = []
+                case "TUPLE":
+                    items = to_mark()
+                    stack.append(tuple(items))
+                case "LIST":
+                    items = to_mark()
+                    stack.append(items)
+                case "DICT":
+                    items = to_mark()
+                    stack.append({})
+                    _update(stack[-1], items)
+                case "APPEND":
+                    items = [stack.pop()]
+                    _extend(stack[-1], items)
+                case "APPENDS":
+                    items = to_mark()
+                    _extend(stack[-1], items)
+                case "ADDITEMS":
+                    items = to_mark()
+                    _add(stack[-1], items)
+                case "SETITEM":
+                    value, key = stack.pop(), stack.pop()
+                    _update(stack[-1], [key, value])
+                case "SETITEMS":
+                    items = to_mark()
+                    _update(stack[-1], items)
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    memo[arg] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    stack.append(memo[arg])
+                case "GLOBAL":
+                    stack.append(Global(arg.replace(" ", ".", 1)))
+                case "STACK_GLOBAL":
+                    name, module = stack.pop(), stack.pop()
+                    if not (type(name) is type(module) is str):
+                        raise ValueError("a global whose name is not a string")
+                    stack.append(Global(f"{module}.{name}"))
+                case "BINPERSID":
+                    stack.append(persistent(stack.pop()))
+                case "REDUCE" | "NEWOBJ":
+                    arguments, function = stack.pop(), stack.pop()
+                    stack.append(_build(builders, function, arguments))
+                case "NEWOBJ_EX":
+                    keywords, arguments, function = stack.pop(), stack.pop(), stack.pop()
+                    if type(keywords) is not dict or keywords:
+                        raise refusal(function)
+                    stack.append(_build(builders, function, arguments))
+                case "INST":
+                    raise refusal(Global(arg.replace(" ", ".", 1)))
+                case "OBJ":
+                    raise refusal(to_mark()[0])
+                case "BUILD":
+                    state = stack.pop()
+                    set_state(stack[-1], state)
+                case "STOP":
+                    return stack.pop()
+                case name:
+                    raise ValueError(f"the instruction {name}, which no plain object needs")
+    except (IndexError, KeyError) as error:
+        raise ValueError(f"a damaged pickle, before byte {stream.tell()}") from error
+    raise AssertionError("genops ends with STOP or raises")
+
+
+def refusal(what: Any) -> ValueError:
+    """Returns the error for what is neither plain nor allowed; `what` is most often a `Global`."""
+    name = what.name if type(what) is Global else f"a {type(what).__name__}"
+    return ValueError(
+        f"it uses {name} to make something other than a tensor or plain container. Nothing was "
+        "run. If you trust the file, load it with torch and save its state_dict alone"
+    )
+
+
+def is_key(value: Any) -> bool:
+    """Whether a value may be a key of a dict or an element of a set."""
+    return type(value) in _KEYS or (
+        type(value) is tuple and all(type(element) in _KEYS for element in value)
+    )
+
+
+def _build(builders, function, arguments):
+    if type(function) is not Global or function.name not in builders:
+        raise refusal(function)
+    if type(arguments) is not tuple:
+        raise ValueError(f"arguments of {function.name} that are no tuple")
+    try:
+        return builders[function.name](*arguments)
+    except TypeError as error:
+        raise ValueError(f"unfit arguments of {function.name}: {error}") from error
+
+
+def _update(target, items):
+    if type(target) is not dict or len(items) % 2:
+        raise ValueError("a damaged pickle: keys and values without a dict")
+    keys = items[::2]
+    _check_keys(keys)
+    target.update(zip(keys, items[1::2], strict=True))
+
+
+def _extend(target, items):
+    if type(target) is not list:
+        raise ValueError("a damaged pickle: elements without a list")
+    target.extend(items)
+
+
+def _add(target, items):
+    if type(target) is not set:
+        raise ValueError("a damaged pickle: elements without a set")
+    _check_keys(items)
+    target.update(items)
+
+
+def _check_keys(keys):
+    for key in keys:
+        if not is_key(key):
+            raise ValueError(f"a {type(key).__name__} that is not plain as a key")
