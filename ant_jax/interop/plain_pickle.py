@@ -44,11 +44,12 @@ def load(
     Args:
       stream: The pickle, with `read`, `readline` and `tell`; left behind its end. `read(n)` must
         not allocate more than there is.
-      builders: What to call, by its own choice of name, for the constructions that are allowed.
-        It gets the arguments in the file and raises ValueError or TypeError if they don't fit.
+      builders: What takes the place of the functions and classes that may be called, by module and
+        name. It gets the arguments in the file, and raises ValueError or TypeError if they don't
+        fit.
       set_state: Gets an object and the state that the file has for it; raises ValueError for
         objects that have none.
-      persistent: Returns the object of a persistent id.
+      persistent: Returns the object of a persistent id, or raises ValueError.
 
     Returns:
       Nested dict, list, tuple, set, str, int, float, bool, None and bytes, with what builders and
