@@ -18,6 +18,7 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 from absl import app, logging
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from ant_jax import data, experiment
 from ant_jax.files import write_bytes
@@ -357,6 +358,9 @@ def draw(
                 alpha=0.15,
             )
         ax.set(title=title, xlabel="step", yscale="log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_formatter(NullFormatter())
         ax.legend(fontsize="small")
     judged = any(
         "frechet_distance" in row for group in results.values() for row in group[0]["rows"]
