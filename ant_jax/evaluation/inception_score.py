@@ -1,0 +1,44 @@
+"""The inception score."""
+
+import numpy as np
+from scipy.special import logsumexp
+
+
+def inception_score(logits: np.ndarray, split_size: int = 5000) -> float:
+    """Returns the inception score: how confident and how diverse a classifier's verdicts are.
+
+    exp(mean over x of KL(p(y|x) | p(y))), p(y) being the mean of p(y|x) over a split (Salimans et
+    al., *Improved Techniques for Training GANs*, 2016, section 4); the score is the mean over
+    splits. The figures of Dhariwal & Nichol, *Diffusion Models Beat GANs*, 2021, and of those who
+    compare with them, are of 50 000 samples in splits of 5000, in their order, with 1008 logits:
+    Inception's pool features times the weights of its last layer, without the bias.
+
+    Logarithms of probabilities are never taken of probabilities, so none is too small. Memory is
+    that of a few splits in float64.
+
+    Args:
+      logits: (n, classes) unnormalised log-probabilities. They are split in order, so samples that
+        are sorted by class should be shuffled. A rest forms a smaller split of equal weight.
+      split_size: Number of samples of a split. Smaller ones lower the score.
+
+    Returns:
+      The score, between 1 and the number of classes.
+
+    Raises:
+      ValueError: If the logits are not a non-empty matrix of finite numbers, or the split size is
+        not positive.
+    """
+    if logits.ndim != 2 or logits.size == 0:
+        raise ValueError(f"logits must be a non-empty (n, classes) array, got {logits.shape}")
+    if split_size < 1:
+        raise ValueError(f"split_size must be positive, got {split_size}")
+    parts = (logits[i : i + split_size] for i in range(0, len(logits), split_size))
+    return float(np.mean([_score(part.astype(np.float64)) for part in parts]))
+
+
+def _score(logits: np.ndarray) -> float:
+    if not np.isfinite(logits).all():
+        raise ValueError("logits are not finite")
+    logs = logits - logsumexp(logits, axis=1, keepdims=True)
+    log_marginal = logsumexp(logs, axis=0) - np.log(len(logs))
+    return np.exp(np.sum(np.exp(logs) * (logs - log_marginal), axis=1).mean())
