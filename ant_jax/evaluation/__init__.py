@@ -1,20 +1,39 @@
-"""Judging samples: feature extractors, the Frechet distance, label accuracy and copies."""
+"""Judging samples: feature extractors, metrics of their features, label accuracy and copies."""
 
 from ant_jax.evaluation.frechet import Moments, covariance, frechet_distance, merge, moments
+from ant_jax.evaluation.inception_score import inception_score
 from ant_jax.evaluation.losses import interval_losses
 from ant_jax.evaluation.nearest import nearest_distances
+from ant_jax.evaluation.precision_recall import PrecisionRecall, precision_recall
+from ant_jax.evaluation.reference import (
+    Gaussian,
+    Statistics,
+    read_samples,
+    read_statistics,
+    write_samples,
+    write_statistics,
+)
 from ant_jax.evaluation.sample_metrics import Extractor, extractor, real_floor, sample_metrics
 
 __all__ = [
     "Extractor",
+    "Gaussian",
     "Moments",
+    "PrecisionRecall",
+    "Statistics",
     "covariance",
     "extractor",
     "frechet_distance",
+    "inception_score",
     "interval_losses",
     "merge",
     "moments",
     "nearest_distances",
+    "precision_recall",
+    "read_samples",
+    "read_statistics",
     "real_floor",
     "sample_metrics",
+    "write_samples",
+    "write_statistics",
 ]

@@ -1,0 +1,137 @@
+"""Improved precision and recall of generated samples, in NumPy and float64."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+# Bounds the memory: distances of a block.
+_BLOCK_SIZE = 2**23
+# Bounds the memory: feature vectors whose differences are taken at once.
+_CHUNK = 1024
+
+
+class PrecisionRecall(NamedTuple):
+    """How much of the samples is realistic, and how much of reality the samples cover.
+
+    Attributes:
+      precision: Share of the generated samples that lie in the real ones' manifold.
+      recall: Share of the real samples that lie in the generated ones' manifold.
+    """
+
+    precision: float
+    recall: float
+
+
+def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> PrecisionRecall:
+    """Improved precision and recall of generated features against real ones.
+
+    Kynkaanniemi et al., *Improved Precision and Recall Metric for Assessing Generative Models*,
+    2019, eq. 1 and 2. A set's manifold is the union of closed balls around its points, each
+    reaching to the k-th nearest other point of the set (so to the point itself where there are k
+    copies of it). Both shares depend on the numbers of samples; compare only equal ones. Dhariwal &
+    Nichol, *Diffusion Models Beat GANs*, 2021, take k = 3, Inception's 2048 pool features, 50 000
+    generated samples and 10 000 real ones; their program computes the distances in float16
+    where those are finite, so its last digits may differ.
+
+    The result is exactly that of comparing sums of squared differences in float64, ties included,
+    at the price of a matrix product: with u = 2^-53, the expansion |a|^2 - 2ab + |b|^2 of centred
+    features errs by at most (d + 5) u (|a| + |b|)^2, whatever the order of its sums, and the sum of
+    squared differences by at most (d + 2) u (|a| + |b|)^2. Where the expansion is no nearer than
+    both together to what it is compared with, it decides; elsewhere, in practice at ties and
+    copies, the differences do.
+
+    Args:
+      real: (n, d) features of real images.
+      fake: (m, d) features of generated images.
+      k: Which neighbour a ball reaches to.
+
+    Returns:
+      Precision and recall. The memory is that of one of the sets in float64 and a few hundred MB.
+
+    Raises:
+      ValueError: If the features are not matrices of finite numbers of one width, or a set has not
+        more than k points, or k is not positive.
+    """
+    if k < 1:
+        raise ValueError(f"k must be positive, got {k}")
+    for name, features in (("real", real), ("fake", fake)):
+        if features.ndim != 2 or features.shape[1] == 0:
+            raise ValueError(f"{name} features must be an (n, d) array, got {features.shape}")
+        if len(features) <= k:
+            raise ValueError(f"k = {k} needs more than {k} {name} features, got {len(features)}")
+        if not np.isfinite(features).all():
+            raise ValueError(f"{name} features are not finite")
+    if real.shape[1] != fake.shape[1]:
+        raise ValueError(
+            f"real features of width {real.shape[1]} have no distance to fake ones of width "
+            f"{fake.shape[1]}"
+        )
+    return PrecisionRecall(
+        precision=float(_inside(fake, real, _radii(real, k)).mean()),
+        recall=float(_inside(real, fake, _radii(fake, k)).mean()),
+    )
+
+
+def _radii(points: np.ndarray, k: int) -> np.ndarray:
+    """Returns each point's squared distance to its k-th nearest other point, (n,)."""
+    radii = np.empty(len(points))
+    for start, squared, errors in _blocks(points, points):
+        rows = np.arange(len(squared))
+        squared[rows, start + rows] = np.inf
+        near = np.argpartition(squared, k - 1, axis=1)[:, :k]
+        for i in rows:
+            point = points[start + i]
+            # The k-th nearest point is no further than the furthest of any k points.
+            radius = _differences(point, points, near[i]).max()
+            others = np.flatnonzero(squared[i] <= radius + errors[i])
+            # At distance 0 none can be nearer: sets of copies don't need all their differences.
+            if radius > 0 and len(others) > k:
+                radius = np.partition(_differences(point, points, others), k - 1)[k - 1]
+            radii[start + i] = radius
+    return radii
+
+
+def _inside(points: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.ndarray:
+    """Returns whether each point lies in a ball, (n,) bool; the radii are squared."""
+    inside = np.empty(len(points), bool)
+    for start, squared, errors in _blocks(points, centres):
+        squared -= radii
+        nearest = squared.min(axis=1)
+        inside[start : start + len(squared)] = nearest < -errors
+        for i in np.flatnonzero(np.abs(nearest) <= errors):
+            unsure = np.flatnonzero(squared[i] <= errors[i])
+            differences = _differences(points[start + i], centres, unsure)
+            inside[start + i] = (differences <= radii[unsure]).any()
+    return inside
+
+
+def _blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yields the first row, squared distances (rows, m), and bounds (rows,) of their errors."""
+    mean = b.mean(axis=0, dtype=np.float64)
+    # The nearer to the origin, the less the expansion cancels.
+    b = b - mean
+    squares = np.einsum("ij,ij->i", b, b)
+    largest = np.sqrt(squares.max())
+    rows = max(1, _BLOCK_SIZE // len(b))
+    for start in range(0, len(a), rows):
+        block = a[start : start + rows] - mean
+        own = np.einsum("ij,ij->i", block, block)
+        squared = block @ b.T
+        squared *= -2
+        squared += own[:, None]
+        squared += squares
+        # Twice the bounds' u for 2 d + 7 < 2 (d + 8), and for the errors of this very line.
+        errors = np.finfo(np.float64).eps * (a.shape[1] + 8) * (np.sqrt(own) + largest) ** 2
+        yield start, squared, errors
+
+
+def _differences(point: np.ndarray, others: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Returns the squared distances of a point (d,) to some rows of others."""
+    point = point.astype(np.float64)
+    squared = []
+    for i in range(0, len(rows), _CHUNK):
+        differences = others[rows[i : i + _CHUNK]] - point
+        # This sum has the same order for every row, so equal distances are equal numbers.
+        squared.append(np.sum(differences * differences, axis=1))
+    return np.concatenate(squared)
