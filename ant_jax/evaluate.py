@@ -29,13 +29,11 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
     step, pieces, state = restore_run(config, workdir, step)
     logging.info("drawing %d samples from step %d", config.sample.num, step)
     apply_fn = experiment.denoiser(pieces, state.ema_params)
-    batches = list(sampling.sample_batches(config, pieces, apply_fn, config.sample.num))
-    images = np.concatenate([images for images, _ in batches])
-    labels = None if batches[0][1] is None else np.concatenate([labels for _, labels in batches])
+    drawn = sampling.sample_batches(config, pieces, apply_fn, config.sample.num)
     path = workdir / "samples" / f"{step:08d}.npz"
-    sampling.save_npz(path, images, labels)
-    sampling.save_png(path.with_suffix(".png"), sampling.image_grid(images[: sampling.GRID]))
-    logging.info("%d samples: %s and %s", len(images), path, path.with_suffix(".png"))
+    drawn = _with_grid(drawn, path.with_suffix(".png"))
+    evaluation.write_samples(path, drawn, config.sample.num)
+    logging.info("%d samples: %s and %s", config.sample.num, path, path.with_suffix(".png"))
     return path
 
 
@@ -99,10 +97,12 @@ def validation_losses(
 
 
 def _with_grid(drawn: Iterator, path: Path) -> Iterator:
-    for i, (images, labels) in enumerate(drawn):
-        if i == 0:
-            sampling.save_png(path, sampling.image_grid(images[: sampling.GRID]))
+    first = []
+    for images, labels in drawn:
+        if sum(map(len, first)) < sampling.GRID:
+            first.append(images)
         yield images, labels
+    sampling.save_png(path, sampling.image_grid(np.concatenate(first)[: sampling.GRID]))
 
 
 def restore_run(

@@ -1,4 +1,4 @@
-"""Drawing images from a trained model: batches, `.npz` files and grids."""
+"""Drawing images from a trained model: batches and grids."""
 
 import functools
 import io
@@ -99,11 +99,4 @@ def save_png(path: Path, image: np.ndarray) -> None:
     """Writes an image, whole or not at all."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="png")
-    write_bytes(path, stream.getvalue())
-
-
-def save_npz(path: Path, images: np.ndarray, labels: np.ndarray | None) -> None:
-    """Writes samples as the field does: ``arr_0`` uint8 NHWC and ``arr_1`` the labels, if any."""
-    stream = io.BytesIO()
-    np.savez(stream, *([images] if labels is None else [images, labels]))
     write_bytes(path, stream.getvalue())
