@@ -303,7 +303,8 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     spoil = optax.scale_by_schedule(lambda count: jnp.where(count == 3, jnp.nan, 1.0))
     monkeypatch.setattr(builders, "build_optimizer", lambda *args: optax.chain(build(*args), spoil))
     # Steps are shared between runs of one config: neither an earlier one here, nor this one there.
-    monkeypatch.setattr(experiment, "_training_step", experiment._training_step.__wrapped__)
+    for name in ("_training_step", "_first_state"):
+        monkeypatch.setattr(experiment, name, getattr(experiment, name).__wrapped__)
     with pytest.raises(FloatingPointError, match="last good checkpoint: step 2 "):
         trainer.train(tiny(), tmp_path)
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [2]

@@ -142,8 +142,8 @@ def test_tfds_feeds_the_pipeline_from_workers(data_dir):
 
 def test_tfds_is_read_without_tensorflow(data_dir):
     code = (
-        "import sys; from ant_jax.data import sources;"
-        f"s = sources.load('tfds:ant_tiny_images/rgb', 'train', {data_dir!r});"
+        "import sys; from ant_jax import data;"
+        f"s = data.load('tfds:ant_tiny_images/rgb', 'train', {data_dir!r});"
         "assert s[3]['image'].ndim == 3; assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
