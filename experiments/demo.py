@@ -45,10 +45,9 @@ def main(argv):
         runner.print_plan({"demo": runs}, out, preset)
         return
     results = runner.finished(runs, out, "training vanilla and Nash-MTL")
-    folder = out / "demo"
     table = make_table(results)
-    write_bytes(folder / "table.md", table.encode())
-    draw(runs, results, out, folder / "demo.png")
+    write_bytes(out / "demo.md", table.encode())
+    draw(runs, results, out, out / "demo.png")
     last = results[-1]["rows"][-1]
     print(f"\n{table}")
     print(
@@ -58,7 +57,7 @@ def main(argv):
         f"{last['real_frechet_distance']:.2f}: compare that with the groups of 300 samples.\n"
         "Label accuracy: the share of samples that the classifier takes for the digit asked for."
     )
-    print(f"picture: {folder / 'demo.png'}\ntook {duration(time.perf_counter() - begin)}")
+    print(f"picture: {out / 'demo.png'}\ntook {duration(time.perf_counter() - begin)}")
 
 
 def make_table(results: list[dict[str, Any]]) -> str:

@@ -85,8 +85,8 @@ def test_every_experiment_at_its_smallest(command, tmp_path):
     check_gap(out / "transfer_gap")
     check_table(out / "table")
     check_dynamics(out / "dynamics")
-    check_picture(out / "demo" / "demo.png")
-    assert (out / "demo" / "table.md").read_text().count("\n") == 2 + 2 * SMOKE.measurements
+    check_picture(out / "demo.png")
+    assert (out / "demo.md").read_text().count("\n") == 2 + 2 * SMOKE.measurements
     # Nothing is left to do, and the plan says so.
     plan = command("table", "--preset=smoke", "--dry_run")
     assert plan.returncode == 0, plan.stderr[-3000:]
