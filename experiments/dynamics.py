@@ -62,7 +62,7 @@ def plan(preset: Preset) -> dict[str, list[Run]]:
             for seed in preset.seeds
         ]
         for label, (method, changes) in settings.items()
-        if method in preset.methods
+        if label == VANILLA or method in preset.methods
     }
 
 

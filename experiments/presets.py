@@ -54,7 +54,7 @@ PRESETS = {
             "sample.num": 100,
             "sample.batch_size": 100,
         },
-        ("linear", "nash"),
+        ("nash",),
         (0,),
         2,
         12,

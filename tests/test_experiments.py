@@ -114,8 +114,8 @@ def check_affinity(folder):
 def check_gap(folder):
     check_picture(folder / "transfer_gap.png")
     rows = read(folder / "transfer_gap.csv")
-    assert {row["method"] for row in rows} == {"vanilla", "linear", "nash"}
-    assert len(rows) == 3 * len(SMOKE.seeds) * 5
+    assert {row["method"] for row in rows} == {"vanilla", "nash"}
+    assert len(rows) == 2 * len(SMOKE.seeds) * 5
     gap = numbers(rows, "multi-task distance") - numbers(rows, "mixed distance")
     np.testing.assert_allclose(numbers(rows, "gap"), gap, atol=1e-6)
     loss = numbers(rows, "multi-task loss") - numbers(rows, "specialist loss")
@@ -147,7 +147,7 @@ def check_table(folder):
 
 
 def check_dynamics(folder):
-    for name in ("vanilla", "linear", "nash"):
+    for name in ("vanilla", "nash"):
         check_picture(folder / f"{name}.png")
     rows = read(folder / "dynamics.csv")
     cosines = np.stack([numbers(rows, f"cosine {i} {i + 1}") for i in range(4)])
