@@ -2,9 +2,12 @@
 
 Usage: python record.py CLONE FOLDER
 
-CLONE is a clone of https://github.com/openai/guided-diffusion (MIT licence); recorded with torch
-2.13.0 and `guided_diffusion/unet.py` as of commit 18ff408c2d27cd385fa2735c655daa0e3c1e48ef. FOLDER
-receives adm.npz and ldm.npz: the state dict by its own names, x (B, C, H, W), t, y and the output.
+CLONE is a clone of https://github.com/openai/guided-diffusion (MIT licence). FOLDER receives
+adm.npz and ldm.npz: the state dict by its own names, x (B, C, H, W), t, y and the output.
+
+The files here were recorded with torch 2.13.0, not from a clone but from the text of
+`guided_diffusion/unet.py` at commit 18ff408c2d27cd385fa2735c655daa0e3c1e48ef and `nn.py` at
+aca3097, copied by hand without the parts that these networks don't use.
 
 LDM's file `ldm/modules/diffusionmodules/openaimodel.py` is a copy of that one, with changes that
 concern cross-attention, codebooks and a first multiplier other than 1 only, so its setting is
