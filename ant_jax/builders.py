@@ -48,19 +48,26 @@ def build_diffusion(config: ConfigDict) -> diffusion.GaussianDiffusion:
     }
     name = settings.loss_weight
     return _diffusion(
-        settings.schedule, settings.timesteps, settings.variance, name, *weights[name]
+        settings.schedule,
+        settings.timesteps,
+        settings.variance,
+        settings.prediction,
+        name,
+        *weights[name],
     )
 
 
 # Compiled samplers are found again by the identity of the process and the model.
 @functools.cache
-def _diffusion(schedule, timesteps, variance, weight_name, *weight_settings):
+def _diffusion(schedule, timesteps, variance, prediction, weight_name, *weight_settings):
     alphas_bar = diffusion.alphas_bar(schedule, timesteps)
     weight = None
     if weight_name != "none":
         weight_function = {"p2": loss_weights.p2, "min_snr": loss_weights.min_snr}[weight_name]
         weight = weight_function(diffusion.log_snr(alphas_bar), *weight_settings)
-    return diffusion.GaussianDiffusion(alphas_bar, variance, weight)
+        if prediction == "v":
+            weight = weight * alphas_bar
+    return diffusion.GaussianDiffusion(alphas_bar, variance, prediction, weight)
 
 
 def build_model(config: ConfigDict, channels: int, num_classes: int) -> DiT:

@@ -82,6 +82,7 @@ RULES = {
     "diffusion.timesteps": _integer(1),
     "diffusion.schedule": _one_of("cosine", "linear"),
     "diffusion.variance": _one_of("fixed_small", "fixed_large", "learned_range"),
+    "diffusion.prediction": _one_of("epsilon", "v"),
     "diffusion.loss_weight": _one_of("none", "p2", "min_snr"),
     "diffusion.p2_k": _number(0, above=True),
     "diffusion.p2_gamma": _number(0),

@@ -34,6 +34,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     diffusion.timesteps = 1000  # T
     diffusion.schedule = "cosine"  # "cosine" or "linear"
     diffusion.variance = "fixed_large"  # "fixed_small", "fixed_large" or "learned_range"
+    diffusion.prediction = "epsilon"  # what the model predicts: "epsilon", the noise, or "v"
     diffusion.loss_weight = "none"  # "none", "p2" or "min_snr"
     diffusion.p2_k = 1.0
     diffusion.p2_gamma = 1.0

@@ -18,6 +18,7 @@ from ant_jax.diffusion import schedule
 ApplyFn = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 _VARIANCES = ("fixed_small", "fixed_large", "learned_range")
+_PREDICTIONS = ("epsilon", "v")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,17 +35,21 @@ class GaussianDiffusion:
         ``"fixed_large"`` is :math:`\beta_t` (DDPM, section 3.2); ``"learned_range"`` lets the
         model interpolate between their logarithms (improved DDPM, eq. 15), in C further output
         channels.
-      loss_weight: (T,) factors of the epsilon mean squared error; None means ones.
+      prediction: What the model's first C output channels are: ``"epsilon"``, the noise, or
+        ``"v"``, :math:`\sqrt{\bar\alpha_t} \epsilon - \sqrt{1-\bar\alpha_t} x_0` (Salimans & Ho
+        2022, appendix D).
+      loss_weight: (T,) factors of the mean squared error of the prediction; None means ones.
       timestep_map: (T,) timesteps under which the model was trained, for a process that uses only
         some of them (see ``respace``); None means 0 .. T - 1.
 
     Raises:
       ValueError: If an array has the wrong shape, ``alphas_bar`` is not strictly decreasing in
-        (0, 1), or ``variance`` is unknown.
+        (0, 1), or ``variance`` or ``prediction`` is unknown.
     """
 
     alphas_bar: np.ndarray
     variance: str = "fixed_large"
+    prediction: str = "epsilon"
     loss_weight: np.ndarray | None = None
     timestep_map: np.ndarray | None = None
 
@@ -59,6 +64,10 @@ class GaussianDiffusion:
             raise ValueError("alphas_bar must be strictly decreasing")
         if self.variance not in _VARIANCES:
             raise ValueError(f"unknown variance {self.variance!r}: expected one of {_VARIANCES}")
+        if self.prediction not in _PREDICTIONS:
+            raise ValueError(
+                f"unknown prediction {self.prediction!r}: expected one of {_PREDICTIONS}"
+            )
         for name, dtype in (("loss_weight", np.float64), ("timestep_map", np.int32)):
             if getattr(self, name) is not None:
                 _freeze_array(self, name, dtype)
@@ -128,6 +137,22 @@ class GaussianDiffusion:
         signal, sigma = gather(np.sqrt(self.alphas_bar), t), gather(np.sqrt(1 - self.alphas_bar), t)
         return (x_t - signal * x0) / sigma
 
+    def prediction_target(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """What a perfect model would predict: the noise or v, (B, H, W, C) float32."""
+        if self.prediction == "epsilon":
+            return jnp.float32(noise)
+        signal, sigma = gather(np.sqrt(self.alphas_bar), t), gather(np.sqrt(1 - self.alphas_bar), t)
+        return signal * jnp.float32(noise) - sigma * jnp.float32(x0)
+
+    def predicted_parts(
+        self, prediction: jax.Array, x_t: jax.Array, t: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Data and noise (B, H, W, C) of which ``x_t`` consists by the model's prediction."""
+        if self.prediction == "epsilon":
+            return self.predict_x0(x_t, t, prediction), prediction
+        signal, sigma = gather(np.sqrt(self.alphas_bar), t), gather(np.sqrt(1 - self.alphas_bar), t)
+        return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t
+
     def posterior_mean(self, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
         """Mean (B, H, W, C) of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
         noise = 1 - self.alphas_bar
@@ -135,13 +160,13 @@ class GaussianDiffusion:
         x_t_coef = np.sqrt(1 - self.betas) * (1 - self.alphas_bar_prev) / noise
         return gather(x0_coef, t) * x0 + gather(x_t_coef, t) * x_t
 
-    def model_log_variance(self, t: jax.Array, v: jax.Array | None = None) -> jax.Array:
+    def model_log_variance(self, t: jax.Array, variance: jax.Array | None = None) -> jax.Array:
         """Log-variance of the reverse process p(x_{t-1} | x_t).
 
         Args:
           t: (B,) integer timesteps in [0, T).
-          v: (B, H, W, C) variance channels of the model, -1 for the least and 1 for the greatest
-            variance (improved DDPM, eq. 15); ignored unless the variance is learned.
+          variance: (B, H, W, C) variance channels of the model, -1 for the least and 1 for the
+            greatest variance (improved DDPM, eq. 15); ignored unless the variance is learned.
 
         Returns:
           (B, H, W, C) float32 if the variance is learned, otherwise (B, 1, 1, 1).
@@ -149,21 +174,22 @@ class GaussianDiffusion:
         small = gather(self.posterior_log_variance_clipped, t)
         large = gather(np.log(self.betas), t)
         if self.variance == "learned_range":
-            fraction = (v + 1) / 2
+            fraction = (variance + 1) / 2
             return fraction * large + (1 - fraction) * small
         return small if self.variance == "fixed_small" else large
 
     def split_output(
         self, output: jax.Array, shape: tuple[int, ...]
     ) -> tuple[jax.Array, jax.Array | None]:
-        """Splits a model's output into its epsilon and its variance channels.
+        """Splits a model's output into its prediction and its variance channels.
 
         Args:
           output: (B, H, W, C), or (B, H, W, 2C) if the variance is learned.
           shape: (B, H, W, C), the shape of the model's input.
 
         Returns:
-          The pair (eps, v) in float32, each (B, H, W, C); v is None unless the variance is learned.
+          The pair (prediction, variance channels) in float32, each (B, H, W, C); the latter None
+          unless the variance is learned.
 
         Raises:
           ValueError: If the output doesn't have the shape that ``variance`` calls for.
@@ -189,8 +215,8 @@ class GaussianDiffusion:
     ) -> jax.Array:
         r"""Training loss of each example, averaged over pixels and channels.
 
-        The weighted mean squared error of epsilon (DDPM, eq. 14) and, if the variance is learned,
-        the hybrid objective's :math:`\lambda T L_t` with :math:`\lambda = 0.001` (improved DDPM,
+        The weighted mean squared error of the prediction (DDPM, eq. 14) and, if the variance is
+        learned, the hybrid objective's :math:`\lambda T L_t` with :math:`\lambda = 0.001` (improved DDPM,
         eq. 16), where :math:`L_t` is the term of the variational bound in bits per dimension. Its
         gradient reaches the variance channels only. ``loss_weight`` multiplies the squared error
         alone.
@@ -210,21 +236,29 @@ class GaussianDiffusion:
           ValueError: If the model's output has the wrong shape.
         """
         x_t = self.q_sample(x0, t, noise)
-        eps, v = self.split_output(apply_fn(x_t, self.model_timesteps(t), y), x_t.shape)
-        losses = jnp.mean((eps - jnp.float32(noise)) ** 2, axis=(1, 2, 3))
+        output = apply_fn(x_t, self.model_timesteps(t), y)
+        prediction, variance = self.split_output(output, x_t.shape)
+        error = prediction - self.prediction_target(x0, t, noise)
+        losses = jnp.mean(error**2, axis=(1, 2, 3))
         if self.loss_weight is not None:
             losses *= jnp.asarray(self.loss_weight, jnp.float32)[t]
-        if v is not None:
-            bound = self._variational_bound(jnp.float32(x0), x_t, t, jax.lax.stop_gradient(eps), v)
+        if variance is not None:
+            predicted_x0, _ = self.predicted_parts(jax.lax.stop_gradient(prediction), x_t, t)
+            bound = self._variational_bound(jnp.float32(x0), x_t, t, predicted_x0, variance)
             losses += self.num_timesteps / 1000 * bound
         return losses
 
     def _variational_bound(
-        self, x0: jax.Array, x_t: jax.Array, t: jax.Array, eps: jax.Array, v: jax.Array
+        self,
+        x0: jax.Array,
+        x_t: jax.Array,
+        t: jax.Array,
+        predicted_x0: jax.Array,
+        variance: jax.Array,
     ) -> jax.Array:
         """(B,) terms of the variational bound in bits per dimension (DDPM, eqs. 5 and 13)."""
-        mean = self.posterior_mean(self.predict_x0(x_t, t, eps), x_t, t)
-        log_variance = self.model_log_variance(t, v)
+        mean = self.posterior_mean(predicted_x0, x_t, t)
+        log_variance = self.model_log_variance(t, variance)
         true_log_variance = gather(self.posterior_log_variance_clipped, t)
         shift = self.posterior_mean(x0, x_t, t) - mean
         log_ratio = true_log_variance - log_variance

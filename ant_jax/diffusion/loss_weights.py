@@ -1,7 +1,9 @@
 """Weights of the epsilon loss by timestep, as functions of the log-SNR.
 
-Each returns a (T,) float64 array for ``GaussianDiffusion(..., loss_weight=...)``. All of them work
-on log-SNR rather than SNR, which overflows at the ends of a fine schedule.
+Each returns a (T,) float64 array for ``GaussianDiffusion(..., loss_weight=...)`` of a model that
+predicts epsilon. The error of v is that of epsilon over the square root of ``alphas_bar``, so for
+a model that predicts v the same loss has these weights times ``alphas_bar``. All of them work on
+log-SNR rather than SNR, which overflows at the ends of a fine schedule.
 """
 
 import numpy as np
@@ -33,7 +35,8 @@ def min_snr(log_snr: np.ndarray, gamma: float = 5.0) -> np.ndarray:
     r"""Min-SNR weights :math:`\min(\mathrm{SNR}_t, \gamma) / \mathrm{SNR}_t` (Hang et al. 2023).
 
     This is the form for epsilon prediction; the paper's :math:`\min(\mathrm{SNR}_t, \gamma)` is for
-    that of x_0.
+    that of x_0. Times :math:`\bar\alpha_t` it is that for v,
+    :math:`\min(\mathrm{SNR}_t, \gamma) / (\mathrm{SNR}_t + 1)`.
 
     Args:
       log_snr: (T,) log signal-to-noise ratios, in nats.

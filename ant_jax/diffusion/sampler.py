@@ -148,39 +148,41 @@ def _reverse(
         return jax.vmap(lambda key: jax.random.normal(key, shape[1:], jnp.float32))(level_keys)
 
     def predict(x, t):
-        t = process.model_timesteps(t)
+        model_t = process.model_timesteps(t)
         if null_y is None:
-            return process.split_output(apply_fn(x, t, y), shape)
-        xx, tt, yy = (jnp.concatenate(pair) for pair in ((x, x), (t, t), (y, null_y)))
-        eps, v = process.split_output(apply_fn(xx, tt, yy), xx.shape)
-        eps_cond, eps_uncond = jnp.split(eps, 2)
-        eps = eps_uncond + guidance * (eps_cond - eps_uncond)
-        return eps, None if v is None else jnp.split(v, 2)[0]
+            prediction, variance = process.split_output(apply_fn(x, model_t, y), shape)
+            return *process.predicted_parts(prediction, x, t), variance
+        xx, tt, yy = (jnp.concatenate(pair) for pair in ((x, x), (model_t, model_t), (y, null_y)))
+        prediction, variance = process.split_output(apply_fn(xx, tt, yy), xx.shape)
+        conditional, unconditional = jnp.split(prediction, 2)
+        # The noise is affine in the prediction, so guiding either is the same.
+        prediction = unconditional + guidance * (conditional - unconditional)
+        variance = None if variance is None else jnp.split(variance, 2)[0]
+        return *process.predicted_parts(prediction, x, t), variance
 
     def body(x, level):
         t = jnp.full(shape[:1], level)
-        eps, v = predict(x, t)
-        x0 = process.predict_x0(x, t, eps)
+        x0, eps, variance = predict(x, t)
         if clip_x0:
             x0 = jnp.clip(x0, -1, 1)
             eps = process.predict_eps(x, t, x0)
-        return step(process, x, t, x0, eps, v, noise(level)), None
+        return step(process, x, t, x0, eps, variance, noise(level)), None
 
     # The first noise is that of level S, one above the last timestep.
     samples, _ = jax.lax.scan(body, noise(num_steps), jnp.arange(num_steps)[::-1])
     return samples
 
 
-def _ddpm_step(process, x, t, x0, eps, v, noise) -> jax.Array:
+def _ddpm_step(process, x, t, x0, eps, variance, noise) -> jax.Array:
     del eps
     # The last step returns its mean: no data follows it to take the noise away again.
     keep = t[:, None, None, None] > 0
-    sigma = keep * jnp.exp(0.5 * process.model_log_variance(t, v))
+    sigma = keep * jnp.exp(0.5 * process.model_log_variance(t, variance))
     return process.posterior_mean(x0, x, t) + sigma * noise
 
 
-def _ddim_step(eta, process, x, t, x0, eps, v, noise) -> jax.Array:
-    del v
+def _ddim_step(eta, process, x, t, x0, eps, variance, noise) -> jax.Array:
+    del variance
     noise_prev = gather(1 - process.alphas_bar_prev, t)
     # The share of the noise of level t - 1 that is drawn anew (eq. 16, squared).
     fresh = eta**2 * gather(process.betas / (1 - process.alphas_bar), t)

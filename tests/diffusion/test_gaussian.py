@@ -252,3 +252,42 @@ def test_respaced_losses_call_the_model_with_its_own_timesteps():
 
     respace(_process("fixed_large"), 4).per_example_losses(apply_fn, x0, np.full(7, 2), noise)
     np.testing.assert_array_equal(seen, [np.full(7, 6)])
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+def test_v_says_the_same_as_the_epsilon_it_stands_for(variance):
+    x0, noise, output = _example()
+    eps, channels = output[..., :2].astype(np.float64), output[..., 2:]
+    signal = _process().alphas_bar[TIMESTEPS][:, None, None, None]
+    x_t = np.sqrt(signal) * x0 + np.sqrt(1 - signal) * noise
+    # v of the data that eps leads to, by its definition.
+    data = (x_t - np.sqrt(1 - signal) * eps) / np.sqrt(signal)
+    v = np.sqrt(signal) * eps - np.sqrt(1 - signal) * data
+    process = _process(variance, prediction="v")
+    learned = variance == "learned_range"
+
+    def losses(process, prediction):
+        parts = [prediction, channels] if learned else [prediction]
+        output = jnp.asarray(np.concatenate(parts, -1), jnp.float32)
+        return process.per_example_losses(lambda *_: output, x0, TIMESTEPS, noise)
+
+    error = np.mean((v - (np.sqrt(signal) * noise - np.sqrt(1 - signal) * x0)) ** 2, (1, 2, 3))
+    # The error of epsilon over sqrt(alphas_bar) is that of v.
+    squared = np.mean((eps - noise) ** 2, (1, 2, 3))
+    np.testing.assert_allclose(error, squared / signal.ravel(), rtol=1e-6)
+    bound = (
+        T
+        / 1000
+        * np.array(
+            [
+                _bound(*row, _process().alphas_bar)
+                for row in zip(x0, noise, output, TIMESTEPS, strict=True)
+            ]
+        )
+    )
+    np.testing.assert_allclose(losses(process, v), error + learned * bound, rtol=2e-4)
+    weighted = _process(variance, prediction="v", loss_weight=process.alphas_bar)
+    np.testing.assert_allclose(losses(weighted, v), losses(_process(variance), eps), rtol=2e-4)
+    parts = process.predicted_parts(jnp.asarray(v, jnp.float32), jnp.float32(x_t), TIMESTEPS)
+    np.testing.assert_allclose(parts[0], data, rtol=1e-3, atol=1e-3 * np.abs(data).max())
+    np.testing.assert_allclose(parts[1], eps, atol=1e-5)

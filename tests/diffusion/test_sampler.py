@@ -331,3 +331,28 @@ def test_sampler_errors(kwargs, message):
 def test_raw_keys_are_refused():
     with pytest.raises(TypeError, match="typed"):
         ddpm_sample(lambda x, t, y: x, (2, 1, 1, 2), jax.random.PRNGKey(0), diffusion=PROCESS)
+
+
+@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample])
+def test_a_model_of_v_draws_the_same_samples(sampler):
+    drawn = {}
+    for prediction in ("epsilon", "v"):
+        process = GaussianDiffusion(ALPHAS_BAR, "fixed_large", prediction)
+        apply_fn = _optimal_eps(COVARIANCE)
+        if prediction == "v":
+            apply_fn = Partial(_v_from_eps, apply_fn)
+        drawn[prediction] = sampler(
+            apply_fn,
+            (4, 1, 1, 2),
+            jax.random.key(0),
+            diffusion=process,
+            num_steps=20,
+            clip_x0=False,
+        )
+    np.testing.assert_allclose(drawn["v"], drawn["epsilon"], atol=2e-3)
+
+
+def _v_from_eps(eps_fn, x, t, y):
+    """v = (eps - sqrt(1 - ab) x_t) / sqrt(ab), from the definitions of both."""
+    ab = jnp.asarray(ALPHAS_BAR, jnp.float32)[t][:, None, None, None]
+    return (eps_fn(x, t, y) - jnp.sqrt(1 - ab) * x) / jnp.sqrt(ab)
