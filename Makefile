@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test format clean
+.PHONY: demo test test-all format clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.demo
@@ -11,6 +11,9 @@ test: .venv/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -n 2
+
+test-all: test
+	$(BIN)/python -m pytest -n 2 -m slow
 
 format: .venv/installed-test
 	$(BIN)/ruff format .

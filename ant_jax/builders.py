@@ -1,18 +1,22 @@
 """From a config to the things it names."""
 
 import functools
+import re
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
 from ant_jax import affinity, clustering, diffusion, mtl
 from ant_jax.diffusion import loss_weights
 from ant_jax.models.dit import DiT
+from ant_jax.models.unet import UNet
 
 # Keeps PCGrad's random orders apart from the draws of the train step, which use the bare seed.
 _ORDER_STREAM = 1 << 30
@@ -70,26 +74,46 @@ def _diffusion(schedule, timesteps, variance, prediction, weight_name, *weight_s
     return diffusion.GaussianDiffusion(alphas_bar, variance, prediction, weight)
 
 
-def build_model(config: ConfigDict, channels: int, num_classes: int) -> DiT:
-    """The network; ``num_classes`` is that of the data, or 0 for an unconditional model."""
+# The fields of the networks that are settings of the same name.
+_SHARED_FIELDS = ("width", "remat")
+_FIELDS = {
+    "dit": (*_SHARED_FIELDS, "depth", "heads", "patch"),
+    "unet": (
+        *_SHARED_FIELDS,
+        "channel_mult",
+        "num_res_blocks",
+        "attention_factors",
+        "head_channels",
+        "scale_shift_norm",
+        "resblock_updown",
+    ),
+}
+_NETWORKS = {"dit": functools.cache(DiT), "unet": functools.cache(UNet)}
+
+
+def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Module:
+    """The network; ``num_classes`` is that of the data, or 0 for an unconditional model.
+
+    Raises:
+      ValueError: if the settings don't fit each other.
+    """
     settings = config.model
-    return _dit(
-        width=settings.width,
-        depth=settings.depth,
-        heads=settings.heads,
-        patch=settings.patch,
+    return _NETWORKS[settings.name](
+        **{name: settings[name] for name in _FIELDS[settings.name]},
         channels=channels,
         num_classes=num_classes,
         learned_variance=config.diffusion.variance == "learned_range",
         dtype=jnp.dtype(settings.dtype),
-        remat=settings.remat,
     )
 
 
-_dit = functools.cache(DiT)
+def input_multiple(config: ConfigDict) -> int:
+    """What the height and width of the network's input must be divisible by."""
+    settings = config.model
+    return settings.patch if settings.name == "dit" else 2 ** (len(settings.channel_mult) - 1)
 
 
-def init_params(model: DiT, image_shape: tuple[int, int, int], seed: int) -> dict:
+def init_params(model: nn.Module, image_shape: tuple[int, int, int], seed: int) -> dict:
     """The model's parameters before training."""
     return _init_params(jax.random.key(seed), model, image_shape)
 
@@ -176,7 +200,31 @@ def build_optimizer(
     if settings.warmup_steps:
         warmup = optax.linear_schedule(0, learning_rate, settings.warmup_steps)
         schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
-    adamw = optax.adamw(schedule, weight_decay=settings.weight_decay)
+    optimizer = optax.adamw(schedule, weight_decay=settings.weight_decay)
     if settings.clip_norm:
-        return optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw)
-    return adamw
+        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+    if settings.frozen:
+        # Without moments for what does not move.
+        optimizer = optax.partition(
+            {True: optax.set_to_zero(), False: optimizer},
+            lambda params: frozen(params, settings.frozen),
+        )
+    return optimizer
+
+
+def frozen(params: Any, pattern: str) -> Any:
+    """Whether each parameter's name, such as "block_0/qkv/kernel", has the pattern in it."""
+    return jax.tree.map_with_path(
+        lambda path, _: bool(re.search(pattern, keystr(path, simple=True, separator="/"))), params
+    )
+
+
+def stop_gradients(params: Any, pattern: str) -> Any:
+    """Makes constants of the parameters that are frozen, so that no gradient counts for them."""
+    if not pattern:
+        return params
+    return jax.tree.map(
+        lambda leaf, stop: jax.lax.stop_gradient(leaf) if stop else leaf,
+        params,
+        frozen(params, pattern),
+    )

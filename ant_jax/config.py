@@ -7,6 +7,7 @@ an impossible setting is one clear error.
 import difflib
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from math import isfinite
 from pathlib import Path
@@ -51,6 +52,25 @@ def _number(low, high=float("inf"), *, above=False):
     )
 
 
+def _numbers(low):
+    return Rule(
+        (tuple,),
+        lambda values: (
+            bool(values)
+            and all(type(value) in (int, float) and low <= value < float("inf") for value in values)
+        ),
+        f"numbers >= {low} as '(1, 2)'",
+    )
+
+
+def _is_pattern(text):
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 _BOOL = Rule((bool,), lambda value: True, "True or False")
 _TEXT = Rule((str,), lambda value: True, "a string")
 
@@ -80,7 +100,7 @@ RULES = {
     "data.batch_size": _integer(1),
     "data.num_workers": _integer(0),
     "diffusion.timesteps": _integer(1),
-    "diffusion.schedule": _one_of("cosine", "linear"),
+    "diffusion.schedule": _one_of("cosine", "linear", "ldm"),
     "diffusion.variance": _one_of("fixed_small", "fixed_large", "learned_range"),
     "diffusion.prediction": _one_of("epsilon", "v"),
     "diffusion.loss_weight": _one_of("none", "p2", "min_snr"),
@@ -88,13 +108,34 @@ RULES = {
     "diffusion.p2_gamma": _number(0),
     "diffusion.min_snr_gamma": _number(0, above=True),
     "diffusion.clip_x0": _BOOL,
+    "model.name": _one_of("dit", "unet"),
     "model.width": _integer(4),
     "model.depth": _integer(1),
     "model.heads": _integer(1),
     "model.patch": Rule((int,), lambda value: value in (1, 2, 4, 8), "one of 1, 2, 4, 8"),
+    "model.channel_mult": _numbers(0),
+    "model.num_res_blocks": _integer(1),
+    "model.attention_factors": Rule(
+        (tuple,),
+        lambda factors: all(type(factor) is int and factor >= 1 for factor in factors),
+        "integers >= 1 as '(2, 4)'",
+    ),
+    "model.head_channels": _integer(1),
+    "model.scale_shift_norm": _BOOL,
+    "model.resblock_updown": _BOOL,
     "model.conditional": _BOOL,
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.remat": _BOOL,
+    "autoencoder.name": _one_of("", "KL-f8", "VQ-f4", "KL-f4-small"),
+    "autoencoder.weights": _TEXT,
+    "autoencoder.latents": _TEXT,
+    "autoencoder.scale": _number(0, above=True),
+    "autoencoder.batch_size": Rule(
+        (int,),
+        lambda value: 1 <= value <= 1024 and value.bit_count() == 1,
+        "a power of 2 of at most 1024",
+    ),
+    "init_from": _TEXT,
     "clusters.k": _integer(1),
     "clusters.cost": _one_of("snr", "timestep", "gradient", "random"),
     "clusters.affinity": _TEXT,
@@ -114,6 +155,7 @@ RULES = {
     "optimizer.weight_decay": _number(0),
     "optimizer.clip_norm": _number(0),
     "optimizer.microbatches": _integer(1),
+    "optimizer.frozen": Rule((str,), _is_pattern, "a regular expression, or '' for none"),
     "ema_decay": _number(0, 1),
     "label_dropout": _number(0, 1),
     "log_every": _integer(1),
@@ -131,13 +173,14 @@ RULES = {
     "sample.batch_size": _integer(1),
     "sample.num": _integer(1),
     "evaluation.split": _TEXT,
-    "evaluation.features": _one_of("digits", ""),
+    "evaluation.features": _one_of("digits", "inception", ""),
 }
 
 # Settings that a restart in the same workdir may change: they don't touch the parameters.
 _FREE = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "sample.", "evaluation.")
 # A run keeps the clusters that it has begun with, wherever the affinity lies now.
 _FREE += ("data.num_workers", "data.dir", "diffusion.clip_x0", "clusters.affinity")
+_FREE += ("autoencoder.weights", "autoencoder.latents", "autoencoder.batch_size")
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -183,16 +226,13 @@ def _validate_together(flat):
 
     at_most("clusters.k", "diffusion.timesteps")
     at_most("sample.num_steps", "diffusion.timesteps")
-    if flat["model.width"] % 4 or flat["model.width"] % flat["model.heads"]:
-        raise ConfigError(
-            f"config.model.width = {flat['model.width']} must be divisible by 4 and by "
-            f"config.model.heads = {flat['model.heads']}"
-        )
-    if flat["data.image_size"] % flat["model.patch"]:
-        raise ConfigError(
-            f"config.data.image_size = {flat['data.image_size']} must be divisible by "
-            f"config.model.patch = {flat['model.patch']}"
-        )
+    if flat["autoencoder.name"]:
+        for name, what in (("latents", "DIR of"), ("weights", "PATH of")):
+            if not flat[f"autoencoder.{name}"]:
+                raise ConfigError(
+                    f"config.autoencoder.name = {flat['autoencoder.name']!r} needs "
+                    f"config.autoencoder.{name} = {what} its {name}"
+                )
     if (
         (flat["method.name"] in ("pcgrad", "nash") or flat["method.cosines"])
         and flat["method.timesteps"] == "uniform"
@@ -273,4 +313,13 @@ def save(config: ConfigDict, workdir: str | os.PathLike) -> None:
 def load(workdir: str | os.PathLike) -> ConfigDict | None:
     """The config of the run in a workdir; None if there is no run."""
     path = Path(workdir) / "config.json"
-    return ConfigDict(json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    return ConfigDict(_with_tuples(json.loads(path.read_text())))
+
+
+def _with_tuples(value):
+    """JSON has lists only."""
+    if isinstance(value, dict):
+        return {name: _with_tuples(inner) for name, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value

@@ -5,19 +5,21 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
+import flax.linen as nn
 import jax
 import numpy as np
-from jax.tree_util import Partial
+from absl import logging
+from jax.tree_util import Partial, keystr
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ant_jax import builders, checkpoint, data
+from ant_jax import autoencoding, builders, checkpoint, data, interop
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import GaussianDiffusion
 from ant_jax.files import write_bytes
-from ant_jax.models.dit import DiT
-from ant_jax.parallel import parallel_step, replicated
+from ant_jax.parallel import parallel_step, replicate, replicated
 from ant_jax.train_step import TrainState, check_step, init_state, train_step
 
 
@@ -26,13 +28,13 @@ class Experiment(NamedTuple):
 
     Attributes:
       image_shape: (H, W, C) of what the model sees.
-      model: the network.
+      model: the network, called as `ant_jax.models.dit.DiT` is.
       process: the noise process.
       method: clusters and weighting.
     """
 
     image_shape: tuple[int, int, int]
-    model: DiT
+    model: nn.Module
     process: GaussianDiffusion
     method: builders.Method
 
@@ -47,7 +49,7 @@ def build(
 
     Args:
       config: the run's config.
-      channels: of the images.
+      channels: of the images, or of their latents.
       num_classes: of the data.
       boundaries: of the clusters where they are known already, as those of a run are once it has
         begun, whatever becomes of the file they came from.
@@ -61,8 +63,22 @@ def build(
             f"config.model.conditional = True, but {config.data.name} has no labels: set it False"
         )
     process = builders.build_diffusion(config)
-    model = builders.build_model(config, channels, num_classes if config.model.conditional else 0)
     size = config.data.image_size
+    if config.autoencoder.name:
+        size, _, _ = autoencoding.latent_shape(config)
+    multiple = builders.input_multiple(config)
+    if size % multiple:
+        raise ConfigError(
+            f"config.data.image_size = {config.data.image_size} gives the network sides of {size}, "
+            f"which must be divisible by {multiple}, by config.model"
+        )
+    try:
+        num_labels = num_classes if config.model.conditional else 0
+        model = builders.build_model(config, channels, num_labels)
+    except ValueError as error:
+        raise ConfigError(f"config.model: {error}") from error
+    if config.optimizer.frozen:
+        _check_frozen(config.optimizer.frozen, model, (size, size, channels))
     try:
         method = builders.build_method(config, process.log_snr, boundaries)
     except (ValueError, FileNotFoundError) as error:
@@ -70,14 +86,83 @@ def build(
     return Experiment((size, size, channels), model, process, method)
 
 
+def _check_frozen(pattern, model, image_shape):
+    names = jax.tree.leaves(builders.frozen(_abstract_params(model, image_shape), pattern))
+    if not any(names) or all(names):
+        raise ConfigError(
+            f"config.optimizer.frozen = {pattern!r} matches {'all' if any(names) else 'none'} of "
+            "the parameters; they are named as in the table at the start of a run"
+        )
+
+
+def _abstract_params(model, image_shape):
+    return jax.eval_shape(lambda: builders.init_params(model, image_shape, 0))
+
+
 def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
-    """The training data, or another split.
+    """What the model learns from: the training images or their latents, or those of another split.
+
+    Raises:
+      ConfigError: naming the setting, if they can't be opened, or are latents of something else.
+    """
+    split = config.data.split if split is None else split
+    return open_latents(config, split) if config.autoencoder.name else open_images(config, split)
+
+
+def latents_folder(config: ConfigDict, split: str) -> Path:
+    """Where the latents of a split are."""
+    return Path(config.autoencoder.latents).expanduser() / (quote(split, safe="") or "all")
+
+
+def open_latents(config: ConfigDict, split: str) -> data.LatentSource:
+    """The latents of a split; see `open_data`."""
+    settings = config.autoencoder
+    directory = latents_folder(config, split)
+    try:
+        source = data.latents(directory, settings.scale)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(f"config.autoencoder.latents = {settings.latents!r}: {error}") from error
+    facts = source.facts
+    for name, there, now in (
+        ("autoencoder.name", facts.autoencoder, settings.name),
+        ("data.image_size", facts.image_size, config.data.image_size),
+        ("autoencoder.weights of digest", facts.digest, autoencoding.load(config).digest),
+    ):
+        if there != now:
+            raise ConfigError(
+                f"the latents in {directory} were made with config.{name} {there!r}, not {now!r}"
+            )
+    std = facts.std * settings.scale
+    if not 0.5 < std < 2:
+        logging.warning(
+            "config.autoencoder.scale = %g gives the latents a standard deviation of %.2g; "
+            "%.3g would make it 1, for which noise schedules are made",
+            settings.scale,
+            std,
+            1 / facts.std,
+        )
+    return source
+
+
+def pipeline_settings(config: ConfigDict) -> dict[str, Any]:
+    """How `data.batches` makes what the model sees of what `open_data` gives."""
+    settings = config.data
+    if config.autoencoder.name:
+        return {"replace_unreadable": settings.replace_unreadable}
+    return {
+        "image_size": settings.image_size,
+        "crop": settings.crop,
+        "replace_unreadable": settings.replace_unreadable,
+    }
+
+
+def open_images(config: ConfigDict, split: str) -> data.Source:
+    """The images of a split, pixels whether or not the model learns from latents.
 
     Raises:
       ConfigError: naming the setting, if they can't be opened.
     """
     settings = config.data
-    split = settings.split if split is None else split
     try:
         source = data.load(settings.name, split, settings.dir or None)
         data.check_crop(source, settings.crop, settings.image_size)
@@ -150,9 +235,9 @@ class _Own(NamedTuple):
 def _shared(config):
     """What decides the program of a step, apart from what is built from it elsewhere; hashable."""
     shared = ConfigDict(config.to_dict())
-    for group in ("data", "sample", "checkpoint", "evaluation", "clusters"):
+    for group in ("data", "sample", "checkpoint", "evaluation", "clusters", "autoencoder"):
         del shared[group]
-    for name in ("log_every", "tensorboard", "profile_steps"):
+    for name in ("log_every", "tensorboard", "profile_steps", "init_from"):
         del shared[name]
     if shared.optimizer.schedule == "constant":
         del shared["num_steps"]
@@ -191,7 +276,9 @@ def _training_step(shared, model, process, timesteps, vanilla, devices):
         return train_step(
             state,
             batch,
-            apply_fn=lambda params, x, t, y: model.apply({"params": params}, x, t, y),
+            apply_fn=lambda params, x, t, y: model.apply(
+                {"params": builders.stop_gradients(params, shared.optimizer.frozen)}, x, t, y
+            ),
             diffusion=process,
             boundaries=own.boundaries,
             weighting=None if vanilla else builders.build_weighting(shared, k, own.seed),
@@ -212,26 +299,21 @@ def _training_step(shared, model, process, timesteps, vanilla, devices):
 
 
 def images(config: ConfigDict, split: str, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first images of a fixed shuffle of a split, or all of them if there are fewer.
+    """The first images or latents of a fixed shuffle of a split, or all if there are fewer.
 
     Returns:
-      float32 (num, H, W, C) in [-1, 1] and int32 labels (num,).
+      float32 (num, H, W, C), in [-1, 1] if they are pixels, and int32 labels (num,).
 
     Raises:
       ConfigError: naming the setting, if they can't be opened.
     """
     source = open_data(config, split)
-    settings = config.data
     batches = data.batches(
-        source,
-        batch_size=min(num, len(source)),
-        seed=0,
-        image_size=settings.image_size,
-        crop=settings.crop,
-        replace_unreadable=settings.replace_unreadable,
+        source, batch_size=min(num, len(source)), seed=0, **pipeline_settings(config)
     )
     batch = next(batches)
-    return np.float32(batch["image"]) / 127.5 - 1, batch["label"]
+    x0 = batch["image"]
+    return np.float32(x0) / 127.5 - 1 if x0.dtype == np.uint8 else x0, batch["label"]
 
 
 def check_batch(config: ConfigDict, method: builders.Method) -> None:
@@ -258,8 +340,66 @@ def check_batch(config: ConfigDict, method: builders.Method) -> None:
 
 
 def new_state(config: ConfigDict, experiment: Experiment) -> TrainState:
-    """The state before the first step, on this process's devices."""
-    return _first_state_of(config, experiment)(np.int32(config.seed))
+    """The state before the first step, on this process's devices.
+
+    Raises:
+      ConfigError: if the parameters of ``config.init_from`` can't be read or don't fit the network.
+    """
+    state = _first_state_of(config, experiment)(np.int32(config.seed))
+    if not config.init_from:
+        return state
+    params = _params_from(config, state.params)
+    place = lambda: replicate(params, jax.local_devices())
+    return state._replace(params=place(), ema_params=place())
+
+
+def _params_from(config, template):
+    """The parameters of another run, or of others' weights, as NumPy arrays."""
+    path = Path(config.init_from).expanduser()
+    try:
+        if path.is_dir():
+            return _ema_of_run(path, template)
+        names = {"dit": interop.DIT, "unet": interop.UNET}[config.model.name]
+        return interop.from_torch(interop.read_state(path), template, names)
+    except (OSError, ValueError, checkpoint.CheckpointError) as error:
+        raise ConfigError(f"config.init_from = {config.init_from!r}: {error}") from error
+
+
+def _ema_of_run(workdir, template):
+    config = config_lib.load(workdir)
+    if config is None:
+        raise FileNotFoundError("it is a folder without a run")
+    # Its own config, because a checkpoint is restored as a whole.
+    restored = restore(config, build(config, **load_facts(workdir)), workdir)
+    if restored is None:
+        raise FileNotFoundError("the run has no checkpoint yet")
+    step, state = restored
+    shapes = lambda tree: {
+        keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+    theirs, ours = shapes(state.ema_params), shapes(template)
+    differing = [
+        f"{name}: {theirs.get(name, 'none')} there, {ours.get(name, 'none')} here"
+        for name in sorted(theirs.keys() | ours.keys())
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{len(differing)} of its parameters don't fit config.model: "
+            + "; ".join(differing[:5])
+        )
+    logging.info("beginning with the EMA of step %d of %s", step, workdir)
+    return jax.device_get(state.ema_params)
+
+
+def abstract_state(config: ConfigDict, experiment: Experiment) -> TrainState:
+    """The shapes, types and places of a state's arrays."""
+    abstract = jax.eval_shape(_first_state_of(config, experiment), np.int32(0))
+    sharding = replicated(jax.local_devices())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
+    )
 
 
 def restore(
@@ -270,9 +410,4 @@ def restore(
     Returns:
       (step, state), or None if there is no checkpoint. See `checkpoint.restore` for what it raises.
     """
-    abstract = jax.eval_shape(_first_state_of(config, experiment), np.int32(0))
-    sharding = replicated(jax.local_devices())
-    template = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
-    )
-    return checkpoint.restore(workdir / "checkpoints", template, step)
+    return checkpoint.restore(workdir / "checkpoints", abstract_state(config, experiment), step)

@@ -1,4 +1,4 @@
-"""Trains, samples or evaluates: ``python -m ant_jax.main --config FILE [--workdir DIR]``."""
+"""Trains, samples, evaluates or encodes: ``python -m ant_jax.main --config FILE``."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,7 @@ except (AttributeError, KeyError, TypeError, OSError) as error:
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default runs/CONFIG-METHOD-CLUSTERS-SEED."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "encode"], "What to do.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to sample or evaluate; default the newest.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Whether this is one process of many, on a TPU slice or under SLURM."
@@ -36,10 +36,13 @@ def main(argv: list[str]) -> None:
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     # Imported late, so that --help and a mistyped flag answer at once.
-    from ant_jax import evaluate, train
-    from ant_jax.checkpoint import CheckpointError
+    from ant_jax import encode, evaluate, train
 
     config = _CONFIG.value
+    if _MODE.value == "encode":
+        # Latents belong to no run.
+        _report_errors(encode.encode, config)
+        return
     workdir = Path(_WORKDIR.value or default_workdir(config))
     flag = flags.FLAGS["config"]
     saved = config_lib.load(workdir)
@@ -49,14 +52,22 @@ def main(argv: list[str]) -> None:
         config = saved
         logging.info("settings: %s, and the command line", workdir / "config.json")
     logging.info("%s in %s", _MODE.value, workdir)
+    if _MODE.value == "train":
+        _report_errors(train.train, config, workdir)
+    elif _MODE.value == "sample":
+        _report_errors(evaluate.sample, config, workdir, _STEP.value)
+    else:
+        _report_errors(evaluate.evaluate, config, workdir, _STEP.value)
+
+
+def _report_errors(function, *arguments):
+    from ant_jax.checkpoint import CheckpointError
+    from ant_jax.data import ExampleError
+
+    expected = (ConfigError, CheckpointError, ExampleError, FileNotFoundError, FloatingPointError)
     try:
-        if _MODE.value == "train":
-            train.train(config, workdir)
-        elif _MODE.value == "sample":
-            evaluate.sample(config, workdir, _STEP.value)
-        else:
-            evaluate.evaluate(config, workdir, _STEP.value)
-    except (ConfigError, CheckpointError, FileNotFoundError, FloatingPointError) as error:
+        function(*arguments)
+    except expected as error:
         # The message says it all; anything else is a surprise and keeps its traceback.
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -46,6 +46,12 @@ def replicated(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
+def split_over(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
+    """The sharding of arrays of which each of these devices holds a part of the leading axis."""
+    mesh = jax.sharding.Mesh(np.asarray(devices), (_AXIS,))
+    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(_AXIS))
+
+
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     """Puts a pytree on every one of these devices, unstacked."""
     return jax.device_put(tree, replicated(devices))

@@ -6,15 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ant_jax import diffusion
+from ant_jax import autoencoding, diffusion
 from ant_jax.experiment import Experiment
 from ant_jax.files import write_bytes
+from ant_jax.parallel import split_over
 
 # Keeps the keys of samples apart from those of the train step, which start from the bare seed.
 _SAMPLE_STREAM = 1 << 30
@@ -47,14 +47,13 @@ def sample_batches(
     if settings.sampler == "ddim":
         sampler = functools.partial(diffusion.ddim_sample, eta=settings.eta)
     devices = jax.local_devices()
-    mesh = jax.sharding.Mesh(np.asarray(devices), ("devices",))
-    over_devices = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("devices"))
+    codec = autoencoding.load(config) if config.autoencoder.name else None
     stream = jax.random.fold_in(jax.random.key(settings.seed), _SAMPLE_STREAM)
     # Every batch has the same size, so that one program serves them all.
     batch = min(settings.batch_size, num)
     batch += -batch % len(devices)
     for first in range(0, num, batch):
-        index = jax.device_put(np.arange(first, first + batch), over_devices)
+        index = jax.device_put(np.arange(first, first + batch), split_over(devices))
         keys = jax.vmap(functools.partial(jax.random.fold_in, stream))(index)
         labels = index % num_classes if num_classes else None
         x0 = sampler(
@@ -69,8 +68,12 @@ def sample_batches(
             clip_x0=config.diffusion.clip_x0,
         )
         keep = min(batch, num - first)
-        images = np.asarray(jnp.clip(jnp.round((x0 + 1) * 127.5), 0, 255).astype(jnp.uint8))
-        yield images[:keep], None if labels is None else np.asarray(labels)[:keep]
+        if codec is None:
+            images = np.asarray(autoencoding.to_pixels(x0))[:keep]
+        else:
+            latents = x0[:keep] / config.autoencoder.scale
+            images = autoencoding.decode(codec, latents, config.autoencoder.batch_size)
+        yield images, None if labels is None else np.asarray(labels)[:keep]
 
 
 def image_grid(images: np.ndarray) -> np.ndarray:

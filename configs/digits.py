@@ -32,7 +32,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
 
     config.diffusion = diffusion = ml_collections.ConfigDict()
     diffusion.timesteps = 1000  # T
-    diffusion.schedule = "cosine"  # "cosine" or "linear"
+    diffusion.schedule = "cosine"  # "cosine", "linear" or "ldm"
     diffusion.variance = "fixed_large"  # "fixed_small", "fixed_large" or "learned_range"
     diffusion.prediction = "epsilon"  # what the model predicts: "epsilon", the noise, or "v"
     diffusion.loss_weight = "none"  # "none", "p2" or "min_snr"
@@ -42,13 +42,35 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     diffusion.clip_x0 = True  # clip predicted images to [-1, 1] in sampling: pixels yes, latents no
 
     config.model = model = ml_collections.ConfigDict()
-    model.width = 64
-    model.depth = 4
+    model.name = "dit"  # a diffusion transformer, "dit", or a "unet"
+    model.width = 64  # features of a token; of a UNet: channels where channel_mult is 1
+    model.depth = 4  # of "dit", as the next two: blocks
     model.heads = 4
     model.patch = 4  # 1, 2, 4 or 8
+    # Of "unet", as the next five: channels of each level as multiples of the width. Each level but
+    # the first has half the resolution of the one before.
+    model.channel_mult = (1, 2)
+    model.num_res_blocks = 2  # of each level
+    model.attention_factors = (2,)  # attention where the image is so many times smaller
+    model.head_channels = 32
+    model.scale_shift_norm = True  # True and True for ADM, False and False for LDM
+    model.resblock_updown = True
     model.conditional = True  # on the class label
     model.dtype = "float32"  # of activations: "bfloat16" on GPU and TPU
     model.remat = False  # recompute blocks in the backward pass instead of keeping them
+
+    # Diffusion in the latents of an autoencoder. --mode encode makes latents of the images that
+    # config.data describes; training reads them; samples are decoded.
+    config.autoencoder = autoencoder = ml_collections.ConfigDict()
+    autoencoder.name = ""  # "KL-f8", "VQ-f4" or "KL-f4-small"; "" for diffusion in pixels
+    autoencoder.weights = ""  # its .safetensors, .pt, .pth or .ckpt file
+    autoencoder.latents = ""  # the folder of the latents
+    autoencoder.scale = 1.0  # factor that gives them about unit variance: 0.18215 for KL-f8
+    autoencoder.batch_size = 32  # images encoded or decoded at a time
+
+    # Parameters to begin with: the EMA of another run's workdir, or a .safetensors, .pt, .pth or
+    # .ckpt file of DiT, ADM or LDM. "" for fresh ones.
+    config.init_from = ""
 
     config.clusters = ml_collections.ConfigDict()
     config.clusters.k = 5
@@ -79,6 +101,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     optimizer.schedule = "constant"  # or "cosine", to 0 at num_steps
     optimizer.weight_decay = 0.0
     optimizer.clip_norm = 0.0  # of the combined gradient; 0 for no clipping
+    optimizer.frozen = ""  # parameters to leave as they are: a pattern such as "embedding|block_0/"
     optimizer.microbatches = 1  # the batch is worked off in so many parts
     config.ema_decay = 0.999  # ramped up from 0.1
     config.label_dropout = 0.1  # for classifier-free guidance

@@ -5,10 +5,20 @@ from pathlib import Path
 import pytest
 
 from ant_jax import config as config_lib
+from ant_jax import experiment
+from ant_jax.models.autoencoder import VARIANTS
 from configs import digits
 
 CONFIGS = sorted(
     path.stem for path in Path(digits.__file__).parent.glob("*.py") if path.stem != "__init__"
+)
+
+
+OWN_PLACES = (
+    ("data", "dir"),
+    ("autoencoder", "latents"),
+    ("autoencoder", "weights"),
+    ("evaluation", "inception"),
 )
 
 
@@ -26,11 +36,14 @@ def changed(argument="nash", **settings):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_file_is_valid(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    # Only a folder of one's own has no place that can be known.
-    if config.data.name == "folder":
-        with pytest.raises(config_lib.ConfigError, match=r"needs config\.data\.dir = PATH"):
+    # What lies in a place of one's own has to be named.
+    for _ in OWN_PLACES:
+        try:
             config_lib.validate(config)
-        config.data.dir = "images"
+        except config_lib.ConfigError as error:
+            group, setting = re.search(r"needs config\.(\w+)\.(\w+) = ", str(error)).groups()
+            assert (group, setting) in OWN_PLACES
+            config[group][setting] = "place"
     config_lib.validate(config)
 
 
@@ -41,6 +54,11 @@ def test_the_argument_chooses_method_and_clusters(method, clusters):
     config_lib.validate(config)
     assert config.method.name == method
     assert config.clusters.cost == (clusters[1:] or "snr")
+
+
+def test_the_autoencoders_are_those_of_the_models():
+    allowed = config_lib.RULES["autoencoder.name"].allowed
+    assert re.findall("'(.*?)'", allowed) == ["", *VARIANTS]
 
 
 def test_the_default_config_has_every_setting_and_explains_its_choices():
@@ -105,12 +123,25 @@ BAD = {
     "config.sample.num_steps = 50 must not exceed config.diffusion.timesteps = 49": {
         "diffusion__timesteps": 49
     },
-    "config.model.width = 64 must be divisible by 4 and by config.model.heads = 5": {
-        "model__heads": 5
+    "config.model.channel_mult must be numbers >= 0 as '(1, 2)', got ()": {
+        "model__channel_mult": ()
     },
-    "config.model.width = 6 must be divisible by 4": {"model__width": 6, "model__heads": 1},
-    "config.data.image_size = 10 must be divisible by config.model.patch = 4": {
-        "data__image_size": 10
+    "config.model.attention_factors must be integers >= 1 as '(2, 4)', got (2, 0)": {
+        "model__attention_factors": (2, 0)
+    },
+    "config.optimizer.frozen must be a regular expression, or '' for none, got 'block_('": {
+        "optimizer__frozen": "block_("
+    },
+    "config.autoencoder.batch_size must be a power of 2 of at most 1024, got 48": {
+        "autoencoder__batch_size": 48
+    },
+    "config.autoencoder.name = 'KL-f8' needs config.autoencoder.latents = DIR": {
+        "autoencoder__name": "KL-f8",
+        "autoencoder__weights": "vae.pt",
+    },
+    "config.autoencoder.name = 'KL-f8' needs config.autoencoder.weights = PATH": {
+        "autoencoder__name": "KL-f8",
+        "autoencoder__latents": "latents",
     },
     "config.method.timesteps = 'uniform' with config.method.name = 'nash' needs config.method."
     "gradient_form = 'masked'": {"method__timesteps": "uniform"},
@@ -167,6 +198,7 @@ FREE = {
     "evaluation__features": "",
     "data__num_workers": 2,
     "data__dir": "/elsewhere",
+    "autoencoder__weights": "/elsewhere/vae.pt",
     "num_steps": 5000,
 }
 FIXED = {
@@ -179,6 +211,9 @@ FIXED = {
     "optimizer__learning_rate": 0.1,
     "ema_decay": 0.9,
     "diffusion__timesteps": 100,
+    "model__channel_mult": (1, 1),
+    "optimizer__frozen": "output",
+    "init_from": "other",
 }
 
 
@@ -216,5 +251,40 @@ def test_a_workdir_describes_itself(tmp_path):
     config_lib.save(config, tmp_path / "run")
     loaded = config_lib.load(tmp_path / "run")
     assert loaded == config
+    assert loaded.model.channel_mult == (1, 2)
     config_lib.validate(loaded)
     config_lib.check_same(loaded, config, tmp_path)
+
+
+MISFITS = {
+    "config.model: width must be a multiple of heads (5)": {"model__heads": 5},
+    "config.data.image_size = 10 gives the network sides of 10, which must be divisible by 4": {
+        "data__image_size": 10
+    },
+    "config.data.image_size = 10 gives the network sides of 10, which must be divisible by 8": {
+        "data__image_size": 10,
+        "model__name": "unet",
+        "model__channel_mult": (1, 1, 1, 1),
+    },
+    "config.model: attention_factors must be among [1, 2], not 4": {
+        "model__name": "unet",
+        "model__attention_factors": (4,),
+    },
+    "config.data.image_size = 12 must be divisible by 8, the factor of config.autoencoder.name": {
+        "data__image_size": 12,
+        "autoencoder__name": "KL-f8",
+        "autoencoder__weights": "vae.pt",
+        "autoencoder__latents": "latents",
+    },
+    "config.optimizer.frozen = 'blocks' matches none of the parameters": {
+        "optimizer__frozen": "blocks"
+    },
+    "config.optimizer.frozen = '.' matches all of the parameters": {"optimizer__frozen": "."},
+}
+
+
+@pytest.mark.parametrize("message", MISFITS)
+def test_settings_that_fit_no_network_are_named(message):
+    config = changed(**MISFITS[message])
+    with pytest.raises(config_lib.ConfigError, match=re.escape(message)):
+        experiment.build(config, 1, 10)

@@ -2,15 +2,19 @@
 
 from ant_jax.data.catalogue import load
 from ant_jax.data.folder import folder
+from ant_jax.data.latents import LatentSource, latents
 from ant_jax.data.pipeline import batches, check_crop
-from ant_jax.data.sources import Source, UnreadableImageError, digits
+from ant_jax.data.sources import ExampleError, Source, UnreadableImageError, digits
 
 __all__ = [
+    "ExampleError",
+    "LatentSource",
     "Source",
     "UnreadableImageError",
     "batches",
     "check_crop",
     "digits",
     "folder",
+    "latents",
     "load",
 ]

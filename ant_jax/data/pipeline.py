@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags, logging
 
 from ant_jax.data import transforms
-from ant_jax.data.sources import Example, Source, UnreadableImageError
+from ant_jax.data.sources import Example, ExampleError, Source, UnreadableImageError
 
 CROPS = ("none", "center", "random")
 # So many unreadable images in a row are no accident.
@@ -61,8 +61,9 @@ def batches(
       process_count: Number of hosts H.
 
     Returns:
-      An iterator over {"image": uint8 (B/H, height, width, channels), "label": int32 (B/H,)}, with
-      replace_unreadable also "replaced": bool (B/H,). It raises RuntimeError, naming the source
+      An iterator over {"image": uint8 (B/H, height, width, channels), "label": int32 (B/H,)}, where
+      the image of a `LatentSource` is a latent, float32 and drawn anew each time; with
+      replace_unreadable also "replaced": bool (B/H,). It raises ExampleError, naming the source
       and the index, where an image cannot be read, and where a worker dies.
 
     Raises:
@@ -84,11 +85,11 @@ def batches(
             index = int(_epoch_order(size, seed, epoch)[place])
             try:
                 example, other = _read(source, index, _REPLACEMENTS if replace_unreadable else 0)
-                if crop != "none" or flip:
+                if crop != "none" or flip or "mean" in example:
                     example = _augment(example, crop, image_size, flip, (seed, _AUGMENT, position))
             except Exception as error:
                 # The message repeats the cause, which is lost on the way out of a worker.
-                raise RuntimeError(f"example {index} of {source!r}: {error!r}") from error
+                raise ExampleError(f"example {index} of {source!r}: {error!r}") from error
             examples.append(example)
             replaced.append(other)
         batch = {
@@ -129,6 +130,8 @@ def _augment(
     example: Example, crop: str, image_size: int | None, flip: bool, entropy: tuple[int, ...]
 ) -> Example:
     rng = np.random.default_rng(entropy)
+    if "mean" in example:
+        return transforms.draw_latent(example, flip, rng)
     image = example["image"]
     if crop == "center":
         image = transforms.center_crop(image, image_size)

@@ -14,6 +14,10 @@ class UnreadableImageError(OSError):
     """An image that is damaged, or not of a kind that can be read; the message names it."""
 
 
+class ExampleError(RuntimeError):
+    """An example that could not be read or prepared; the message names it and says why."""
+
+
 class Source(Protocol):
     """Labelled images with random access."""
 

@@ -47,6 +47,25 @@ def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return image[:, ::-1] if rng.random() < 0.5 else image
 
 
+def draw_latent(
+    example: dict[str, np.ndarray], flip: bool, rng: np.random.Generator
+) -> dict[str, np.ndarray]:
+    """Draws a latent from the distribution that stands for an image.
+
+    Args:
+      example: "mean" and "std" float32 (2, h, w, c), of the image and its mirror image; "label".
+      flip: Whether to take the mirror image with probability 1/2.
+      rng: Source of both draws.
+
+    Returns:
+      "image": the latent, float32 (h, w, c), and "label".
+    """
+    view = int(flip and rng.random() < 0.5)
+    mean, std = example["mean"][view], example["std"][view]
+    noise = rng.standard_normal(mean.shape, np.float32)
+    return {"image": mean + std * noise, "label": example["label"]}
+
+
 def _resize_shorter_side(image: np.ndarray, side: int) -> np.ndarray:
     grey = image.shape[-1] == 1
     picture = Image.fromarray(image[..., 0] if grey else image)

@@ -216,10 +216,10 @@ class GaussianDiffusion:
         r"""Training loss of each example, averaged over pixels and channels.
 
         The weighted mean squared error of the prediction (DDPM, eq. 14) and, if the variance is
-        learned, the hybrid objective's :math:`\lambda T L_t` with :math:`\lambda = 0.001` (improved DDPM,
-        eq. 16), where :math:`L_t` is the term of the variational bound in bits per dimension. Its
-        gradient reaches the variance channels only. ``loss_weight`` multiplies the squared error
-        alone.
+        learned, the hybrid objective's :math:`\lambda T L_t` with :math:`\lambda = 0.001`
+        (improved DDPM, eq. 16), where :math:`L_t` is the term of the variational bound in bits per
+        dimension. Its gradient reaches the variance channels only. ``loss_weight`` multiplies the
+        squared error alone.
 
         Args:
           apply_fn: The model, ``apply_fn(x_t, t, y)`` to (B, H, W, C), or to (B, H, W, 2C) with the

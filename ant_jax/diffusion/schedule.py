@@ -10,6 +10,11 @@ def _linear_betas(num_timesteps: int) -> np.ndarray:
     return np.linspace(1e-4, 0.02, num_timesteps) * (1000 / num_timesteps)
 
 
+def _ldm_betas(num_timesteps: int) -> np.ndarray:
+    # As above, the end points are for T = 1000.
+    return np.linspace(0.0015**0.5, 0.0195**0.5, num_timesteps) ** 2 * (1000 / num_timesteps)
+
+
 def _cosine_betas(num_timesteps: int) -> np.ndarray:
     offset = 0.008
     u = np.arange(num_timesteps + 1) / num_timesteps
@@ -17,7 +22,7 @@ def _cosine_betas(num_timesteps: int) -> np.ndarray:
     return 1 - signal[1:] / signal[:-1]
 
 
-_BETAS = {"linear": _linear_betas, "cosine": _cosine_betas}
+_BETAS = {"linear": _linear_betas, "cosine": _cosine_betas, "ldm": _ldm_betas}
 
 
 def alphas_bar(name: str, num_timesteps: int) -> np.ndarray:
@@ -28,10 +33,13 @@ def alphas_bar(name: str, num_timesteps: int) -> np.ndarray:
     * ``"cosine"``: :math:`\bar\alpha_t \propto \cos^2\left(\frac{t/T + s}{1 + s}
       \frac{\pi}{2}\right)` with s = 0.008 (Nichol & Dhariwal 2021, eq. 17).
 
-    In both, :math:`\beta` is clipped at 0.999.
+    * ``"ldm"``: :math:`\sqrt\beta` evenly spaced from that of 0.0015 to that of 0.0195, times
+      1000 / T (the configs of Rombach et al. 2022 for FFHQ and CelebA-HQ).
+
+    In all of them, :math:`\beta` is clipped at 0.999.
 
     Args:
-      name: ``"linear"`` or ``"cosine"``.
+      name: ``"linear"``, ``"cosine"`` or ``"ldm"``.
       num_timesteps: T, at least 1.
 
     Returns:

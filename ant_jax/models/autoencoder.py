@@ -17,6 +17,15 @@ from jax.nn import dot_product_attention
 _GroupNorm = functools.partial(nn.GroupNorm, num_groups=32, epsilon=1e-6, dtype=jnp.float32)
 
 
+# The first is Stable Diffusion's, which DiT uses, the second LDM's for FFHQ and CelebA-HQ. The
+# third is nobody's: small enough to try things out on a laptop.
+VARIANTS = {
+    "KL-f8": dict(),
+    "VQ-f4": dict(multipliers=(1, 2, 4), latent_channels=3, codebook=8192),
+    "KL-f4-small": dict(width=32, multipliers=(1, 2, 2), blocks=1),
+}
+
+
 class Latent(NamedTuple):
     """What an encoder makes of images: a normal distribution for each number of the latent.
 
@@ -29,11 +38,21 @@ class Latent(NamedTuple):
     std: jax.Array
 
 
+def autoencoder(variant: str) -> "Autoencoder":
+    """Builds an autoencoder of `VARIANTS`.
+
+    Raises:
+      ValueError: If the variant is unknown.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}.")
+    return Autoencoder(**VARIANTS[variant])
+
+
 class Autoencoder(nn.Module):
     """An autoencoder of images whose sides are multiples of ``2 ** (len(multipliers) - 1)``.
 
-    The defaults are the KL-f8 autoencoder of Stable Diffusion, which DiT uses. LDM's VQ-f4 is
-    ``Autoencoder(multipliers=(1, 2, 4), latent_channels=3, codebook=8192)``.
+    The defaults are the KL-f8 autoencoder of Stable Diffusion.
 
     Attributes:
       width: Features at full resolution, a multiple of 32.

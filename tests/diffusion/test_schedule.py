@@ -15,6 +15,10 @@ def _betas(name, num_timesteps):
         if name == "linear":
             fraction = t / (num_timesteps - 1) if num_timesteps > 1 else 0
             beta = (1e-4 + fraction * (0.02 - 1e-4)) * 1000 / num_timesteps
+        elif name == "ldm":
+            fraction = t / (num_timesteps - 1) if num_timesteps > 1 else 0
+            root = math.sqrt(0.0015) + fraction * (math.sqrt(0.0195) - math.sqrt(0.0015))
+            beta = root * root * 1000 / num_timesteps
         else:
             now, after = (
                 math.cos((u / num_timesteps + 0.008) / 1.008 * math.pi / 2) ** 2 for u in (t, t + 1)
@@ -25,7 +29,7 @@ def _betas(name, num_timesteps):
 
 
 @pytest.mark.parametrize("num_timesteps", [1, 2, 20, 1000, 4000])
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("name", ["linear", "cosine", "ldm"])
 def test_schedule(name, num_timesteps):
     alphas_bar = diffusion.alphas_bar(name, num_timesteps)
     assert alphas_bar.shape == (num_timesteps,)

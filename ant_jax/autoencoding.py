@@ -1,0 +1,120 @@
+"""Images to latents and back, over this process's devices."""
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ant_jax import interop
+from ant_jax.config import ConfigError
+from ant_jax.models.autoencoder import Autoencoder, Latent, autoencoder
+from ant_jax.parallel import replicated, split_over
+
+
+class Codec(NamedTuple):
+    """An autoencoder with its weights.
+
+    Attributes:
+      model: The network.
+      params: Its parameters, on this process's devices.
+      digest: Of the parameters, whatever the file they came from.
+    """
+
+    model: Autoencoder
+    params: Any
+    digest: str
+
+
+def load(config: ConfigDict) -> Codec:
+    """The autoencoder that a config names; read once.
+
+    Raises:
+      ConfigError: if its weights can't be read or are those of another network.
+    """
+    settings = config.autoencoder
+    return _load(settings.name, str(Path(settings.weights).expanduser()))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(name, path):
+    model = autoencoder(name)
+    side = 2 * model.factor
+    images = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
+    template = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    try:
+        params = interop.from_torch(interop.read_state(path), template, interop.AUTOENCODER)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config.autoencoder.weights = {path!r}: {error}") from error
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(leaf.tobytes())
+    return Codec(
+        model, jax.device_put(params, replicated(jax.local_devices())), digest.hexdigest()[:16]
+    )
+
+
+def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """(h, w, c) of the latent of an image of ``config.data.image_size``.
+
+    Raises:
+      ConfigError: if the autoencoder can't make one of it.
+    """
+    model, size = autoencoder(config.autoencoder.name), config.data.image_size
+    if size % model.factor:
+        raise ConfigError(
+            f"config.data.image_size = {size} must be divisible by {model.factor}, the factor of "
+            f"config.autoencoder.name = {config.autoencoder.name!r}"
+        )
+    side = size // model.factor
+    return side, side, model.latent_channels
+
+
+def encode(codec: Codec, images: np.ndarray) -> Latent:
+    """The latents of uint8 images (B, H, W, C), B divisible by the number of local devices."""
+    over_devices = split_over(jax.local_devices())
+    return _encode(codec.params, jax.device_put(images, over_devices), model=codec.model)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(params, images, *, model):
+    return model.apply({"params": params}, jnp.float32(images) / 127.5 - 1, method="encode")
+
+
+def decode(codec: Codec, latents: jax.Array, batch_size: int) -> np.ndarray:
+    """Images of latents, some at a time.
+
+    Args:
+      codec: from `load`.
+      latents: (B, h, w, c), the scale taken off.
+      batch_size: how many at a time, rounded up to a multiple of the number of local devices.
+
+    Returns:
+      uint8 (B, H, W, C).
+    """
+    devices = jax.local_devices()
+    batch_size += -batch_size % len(devices)
+    latents = np.asarray(latents)
+    images = []
+    for first in range(0, len(latents), batch_size):
+        part = latents[first : first + batch_size]
+        padded = np.pad(part, ((0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)))
+        part_images = _decode(
+            codec.params, jax.device_put(padded, split_over(devices)), model=codec.model
+        )
+        images.append(np.asarray(part_images)[: len(part)])
+    return np.concatenate(images)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _decode(params, latents, *, model):
+    return to_pixels(model.apply({"params": params}, latents, method="decode"))
+
+
+def to_pixels(images: jax.Array) -> jax.Array:
+    """Images in [-1, 1] as uint8, clipped and rounded."""
+    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)

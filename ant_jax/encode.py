@@ -1,0 +1,195 @@
+"""Latents of a data set, made once before training."""
+
+import contextlib
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from ant_jax import autoencoding, data, experiment
+from ant_jax import config as config_lib
+from ant_jax.config import ConfigError
+from ant_jax.data.latents import LatentFacts, complete, shard_path, write_shard
+from ant_jax.files import write_bytes
+from ant_jax.metrics import duration
+
+# Images of a shard: what a kill can cost, and 33 MB of KL-f8 latents of 256 x 256 pixels.
+_SHARD = 1024
+_LOG_SECONDS = 10
+
+
+def encode(config: ConfigDict) -> Path:
+    """Encodes the images of ``config.data`` and their mirror images; goes on where it was stopped.
+
+    Several processes share the shards.
+
+    Returns:
+      The folder of the latents, ``config.autoencoder.latents`` and the split.
+
+    Raises:
+      ConfigError: for impossible settings, or a folder that was begun with others.
+    """
+    config_lib.validate(config)
+    settings = config.autoencoder
+    if not settings.name:
+        raise ConfigError("--mode encode needs config.autoencoder.name")
+    if config.data.crop == "random":
+        raise ConfigError("config.data.crop = 'random' can't be encoded: use 'center'")
+    shape = autoencoding.latent_shape(config)
+    source = experiment.open_images(config, config.data.split)
+    codec = autoencoding.load(config)
+    directory = experiment.latents_folder(config, config.data.split)
+    _check_plan(config, directory, codec, len(source))
+
+    shards = -(-len(source) // _SHARD)
+    process, processes = jax.process_index(), jax.process_count()
+    mine = [
+        shard
+        for shard in range(shards * process // processes, shards * (process + 1) // processes)
+        if not shard_path(directory, shard).exists()
+    ]
+    if mine:
+        logging.info(
+            "encoding %d images, %d shards to go, into %s", len(source), len(mine), directory
+        )
+        _encode_shards(config, source, codec, directory, mine)
+    if processes > 1:
+        multihost_utils.sync_global_devices("all shards are written")
+    if process == 0:
+        facts = LatentFacts(
+            autoencoder=settings.name,
+            digest=codec.digest,
+            image_size=config.data.image_size,
+            shape=shape,
+            parts=1 if codec.model.codebook else 2,
+            num_images=len(source),
+            num_classes=source.num_classes,
+            std=0.0,
+            origin=repr(source),
+        )
+        std = complete(directory, facts).std
+        logging.info(
+            "%d latents of %s with a standard deviation of %.3f: %s; config.autoencoder.scale = "
+            "%.5g makes it %.2f, about 1 is right",
+            len(source),
+            "x".join(map(str, shape)),
+            std,
+            directory,
+            settings.scale,
+            std * settings.scale,
+        )
+    return directory
+
+
+def _check_plan(config, directory, codec, num_images):
+    """A folder that was begun with other settings must not get shards of these."""
+    plan = {
+        "autoencoder.name": config.autoencoder.name,
+        "digest of the weights": codec.digest,
+        "number of images": num_images,
+        **{f"data.{name}": config.data[name] for name in ("name", "split", "crop", "image_size")},
+    }
+    path = directory / "plan.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        differing = [
+            f"{name}: {before.get(name)!r} there, {value!r} now"
+            for name, value in plan.items()
+            if before.get(name) != value
+        ]
+        if differing:
+            raise ConfigError(
+                f"the latents in {directory} were begun with other settings: "
+                f"{'; '.join(differing)}. Choose another config.autoencoder.latents"
+            )
+    elif jax.process_index() == 0:
+        write_bytes(path, (json.dumps(plan, indent=1) + "\n").encode())
+    directory.mkdir(parents=True, exist_ok=True)
+
+
+def _encode_shards(config, source, codec, directory, shards):
+    progress = _Progress(sum(_images_in(shard, source) for shard in shards))
+    # Each run of neighbouring shards is read as one stream.
+    for _, run in itertools.groupby(enumerate(shards), lambda pair: pair[1] - pair[0]):
+        run = [shard for _, shard in run]
+        with contextlib.closing(_examples(config, source, codec, run, progress)) as examples:
+            for shard in run:
+                some = itertools.islice(examples, _images_in(shard, source))
+                write_shard(shard_path(directory, shard), some)
+
+
+def _images_in(shard, source):
+    return min(_SHARD, len(source) - shard * _SHARD)
+
+
+def _examples(config, source, codec, shards, progress) -> Iterator:
+    """Means, standard deviations and label of each image of neighbouring shards."""
+    batch_size = config.autoencoder.batch_size
+    batches = data.batches(
+        source,
+        batch_size=batch_size,
+        # A fixed shuffle: the trainer draws an order of its own.
+        seed=0,
+        start_step=shards[0] * _SHARD // batch_size,
+        image_size=config.data.image_size,
+        crop=config.data.crop,
+        replace_unreadable=config.data.replace_unreadable,
+        num_workers=config.data.num_workers,
+    )
+    num_batches = -(-sum(_images_in(shard, source) for shard in shards) // batch_size)
+    pending = None
+    with contextlib.closing(batches):
+        for _ in range(num_batches):
+            batch = next(batches)
+            images = np.concatenate([batch["image"], batch["image"][:, :, ::-1]])
+            images = np.pad(
+                images, ((0, -len(images) % jax.local_device_count()), (0, 0), (0, 0), (0, 0))
+            )
+            # Fetched while the next batch is on the device.
+            before, pending = pending, (autoencoding.encode(codec, images), batch)
+            if before is not None:
+                yield from _rows(codec, *before, progress)
+        yield from _rows(codec, *pending, progress)
+
+
+def _rows(codec, latent, batch, progress):
+    count = len(batch["label"])
+    views = lambda part: np.asarray(part)[: 2 * count].reshape(2, count, *part.shape[1:])
+    mean = views(latent.mean)
+    std = None if codec.model.codebook else views(latent.std)
+    for i in range(count):
+        yield mean[:, i], None if std is None else std[:, i], batch["label"][i]
+    progress.add(count, int(batch.get("replaced", np.zeros(0)).sum()))
+
+
+class _Progress:
+    """Console lines: images, speed and the time left."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._replaced = total, 0, 0
+        self._start = self._last = time.perf_counter()
+
+    def add(self, count: int, replaced: int) -> None:
+        """Counts images, and logs a line every few seconds."""
+        self._done = min(self._done + count, self._total)
+        self._replaced += replaced
+        now = time.perf_counter()
+        if now - self._last < _LOG_SECONDS and self._done < self._total:
+            return
+        self._last = now
+        speed = self._done / (now - self._start)
+        logging.info(
+            "encoded %d/%d  %.1f images/s  ETA %s%s",
+            self._done,
+            self._total,
+            speed,
+            duration((self._total - self._done) / speed),
+            f"  {self._replaced} unreadable images replaced" if self._replaced else "",
+        )

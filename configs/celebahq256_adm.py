@@ -1,0 +1,22 @@
+"""The light ADM UNet in pixels, without classes, on CelebA-HQ at 256x256.
+
+  python -c "import tensorflow_datasets as tfds; tfds.builder('celeb_a_hq/256',
+      file_format='array_record').download_and_prepare()"
+  python -m ant_jax.main --config configs/celebahq256_adm.py:uncertainty,snr --workdir DIR
+
+tensorflow-datasets asks for the 30 000 images to be put in place by hand first, and says where. A
+folder of them will do as well: --config.data.name=folder --config.data.split= --config.data.dir=DIR
+
+Hardware and settings are those of ``configs/ffhq256_adm.py``. The ANT paper's figures are in its
+table 1; ours are not known yet.
+"""
+
+from configs import ffhq256_adm
+
+
+def get_config(argument: str = "uncertainty,snr"):
+    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    config = ffhq256_adm.get_config(argument)
+    config.data.name = "tfds:celeb_a_hq/256"
+    config.data.split = "train"
+    return config

@@ -1,0 +1,24 @@
+r"""The LDM UNet in the latents of VQ-f4, without classes, on CelebA-HQ at 256x256.
+
+  python -m ant_jax.main --mode encode --config configs/celebahq256_ldm.py \
+      --config.autoencoder.weights=VQ-F4.ckpt --config.autoencoder.latents=LATENTS
+  python -m ant_jax.main --config configs/celebahq256_ldm.py:uncertainty,snr --workdir DIR \
+      --config.autoencoder.weights=VQ-F4.ckpt --config.autoencoder.latents=LATENTS
+
+``configs/celebahq256_adm.py`` says how to prepare the images, ``configs/ffhq256_ldm.py`` which
+autoencoder this is and what hardware it fits. The latents take 1.5 GB. The learning rate is LDM's
+for CelebA-HQ; the batch is 50 where LDM has 48, which five clusters can't share. The ANT paper's
+figures are in its table 1; ours are not known yet.
+"""
+
+from configs import ffhq256_ldm
+
+
+def get_config(argument: str = "uncertainty,snr"):
+    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    config = ffhq256_ldm.get_config(argument)
+    config.data.name = "tfds:celeb_a_hq/256"
+    config.data.split = "train"
+    config.data.batch_size = 50
+    config.optimizer.learning_rate = 9.6e-5
+    return config

@@ -1,0 +1,41 @@
+r"""The LDM UNet in the latents of VQ-f4, without classes, on FFHQ at 256x256.
+
+  python -m ant_jax.main --mode encode --config configs/ffhq256_ldm.py --config.data.dir=FFHQ \
+      --config.autoencoder.weights=VQ-F4.ckpt --config.autoencoder.latents=LATENTS
+  python -m ant_jax.main --config configs/ffhq256_ldm.py:uncertainty,snr --workdir DIR \
+      --config.data.dir=FFHQ \
+      --config.autoencoder.weights=VQ-F4.ckpt --config.autoencoder.latents=LATENTS
+
+FFHQ is a folder of the 70 000 images, of 256 pixels or larger, without folders for classes. VQ-F4
+is the autoencoder vq-f4 of LDM's authors. The latents take 3.5 GB.
+
+Hardware: 274 M parameters take 5.5 GB with the EMA, the optimizer and a gradient, 5.5 GB more for
+the five gradients of pcgrad and nash. For several devices choose a config.data.batch_size of which
+each one's share is a multiple of k = 5.
+
+The network, the schedule and the learning rate are those of Rombach et al., *High-Resolution Image
+Synthesis with Latent Diffusion Models* (CVPR 2022) for FFHQ; the batch is 40 where they have 42,
+which five clusters can't share. The ANT paper's figures are in its table 1; ours are not known yet.
+To begin with LDM's own weights: --config.init_from=FFHQ-LDM.ckpt
+"""
+
+from ant_jax.models.unet import VARIANTS
+from configs import ffhq256_adm
+
+
+def get_config(argument: str = "uncertainty,snr"):
+    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    config = ffhq256_adm.get_config(argument)
+    config.num_steps = 400_000
+    config.data.batch_size = 40
+    config.diffusion.schedule = "ldm"
+    config.diffusion.variance = "fixed_small"
+    config.diffusion.clip_x0 = False
+    config.autoencoder.name = "VQ-f4"
+    config.autoencoder.scale = 1.0
+    config.model.update(VARIANTS["LDM-4"])
+    config.optimizer.learning_rate = 8.4e-5
+    config.sample.sampler = "ddim"
+    config.sample.num_steps = 200
+    config.sample.eta = 1.0
+    return config

@@ -1,0 +1,26 @@
+r"""DiT-XL/2 with uncertainty weighting on SNR clusters, on ImageNet at 256x256 pixels.
+
+  python -m ant_jax.main --config configs/imagenet256_dit_xl2.py:uncertainty,snr --workdir DIR \
+      --config.autoencoder.weights=VAE.safetensors --config.autoencoder.latents=LATENTS
+
+The latents are those of ``configs/imagenet256_dit_l2.py``, which says how to make them.
+
+Hardware: 675 M parameters take 13.5 GB with the EMA, the optimizer and a gradient, 13.5 GB more for
+the five gradients of pcgrad and nash. Blocks are recomputed in the backward pass (remat), a third
+more work for a small part of the memory of the activations.
+
+The settings are those of DiT-L/2. The paper has no DiT-XL: no figures to compare with. To begin
+with the weights of DiT's authors: --config.init_from=DiT-XL-2-256x256.pt
+--config.diffusion.schedule=linear, the schedule that they are for.
+"""
+
+from ant_jax.models.dit import SIZES
+from configs import imagenet256_dit_l2
+
+
+def get_config(argument: str = "uncertainty,snr"):
+    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    config = imagenet256_dit_l2.get_config(argument)
+    config.model.update(SIZES["XL"])
+    config.model.remat = True
+    return config

@@ -1,0 +1,121 @@
+"""A stand-in for a data set and an autoencoder: ``python -m experiments.photographs --out DIR``.
+
+Cuts scikit-learn's two sample photographs into 456 JPEG files of 64 x 64 pixels, a class folder for
+each photograph, and trains the small KL autoencoder on them. With these the whole way to a paper's
+row can be walked on a laptop, in the formats of the real thing; see docs/paper_row.md.
+"""
+
+import functools
+import io
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from PIL import Image
+
+from ant_jax import data, interop
+from ant_jax.files import write_bytes
+from ant_jax.metrics import duration, quiet_console
+from ant_jax.models.autoencoder import autoencoder
+
+_OUT = flags.DEFINE_string("out", "photographs", "Folder for the images and the autoencoder.")
+_STEPS = flags.DEFINE_integer("steps", 600, "Training steps of the autoencoder.")
+
+_SIDE, _STRIDE = 64, 32
+# The autoencoder learns from windows of the images: a quarter of the work.
+_WINDOW = 32
+_BATCH = 8
+_LEARNING_RATE = 2e-3
+# Of the divergence from a standard normal distribution, for each number of the latent.
+_KL_WEIGHT = 1e-4
+
+
+def main(argv: list[str]) -> None:
+    """Makes the images and the autoencoder."""
+    quiet_console()
+    out = Path(_OUT.value)
+    count = write_crops(out / "images")
+    logging.info("%d images: %s", count, out / "images")
+    path = out / "autoencoder.safetensors"
+    params, error = train_autoencoder(data.folder(out / "images", ""), _STEPS.value)
+    interop.write_state(path, interop.to_torch(params, interop.AUTOENCODER))
+    logging.info("autoencoder, mean error of a pixel %.1f of 255: %s", 127.5 * error, path)
+
+
+def write_crops(directory: Path) -> int:
+    """Writes the crops as DIRECTORY/PHOTOGRAPH/NNN.jpg; returns how many."""
+    from sklearn.datasets import load_sample_images
+
+    samples = load_sample_images()
+    count = 0
+    for name, photograph in zip(samples.filenames, samples.images, strict=True):
+        height, width, _ = photograph.shape
+        places = [
+            (top, left)
+            for top in range(0, height - _SIDE + 1, _STRIDE)
+            for left in range(0, width - _SIDE + 1, _STRIDE)
+        ]
+        for i, (top, left) in enumerate(places):
+            stream = io.BytesIO()
+            crop = photograph[top : top + _SIDE, left : left + _SIDE]
+            Image.fromarray(crop).save(stream, format="jpeg", quality=95)
+            write_bytes(directory / Path(name).stem / f"{i:03d}.jpg", stream.getvalue())
+        count += len(places)
+    return count
+
+
+def train_autoencoder(source: data.Source, num_steps: int) -> tuple[dict, float]:
+    """Trains the small KL autoencoder.
+
+    Returns:
+      Its parameters, and the mean absolute error of its reconstructions in the last steps, of
+      images in [-1, 1].
+    """
+    model = autoencoder("KL-f4-small")
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, _SIDE, _SIDE, 3)))["params"]
+    optimizer = optax.adam(optax.cosine_decay_schedule(_LEARNING_RATE, num_steps))
+    state = optimizer.init(params)
+    batches = data.batches(source, batch_size=_BATCH, seed=0, crop="center", image_size=_SIDE)
+    rng = np.random.default_rng(0)
+    errors = []
+    begin = time.perf_counter()
+    for step in range(num_steps):
+        top, left = rng.integers(_SIDE - _WINDOW + 1, size=2)
+        window = next(batches)["image"][:, top : top + _WINDOW, left : left + _WINDOW]
+        images = np.float32(window) / 127.5 - 1
+        params, state, error = _step(params, state, images, step, model, optimizer.update)
+        errors.append(error)
+        if (step + 1) % 100 == 0 or step + 1 == num_steps:
+            left = (time.perf_counter() - begin) / (step + 1) * (num_steps - step - 1)
+            logging.info(
+                "autoencoder, step %d/%d  error %.4f  ETA %s",
+                step + 1,
+                num_steps,
+                np.mean(errors[-100:]),
+                duration(left),
+            )
+    return jax.device_get(params), float(np.mean(errors[-100:]))
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _step(params, state, images, step, model, update):
+    def loss(params):
+        variables = {"params": params}
+        mean, std = model.apply(variables, images, method="encode")
+        noise = jax.random.normal(jax.random.fold_in(jax.random.key(1), step), mean.shape)
+        decoded = model.apply(variables, mean + std * noise, method="decode")
+        error = jnp.mean(jnp.abs(decoded - images))
+        divergence = 0.5 * jnp.mean(mean**2 + std**2 - 1 - 2 * jnp.log(std))
+        return error + _KL_WEIGHT * divergence, error
+
+    (_, error), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    updates, state = update(grads, state)
+    return optax.apply_updates(params, updates), state, error
+
+
+if __name__ == "__main__":
+    app.run(main)

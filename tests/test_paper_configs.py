@@ -1,0 +1,110 @@
+"""The configs of the paper's experiments, without their data and without allocating a weight."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from ant_jax import builders, experiment
+from ant_jax import config as config_lib
+from configs import digits
+
+# Millions of parameters, and the height, width and channels of the network's input.
+PAPER = {
+    "ffhq256_adm": (94, (256, 256, 3)),
+    "celebahq256_adm": (94, (256, 256, 3)),
+    "ffhq256_ldm": (274, (64, 64, 3)),
+    "celebahq256_ldm": (274, (64, 64, 3)),
+    "imagenet256_dit_s2": (33, (32, 32, 4)),
+    "imagenet256_dit_b2": (130, (32, 32, 4)),
+    "imagenet256_dit_l2": (458, (32, 32, 4)),
+    "imagenet256_dit_xl2": (675, (32, 32, 4)),
+}
+FAMILIES = ("ffhq256_adm", "imagenet256_dit_s2")
+METHODS = ("vanilla", "linear", "uncertainty", "pcgrad", "nash")
+
+
+def completed(name, argument):
+    """A config as its command makes it."""
+    config = importlib.import_module(f"configs.{name}").get_config(argument)
+    if config.data.name == "folder":
+        config.data.dir = "images"
+    if config.autoencoder.name:
+        config.autoencoder.weights = "weights.safetensors"
+        config.autoencoder.latents = "latents"
+    if config.evaluation.features == "inception" and "inception" in config.evaluation:
+        config.evaluation.inception = "inception.pth"
+    return config
+
+
+def build(config, shape):
+    return experiment.build(config, shape[-1], 1000 if config.model.conditional else 0)
+
+
+def test_every_config_of_the_paper_is_here():
+    names = {path.stem for path in Path(digits.__file__).parent.glob("*256_*.py")}
+    assert names == set(PAPER)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_it_builds_and_its_network_has_the_published_size(name):
+    config = completed(name, "nash,timestep")
+    assert (config.method.name, config.clusters.cost) == ("nash", "timestep")
+    millions, shape = PAPER[name]
+    pieces = build(config, shape)
+    assert pieces.image_shape == shape
+    params = jax.eval_shape(lambda: builders.init_params(pieces.model, shape, 0))
+    size = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert round(size / 1e6) == millions
+    assert f"{millions} M parameters" in (importlib.import_module(f"configs.{name}").__doc__) or (
+        name.startswith("celebahq")
+    )
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_argument_chooses_the_method_and_every_method_fits_the_batch(name, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    for method in METHODS:
+        config = completed(name, f"{method},snr")
+        config_lib.validate(config)
+        pieces = build(config, PAPER[name][1])
+        experiment.check_batch(config, pieces.method)
+        assert (pieces.method.weighting is None) == (method == "vanilla")
+
+
+def lower(name, method, monkeypatch):
+    """The train step as a program for one device, of shapes alone."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config = completed(name, f"{method},snr")
+    pieces = build(config, PAPER[name][1])
+    state = experiment.abstract_state(config, pieces)
+    examples = (config.data.batch_size,)
+    pixels = not config.autoencoder.name
+    batch = {
+        "image": jax.ShapeDtypeStruct(
+            (*examples, *pieces.image_shape), jnp.uint8 if pixels else jnp.float32
+        ),
+        "label": jax.ShapeDtypeStruct(examples, jnp.int32),
+    }
+    lowered = jax.jit(experiment.training_step(config, pieces)).lower(state, batch)
+    after, metrics = lowered.out_info
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(after) == shapes(state)
+    assert metrics["cluster_losses"].shape == (5,)
+    # As bfloat16 as the config says: the matrix products of the network, both ways.
+    assert "bf16" in lowered.as_text()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_train_step_of_each_family_lowers(name, monkeypatch):
+    lower(name, "uncertainty", monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["vanilla", "uncertainty", "pcgrad", "nash"])
+@pytest.mark.parametrize("name", PAPER)
+def test_the_train_step_of_every_config_lowers(name, method, monkeypatch):
+    lower(name, method, monkeypatch)
