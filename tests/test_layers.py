@@ -17,7 +17,7 @@ LAYERS = {
     "mtl": CORE,
     "diffusion": CORE,
     "models": CORE,
-    "interop": {"numpy", "ml_dtypes"},
+    "interop": {"numpy", "ml_dtypes", "safetensors", "ant_jax.files"},
     "transfer_gap": CORE | {"ant_jax.diffusion"},
     "train_step": CORE | {"ant_jax.mtl", "ant_jax.diffusion", "ant_jax.clustering"},
 }

@@ -1,8 +1,27 @@
-"""What others have written: PyTorch's files, and weights as parameters of the networks here."""
+"""What others have written, read without running it: PyTorch's files and published weights."""
 
-from ant_jax.interop.autoencoder_names import autoencoder_from_torch
+from ant_jax.interop.autoencoder import AUTOENCODER
+from ant_jax.interop.dit import DIT, dit_names
+from ant_jax.interop.inception import INCEPTION
 from ant_jax.interop.plain_pickle import Global
+from ant_jax.interop.state_file import read_state, write_state
 from ant_jax.interop.torch_file import read
-from ant_jax.interop.unet_names import unet_from_torch
+from ant_jax.interop.unet import UNET, unet_names
+from ant_jax.interop.weights import Names, WeightsError, from_torch, to_torch
 
-__all__ = ["Global", "autoencoder_from_torch", "read", "unet_from_torch"]
+__all__ = [
+    "AUTOENCODER",
+    "DIT",
+    "INCEPTION",
+    "UNET",
+    "Global",
+    "Names",
+    "WeightsError",
+    "dit_names",
+    "from_torch",
+    "read",
+    "read_state",
+    "to_torch",
+    "unet_names",
+    "write_state",
+]

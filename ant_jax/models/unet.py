@@ -8,7 +8,7 @@ Parameters correspond one to one to those of the papers' code (openai/guided-dif
 CompVis/latent-diffusion, `openaimodel.py`): module `input_3_1` here is `input_blocks.3.1` there,
 `middle_2` is `middle_block.2` and `output_5_0` is `output_blocks.5.0`. Kernels are transposed only.
 The 3 C channels of `qkv` are ordered by head first, and by query, key and value inside a head, as
-in that code with its default attention order. `ant_jax.interop.unet_names` has the table of names.
+in that code with its default attention order. `ant_jax.interop.unet` has the table of names.
 """
 
 import functools

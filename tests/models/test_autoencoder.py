@@ -1,3 +1,4 @@
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.interop.autoencoder_names import autoencoder_from_torch
+from ant_jax.interop import AUTOENCODER, WeightsError, from_torch, to_torch
 from ant_jax.models.autoencoder import Autoencoder
 
 RECORDED = Path(__file__).parents[1] / "data" / "autoencoder"
@@ -59,19 +60,20 @@ def load(name, names):
             if "attn_1" in key and value.ndim == 2:
                 value = value[:, :, None, None]
         state[str(key)] = value
-    if names == "paper":
-        state["loss.logvar"] = np.zeros(())
     return recorded, state
+
+
+@functools.cache
+def template(name):
+    shapes = jax.eval_shape(MODELS[name].init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    return shapes["params"]
 
 
 @pytest.mark.parametrize("names", ["diffusers", "paper"])
 @pytest.mark.parametrize("name", ["kl", "vq"])
 def test_weights_of_others_give_their_numbers(name, names):
     recorded, state = load(name, names)
-    model, variables = MODELS[name], {"params": autoencoder_from_torch(state)}
-    fresh = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    shapes = lambda tree: jax.tree.map(lambda leaf: leaf.shape, tree)
-    assert shapes(variables) == shapes(fresh)
+    model, variables = MODELS[name], {"params": from_torch(state, template(name), AUTOENCODER)}
     images = recorded["images"].transpose(0, 2, 3, 1)
     latent = jax.jit(lambda v, x: model.apply(v, x, method="encode"))(variables, images)
     assert_close(latent.mean, recorded["mean"])
@@ -79,6 +81,32 @@ def test_weights_of_others_give_their_numbers(name, names):
     mean = recorded["mean"].transpose(0, 2, 3, 1)
     decoded = jax.jit(lambda v, x: model.apply(v, x, method="decode"))(variables, mean)
     assert_close(decoded, recorded["decoded"])
+
+
+@pytest.mark.parametrize("name", ["kl", "vq"])
+def test_weights_go_back_to_where_they_came_from(name):
+    state = load(name, "paper")[1]
+    params = from_torch(state, template(name), AUTOENCODER)
+    written = to_torch(params, AUTOENCODER)
+    assert set(written) == set(state)
+    for key, value in written.items():
+        np.testing.assert_array_equal(value, state[key], strict=True)
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+def test_what_is_no_weight_of_the_autoencoder_is_passed_over(prefix):
+    state = load("kl", "paper")[1]
+    expected = from_torch(state, template("kl"), AUTOENCODER)
+    checkpoint = {prefix + key: value for key, value in state.items()}
+    checkpoint |= {prefix + "loss.logvar": np.zeros(()), "model_ema.decay": np.zeros(())}
+    if prefix:
+        checkpoint |= {"model.diffusion_model.out.2.bias": np.zeros(3), "betas": np.zeros(5)}
+    params = from_torch(checkpoint, template("kl"), AUTOENCODER)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    with pytest.raises(WeightsError, match=r"this autoencoder: 1 unexpected: decoder\.extra\.bias"):
+        from_torch(
+            {**checkpoint, prefix + "decoder.extra.bias": np.zeros(3)}, template("kl"), AUTOENCODER
+        )
 
 
 def assert_close(ours, theirs):
@@ -115,7 +143,7 @@ def test_bfloat16_activations_leave_parameters_and_results_in_float32():
 
 def test_a_latent_on_the_codebook_is_its_own_neighbour():
     model = MODELS["vq"]
-    params = autoencoder_from_torch(load("vq", "diffusers")[1])
+    params = from_torch(load("vq", "diffusers")[1], template("vq"), AUTOENCODER)
     codes = params["embedding"][np.arange(50).reshape(1, 5, 10)]
     near = codes + np.random.default_rng(0).normal(0, 1e-3, codes.shape)
     quantise = lambda latents: model.apply(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.interop.unet_names import unet_from_torch
+from ant_jax.interop import UNET, WeightsError, from_torch, to_torch, unet_names
 from ant_jax.models.unet import UNet, unet
 
 RECORDS = Path(__file__).parents[1] / "data" / "unet"
@@ -38,7 +38,12 @@ def _record(name):
 
 @functools.cache
 def _params(name):
-    return unet_from_torch(_record(name)[0])
+    return from_torch(_record(name)[0], _template(name), UNET)
+
+
+@functools.cache
+def _template(name):
+    return _shapes(MODELS[name])[1]["params"]
 
 
 @functools.cache
@@ -60,18 +65,27 @@ def _shapes(model, size=8):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_parity_with_the_recorded_output(name):
-    state, inputs, expected = _record(name)
+    _, inputs, expected = _record(name)
     assert 0.1 < expected.std() < 10
     output = _apply(name, *inputs)
     assert output.shape == expected.shape
     assert abs(output - expected).max() < 1e-4 * abs(expected).max()
-    # Every weight of the record has its place, and every parameter its weight.
-    shapes = jax.tree.map(lambda p: p.shape, _shapes(MODELS[name])[1]["params"])
+    shapes = jax.tree.map(lambda p: p.shape, _template(name))
     assert jax.tree.map(np.shape, _params(name)) == shapes
-    null_class = 4 * MODELS[name].width if MODELS[name].num_classes else 0
-    assert sum(p.size for p in jax.tree.leaves(_params(name))) == null_class + sum(
-        w.size for w in state.values()
-    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_go_back_to_where_they_came_from(name):
+    state = dict(_record(name)[0])
+    if name == "adm":
+        null_row = np.zeros((1, 4 * MODELS[name].width))
+        state["label_emb.weight"] = np.concatenate([state["label_emb.weight"], null_row])
+    written = to_torch(_params(name), UNET)
+    assert set(written) == set(state)
+    for key, value in written.items():
+        np.testing.assert_array_equal(value, state[key].astype(np.float32), strict=True)
+    again = from_torch(written, _template(name), UNET)
+    jax.tree.map(np.testing.assert_array_equal, again, _params(name))
 
 
 @pytest.mark.parametrize(
@@ -107,18 +121,39 @@ def test_the_other_order_of_attention_channels():
             reordered[name] = np.concatenate(
                 [parts[head, part] for part in range(3) for head in range(heads)]
             )
-    params = unet_from_torch(reordered, new_order_head_channels=16)
+    names = unet_names(new_order_head_channels=16)
+    params = from_torch(reordered, _template("adm"), names)
     jax.tree.map(np.testing.assert_array_equal, params, _params("adm"))
-    plain = unet_from_torch(reordered)["middle_1"]["qkv"]["kernel"]
+    plain = from_torch(reordered, _template("adm"), UNET)["middle_1"]["qkv"]["kernel"]
     assert (plain != _params("adm")["middle_1"]["qkv"]["kernel"]).any()
+    written = to_torch(params, names)
+    for name, weight in reordered.items():
+        if "qkv" in name:
+            np.testing.assert_array_equal(written[name], weight)
+    with pytest.raises(WeightsError, match=r"96 channels of .*qkv .* heads of 48 channels"):
+        from_torch(reordered, _template("adm"), unet_names(new_order_head_channels=48))
 
 
-@pytest.mark.parametrize(
-    "name", ["input_blocks.0.0.running_mean", "input_blocks.1.0.in_layers.1.weight", "head.weight"]
-)
-def test_a_name_of_another_network(name):
-    with pytest.raises(ValueError, match=name):
-        unet_from_torch({name: np.zeros((2, 2))})
+def test_the_moving_average_of_a_checkpoint_of_ldm_comes_first():
+    state = _record("ldm")[0]
+    # As ldm/models/diffusion/ddpm.py and ldm/modules/ema.py name them.
+    checkpoint = {f"model.diffusion_model.{name}": value for name, value in state.items()}
+    checkpoint |= {"betas": np.zeros(5), "first_stage_model.encoder.conv_in.bias": np.zeros(3)}
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        from_torch(checkpoint, _template("ldm"), UNET),
+        _params("ldm"),
+    )
+    for name, value in state.items():
+        checkpoint["model_ema.diffusion_model" + name.replace(".", "")] = 2 * value
+    checkpoint |= {"model_ema.decay": np.zeros(()), "model_ema.num_updates": np.zeros(())}
+    average = from_torch(checkpoint, _template("ldm"), UNET)
+    jax.tree.map(
+        np.testing.assert_array_equal, average, jax.tree.map(lambda p: 2 * p, _params("ldm"))
+    )
+    del checkpoint["model_ema.diffusion_modelout2weight"]
+    with pytest.raises(WeightsError, match=r"fit this UNet: 1 missing: out\.2\.weight\."):
+        from_torch(checkpoint, _template("ldm"), UNET)
 
 
 def test_output_depends_on_timestep_label_and_nothing_but_the_own_example():

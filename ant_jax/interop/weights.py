@@ -1,0 +1,223 @@
+"""Weights of published networks as parameters of the networks here, and back.
+
+Each family of networks has one table, `Names`, from a module here to its place in the published
+code. The names that a network needs follow from its own parameters, so that the same table reads
+and writes, and whatever a file has too little or too much is found.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class WeightsError(ValueError):
+    """Weights that a network has no place for, or too few of them; the message names them."""
+
+
+class Place(NamedTuple):
+    """Where the published code keeps the weights of a module.
+
+    Attributes:
+      module: Its name there, such as "blocks.0.attn.qkv".
+      spatial: The positions that a kernel of two dimensions here sees there: (1, 1) for a
+        convolution of 1 x 1, (p, p) for patches of p x p pixels, () for a linear layer.
+      head_channels: Channels of an attention head if the outputs are ordered by query, key and
+        value first there, and by head first here; None if the order is the same.
+      null_row: Whether a table may have one row less there: that of the null class.
+    """
+
+    module: str
+    spatial: tuple[int, ...] = ()
+    head_channels: int | None = None
+    null_row: bool = False
+
+
+class Names(NamedTuple):
+    """How the published code of a family of networks names and lays out its weights.
+
+    Attributes:
+      network: What it is, for messages.
+      place: The place of a module, whose name here is its path joined by "."; None if the family
+        has no such module.
+      select: Gets a state dict and the official names that a network needs; returns the weights
+        that are meant for it by official names, those that it doesn't need among them. Other
+        networks of the same file, and what is no weight, are left out.
+    """
+
+    network: str
+    place: Callable[[str], Place | None]
+    select: Callable[[Mapping[str, np.ndarray], Set[str]], dict[str, np.ndarray]]
+
+
+# Flax's names of parameters, and PyTorch's.
+_KINDS = {
+    "kernel": "weight",
+    "scale": "weight",
+    "embedding": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_LISTED = 5
+
+
+class _Leaf(NamedTuple):
+    """A parameter: its path here, name and place there, and its shape in both layouts."""
+
+    path: tuple[str, ...]
+    name: str
+    place: Place
+    here: tuple[int, ...]
+    there: tuple[int, ...]
+    value: Any
+
+
+def from_torch(
+    state: Mapping[str, np.ndarray], template: Mapping[str, Any], names: Names
+) -> dict[str, Any]:
+    """Parameters of a network from a published state dict.
+
+    Args:
+      state: arrays by name, as `read_state` returns them, in any floating type.
+      template: the parameters that the network has: a nested dict of anything with a `shape`, such
+        as `jax.eval_shape(model.init, ...)["params"]`.
+      names: the family of the network: `DIT`, `UNET`, `AUTOENCODER`, `INCEPTION`, or what
+        `dit_names` or `unet_names` returns.
+
+    Returns:
+      A nested dict of float32 arrays with the keys and shapes of the template. They may be
+      read-only and share memory with the state dict.
+
+    Raises:
+      WeightsError: If a weight is missing, of another shape, or not of this network, or if the
+        template is not of the family.
+    """
+    leaves = {leaf.name: leaf for leaf in _leaves(template, names)}
+    found = names.select(state, leaves.keys())
+    missing = [name for name in leaves if name not in found]
+    unexpected = [name for name in found if name not in leaves]
+    misshapen = [
+        f"{name} is {_text(found[name].shape)} there and {_text(leaf.there)} here"
+        for name, leaf in leaves.items()
+        if name in found and not _fits(tuple(found[name].shape), leaf)
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
+    if any(faults.values()):
+        lists = "; ".join(
+            f"{len(items)} {fault}: {', '.join(items[:_LISTED])}{', ...' * (len(items) > _LISTED)}"
+            for fault, items in faults.items()
+            if items
+        )
+        raise WeightsError(
+            f"the state dict does not fit this {names.network}: {lists}. Is it that of another "
+            "network, or are the fields of this one others than it was trained with?"
+        )
+    params: dict[str, Any] = {}
+    for name, leaf in leaves.items():
+        *modules, kind = leaf.path
+        node = params
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[kind] = _here(np.asarray(found[name], np.float32), leaf)
+    return params
+
+
+def to_torch(params: Mapping[str, Any], names: Names) -> dict[str, np.ndarray]:
+    """A state dict by the names and in the layout of the published code.
+
+    Of an unconditional network it has no label table, and of a conditional one the table with the
+    row of the null class, which is the last.
+
+    Args:
+      params: the parameters of a network: a nested dict of arrays.
+      names: its family, as of `from_torch`.
+
+    Returns:
+      Float32 arrays by name, for `write_state`, or for `load_state_dict` as tensors.
+
+    Raises:
+      WeightsError: If the parameters are not of a network of the family.
+    """
+    return {leaf.name: _there(leaf) for leaf in _leaves(params, names)}
+
+
+def _leaves(tree: Mapping[str, Any], names: Names) -> Iterator[_Leaf]:
+    for path, value in _flat(tree):
+        *modules, kind = path
+        place = names.place(".".join(modules))
+        if place is None or kind not in _KINDS:
+            raise WeightsError(f"{'.'.join(path)} is no parameter of a {names.network}.")
+        shape = tuple(value.shape)
+        name = f"{place.module}.{_KINDS[kind]}"
+        yield _Leaf(path, name, place, shape, _shape_there(shape, kind, place), value)
+
+
+def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _shape_there(shape: tuple[int, ...], kind: str, place: Place) -> tuple[int, ...]:
+    heads = 3 * (place.head_channels or 1)
+    if place.head_channels and shape[-1] % heads:
+        raise WeightsError(
+            f"the {shape[-1]} channels of {place.module} are not three times those of heads of "
+            f"{place.head_channels} channels."
+        )
+    if kind != "kernel":
+        return shape
+    spatial = _spatial(shape, place)
+    inputs, outputs = math.prod(shape[:-1]), shape[-1]
+    if inputs % math.prod(spatial):
+        raise WeightsError(
+            f"the {inputs} inputs of {place.module} are not those of patches of {_text(spatial)}."
+        )
+    return (outputs, inputs // math.prod(spatial), *spatial)
+
+
+def _spatial(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    return shape[:-2] or place.spatial
+
+
+def _fits(shape: tuple[int, ...], leaf: _Leaf) -> bool:
+    if leaf.place.null_row and shape[:1] == (leaf.there[0] - 1,):
+        shape = leaf.there[:1] + shape[1:]
+    return _pointwise(shape) == _pointwise(leaf.there)
+
+
+def _pointwise(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A convolution of 1 x 1 as the linear layer that it is; codes differ in which they use."""
+    return shape[:2] if set(shape[2:]) == {1} else shape
+
+
+def _here(value: np.ndarray, leaf: _Leaf) -> np.ndarray:
+    if leaf.place.head_channels:
+        value = _reordered(value, (3, -1, leaf.place.head_channels))
+    if leaf.path[-1] == "kernel":
+        value = np.moveaxis(value, (1, 0), (-2, -1))
+    elif leaf.place.null_row:
+        value = np.pad(value, ((0, leaf.here[0] - len(value)), (0, 0)))
+    return value.reshape(leaf.here)
+
+
+def _there(leaf: _Leaf) -> np.ndarray:
+    value = np.asarray(leaf.value, np.float32)
+    if leaf.path[-1] == "kernel":
+        value = value.reshape(*_spatial(leaf.here, leaf.place), -1, leaf.here[-1])
+        value = np.moveaxis(value, (-1, -2), (0, 1))
+    if leaf.place.head_channels:
+        value = _reordered(value, (-1, 3, leaf.place.head_channels))
+    return value
+
+
+def _reordered(value: np.ndarray, split: tuple[int, int, int]) -> np.ndarray:
+    return value.reshape(*split, *value.shape[1:]).swapaxes(0, 1).reshape(value.shape)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"

@@ -1,0 +1,140 @@
+import struct
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from torch_writers import literal, running, storage, tensor, write_legacy, write_zip
+
+from ant_jax.interop import WeightsError, read_state, write_state
+
+RECORDED = Path(__file__).parents[1] / "data" / "torch"
+RECORDS = {"0": np.arange(4, dtype="<f4").tobytes(), "1": np.ones(4, "<f4").tobytes()}
+RANGE, ONES = tensor(of=storage("0")), tensor(of=storage("1"))
+
+
+def items(**values):
+    """The instructions that make a dict of what others make."""
+    return b"}" + b"".join(literal(key) + value + b"s" for key, value in values.items())
+
+
+def module(**values):
+    return items(**{f"module.{key}": value for key, value in values.items()})
+
+
+HOLDING_THE_RANGE = {
+    "alone": items(w=RANGE),
+    "lightning": items(epoch=literal(3), state_dict=items(w=RANGE)),
+    "dit": items(model=items(w=ONES), ema=items(w=RANGE), opt=items(), args=items()),
+    "average of another kind": items(ema=items(decay=literal(0.5)), model=items(w=RANGE)),
+    "parallel": module(w=RANGE),
+    "parallel within": items(model=module(w=RANGE)),
+}
+
+
+@pytest.mark.parametrize("case", HOLDING_THE_RANGE)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_containers(tmp_path, case, suffix):
+    path = write_zip(tmp_path / f"x{suffix}", HOLDING_THE_RANGE[case], RECORDS)
+    state = read_state(path)
+    assert list(state) == ["w"]
+    np.testing.assert_array_equal(state["w"], np.arange(4, dtype=np.float32), strict=True)
+
+
+def test_names_that_look_like_containers_and_prefixes(tmp_path):
+    code = items(model=RANGE, **{"module.w": ONES})
+    state = read_state(write_zip(tmp_path / "x.pt", code, RECORDS))
+    assert set(state) == {"model", "module.w"}
+
+
+def test_files_of_torch_itself():
+    state = read_state(RECORDED / "lightning.ckpt")
+    assert list(state)[:3] == ["0.weight", "0.bias", "1.weight"] and len(state) == 7
+
+
+@pytest.mark.parametrize(
+    "code, held",
+    [
+        (items(epoch=literal(3)), r"a dict with the keys \['epoch'\]"),
+        (items(network=items(w=RANGE)), r"a dict with the keys \['network'\]"),
+        (items(state_dict=items()), r"a dict with the keys \['state_dict'\]"),
+        (items(w=RANGE, epoch=literal(3)), r"a dict with the keys \['w', 'epoch'\]"),
+        (b"]" + RANGE + b"a", "<class 'list'>"),
+        (RANGE, "<class 'numpy.ndarray'>"),
+    ],
+)
+def test_no_state_dict(tmp_path, code, held):
+    path = write_zip(tmp_path / "x.pt", code, RECORDS)
+    with pytest.raises(WeightsError, match=f"x.pt has no state dict.* It holds {held}"):
+        read_state(path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+def test_nothing_is_run(tmp_path, write, suffix):
+    marker = tmp_path / "marker"
+    path = write(tmp_path / f"x{suffix}", running(marker)["value"][0])
+    with pytest.raises(ValueError, match=r"it uses posix\.system "):
+        read_state(path)
+    assert not marker.exists()
+
+
+STATE = {
+    "half": np.arange(6, dtype=np.float16).reshape(2, 3),
+    "brain": np.arange(6).astype(ml_dtypes.bfloat16).reshape(3, 2),
+    "single": np.float32([[0.1, -np.inf], [np.nan, 3]]),
+    "scalar": np.array(7),
+    "none": np.zeros((0, 3)),
+    "strided": np.arange(24.0).reshape(2, 3, 4).transpose(2, 0, 1)[::2],
+    "big-endian": np.arange(3, dtype=">f4"),
+}
+
+
+def test_safetensors_whatever_the_suffix(tmp_path):
+    path = tmp_path / "folder" / "x.pt"
+    write_state(path, STATE)
+    state = read_state(path)
+    assert set(state) == set(STATE)
+    for name, value in STATE.items():
+        assert (
+            state[name].dtype == value.dtype.newbyteorder("=") and state[name].shape == value.shape
+        )
+        np.testing.assert_array_equal(state[name].astype(float), value.astype(float))
+    assert [path.name for path in path.parent.iterdir()] == ["x.pt"]
+
+
+def test_the_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_state(path, {"w": np.arange(4)})
+    before = path.read_bytes()
+    with pytest.raises(Exception, match="object"):
+        write_state(path, {"w": np.array([None])})
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+def safetensors_header(header, size=None):
+    return struct.pack("<Q", len(header) if size is None else size) + header
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        safetensors_header(b'{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}') + bytes(7),
+        safetensors_header(b"{}", 2**60),
+        safetensors_header(b'{"w":1}'),
+        # A type that NumPy doesn't have.
+        safetensors_header(b'{"w":{"dtype":"F8_E8M0","shape":[1],"data_offsets":[0,1]}}') + b"1",
+    ],
+)
+def test_damaged_safetensors(tmp_path, content):
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"cannot read .*x\.safetensors: "):
+        read_state(path)
+
+
+def test_paths(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_state(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="is a directory"):
+        read_state(tmp_path)

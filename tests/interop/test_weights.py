@@ -1,0 +1,242 @@
+import functools
+import importlib.util
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ant_jax.interop import (
+    DIT,
+    INCEPTION,
+    UNET,
+    WeightsError,
+    dit_names,
+    from_torch,
+    read_state,
+    to_torch,
+    write_state,
+)
+from ant_jax.models.dit import DiT
+
+RECORDED = Path(__file__).parents[1] / "data" / "dit"
+_spec = importlib.util.spec_from_file_location("record_dit", RECORDED / "record.py")
+record = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(record)
+
+# The settings of tests/data/dit/record.py.
+MODEL = DiT(width=16, depth=2, heads=2, patch=2, channels=3, num_classes=5, learned_variance=True)
+
+
+@functools.cache
+def recording():
+    with np.load(RECORDED / "dit.npz") as stored:
+        return dict(stored)
+
+
+def diffusers_state():
+    """The weights of the recording by diffusers' names."""
+    names, shapes = recording()["names"], recording()["shapes"]
+    return {
+        str(name): record.weight(str(name), tuple(map(int, str(shape).split())))
+        for name, shape in zip(names, shapes, strict=True)
+    }
+
+
+def paper_state():
+    """The same by the names of the paper's code, in the order of its state dict."""
+    theirs = diffusers_state()
+    # The position encoding is no weight, and nothing is read from it.
+    state = {"pos_embed": np.zeros((1, 16, 16), np.float32)}
+
+    def take(name, *sources):
+        for kind in ("weight", "bias"):
+            if f"{sources[0]}.{kind}" in theirs:
+                parts = [theirs[f"{source}.{kind}"] for source in sources]
+                state[f"{name}.{kind}"] = np.concatenate(parts)
+
+    take("x_embedder.proj", "pos_embed.proj")
+    embedding = "transformer_blocks.0.norm1.emb"
+    take("t_embedder.mlp.0", f"{embedding}.timestep_embedder.linear_1")
+    take("t_embedder.mlp.2", f"{embedding}.timestep_embedder.linear_2")
+    take("y_embedder.embedding_table", f"{embedding}.class_embedder.embedding_table")
+    for i in range(2):
+        block = f"transformer_blocks.{i}"
+        take(f"blocks.{i}.attn.qkv", *(f"{block}.attn1.to_{part}" for part in "qkv"))
+        take(f"blocks.{i}.attn.proj", f"{block}.attn1.to_out.0")
+        take(f"blocks.{i}.mlp.fc1", f"{block}.ff.net.0.proj")
+        take(f"blocks.{i}.mlp.fc2", f"{block}.ff.net.2")
+        take(f"blocks.{i}.adaLN_modulation.1", f"{block}.norm1.linear")
+    take("final_layer.linear", "proj_out_2")
+    take("final_layer.adaLN_modulation.1", "proj_out_1")
+    return state
+
+
+@functools.cache
+def template(model=MODEL):
+    inputs = [np.zeros((1, 8, 8, model.channels)), np.zeros(1)]
+    inputs += [np.zeros(1, int)] if model.num_classes else []
+    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
+
+
+def assert_equal_trees(ours, theirs):
+    jax.tree.map(functools.partial(np.testing.assert_array_equal, strict=True), ours, theirs)
+
+
+def test_weights_of_others_give_their_numbers():
+    params = from_torch(diffusers_state(), template(), DIT)
+    x = recording()["x"].transpose(0, 2, 3, 1)
+    with jax.default_matmul_precision("highest"):
+        output = jax.jit(MODEL.apply)({"params": params}, x, recording()["t"], recording()["y"])
+    expected = recording()["output"].transpose(0, 2, 3, 1)
+    assert output.shape == expected.shape == (3, 8, 8, 6)
+    assert 0.5 < expected.std() < 5
+    assert abs(output - expected).max() < 1e-4 * abs(expected).max()
+
+
+def test_names_of_the_paper_and_of_diffusers_are_of_the_same_network():
+    params = from_torch(paper_state(), template(), DIT)
+    assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, template())
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    assert_equal_trees(params, from_torch(diffusers_state(), template(), DIT))
+
+
+def test_an_embedding_that_differs_between_blocks_is_refused():
+    state = diffusers_state()
+    name = "transformer_blocks.1.norm1.emb.timestep_embedder.linear_2.bias"
+    state[name] = state[name] + 1
+    with pytest.raises(WeightsError, match=r"t_embedder\.mlp\.2\.bias is not the same for all"):
+        from_torch(state, template(), DIT)
+
+
+def test_weights_go_back_to_where_they_came_from():
+    state = paper_state()
+    written = to_torch(from_torch(state, template(), DIT), DIT)
+    # The official code makes the encoding itself.
+    del state["pos_embed"]
+    assert set(written) == set(state)
+    for name, value in written.items():
+        np.testing.assert_array_equal(value, state[name], strict=True)
+
+
+@pytest.mark.parametrize("patch, channels", [(1, 4), (4, 3)])
+def test_other_patches_without_classes(tmp_path, patch, channels):
+    model = DiT(width=8, depth=1, heads=2, patch=patch, channels=channels)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: np.float32(rng.normal(size=p.shape)), template(model))
+    state = to_torch(params, dit_names(patch))
+    kernel = state["x_embedder.proj.weight"]
+    assert kernel.shape == (8, channels, patch, patch)
+    # A convolution of stride p, on one patch.
+    pixels = rng.normal(size=(patch, patch, channels))
+    np.testing.assert_allclose(
+        np.einsum("ocij,ijc->o", kernel, pixels),
+        pixels.reshape(-1) @ params["patch_embedding"]["kernel"],
+        rtol=1e-5,
+    )
+    assert not any(name.startswith("y_embedder") for name in state)
+    write_state(tmp_path / "x.safetensors", state)
+    again = from_torch(read_state(tmp_path / "x.safetensors"), template(model), dit_names(patch))
+    assert_equal_trees(again, params)
+    wrong = "x_embedder.proj.weight is 8x4x1x1 there and 8x1x2x2 here"
+    if patch == 4:
+        wrong = "x_embedder.proj.weight is 8x3x4x4 there and 8x12x2x2 here"
+    with pytest.raises(WeightsError, match=wrong):
+        from_torch(state, template(model), DIT)
+
+
+def test_patches_that_cannot_be():
+    with pytest.raises(WeightsError, match=r"12 inputs of x_embedder.proj are not .* of 8x8"):
+        to_torch({"patch_embedding": {"kernel": np.zeros((12, 8))}}, dit_names(8))
+
+
+MLP = ["fc1.bias", "fc1.weight", "fc2.bias", "fc2.weight"]
+
+
+def test_what_does_not_fit_is_said():
+    state = paper_state()
+    for name in [name for name in state if ".mlp." in name and "blocks." in name]:
+        state[f"other.{name}"] = state.pop(name)
+    state["final_layer.linear.bias"] = np.zeros(12)
+    with pytest.raises(WeightsError) as caught:
+        from_torch(state, template(), DIT)
+    message = str(caught.value)
+    first = [f"blocks.0.mlp.{name}" for name in MLP] + ["blocks.1.mlp.fc1.bias, ...; "]
+    assert f"8 missing: {', '.join(first)}" in message
+    assert "8 unexpected: other.blocks.0.mlp.fc1.weight, " in message
+    assert message.count("other.blocks") == 5
+    assert "1 of another shape: final_layer.linear.bias is 12 there and 24 here. " in message
+
+
+def test_classes_and_variance_are_those_of_the_weights():
+    state = paper_state()
+    bare = MODEL.clone(num_classes=0, learned_variance=False)
+    with pytest.raises(WeightsError) as caught:
+        from_torch(state, template(bare), DIT)
+    assert "1 unexpected: y_embedder.embedding_table.weight" in str(caught.value)
+    assert "2 of another shape: final_layer.linear." in str(caught.value)
+    more = MODEL.clone(num_classes=6)
+    with pytest.raises(WeightsError, match=r"embedding_table\.weight is 6x16 there and 7x16 here"):
+        from_torch(state, template(more), DIT)
+
+
+def test_parameters_of_another_family():
+    with pytest.raises(WeightsError, match=r"^block_0.modulation.bias is no parameter of a UNet"):
+        to_torch({"block_0": {"modulation": {"bias": np.zeros(2)}}}, UNET)
+    with pytest.raises(WeightsError, match=r"^output.gain is no parameter of a DiT"):
+        to_torch({"output": {"gain": np.zeros(2)}}, DIT)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float64])
+def test_weights_of_other_types_become_float32(tmp_path, dtype):
+    state = {name: value.astype(dtype) for name, value in paper_state().items()}
+    write_state(tmp_path / "x.safetensors", state)
+    stored = read_state(tmp_path / "x.safetensors")
+    assert {value.dtype for value in stored.values()} == {np.dtype(dtype)}
+    params = from_torch(stored, template(), DIT)
+    expected = {name: value.astype(np.float32) for name, value in state.items()}
+    assert_equal_trees(params, from_torch(expected, template(), DIT))
+
+
+def test_inception():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: np.float32(rng.normal(size=shape))
+    norm = lambda n: {kind: normal(n) for kind in ("scale", "bias", "mean", "var")}
+    params = {
+        "Conv2d_1a_3x3": {"conv": {"kernel": normal(3, 3, 3, 4)}, "bn": norm(4)},
+        "Mixed_5b": {
+            "branch1x1": {"conv": {"kernel": normal(1, 1, 4, 2)}, "bn": norm(2)},
+            "branch5x5_1": {"conv": {"kernel": normal(1, 7, 4, 2)}, "bn": norm(2)},
+        },
+        "fc": {"kernel": normal(2, 5), "bias": normal(5)},
+    }
+    state = to_torch(params, INCEPTION)
+    bn, mixed = params["Conv2d_1a_3x3"]["bn"], params["Mixed_5b"]
+    expected = {
+        "Conv2d_1a_3x3.conv.weight": params["Conv2d_1a_3x3"]["conv"]["kernel"].transpose(
+            3, 2, 0, 1
+        ),
+        "Conv2d_1a_3x3.bn.weight": bn["scale"],
+        "Conv2d_1a_3x3.bn.bias": bn["bias"],
+        "Conv2d_1a_3x3.bn.running_mean": bn["mean"],
+        "Conv2d_1a_3x3.bn.running_var": bn["var"],
+        "Mixed_5b.branch1x1.conv.weight": mixed["branch1x1"]["conv"]["kernel"].transpose(
+            3, 2, 0, 1
+        ),
+        "fc.weight": params["fc"]["kernel"].T,
+        "fc.bias": params["fc"]["bias"],
+    }
+    for name, value in expected.items():
+        np.testing.assert_array_equal(state[name], value, strict=True)
+    assert len(state) == 3 * 5 + 2 and state["Mixed_5b.branch5x5_1.conv.weight"].shape == (
+        2,
+        4,
+        1,
+        7,
+    )
+    state["Conv2d_1a_3x3.bn.num_batches_tracked"] = np.array(3)
+    state["AuxLogits.fc.weight"] = np.zeros((2, 3))
+    assert_equal_trees(from_torch(state, params, INCEPTION), params)
+    with pytest.raises(WeightsError, match=r"1 unexpected: Mixed_5c\.bn\.bias"):
+        from_torch({**state, "Mixed_5c.bn.bias": np.zeros(3)}, params, INCEPTION)
