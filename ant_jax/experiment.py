@@ -359,7 +359,8 @@ def _params_from(config, template):
     try:
         if path.is_dir():
             return _ema_of_run(path, template)
-        names = {"dit": interop.DIT, "unet": interop.UNET}[config.model.name]
+        is_dit = config.model.name == "dit"
+        names = interop.dit_names(config.model.patch) if is_dit else interop.UNET
         return interop.from_torch(interop.read_state(path), template, names)
     except (OSError, ValueError, checkpoint.CheckpointError) as error:
         raise ConfigError(f"config.init_from = {config.init_from!r}: {error}") from error

@@ -1,0 +1,256 @@
+"""Encoding, the latents as a source, training on them and decoding, with a small autoencoder."""
+
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ant_jax import autoencoding, data, encode, evaluate, experiment, interop, train
+from ant_jax import config as config_lib
+from ant_jax.config import ConfigError
+from ant_jax.models.autoencoder import autoencoder
+from configs import digits
+
+NUM, SIZE = 21, 16
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Images in two classes, and the weights of an autoencoder that is not trained."""
+    root = tmp_path_factory.mktemp("latents")
+    rng = np.random.default_rng(0)
+    for i in range(NUM):
+        path = root / "images" / f"class{i % 2}" / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (SIZE, SIZE + 2, 3), np.uint8)).save(path)
+    for seed in (0, 1):
+        params = jax.jit(autoencoder("KL-f4-small").init)(
+            jax.random.key(seed), jnp.zeros((1, 8, 8, 3))
+        )["params"]
+        state = interop.to_torch(jax.device_get(params), interop.AUTOENCODER)
+        interop.write_state(root / f"weights{seed}.safetensors", state)
+    return root
+
+
+def settings(place, **changes):
+    config = digits.get_config("nash")
+    config.update_from_flattened_dict(
+        {
+            "num_steps": 3,
+            "data.name": "folder",
+            "data.dir": str(place / "images"),
+            "data.split": "",
+            "data.image_size": SIZE,
+            "data.crop": "center",
+            "data.flip": True,
+            "data.batch_size": 16,
+            "diffusion.timesteps": 20,
+            "diffusion.clip_x0": False,
+            "model.width": 8,
+            "model.depth": 1,
+            "model.heads": 1,
+            "model.patch": 2,
+            "clusters.k": 2,
+            "autoencoder.name": "KL-f4-small",
+            "autoencoder.weights": str(place / "weights0.safetensors"),
+            "autoencoder.latents": str(place / "latents"),
+            "autoencoder.scale": 0.5,
+            "autoencoder.batch_size": 8,
+            "optimizer.warmup_steps": 0,
+            "log_every": 1,
+            "tensorboard": False,
+            "checkpoint.every": 3,
+            "sample.every": 3,
+            "sample.num_steps": 2,
+            "sample.batch_size": 8,
+            "sample.num": 11,
+            "evaluation.features": "",
+            "evaluation.split": "",
+        }
+        | {name.replace("__", "."): value for name, value in changes.items()}
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def encoded(place):
+    return encode.encode(settings(place))
+
+
+def by_hand(place):
+    """The latents of the images as they lie in the folder, and of their mirror images."""
+    codec = autoencoding.load(settings(place))
+    source = data.folder(place / "images", "")
+    images = np.stack([source[i]["image"] for i in range(NUM)])[:, :, 1 : 1 + SIZE]
+    params = jax.device_get(codec.params)
+    encode_ = jax.jit(lambda x: codec.model.apply({"params": params}, x, method="encode"))
+    views = [encode_(np.float32(view) / 127.5 - 1) for view in (images, images[:, :, ::-1])]
+    return np.array(views), np.array([source[i]["label"] for i in range(NUM)])
+
+
+def test_the_latents_are_those_of_every_image_and_its_mirror_image(place, encoded):
+    source = data.latents(encoded, 0.5)
+    assert source.image_shape == (4, 4, 4)
+    assert (len(source), source.num_classes) == (NUM, 2)
+    expected, labels = by_hand(place)
+    seen = []
+    for i in range(NUM):
+        example = source[i]
+        mean, std = expected[:, 0] * 0.5, expected[:, 1] * 0.5
+        distance = np.abs(mean - example["mean"][:, None]).max((0, 2, 3, 4))
+        nearest = distance.argmin()
+        # Half precision on disk.
+        np.testing.assert_allclose(example["mean"], mean[:, nearest], atol=2e-3)
+        np.testing.assert_allclose(example["std"], std[:, nearest], rtol=2e-3)
+        assert example["label"] == labels[nearest]
+        seen.append(nearest)
+    assert sorted(seen) == list(range(NUM))
+    noise = np.random.default_rng(0).standard_normal(expected[:, 0].shape)
+    whole = (expected[:, 0] + expected[:, 1] * noise).std()
+    assert source.facts.std == pytest.approx(whole, rel=0.05)
+
+
+def test_batches_draw_the_latents_anew_and_flip_them(encoded):
+    source = data.latents(encoded, 1.0)
+    draw = lambda **more: next(data.batches(source, batch_size=NUM, seed=3, **more))
+    plain, flipped, later = draw(), draw(flip=True), draw(start_step=1)
+    assert plain["image"].dtype == np.float32 and plain["image"].shape == (NUM, 4, 4, 4)
+    np.testing.assert_array_equal(plain["image"], draw()["image"])
+    order = np.random.default_rng((3, 0, 0)).permutation(NUM)
+    stored = [source[int(i)] for i in order]
+    mean, std = (np.stack([example[part] for example in stored]) for part in ("mean", "std"))
+    noise = (plain["image"] - mean[:, 0]) / std[:, 0]
+    assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+    # Of some images the mirror image's latent is drawn.
+    distances = np.abs(flipped["image"][:, None] - mean) / std
+    mirrored = distances.mean((2, 3, 4)).argmin(1)
+    assert 0 < mirrored.sum() < NUM
+    # Another epoch draws others for the same images.
+    first = {int(i): image for i, image in zip(order, plain["image"], strict=True)}
+    second_order = np.random.default_rng((3, 0, 1)).permutation(NUM)
+    for i, image in zip(second_order, later["image"], strict=True):
+        assert np.abs(first[int(i)] - image).max() > 1e-3
+
+
+def test_encoding_goes_on_at_the_first_missing_shard(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "_SHARD", 8)
+    config = settings(place, autoencoder__latents=str(tmp_path))
+    written = []
+    write = encode.write_shard
+
+    def failing(path, examples):
+        if len(written) == 1:
+            raise OSError("killed")
+        written.append(path.name)
+        write(path, examples)
+
+    monkeypatch.setattr(encode, "write_shard", failing)
+    with pytest.raises(OSError, match="killed"):
+        encode.encode(config)
+    with pytest.raises(ConfigError, match="has no latents, or not all of them yet: run --mode enc"):
+        experiment.open_data(config)
+    first = (tmp_path / "all" / "00000.array_record").read_bytes()
+
+    def recording(path, examples):
+        written.append(path.name)
+        write(path, examples)
+
+    monkeypatch.setattr(encode, "write_shard", recording)
+    directory = encode.encode(config)
+    assert written == [f"{i:05d}.array_record" for i in range(3)]
+    assert (directory / "00000.array_record").read_bytes() == first
+    monkeypatch.undo()
+    # In shards or in one, the same latents.
+    whole, parts = data.latents(encode.encode(settings(place)), 1.0), data.latents(directory, 1.0)
+    for i in range(NUM):
+        np.testing.assert_array_equal(whole[i]["mean"], parts[i]["mean"])
+
+
+def test_a_folder_begun_with_other_settings_is_refused(place, encoded):
+    del encoded
+    other = settings(place, autoencoder__weights=str(place / "weights1.safetensors"))
+    with pytest.raises(ConfigError, match=r"begun with other settings: digest of the weights: "):
+        encode.encode(other)
+    with pytest.raises(ConfigError, match=r"were made with config.autoencoder.weights of digest"):
+        experiment.open_data(other)
+    with pytest.raises(ConfigError, match=r"data.image_size: 16 there, 8 now"):
+        encode.encode(settings(place, data__image_size=8))
+    with pytest.raises(ConfigError, match=r"made with config.data.image_size 16, not 8"):
+        experiment.open_data(settings(place, data__image_size=8))
+    with pytest.raises(ConfigError, match="'random' can't be encoded"):
+        encode.encode(settings(place, data__crop="random"))
+    with pytest.raises(ConfigError, match=r"weights.*No such file"):
+        encode.encode(settings(place, autoencoder__weights="nowhere.pt"))
+
+
+def test_a_damaged_folder_is_named(place, encoded, tmp_path):
+    del place
+    for path in encoded.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    facts = json.loads((tmp_path / "latents.json").read_text())
+    (tmp_path / "latents.json").write_text(json.dumps(facts | {"num_images": 22}))
+    with pytest.raises(ValueError, match="has 21 latents in 1 shards instead of 22"):
+        data.latents(tmp_path, 1.0)
+    (tmp_path / "latents.json").write_text("{")
+    with pytest.raises(ValueError, match=r"latents.json is damaged"):
+        data.latents(tmp_path, 1.0)
+    with pytest.raises(FileNotFoundError, match="has no latents"):
+        data.latents(tmp_path / "nothing", 1.0)
+
+
+def test_a_scale_that_does_not_fit_the_latents_is_warned_of(place, encoded, caplog):
+    std = data.latents(encoded, 1.0).facts.std
+    with caplog.at_level(logging.WARNING):
+        experiment.open_data(settings(place, autoencoder__scale=1.5 / std))
+        assert not caplog.text
+        experiment.open_data(settings(place, autoencoder__scale=0.1 / std))
+    assert "gives the latents a standard deviation of 0.1; " in caplog.text
+    assert f"{1 / std:.3g} would make it 1" in caplog.text
+
+
+def test_training_sampling_and_decoding(place, encoded, tmp_path):
+    del encoded
+    config = settings(place)
+    state = train.train(config, tmp_path)
+    assert int(state.step) == 3
+    assert state.params["output"]["kernel"].shape == (8, 2 * 2 * 4)
+    with Image.open(tmp_path / "samples" / "00000003.png") as grid:
+        assert grid.size[0] == 10 * 34 + 2
+    path = evaluate.sample(config, tmp_path)
+    with np.load(path) as stored:
+        images, labels = stored["arr_0"], stored["arr_1"]
+    assert images.shape == (11, SIZE, SIZE, 3) and images.dtype == np.uint8
+    np.testing.assert_array_equal(labels, np.arange(11) % 2)
+
+
+def test_samples_are_the_decoded_latents_with_the_scale_taken_off(place):
+    config = settings(place)
+    codec = autoencoding.load(config)
+    latents = np.random.default_rng(0).standard_normal((11, 4, 4, 4)).astype(np.float32)
+    images = autoencoding.decode(codec, latents, batch_size=4)
+    params = jax.device_get(codec.params)
+    plain = jax.jit(lambda x: codec.model.apply({"params": params}, x, method="decode"))(latents)
+    expected = np.clip(np.round((np.asarray(plain) + 1) * 127.5), 0, 255)
+    assert images.shape == (11, SIZE, SIZE, 3) and images.dtype == np.uint8
+    np.testing.assert_allclose(images.astype(int), expected, atol=1)
+
+
+def test_validation_losses_are_of_latents_with_their_scale(place, encoded):
+    del encoded
+    x0, labels = experiment.images(settings(place), "", 100)
+    assert x0.shape == (NUM, 4, 4, 4) and x0.dtype == np.float32
+    once = experiment.images(settings(place, autoencoder__scale=1.0), "", 100)[0]
+    np.testing.assert_allclose(2 * x0, once, rtol=1e-5)
+    assert set(labels) == {0, 1}
+
+
+def test_every_setting_of_the_autoencoder_but_its_places_is_part_of_a_run(place):
+    config = settings(place)
+    moved = settings(place, autoencoder__weights="w", autoencoder__latents="l")
+    config_lib.check_same(config, moved, "w")
+    with pytest.raises(ConfigError, match=r"autoencoder.scale: 0.5 there, 0.7 now"):
+        config_lib.check_same(config, settings(place, autoencoder__scale=0.7), "w")
