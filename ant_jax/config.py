@@ -174,6 +174,9 @@ RULES = {
     "sample.num": _integer(1),
     "evaluation.split": _TEXT,
     "evaluation.features": _one_of("digits", "inception", ""),
+    "evaluation.inception": _TEXT,
+    "evaluation.reference": _TEXT,
+    "evaluation.samples": _TEXT,
 }
 
 # Settings that a restart in the same workdir may change: they don't touch the parameters.
@@ -276,7 +279,7 @@ def _validate_together(flat):
     if flat["evaluation.features"] == "digits" and flat["data.name"] != "digits":
         raise ConfigError(
             f"config.evaluation.features = 'digits' can't judge config.data.name = "
-            f"{flat['data.name']!r}: set it to ''"
+            f"{flat['data.name']!r}: set it to 'inception' or ''"
         )
 
 

@@ -1,6 +1,9 @@
 """Samples of a trained run, and how good they are."""
 
+import contextlib
+import functools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import evaluation, experiment, sampling
+from ant_jax import drawn, evaluation, experiment, judge, sampling
 from ant_jax.config import ConfigError
 from ant_jax.files import write_bytes
 from ant_jax.train_step import TrainState
@@ -22,58 +25,80 @@ _VALIDATION_IMAGES = 1000
 def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
     """Draws ``config.sample.num`` samples from the EMA into an ``.npz`` and a grid beside it.
 
+    What an earlier call has drawn before it was killed is not drawn again.
+
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config.
     """
     step, pieces, state = restore_run(config, workdir, step)
     logging.info("drawing %d samples from step %d", config.sample.num, step)
-    apply_fn = experiment.denoiser(pieces, state.ema_params)
-    drawn = sampling.sample_batches(config, pieces, apply_fn, config.sample.num)
     path = workdir / "samples" / f"{step:08d}.npz"
-    drawn = _with_grid(drawn, path.with_suffix(".png"))
-    evaluation.write_samples(path, drawn, config.sample.num)
+    with _samples(config, workdir, step, pieces, state) as batches:
+        batches = _with_grid(batches, path.with_suffix(".png"))
+        evaluation.write_samples(path, batches, config.sample.num)
     logging.info("%d samples: %s and %s", config.sample.num, path, path.with_suffix(".png"))
     return path
 
 
-def evaluate(config: ConfigDict, workdir: Path, step: int | None = None) -> dict[str, float]:
+def evaluate(
+    config: ConfigDict, workdir: Path, step: int | None = None
+) -> dict[str, float | int | str]:
     """Measures the EMA model; logs what it finds and writes a JSON file.
 
     By ``config.evaluation.features`` it measures samples against the data, and leaves a grid of the
     first ones beside the JSON file; by ``config.evaluation.split`` it measures the loss on held-out
     images, without loss weights: ``validation_loss``, the mean over the same timesteps and noise
-    whatever the clusters.
+    whatever the clusters. What an earlier call has drawn before it was killed is not drawn again.
+
+    With ``config.evaluation.samples`` it measures the samples of that file and nothing else; then
+    the workdir needs no run, and the result has no step.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
-      ConfigError: if the workdir is of another config, or names nothing to measure by.
+      ConfigError: if the workdir is of another config, or names nothing to measure by, or what it
+        names can't be used.
     """
+    config_lib.validate(config)
+    judge.check(config)
     settings = config.evaluation
-    if not settings.features and not settings.split:
-        allowed = config_lib.RULES["evaluation.features"].allowed
-        raise ConfigError(
-            f"config.evaluation.features must name what to measure by, {allowed}, or "
-            "config.evaluation.split held-out images"
-        )
+    if settings.samples:
+        return _of_file(config, workdir)
     step, pieces, state = restore_run(config, workdir, step)
-    apply_fn = experiment.denoiser(pieces, state.ema_params)
     path = workdir / "evaluation" / f"{step:08d}.json"
     result = {"step": step}
-    if settings.features:
-        model = evaluation.extractor(settings.features)
-        drawn = sampling.sample_batches(config, pieces, apply_fn, config.sample.num)
-        result |= evaluation.sample_metrics(_with_grid(drawn, path.with_suffix(".png")), model)
-        result |= {f"real_{name}": value for name, value in evaluation.real_floor(model).items()}
-        logging.info("samples: %s", path.with_suffix(".png"))
-    if settings.split:
-        everything = np.array([0, pieces.process.num_timesteps])
-        (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=25)
-        result["validation_loss"] = float(loss)
+    with _samples(config, workdir, step, pieces, state) as batches:
+        if settings.features:
+            result |= judge.build(config)(_with_grid(batches, path.with_suffix(".png")))
+        if settings.split:
+            apply_fn = experiment.denoiser(pieces, state.ema_params)
+            everything = np.array([0, pieces.process.num_timesteps])
+            (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=25)
+            result["validation_loss"] = float(loss)
+        _report(result, path)
+    return result
+
+
+def _of_file(config, workdir):
+    samples = Path(config.evaluation.samples)
+    path = workdir / "evaluation" / f"{samples.stem}.json"
+    measure = judge.build(config)
+    batches = evaluation.read_samples(samples, config.sample.batch_size)
+    try:
+        result = measure(_with_grid(batches, path.with_suffix(".png")))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config.evaluation.samples: {error}") from error
+    _report(result, path)
+    return result
+
+
+def _report(result, path):
     write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
     for name, value in result.items():
         logging.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
-    return result
+    if "fid" in result:
+        logging.info("%s", judge.table(result))
+    logging.info("%s", path)
 
 
 def validation_losses(
@@ -96,9 +121,20 @@ def validation_losses(
     )
 
 
-def _with_grid(drawn: Iterator, path: Path) -> Iterator:
+@contextlib.contextmanager
+def _samples(config, workdir, step, pieces, state):
+    """Samples of the EMA, kept on disk until what is made of them is finished."""
+    params = state.ema_params
+    place = drawn.folder(workdir, config, step, params)
+    apply_fn = experiment.denoiser(pieces, params)
+    draw = functools.partial(sampling.sample_batches, config, pieces, apply_fn, config.sample.num)
+    yield drawn.resume(place, config.sample.num, draw)
+    shutil.rmtree(place, ignore_errors=True)
+
+
+def _with_grid(batches: Iterator, path: Path) -> Iterator:
     first = []
-    for images, labels in drawn:
+    for images, labels in batches:
         if sum(map(len, first)) < sampling.GRID:
             first.append(images)
         yield images, labels

@@ -1,6 +1,7 @@
 """Files that are whole or not there."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,3 +25,8 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file beside its place and renames it; makes the folders above it."""
     with writing(path) as file:
         file.write(content)
+
+
+def user_cache() -> Path:
+    """Where what can be made again is kept: `$XDG_CACHE_HOME/ant_jax`, or `~/.cache/ant_jax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ant_jax"

@@ -3,17 +3,21 @@
 import importlib.util
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from logging import WARNING
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from absl import logging
 
 from ant_jax.files import write_bytes
+
+Batch = TypeVar("Batch", bound=tuple)
+
+_REPORT_SECONDS = 10.0  # between lines on how far something is
 
 
 class Interval:
@@ -148,6 +152,29 @@ class Progress:
             duration((self._num_steps - step) / speed),
         )
         return speed
+
+
+def with_time_left(
+    batches: Iterable[Batch], total: int, what: str, start: int = 0
+) -> Iterator[Batch]:
+    """Passes batches on and logs, every 10 s, how far it is and the time left.
+
+    Args:
+      batches: tuples of arrays whose first axis is that of the examples.
+      total: number of examples in the end.
+      what: is counted, for the log.
+      start: how many there were before.
+    """
+    begin = mark = time.perf_counter()
+    done = start
+    for batch in batches:
+        done += len(batch[0])
+        now = time.perf_counter()
+        if now - mark >= _REPORT_SECONDS:
+            mark = now
+            left = (now - begin) * (total - done) / (done - start)
+            logging.info("%d/%d %s  ETA %s", done, total, what, duration(left))
+        yield batch
 
 
 def quiet_console() -> None:

@@ -27,6 +27,7 @@ def sample_batches(
     pieces: Experiment,
     apply_fn: Partial,
     num: int,
+    start: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Draws samples, `config.sample.batch_size` at a time, over this process's devices.
 
@@ -37,7 +38,8 @@ def sample_batches(
       pieces: what it describes.
       apply_fn: the network, ``(x, t, y) -> output``, with its parameters on the devices: an
         `experiment.denoiser`, or several by `diffusion.switch_by_timestep`.
-      num: how many samples.
+      num: how many samples, those before the start among them.
+      start: number i of the first sample to draw.
 
     Yields:
       (images, labels): uint8 (B, H, W, C), and int32 (B,) or None for unconditional models.
@@ -52,7 +54,7 @@ def sample_batches(
     # Every batch has the same size, so that one program serves them all.
     batch = min(settings.batch_size, num)
     batch += -batch % len(devices)
-    for first in range(0, num, batch):
+    for first in range(start, num, batch):
         index = jax.device_put(np.arange(first, first + batch), split_over(devices))
         keys = jax.vmap(functools.partial(jax.random.fold_in, stream))(index)
         labels = index % num_classes if num_classes else None

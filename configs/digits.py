@@ -123,7 +123,15 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     sample.guidance = 1.0  # scale of classifier-free guidance; 1 for none
     sample.batch_size = 600
     sample.num = 1797  # how many --mode sample and --mode evaluate draw
-    config.evaluation = ml_collections.ConfigDict()
-    config.evaluation.features = "digits"  # what measures the distance; "" for none
-    config.evaluation.split = "test"  # held-out images for validation losses; "" for none
+    config.evaluation = evaluation = ml_collections.ConfigDict()
+    # What judges samples: "digits", a small classifier of them; "inception" for FID, sFID,
+    # Inception score, precision and recall; "" for none.
+    evaluation.features = "digits"
+    # For "inception": the path of pt_inception-2015-12-05-6726825d.pth, from pytorch-fid's releases.
+    evaluation.inception = ""
+    # For "inception": an .npz of images, statistics or both, as ADM's reference batches; "" for the
+    # training data, whose statistics are kept in ~/.cache/ant_jax.
+    evaluation.reference = ""
+    evaluation.samples = ""  # an .npz of samples to judge, not sorted by class; "" to draw them
+    evaluation.split = "test"  # held-out images for validation losses; "" for none
     return config

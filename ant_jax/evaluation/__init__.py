@@ -1,6 +1,9 @@
 """Judging samples: feature extractors, metrics of their features, label accuracy and copies."""
 
 from ant_jax.evaluation.frechet import Moments, covariance, frechet_distance, merge, moments
+from ant_jax.evaluation.image_metrics import image_metrics
+from ant_jax.evaluation.image_reference import Reference, data_reference, read_reference
+from ant_jax.evaluation.inception import Network, load_inception
 from ant_jax.evaluation.inception_score import inception_score
 from ant_jax.evaluation.losses import interval_losses
 from ant_jax.evaluation.nearest import nearest_distances
@@ -19,17 +22,23 @@ __all__ = [
     "Extractor",
     "Gaussian",
     "Moments",
+    "Network",
     "PrecisionRecall",
+    "Reference",
     "Statistics",
     "covariance",
+    "data_reference",
     "extractor",
     "frechet_distance",
+    "image_metrics",
     "inception_score",
     "interval_losses",
+    "load_inception",
     "merge",
     "moments",
     "nearest_distances",
     "precision_recall",
+    "read_reference",
     "read_samples",
     "read_statistics",
     "real_floor",

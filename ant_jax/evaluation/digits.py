@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
+from ant_jax import files
 from ant_jax.data import sources
 
 # Part of the cache file's name: increase it whenever the recipe or the split changes.
@@ -48,9 +49,8 @@ def load_classifier(cache_dir: str | os.PathLike | None = None) -> DigitsClassif
     Raises:
       OSError: If the weights cannot be written.
     """
-    if cache_dir is None:
-        cache_dir = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "ant_jax"
-    path = pathlib.Path(cache_dir).expanduser() / f"digits_classifier_v{_VERSION}.npz"
+    cache_dir = files.user_cache() if cache_dir is None else pathlib.Path(cache_dir).expanduser()
+    path = cache_dir / f"digits_classifier_v{_VERSION}.npz"
     if path.exists():
         try:
             return _read(path)

@@ -77,8 +77,13 @@ def read_statistics(path: str | os.PathLike) -> Statistics | None:
         )
 
 
-def write_statistics(path: str | os.PathLike, statistics: Statistics) -> None:
+def write_statistics(path: str | os.PathLike, statistics: Statistics, **others: np.ndarray) -> None:
     """Writes statistics as `read_statistics` reads them; the file is whole or not there.
+
+    Args:
+      path: Where to; an `.npz` file.
+      statistics: Of a set of images.
+      **others: Further arrays of the file by name.
 
     Raises:
       ValueError: If they are not finite floating-point numbers of fitting shapes.
@@ -88,7 +93,7 @@ def write_statistics(path: str | os.PathLike, statistics: Statistics) -> None:
     if statistics.spatial is not None:
         arrays |= dict(zip(_SPATIAL, _checked(_SPATIAL, *statistics.spatial), strict=True))
     with files.writing(Path(path)) as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays, **others)
 
 
 def read_samples(

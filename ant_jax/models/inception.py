@@ -26,8 +26,8 @@ class Features(NamedTuple):
 
     Attributes:
       pool: (B, 2048), the last layer's mean over its positions.
-      spatial: (B, 2023), the first 7 channels at 17 x 17 positions of the graph's `mixed_6/conv`, in
-        the order height, width, channel (Nash et al., *Generating Images with Sparse
+      spatial: (B, 2023), the first 7 channels of the graph's `mixed_6/conv` at 17 x 17 positions,
+        in the order height, width, channel (Nash et al., *Generating Images with Sparse
         Representations*, 2021).
       logits: (B, 1008), the pool features times the weights of the last layer without its bias, as
         the inception scores of the field are taken.

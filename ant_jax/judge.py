@@ -1,0 +1,128 @@
+"""What a config's samples are judged by, ready before any is drawn."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from ant_jax import config as config_lib
+from ant_jax import data, evaluation, experiment
+from ant_jax.config import ConfigError
+from ant_jax.drawn import Batch
+from ant_jax.metrics import with_time_left
+
+Judge = Callable[[Iterator[Batch]], dict[str, Any]]
+
+_WEIGHTS = (
+    "config.evaluation.features = 'inception' needs config.evaluation.inception = PATH of the "
+    "weights: pt_inception-2015-12-05-6726825d.pth of the release fid_weights of "
+    "github.com/mseitzer/pytorch-fid, or weights-inception-2015-12-05-6726825d.pth of the release "
+    "v0.2.0 of github.com/toshas/torch-fidelity"
+)
+
+
+def check(config: ConfigDict) -> None:
+    """Checks what can be without opening a file.
+
+    Raises:
+      ConfigError: If there is nothing to measure, or what it would be measured by is not named.
+    """
+    settings = config.evaluation
+    if not settings.features and (settings.samples or not settings.split):
+        allowed = config_lib.RULES["evaluation.features"].allowed
+        what = "" if settings.samples else ", or config.evaluation.split held-out images"
+        raise ConfigError(
+            f"config.evaluation.features must name what to measure by, {allowed}{what}"
+        )
+    if settings.features == "inception" and not settings.inception:
+        raise ConfigError(_WEIGHTS)
+
+
+def build(config: ConfigDict) -> Judge:
+    """From batches of samples to figures, by ``config.evaluation.features``.
+
+    With Inception, the reference is read, or computed from the training data, right away.
+
+    Raises:
+      ConfigError: If a file that the config names is not what it should be.
+    """
+    settings = config.evaluation
+    if settings.features == "digits":
+        model = evaluation.extractor(settings.features)
+        floor = {f"real_{name}": value for name, value in evaluation.real_floor(model).items()}
+        return lambda batches: evaluation.sample_metrics(batches, model) | floor
+    try:
+        network = evaluation.load_inception(settings.inception)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config.evaluation.inception: {error}") from error
+    reference = _reference(config, network)
+    return lambda batches: (
+        evaluation.image_metrics(batches, network, reference) | {"reference": reference.name}
+    )
+
+
+def table(result: dict[str, Any]) -> str:
+    """The figures of the field as a line under their names."""
+    columns = {
+        "FID": ("fid", ".3f"),
+        "sFID": ("sfid", ".3f"),
+        "IS": ("inception_score", ".2f"),
+        "precision": ("precision", ".3f"),
+        "recall": ("recall", ".3f"),
+        "samples": ("num_samples", "d"),
+        "reference": ("reference", "s"),
+    }
+    cells = {
+        title: format(result[name], form) if name in result else "-"
+        for title, (name, form) in columns.items()
+    }
+    widths = {title: max(len(title), len(cell)) for title, cell in cells.items()}
+    lines = (
+        "  ".join(each[title].rjust(width) for title, width in widths.items())
+        for each in ({title: title for title in cells}, cells)
+    )
+    return "\n".join(lines)
+
+
+def _reference(config, network):
+    settings, batch_size = config.evaluation, config.sample.batch_size
+    if settings.reference:
+        logging.info("reference: %s", settings.reference)
+        try:
+            return evaluation.read_reference(settings.reference, network, batch_size)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"config.evaluation.reference: {error}") from error
+    settings = config.data
+    source = experiment.open_data(config)
+    num = len(source)
+    name = f"{settings.name}[{settings.split}]"
+    # Samples are compared with images as they are: neither mirrored nor cropped at random.
+    crop = "none" if settings.crop == "none" else "center"
+
+    def images():
+        size = min(batch_size, num)
+        batches = data.batches(
+            source,
+            batch_size=size,
+            seed=0,
+            image_size=settings.image_size,
+            crop=crop,
+            replace_unreadable=settings.replace_unreadable,
+            num_workers=settings.num_workers,
+        )
+        # The first epoch has each image once; its last batch goes on into the second.
+        parts = ((next(batches)["image"][: num - first],) for first in range(0, num, size))
+        for (part,) in with_time_left(parts, num, f"images of {name}"):
+            yield part
+
+    key = {
+        "name": settings.name,
+        "dir": str(Path(settings.dir).expanduser().absolute()) if settings.dir else "",
+        "split": settings.split,
+        "num": num,
+        "size": settings.image_size,
+        "crop": crop,
+    }
+    return evaluation.data_reference(name, images, network, key)
