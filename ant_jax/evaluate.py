@@ -17,6 +17,7 @@ from ant_jax import config as config_lib
 from ant_jax import drawn, evaluation, experiment, judge, sampling
 from ant_jax.config import ConfigError
 from ant_jax.files import write_bytes
+from ant_jax.metrics import with_time_left
 from ant_jax.train_step import TrainState
 
 _VALIDATION_IMAGES = 1000
@@ -81,11 +82,15 @@ def evaluate(
 
 def _of_file(config, workdir):
     samples = Path(config.evaluation.samples)
-    path = workdir / "evaluation" / f"{samples.stem}.json"
-    measure = judge.build(config)
-    batches = evaluation.read_samples(samples, config.sample.batch_size)
+    path = workdir / "evaluation" / f"samples-{samples.stem}.json"
     try:
+        num = evaluation.num_samples(samples)
+        measure = judge.build(config)
+        batches = evaluation.read_samples(samples, config.sample.batch_size)
+        batches = with_time_left(batches, num, "samples judged")
         result = measure(_with_grid(batches, path.with_suffix(".png")))
+    except ConfigError:
+        raise
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.evaluation.samples: {error}") from error
     _report(result, path)

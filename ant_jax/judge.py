@@ -24,10 +24,11 @@ _WEIGHTS = (
 
 
 def check(config: ConfigDict) -> None:
-    """Checks what can be without opening a file.
+    """Checks what can be without reading a file.
 
     Raises:
-      ConfigError: If there is nothing to measure, or what it would be measured by is not named.
+      ConfigError: If there is nothing to measure, or what it would be measured by is not named, or
+        a file that is named is not there.
     """
     settings = config.evaluation
     if not settings.features and (settings.samples or not settings.split):
@@ -36,8 +37,15 @@ def check(config: ConfigDict) -> None:
         raise ConfigError(
             f"config.evaluation.features must name what to measure by, {allowed}{what}"
         )
-    if settings.features == "inception" and not settings.inception:
-        raise ConfigError(_WEIGHTS)
+    files = ["samples"]
+    if settings.features == "inception":
+        if not settings.inception:
+            raise ConfigError(_WEIGHTS)
+        files += ["inception", "reference"]
+    for name in files:
+        path = settings[name]
+        if path and not Path(path).is_file():
+            raise ConfigError(f"config.evaluation.{name} = {path!r}: there is no such file")
 
 
 def build(config: ConfigDict) -> Judge:

@@ -127,7 +127,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     # What judges samples: "digits", a small classifier of them; "inception" for FID, sFID,
     # Inception score, precision and recall; "" for none.
     evaluation.features = "digits"
-    # For "inception": the path of pt_inception-2015-12-05-6726825d.pth, from pytorch-fid's releases.
+    # For "inception": the path of pt_inception-2015-12-05-6726825d.pth, a release of pytorch-fid.
     evaluation.inception = ""
     # For "inception": an .npz of images, statistics or both, as ADM's reference batches; "" for the
     # training data, whose statistics are kept in ~/.cache/ant_jax.

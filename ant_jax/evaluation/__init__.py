@@ -11,6 +11,7 @@ from ant_jax.evaluation.precision_recall import PrecisionRecall, precision_recal
 from ant_jax.evaluation.reference import (
     Gaussian,
     Statistics,
+    num_samples,
     read_samples,
     read_statistics,
     write_samples,
@@ -37,6 +38,7 @@ __all__ = [
     "merge",
     "moments",
     "nearest_distances",
+    "num_samples",
     "precision_recall",
     "read_reference",
     "read_samples",

@@ -10,9 +10,16 @@ from absl import logging
 
 from ant_jax import files
 from ant_jax.evaluation.inception import Network
-from ant_jax.evaluation.reference import Statistics, read_samples, read_statistics, write_statistics
+from ant_jax.evaluation.reference import (
+    Statistics,
+    num_samples,
+    read_samples,
+    read_statistics,
+    write_statistics,
+)
 from ant_jax.evaluation.summary import summarise
 from ant_jax.fingerprint import fingerprint
+from ant_jax.metrics import with_time_left
 
 # Of the training images; as many as the reference batches of ADM have.
 _IMAGES = 10_000
@@ -55,7 +62,9 @@ def read_reference(path: str | os.PathLike, network: Network, batch_size: int) -
     with np.load(path, allow_pickle=False) as stored:
         if "arr_0" not in stored.files:
             return Reference(os.fspath(path), statistics, None)
-    batches = read_samples(path, batch_size)
+    batches = with_time_left(
+        read_samples(path, batch_size), num_samples(path), "images of the reference"
+    )
     summary = summarise(network.features(images for images, _ in batches))
     return Reference(os.fspath(path), statistics or summary.statistics, summary.pool)
 

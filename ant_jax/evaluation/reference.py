@@ -96,6 +96,17 @@ def write_statistics(path: str | os.PathLike, statistics: Statistics, **others: 
         np.savez(file, **arrays, **others)
 
 
+def num_samples(path: str | os.PathLike) -> int:
+    """How many images `read_samples` finds in a file.
+
+    Raises:
+      ValueError: If the file is damaged or has no such images.
+      OSError: If it cannot be opened.
+    """
+    with _open(path) as archive, _member(archive, _IMAGES) as file:
+        return _image_shape(file)[0]
+
+
 def read_samples(
     path: str | os.PathLike, batch_size: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
