@@ -1,7 +1,6 @@
 """Images to latents and back, over this process's devices."""
 
 import functools
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from ml_collections import ConfigDict
 
 from ant_jax import interop
 from ant_jax.config import ConfigError
+from ant_jax.fingerprint import fingerprint
 from ant_jax.models.autoencoder import Autoencoder, Latent, autoencoder
 from ant_jax.parallel import replicated, split_over
 
@@ -50,12 +50,8 @@ def _load(name, path):
         params = interop.from_torch(interop.read_state(path), template, interop.AUTOENCODER)
     except (OSError, ValueError) as error:
         raise ConfigError(f"config.autoencoder.weights = {path!r}: {error}") from error
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(params):
-        digest.update(leaf.tobytes())
-    return Codec(
-        model, jax.device_put(params, replicated(jax.local_devices())), digest.hexdigest()[:16]
-    )
+    placed = jax.device_put(params, replicated(jax.local_devices()))
+    return Codec(model, placed, fingerprint(params)[:16])
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:

@@ -19,6 +19,7 @@ Batch = tuple[np.ndarray, np.ndarray | None]
 # What samples don't depend on. Batches say themselves how large they are.
 _NO_MATTER = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "evaluation.")
 _NO_MATTER += ("data.num_workers", "data.dir", "sample.every", "sample.batch_size")
+_NO_MATTER += ("autoencoder.latents", "autoencoder.batch_size", "init_from")
 
 
 def folder(workdir: Path, config: ConfigDict, step: int, params: Any) -> Path:

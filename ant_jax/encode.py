@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.data.latents import LatentFacts, complete, shard_path, write_shard
 from ant_jax.files import write_bytes
-from ant_jax.metrics import duration
+from ant_jax.metrics import with_time_left
 
 # Images of a shard: what a kill can cost, and 33 MB of KL-f8 latents of 256 x 256 pixels.
 _SHARD = 1024
-_LOG_SECONDS = 10
 
 
 def encode(config: ConfigDict) -> Path:
@@ -115,13 +113,14 @@ def _check_plan(config, directory, codec, num_images):
 
 
 def _encode_shards(config, source, codec, directory, shards):
-    progress = _Progress(sum(_images_in(shard, source) for shard in shards))
     # Each run of neighbouring shards is read as one stream.
     for _, run in itertools.groupby(enumerate(shards), lambda pair: pair[1] - pair[0]):
         run = [shard for _, shard in run]
-        with contextlib.closing(_examples(config, source, codec, run, progress)) as examples:
+        total = sum(_images_in(shard, source) for shard in run)
+        with contextlib.closing(_encoded(config, source, codec, run[0], total)) as batches:
+            rows = _rows(with_time_left(batches, total, "images encoded"))
             for shard in run:
-                some = itertools.islice(examples, _images_in(shard, source))
+                some = itertools.islice(rows, _images_in(shard, source))
                 write_shard(shard_path(directory, shard), some)
 
 
@@ -129,67 +128,47 @@ def _images_in(shard, source):
     return min(_SHARD, len(source) - shard * _SHARD)
 
 
-def _examples(config, source, codec, shards, progress) -> Iterator:
-    """Means, standard deviations and label of each image of neighbouring shards."""
+def _rows(batches):
+    for means, stds, labels in batches:
+        for i, label in enumerate(labels):
+            yield means[i], None if stds is None else stds[i], label
+
+
+def _encoded(config, source, codec, first_shard, total) -> Iterator:
+    """Batches of means, standard deviations or None, (B, 2, h, w, c), and labels (B,)."""
     batch_size = config.autoencoder.batch_size
     batches = data.batches(
         source,
         batch_size=batch_size,
         # A fixed shuffle: the trainer draws an order of its own.
         seed=0,
-        start_step=shards[0] * _SHARD // batch_size,
+        start_step=first_shard * _SHARD // batch_size,
         image_size=config.data.image_size,
         crop=config.data.crop,
         replace_unreadable=config.data.replace_unreadable,
         num_workers=config.data.num_workers,
     )
-    num_batches = -(-sum(_images_in(shard, source) for shard in shards) // batch_size)
-    pending = None
+    pending, replaced = None, 0
     with contextlib.closing(batches):
-        for _ in range(num_batches):
+        for first in range(0, total, batch_size):
             batch = next(batches)
-            images = np.concatenate([batch["image"], batch["image"][:, :, ::-1]])
-            images = np.pad(
-                images, ((0, -len(images) % jax.local_device_count()), (0, 0), (0, 0), (0, 0))
-            )
+            keep = min(batch_size, total - first)
+            replaced += int(batch.get("replaced", np.zeros(0))[:keep].sum())
             # Fetched while the next batch is on the device.
-            before, pending = pending, (autoencoding.encode(codec, images), batch)
+            before, pending = pending, (_start(codec, batch["image"]), batch["label"][:keep])
             if before is not None:
-                yield from _rows(codec, *before, progress)
-        yield from _rows(codec, *pending, progress)
+                yield _fetch(codec, *before)
+    yield _fetch(codec, *pending)
+    if replaced:
+        logging.warning("%d unreadable images were replaced by the next ones", replaced)
 
 
-def _rows(codec, latent, batch, progress):
-    count = len(batch["label"])
-    views = lambda part: np.asarray(part)[: 2 * count].reshape(2, count, *part.shape[1:])
-    mean = views(latent.mean)
-    std = None if codec.model.codebook else views(latent.std)
-    for i in range(count):
-        yield mean[:, i], None if std is None else std[:, i], batch["label"][i]
-    progress.add(count, int(batch.get("replaced", np.zeros(0)).sum()))
+def _start(codec, images):
+    both = np.stack([images, images[:, :, ::-1]], axis=1).reshape(-1, *images.shape[1:])
+    padding = -len(both) % jax.local_device_count()
+    return autoencoding.encode(codec, np.pad(both, ((0, padding), (0, 0), (0, 0), (0, 0))))
 
 
-class _Progress:
-    """Console lines: images, speed and the time left."""
-
-    def __init__(self, total: int):
-        self._total, self._done, self._replaced = total, 0, 0
-        self._start = self._last = time.perf_counter()
-
-    def add(self, count: int, replaced: int) -> None:
-        """Counts images, and logs a line every few seconds."""
-        self._done = min(self._done + count, self._total)
-        self._replaced += replaced
-        now = time.perf_counter()
-        if now - self._last < _LOG_SECONDS and self._done < self._total:
-            return
-        self._last = now
-        speed = self._done / (now - self._start)
-        logging.info(
-            "encoded %d/%d  %.1f images/s  ETA %s%s",
-            self._done,
-            self._total,
-            speed,
-            duration((self._total - self._done) / speed),
-            f"  {self._replaced} unreadable images replaced" if self._replaced else "",
-        )
+def _fetch(codec, latent, labels):
+    views = lambda part: np.asarray(part)[: 2 * len(labels)].reshape(-1, 2, *part.shape[1:])
+    return views(latent.mean), None if codec.model.codebook else views(latent.std), labels

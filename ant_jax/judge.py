@@ -103,7 +103,7 @@ def _reference(config, network):
         except (ValueError, OSError) as error:
             raise ConfigError(f"config.evaluation.reference: {error}") from error
     settings = config.data
-    source = experiment.open_data(config)
+    source = experiment.open_images(config, config.data.split)
     num = len(source)
     name = f"{settings.name}[{settings.split}]"
     # Samples are compared with images as they are: neither mirrored nor cropped at random.

@@ -34,7 +34,7 @@ def completed(name, argument):
     if config.autoencoder.name:
         config.autoencoder.weights = "weights.safetensors"
         config.autoencoder.latents = "latents"
-    if config.evaluation.features == "inception" and "inception" in config.evaluation:
+    if config.evaluation.features == "inception":
         config.evaluation.inception = "inception.pth"
     return config
 

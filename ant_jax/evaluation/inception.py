@@ -12,11 +12,10 @@ import numpy as np
 from ant_jax import interop
 from ant_jax.fingerprint import fingerprint
 from ant_jax.models.inception import Features, InceptionV3
-from ant_jax.parallel import replicated
+from ant_jax.parallel import replicated, split_over
 
 # As many as ADM's evaluation takes at once, and no more memory than a training step's.
 _PER_DEVICE = 64
-_BATCH = "batch"
 
 
 class Network(NamedTuple):
@@ -60,8 +59,6 @@ _apply = jax.jit(lambda params, images: InceptionV3().apply({"params": params}, 
 
 def _features(params, batches):
     devices = jax.local_devices()
-    mesh = jax.sharding.Mesh(np.asarray(devices), (_BATCH,))
-    over_devices = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(_BATCH))
     size, running = None, None
     for images in batches:
         images = _checked(images)
@@ -72,7 +69,7 @@ def _features(params, batches):
         for first in range(0, len(images), size):
             part = images[first : first + size]
             padded = np.pad(part, ((0, size - len(part)), *[(0, 0)] * 3))
-            started = _apply(params, jax.device_put(padded, over_devices)), len(part)
+            started = _apply(params, jax.device_put(padded, split_over(devices))), len(part)
             # While the devices are at it, the caller has those before, and prepares the next.
             if running is not None:
                 yield _fetched(*running)
