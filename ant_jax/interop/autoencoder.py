@@ -34,7 +34,7 @@ _DIFFUSERS = (
     (r"\.(?:to_out\.0|proj_attn)\.", ".proj_out."),
 )
 _FIRST_STAGE = "first_stage_model."
-# The training loss, with a discriminator, and a moving average that is not whole in public files.
+# The training loss, with its discriminator, and what is left of a moving average.
 _OTHERS = ("loss.", "model_ema.")
 
 

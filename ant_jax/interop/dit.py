@@ -43,8 +43,9 @@ def dit_names(patch: int = 2) -> Names:
     """The names of `ant_jax.models.dit.DiT`.
 
     Read are the names of the paper's code and those of diffusers, of which each block has a copy of
-    the embedding of timestep and label. Diffusers' network spaces the frequencies of the timestep
-    encoding otherwise than the paper's code, so the same weights differ there in what they give.
+    the embedding of timestep and label. Diffusers' network (as of 0.42) spaces the frequencies of
+    the timestep encoding a little wider than the paper's code does, so that the same weights give
+    slightly other outputs there; here they give those of the paper's code.
 
     Written are the names of the paper's code, less its constant position encoding `pos_embed`,
     which depends on the size of the image and which that code makes itself: load by

@@ -110,9 +110,11 @@ def test_an_embedding_that_differs_between_blocks_is_refused():
         from_torch(state, template(), DIT)
 
 
-def test_weights_go_back_to_where_they_came_from():
+def test_weights_go_back_to_where_they_came_from(tmp_path):
     state = paper_state()
-    written = to_torch(from_torch(state, template(), DIT), DIT)
+    params = from_torch(state, template(), DIT)
+    write_state(tmp_path / "x.safetensors", to_torch(params, DIT))
+    written = read_state(tmp_path / "x.safetensors")
     # The official code makes the encoding itself.
     del state["pos_embed"]
     assert set(written) == set(state)
@@ -199,7 +201,7 @@ def test_weights_of_other_types_become_float32(tmp_path, dtype):
     assert_equal_trees(params, from_torch(expected, template(), DIT))
 
 
-def test_inception():
+def test_inception(tmp_path):
     rng = np.random.default_rng(0)
     normal = lambda *shape: np.float32(rng.normal(size=shape))
     norm = lambda n: {kind: normal(n) for kind in ("scale", "bias", "mean", "var")}
@@ -237,6 +239,8 @@ def test_inception():
     )
     state["Conv2d_1a_3x3.bn.num_batches_tracked"] = np.array(3)
     state["AuxLogits.fc.weight"] = np.zeros((2, 3))
+    write_state(tmp_path / "x.safetensors", state)
+    state = read_state(tmp_path / "x.safetensors")
     assert_equal_trees(from_torch(state, params, INCEPTION), params)
     with pytest.raises(WeightsError, match=r"1 unexpected: Mixed_5c\.bn\.bias"):
         from_torch({**state, "Mixed_5c.bn.bias": np.zeros(3)}, params, INCEPTION)

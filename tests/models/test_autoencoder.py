@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.interop import AUTOENCODER, WeightsError, from_torch, to_torch
+from ant_jax.interop import (
+    AUTOENCODER,
+    WeightsError,
+    from_torch,
+    read_state,
+    to_torch,
+    write_state,
+)
 from ant_jax.models.autoencoder import Autoencoder
 
 RECORDED = Path(__file__).parents[1] / "data" / "autoencoder"
@@ -84,10 +91,11 @@ def test_weights_of_others_give_their_numbers(name, names):
 
 
 @pytest.mark.parametrize("name", ["kl", "vq"])
-def test_weights_go_back_to_where_they_came_from(name):
+def test_weights_go_back_to_where_they_came_from(tmp_path, name):
     state = load(name, "paper")[1]
     params = from_torch(state, template(name), AUTOENCODER)
-    written = to_torch(params, AUTOENCODER)
+    write_state(tmp_path / "x.safetensors", to_torch(params, AUTOENCODER))
+    written = read_state(tmp_path / "x.safetensors")
     assert set(written) == set(state)
     for key, value in written.items():
         np.testing.assert_array_equal(value, state[key], strict=True)

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.interop import UNET, WeightsError, from_torch, to_torch, unet_names
+from ant_jax.interop import (
+    UNET,
+    WeightsError,
+    from_torch,
+    read_state,
+    to_torch,
+    unet_names,
+    write_state,
+)
 from ant_jax.models.unet import UNet, unet
 
 RECORDS = Path(__file__).parents[1] / "data" / "unet"
@@ -75,12 +83,13 @@ def test_parity_with_the_recorded_output(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_weights_go_back_to_where_they_came_from(name):
+def test_weights_go_back_to_where_they_came_from(tmp_path, name):
     state = dict(_record(name)[0])
     if name == "adm":
         null_row = np.zeros((1, 4 * MODELS[name].width))
         state["label_emb.weight"] = np.concatenate([state["label_emb.weight"], null_row])
-    written = to_torch(_params(name), UNET)
+    write_state(tmp_path / "x.safetensors", to_torch(_params(name), UNET))
+    written = read_state(tmp_path / "x.safetensors")
     assert set(written) == set(state)
     for key, value in written.items():
         np.testing.assert_array_equal(value, state[key].astype(np.float32), strict=True)
