@@ -160,8 +160,10 @@ def test_the_moving_average_of_a_checkpoint_of_ldm_comes_first():
     jax.tree.map(
         np.testing.assert_array_equal, average, jax.tree.map(lambda p: 2 * p, _params("ldm"))
     )
+    checkpoint["model_ema.diffusion_modelout3bias"] = np.zeros(3)
     del checkpoint["model_ema.diffusion_modelout2weight"]
-    with pytest.raises(WeightsError, match=r"fit this UNet: 1 missing: out\.2\.weight\."):
+    faults = r"1 missing: out\.2\.weight; 1 unexpected: model_ema\.diffusion_modelout3bias\."
+    with pytest.raises(WeightsError, match=f"fit this UNet: {faults}"):
         from_torch(checkpoint, _template("ldm"), UNET)
 
 
