@@ -45,7 +45,7 @@ def dit_names(patch: int = 2) -> Names:
     Read are the names of the paper's code and those of diffusers, of which each block has a copy of
     the embedding of timestep and label. Diffusers' network (as of 0.42) spaces the frequencies of
     the timestep encoding a little wider than the paper's code does, so that the same weights give
-    slightly other outputs there; here they give those of the paper's code.
+    other outputs there; here they give those of the paper's code.
 
     Written are the names of the paper's code, less its constant position encoding `pos_embed`,
     which depends on the size of the image and which that code makes itself: load by
