@@ -1,8 +1,9 @@
-"""A stand-in for a data set and an autoencoder: ``python -m experiments.photographs --out DIR``.
+"""Stand-ins for what has to be downloaded: ``python -m experiments.photographs --out DIR``.
 
 Cuts scikit-learn's two sample photographs into 456 JPEG files of 64 x 64 pixels, a class folder for
-each photograph, and trains the small KL autoencoder on them. With these the whole way to a paper's
-row can be walked on a laptop, in the formats of the real thing; see docs/paper_row.md.
+each photograph, trains the small KL autoencoder on them, and draws random weights for Inception.
+With these the whole way to a paper's row can be walked on a laptop, in the formats of the real
+thing; see docs/paper_row.md. What random weights measure compares with nothing else.
 """
 
 import functools
@@ -21,9 +22,10 @@ from ant_jax import data, interop
 from ant_jax.files import write_bytes
 from ant_jax.metrics import duration, quiet_console
 from ant_jax.models.autoencoder import autoencoder
+from ant_jax.models.inception import InceptionV3
 
 _OUT = flags.DEFINE_string("out", "photographs", "Folder for the images and the autoencoder.")
-_STEPS = flags.DEFINE_integer("steps", 600, "Training steps of the autoencoder.")
+_STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of the autoencoder.")
 
 _SIDE, _STRIDE = 64, 32
 # The autoencoder learns from windows of the images: a quarter of the work.
@@ -35,11 +37,14 @@ _KL_WEIGHT = 1e-4
 
 
 def main(argv: list[str]) -> None:
-    """Makes the images and the autoencoder."""
+    """Makes the images, Inception's weights and the autoencoder."""
     quiet_console()
     out = Path(_OUT.value)
     count = write_crops(out / "images")
     logging.info("%d images: %s", count, out / "images")
+    inception = interop.to_torch(random_inception(), interop.INCEPTION)
+    interop.write_state(out / "inception.safetensors", inception)
+    logging.info("Inception with random weights: %s", out / "inception.safetensors")
     path = out / "autoencoder.safetensors"
     params, error = train_autoencoder(data.folder(out / "images", ""), _STEPS.value)
     interop.write_state(path, interop.to_torch(params, interop.AUTOENCODER))
@@ -66,6 +71,23 @@ def write_crops(directory: Path) -> int:
             write_bytes(directory / Path(name).stem / f"{i:03d}.jpg", stream.getvalue())
         count += len(places)
     return count
+
+
+def random_inception() -> dict:
+    """Parameters of Inception under which features neither vanish nor explode."""
+    image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
+    template = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        kind = path[-1].key
+        if kind == "kernel":
+            # He et al. 2015, for networks of ReLUs.
+            values = rng.standard_normal(leaf.shape, np.float32)
+            return values * np.float32(np.sqrt(2 / np.prod(leaf.shape[:-1])))
+        return np.full(leaf.shape, kind in ("scale", "var"), np.float32)
+
+    return jax.tree.map_with_path(draw, template)
 
 
 def train_autoencoder(source: data.Source, num_steps: int) -> tuple[dict, float]:

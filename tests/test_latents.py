@@ -1,5 +1,6 @@
 """Encoding, the latents as a source, training on them and decoding, with a small autoencoder."""
 
+import itertools
 import json
 import logging
 
@@ -12,6 +13,7 @@ from PIL import Image
 from ant_jax import autoencoding, data, encode, evaluate, experiment, interop, train
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
+from ant_jax.data.latents import LatentFacts, complete, shard_path, write_shard
 from ant_jax.models.autoencoder import autoencoder
 from configs import digits
 
@@ -134,6 +136,22 @@ def test_batches_draw_the_latents_anew_and_flip_them(encoded):
     second_order = np.random.default_rng((3, 0, 1)).permutation(NUM)
     for i, image in zip(second_order, later["image"], strict=True):
         assert np.abs(first[int(i)] - image).max() > 1e-3
+
+
+def test_latents_without_standard_deviations(tmp_path):
+    means = np.random.default_rng(0).standard_normal((5, 2, 3, 3, 2)).astype(np.float16)
+    write_shard(shard_path(tmp_path, 0), ((mean, None, 7) for mean in means))
+    complete(tmp_path, LatentFacts("VQ-f4", "", 12, (3, 3, 2), 1, 5, 8, 0.0, ""))
+    source = data.latents(tmp_path, 2.0)
+    for example, mean in zip((source[i] for i in range(5)), means, strict=True):
+        np.testing.assert_array_equal(example["mean"], 2 * np.float32(mean))
+        assert not example["std"].any() and example["label"] == 7
+    assert source.facts.std == pytest.approx(means.astype(float).std())
+    # Without spread a draw is the mean.
+    (batch,) = itertools.islice(data.batches(source, batch_size=5, seed=0), 1)
+    assert {image.tobytes() for image in batch["image"]} == {
+        (2 * np.float32(mean[0])).tobytes() for mean in means
+    }
 
 
 def test_encoding_goes_on_at_the_first_missing_shard(place, tmp_path, monkeypatch):
