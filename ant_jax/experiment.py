@@ -353,15 +353,19 @@ def new_state(config: ConfigDict, experiment: Experiment) -> TrainState:
     return state._replace(params=place(), ema_params=place())
 
 
+def weight_names(config: ConfigDict) -> interop.Names:
+    """What others call the parameters of the network that a config names."""
+    settings = config.model
+    return interop.dit_names(settings.patch) if settings.name == "dit" else interop.UNET
+
+
 def _params_from(config, template):
     """The parameters of another run, or of others' weights, as NumPy arrays."""
     path = Path(config.init_from).expanduser()
     try:
         if path.is_dir():
             return _ema_of_run(path, template)
-        is_dit = config.model.name == "dit"
-        names = interop.dit_names(config.model.patch) if is_dit else interop.UNET
-        return interop.from_torch(interop.read_state(path), template, names)
+        return interop.from_torch(interop.read_state(path), template, weight_names(config))
     except (OSError, ValueError, checkpoint.CheckpointError) as error:
         raise ConfigError(f"config.init_from = {config.init_from!r}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""Trains, samples, evaluates or encodes: ``python -m ant_jax.main --config FILE``."""
+"""Trains, samples, evaluates, encodes, exports: ``python -m ant_jax.main --config FILE``."""
 
 import sys
 from pathlib import Path
@@ -21,7 +21,9 @@ except (AttributeError, KeyError, TypeError, OSError) as error:
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default runs/CONFIG-METHOD-CLUSTERS-SEED."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "sample", "evaluate", "encode"], "What to do.")
+_MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "sample", "evaluate", "encode", "export"], "What to do."
+)
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to sample or evaluate; default the newest.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Whether this is one process of many, on a TPU slice or under SLURM."
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> None:
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
     # Imported late, so that --help and a mistyped flag answer at once.
-    from ant_jax import encode, evaluate, train
+    from ant_jax import encode, evaluate, export, train
 
     config = _CONFIG.value
     if _MODE.value == "encode":
@@ -54,10 +56,13 @@ def main(argv: list[str]) -> None:
     logging.info("%s in %s", _MODE.value, workdir)
     if _MODE.value == "train":
         _report_errors(train.train, config, workdir)
-    elif _MODE.value == "sample":
-        _report_errors(evaluate.sample, config, workdir, _STEP.value)
-    else:
-        _report_errors(evaluate.evaluate, config, workdir, _STEP.value)
+        return
+    of_a_run = {
+        "sample": evaluate.sample,
+        "evaluate": evaluate.evaluate,
+        "export": export.export,
+    }
+    _report_errors(of_a_run[_MODE.value], config, workdir, _STEP.value)
 
 
 def _report_errors(function, *arguments):

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from ant_jax import builders, checkpoint, experiment, interop, train
+from ant_jax import builders, checkpoint, experiment, export, interop, train
 from ant_jax.config import ConfigError
 from configs import digits
 
@@ -89,12 +89,12 @@ def test_a_run_begins_with_the_moving_average_of_another(begun, tmp_path):
 
 
 def test_a_run_begins_with_the_weights_of_others(begun, tmp_path):
-    _, before = begun
-    path = tmp_path / "dit.safetensors"
-    names = interop.dit_names(4)
-    interop.write_state(path, interop.to_torch(jax.device_get(before.params), names))
-    state = state_of(tiny(init_from=str(path)))
-    assert_same(state.params, before.params)
+    workdir, before = begun
+    exported = export.export(tiny(), workdir)
+    assert exported == workdir / "weights" / "00000004.safetensors"
+    assert "blocks.0.attn.qkv.weight" in interop.read_state(exported)
+    assert_same(state_of(tiny(init_from=str(exported))).params, before.ema_params)
+    path = tmp_path / "unet.safetensors"
     unet = tiny(**{name.replace(".", "__"): value for name, value in UNET.items()})
     other = state_of(unet)
     random = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.5, other.params)
