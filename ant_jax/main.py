@@ -24,7 +24,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "sample", "evaluate", "encode", "export"], "What to do."
 )
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to sample or evaluate; default the newest.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default the newest.")
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Whether this is one process of many, on a TPU slice or under SLURM."
 )
