@@ -1,0 +1,32 @@
+"""A rehearsal of diffusion in pixels on a laptop: the light ADM UNet, a quarter as wide.
+
+  python -m experiments.photographs
+  python -m ant_jax.main --config configs/photographs_adm.py --workdir runs/photographs_adm
+
+The same way as ``configs/ffhq256_adm.py`` goes, with 456 crops of two photographs of 64x64 pixels.
+docs/paper_row.md has the times and what comes out.
+"""
+
+from configs import ffhq256_adm
+
+
+def get_config(argument: str = "uncertainty,snr"):
+    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    config = ffhq256_adm.get_config(argument)
+    config.num_steps = 600
+    config.data.dir = "photographs/images"
+    config.data.image_size = 64
+    config.data.num_workers = 0
+    config.model.width = 32
+    config.model.dtype = "float32"
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_steps = 50
+    config.ema_decay = 0.99
+    config.log_every = 20
+    config.checkpoint.every = 200
+    config.checkpoint.keep_period = 0
+    config.sample.every = 300
+    config.sample.num_steps = 50
+    config.sample.num = 200
+    config.evaluation.inception = "photographs/inception.safetensors"
+    return config

@@ -1,0 +1,43 @@
+"""A rehearsal of latent diffusion on a laptop: a small DiT in the latents of a small autoencoder.
+
+  python -m experiments.photographs
+  python -m ant_jax.main --mode encode --config configs/photographs_dit.py
+  python -m ant_jax.main --config configs/photographs_dit.py --workdir runs/photographs_dit
+
+The same way as ``configs/imagenet256_dit_s2.py`` goes, with 456 crops of two photographs of 64x64
+pixels. docs/paper_row.md has the times and what comes out.
+"""
+
+from configs import imagenet256_dit_s2
+
+
+def get_config(argument: str = "uncertainty,snr"):
+    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    config = imagenet256_dit_s2.get_config(argument)
+    config.num_steps = 3000
+    config.data.name = "folder"
+    config.data.split = ""
+    config.data.dir = "photographs/images"
+    config.data.image_size = 64
+    config.data.batch_size = 40
+    config.data.num_workers = 0
+    config.autoencoder.name = "KL-f4-small"
+    config.autoencoder.weights = "photographs/autoencoder.safetensors"
+    config.autoencoder.latents = "photographs/latents"
+    config.autoencoder.scale = 1.0
+    config.model.width = 128
+    config.model.depth = 4
+    config.model.heads = 4
+    config.model.dtype = "float32"
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.warmup_steps = 100
+    config.ema_decay = 0.999
+    config.log_every = 100
+    config.checkpoint.every = 500
+    config.checkpoint.keep_period = 0
+    config.sample.every = 1000
+    config.sample.num_steps = 50
+    config.sample.batch_size = 50
+    config.sample.num = 200
+    config.evaluation.inception = "photographs/inception.safetensors"
+    return config
