@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
 
@@ -74,8 +75,9 @@ def frechet_distance(
 
     |m1 - m2|^2 + tr(S1) + tr(S2) - 2 tr((S1^1/2 S2 S1^1/2)^1/2); Dowson & Landau 1982; "FID" when
     the features come from Inception (Heusel et al. 2017). The last trace is the sum of the singular
-    values of S1^1/2 S2^1/2, with the roots from symmetric eigendecompositions: always real, and
-    accurate for singular covariances, where the root of a rounding error would be large.
+    values of A^T B for any A A^T = S1 and B B^T = S2, here from Cholesky decompositions with
+    pivoting: always real, and accurate for singular covariances, where the root of a rounding error
+    would be large.
 
     Args:
       mean1: (d,) mean of the first Gaussian.
@@ -101,11 +103,14 @@ def frechet_distance(
     # On a busy machine these decompositions are many times slower with several threads, which wait
     # for each other: for d = 2048, minutes instead of seconds.
     with threadpool_limits(1):
-        overlap = np.linalg.svd(_root(cov1) @ _root(cov2), compute_uv=False).sum()
+        overlap = np.linalg.svd(_factor(cov1).T @ _factor(cov2), compute_uv=False).sum()
     distance = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * overlap
     return max(0.0, float(distance))
 
 
-def _root(cov: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh((cov + cov.T) / 2)
-    return (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
+def _factor(cov: np.ndarray) -> np.ndarray:
+    """Returns L (d, rank) with L L^T = cov, but for numbers that are rounding errors beside it."""
+    factor, order, rank, _ = lapack.dpstrf((cov + cov.T) / 2, lower=1)
+    rows = np.empty((len(cov), rank))
+    rows[order - 1] = np.tril(factor)[:, :rank]
+    return rows
