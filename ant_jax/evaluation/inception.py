@@ -46,11 +46,15 @@ def load_inception(path: str | os.PathLike) -> Network:
       ValueError: If the file is damaged or its weights are not Inception's.
       OSError: If it cannot be opened.
     """
-    image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
-    template = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"]
-    params = interop.from_torch(interop.read_state(path), template, interop.INCEPTION)
+    params = interop.from_torch(interop.read_state(path), _template(), interop.INCEPTION)
     placed = jax.device_put(params, replicated(jax.local_devices()))
     return Network(functools.partial(_features, placed), 2048, 2023, fingerprint(params))
+
+
+@functools.cache
+def _template():
+    image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
+    return jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"]
 
 
 # The weights are arguments: as constants of the program they would be compiled into it.

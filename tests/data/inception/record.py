@@ -1,4 +1,4 @@
-"""Records features of FID's InceptionV3 with random weights for `tests/models/test_inception.py`.
+"""Records features of FID's InceptionV3 with random weights for `test_inception.py`.
 
 Usage: python record.py FOLDER, with the versions recorded in the file; FOLDER receives
 inception.npz. Weights are not stored: `weight` makes them from their names. The outputs are those

@@ -1,6 +1,7 @@
 """Records the figures of public programs for `test_public_figures.py`.
 
-Usage: python record.py FOLDER, with the versions that the file names; FOLDER receives figures.json.
+Usage: python record.py FOLDER, with the versions recorded in the file; FOLDER receives
+figures.json.
 """
 
 import json
