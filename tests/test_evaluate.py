@@ -1,0 +1,368 @@
+import json
+import re
+import shutil
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ant_jax import (
+    builders,
+    checkpoint,
+    data,
+    drawn,
+    evaluate,
+    evaluation,
+    experiment,
+    judge,
+    metrics,
+)
+from ant_jax import config as config_lib
+from ant_jax.config import ConfigError
+from ant_jax.models.inception import Features
+from configs import digits
+
+SMALL = {
+    "diffusion.timesteps": 20,
+    "clusters.k": 2,
+    "sample.num_steps": 2,
+    "sample.batch_size": 8,
+    "sample.num": 21,
+    "evaluation.features": "inception",
+    "evaluation.split": "",
+}
+
+
+class Model(nn.Module):
+    """Small, and everything it is given matters."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x, t, y):
+        inputs = [x.reshape(len(x), -1), jnp.sin(t[:, None] / 9), jax.nn.one_hot(y, 11)]
+        return nn.Dense(x[0].size)(jnp.concatenate(inputs, 1)).reshape(x.shape)
+
+
+def configured(tmp_path, **settings):
+    """A config whose files are there; settings are names with __ for the dot."""
+    config = digits.get_config()
+    weights = tmp_path / "weights.pth"
+    weights.touch()
+    named = {name.replace("__", "."): value for name, value in settings.items()}
+    config.update_from_flattened_dict(SMALL | {"evaluation.inception": str(weights)} | named)
+    return config
+
+
+_WEIGHTS = np.random.RandomState(0).standard_normal((64, 14)) / 99
+
+
+def features(batches):
+    for images in batches:
+        every = np.float32(images.reshape(len(images), -1) @ _WEIGHTS)
+        yield Features(*np.split(every, [5, 9], axis=1))
+
+
+@pytest.fixture(autouse=True)
+def network(monkeypatch, tmp_path):
+    """A small network of 8 x 8 grey pixels instead of Inception, and no cache but this test's."""
+    stub = evaluation.Network(features, 5, 4, "digest")
+    monkeypatch.setattr(evaluation, "load_inception", lambda path: stub)
+    monkeypatch.setattr(builders, "build_model", lambda config, channels, classes: Model(classes))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A workdir with the checkpoints of two steps."""
+    workdir = tmp_path_factory.mktemp("evaluate") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builders, "build_model", lambda config, channels, classes: Model(classes))
+        config = configured(workdir.parent)
+        source = experiment.open_data(config)
+        pieces = experiment.build(config, 1, 10)
+        config_lib.save(config, workdir)
+        experiment.save_facts(pieces, source, workdir)
+        state = experiment.new_state(config, pieces)
+        saver = checkpoint.Checkpointer(workdir / "checkpoints")
+        for step in (3, 5):
+            ema = jax.tree.map(lambda leaf, add=step: leaf + add / 50, state.ema_params)
+            saver.save(step, state._replace(ema_params=ema))
+        saver.close()
+    return workdir
+
+
+@pytest.fixture
+def workdir(run, tmp_path):
+    return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.fixture
+def draws(monkeypatch):
+    """Numbers of the first samples that are drawn, and a number of batches to stop at."""
+
+    class Draws(list):
+        stop = None
+
+    seen = Draws()
+    sample_batches = evaluate.sampling.sample_batches
+
+    def watched(config, pieces, apply_fn, num, start=0):
+        for count, (images, labels) in enumerate(
+            sample_batches(config, pieces, apply_fn, num, start)
+        ):
+            if count == seen.stop:
+                raise KeyboardInterrupt
+            seen.append(start)
+            start += len(images)
+            yield images, labels
+
+    monkeypatch.setattr(evaluate.sampling, "sample_batches", watched)
+    return seen
+
+
+def kept(workdir):
+    return sorted(path.name for path in (workdir / "drawn").glob("*/*"))
+
+
+def stopped(do, config, workdir, draws, after):
+    draws.stop = after
+    with pytest.raises(KeyboardInterrupt):
+        do(config, workdir)
+    draws.stop = None
+    assert kept(workdir) == [f"{8 * i:08d}.npz" for i in range(after)]
+    draws.clear()
+
+
+def result_of(path):
+    """What a mode leaves; the time stamps of an .npz don't count."""
+    if path.suffix == ".json":
+        return path.read_text()
+    with np.load(path) as stored:
+        return {name: stored[name].tolist() for name in stored.files}
+
+
+@pytest.mark.parametrize(
+    ("do", "result"),
+    [(evaluate.evaluate, "evaluation/00000005.json"), (evaluate.sample, "samples/00000005.npz")],
+)
+def test_drawing_goes_on_where_it_was_killed(do, result, run, workdir, draws, tmp_path):
+    config = configured(tmp_path)
+    whole = shutil.copytree(run, tmp_path / "whole")
+    do(config, whole)
+    assert draws == [0, 8, 16] and kept(whole) == []
+
+    stopped(do, config, workdir, draws, 2)
+    assert not (workdir / result).exists()
+    do(config, workdir)
+    assert draws == [16]
+    assert result_of(workdir / result) == result_of(whole / result)
+    grid = (workdir / result).with_suffix(".png")
+    assert grid.read_bytes() == (whole / result).with_suffix(".png").read_bytes()
+    assert list((workdir / "drawn").iterdir()) == []
+
+
+def test_what_is_killed_after_drawing_draws_nothing_again(workdir, draws, tmp_path, monkeypatch):
+    config = configured(tmp_path)
+    # A result that can't be written is no reason to lose hours.
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(evaluate, "_report", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        evaluate.evaluate(config, workdir)
+    assert len(kept(workdir)) == 3
+    evaluate.evaluate(config, workdir)
+    assert draws == [0, 8, 16] and kept(workdir) == []
+
+
+def test_a_damaged_piece_and_what_follows_it_are_drawn_again(workdir, draws, tmp_path):
+    config = configured(tmp_path)
+    expected = evaluate.evaluate(config, shutil.copytree(workdir, tmp_path / "whole"))
+    stopped(evaluate.evaluate, config, workdir, draws, 2)
+    (piece,) = (workdir / "drawn").glob("*/00000008.npz")
+    piece.write_bytes(piece.read_bytes()[:-40])
+    assert evaluate.evaluate(config, workdir) == expected
+    assert draws == [8, 16]
+
+
+def test_samples_of_another_setting_are_not_used(workdir, draws, tmp_path):
+    stopped(evaluate.evaluate, configured(tmp_path), workdir, draws, 2)
+    evaluate.evaluate(configured(tmp_path, sample__seed=1), workdir)
+    assert draws == [0, 8, 16]
+    # The others are still there for those who go on with them.
+    assert len(kept(workdir)) == 2
+
+
+def test_samples_of_another_step_are_not_used(workdir, draws, tmp_path):
+    config = configured(tmp_path)
+    stopped(evaluate.evaluate, config, workdir, draws, 2)
+    assert evaluate.evaluate(config, workdir, 3)["step"] == 3
+    assert draws == [0, 8, 16]
+
+
+def test_the_folder_is_that_of_what_samples_depend_on(tmp_path):
+    params = {"a": np.ones(3)}
+    place = lambda params=params, step=3, **settings: drawn.folder(
+        tmp_path, configured(tmp_path, **settings), step, params
+    )
+    assert place() == place()
+    same = {"log_every": 7, "sample__batch_size": 99, "evaluation__split": "test"}
+    assert place(**same) == place()
+    others = [
+        place(step=4),
+        place(params={"a": np.ones(3, np.float32)}),
+        place(params={"b": np.ones(3)}),
+        place(sample__num=20),
+        place(sample__seed=1),
+        place(sample__guidance=1.5),
+        place(diffusion__clip_x0=False),
+    ]
+    assert len({place(), *others}) == 8
+
+
+def test_the_figures_of_a_run(workdir, tmp_path, monkeypatch):
+    config = configured(tmp_path)
+    logged = []
+    monkeypatch.setattr(evaluate.logging, "info", lambda form, *args: logged.append(form % args))
+    result = evaluate.evaluate(config, workdir)
+    path = evaluate.sample(config, workdir)
+    images = np.load(path)["arr_0"]
+    train = data.digits("train").images
+    ours, theirs = (next(features([x])) for x in (images, train))
+    for name, of in (("fid", "pool"), ("sfid", "spatial")):
+        gaussians = [
+            (x.mean(0, dtype=float), np.cov(x.astype(float), rowvar=False))
+            for x in (getattr(ours, of), getattr(theirs, of))
+        ]
+        distance = evaluation.frechet_distance(*gaussians[0], *gaussians[1])
+        assert result[name] == pytest.approx(distance, rel=1e-6)
+    shares = evaluation.precision_recall(theirs.pool, ours.pool)
+    assert (result["precision"], result["recall"]) == shares
+    assert result["reference"] == "digits[train]" and result["num_samples"] == 21
+    (table,) = [line for line in logged if "sFID" in line]
+    head, row = (line.split() for line in table.splitlines())
+    assert head == ["FID", "sFID", "IS", "precision", "recall", "samples", "reference"]
+    assert row[0] == f"{result['fid']:.3f}" and row[-2:] == ["21", "digits[train]"]
+
+    # The statistics of the training data are computed once.
+    monkeypatch.setattr(data, "batches", None)
+    (workdir / "evaluation" / "00000005.json").unlink()
+    assert evaluate.evaluate(config, workdir) == result
+    monkeypatch.undo()
+
+
+def test_training_data_are_cropped_in_the_centre_and_each_counts_once(tmp_path, monkeypatch):
+    seen = []
+    batches = data.batches
+
+    def watched(source, **settings):
+        seen.append(settings)
+        for batch in batches(source, **settings):
+            seen.append(batch["image"])
+            yield batch
+
+    monkeypatch.setattr(data, "batches", watched)
+    counted = []
+    monkeypatch.setattr(
+        evaluation,
+        "data_reference",
+        lambda name, images, network, key: counted.extend((key, *images())),
+    )
+    config = configured(tmp_path, data__crop="random", data__flip=True, sample__batch_size=600)
+    judge.build(config)
+    settings, key = seen[0], counted[0]
+    assert settings["crop"] == "center" == key["crop"] and "flip" not in settings
+    assert key["num"] == 1497
+    rows = lambda images: np.sort(images.reshape(-1, 64).view("V64").ravel())
+    np.testing.assert_array_equal(
+        rows(np.concatenate(counted[1:])), rows(data.digits("train").images.copy())
+    )
+
+
+def npz(path, num=9, shape=(8, 8, 1)):
+    images = np.uint8(np.random.RandomState(0).randint(0, 256, (num, *shape)))
+    evaluation.write_samples(path, [(images, None)], num)
+    return str(path)
+
+
+@pytest.mark.parametrize("features", ["inception", "digits"])
+def test_a_file_of_samples_needs_no_run(features, tmp_path, draws, monkeypatch):
+    # Not the classifier itself, which takes seconds to train.
+    count = lambda batches, model: {"num_samples": sum(len(images) for images, _ in batches)}
+    monkeypatch.setattr(evaluation, "extractor", lambda name: name)
+    monkeypatch.setattr(evaluation, "real_floor", lambda model: {"copies": 0.01})
+    monkeypatch.setattr(evaluation, "sample_metrics", count)
+    samples = npz(tmp_path / "samples.npz")
+    config = configured(
+        tmp_path,
+        evaluation__features=features,
+        evaluation__samples=samples,
+        evaluation__split="test",
+    )
+    result = evaluate.evaluate(config, tmp_path / "empty")
+    folder = tmp_path / "empty" / "evaluation"
+    assert json.loads((folder / "samples-samples.json").read_text()) == result
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".png"]
+    assert result["num_samples"] == 9 and "step" not in result and draws == []
+    assert {"inception": "fid", "digits": "real_copies"}[features] in result
+    assert "validation_loss" not in result
+
+
+MISTAKES = {
+    r"needs config.evaluation.inception = PATH .*pt_inception-2015-12-05-6726825d.pth": {
+        "evaluation__inception": ""
+    },
+    r"config.evaluation.inception = '.*absent.pth': there is no such file": {
+        "evaluation__inception": "absent.pth"
+    },
+    r"config.evaluation.reference = '.*absent.npz': there is no such file": {
+        "evaluation__reference": "absent.npz"
+    },
+    r"config.evaluation.reference: .*damaged.npz cannot be used": {
+        "evaluation__reference": "damaged.npz"
+    },
+    r"config.evaluation.reference: .*other.npz cannot be used: 'mu' is of 3 features": {
+        "evaluation__reference": "other.npz"
+    },
+    r"config.evaluation.samples = '.*absent.npz': there is no such file": {
+        "evaluation__samples": "absent.npz"
+    },
+    r"config.evaluation.samples: .*damaged.npz cannot be used": {
+        "evaluation__samples": "damaged.npz"
+    },
+    r"config.evaluation.samples: a covariance needs at least 2 samples": {
+        "evaluation__samples": "single.npz"
+    },
+    r"config.evaluation.features must name what to measure by, one of 'digits', 'inception', ''$": {
+        "evaluation__features": "",
+        "evaluation__samples": "single.npz",
+    },
+    r"config.evaluation.features must name .*, or config.evaluation.split held-out": {
+        "evaluation__features": ""
+    },
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_a_mistake_is_named_before_anything_is_drawn(message, run, draws, tmp_path):
+    npz(tmp_path / "single.npz", 1)
+    (tmp_path / "damaged.npz").write_bytes(b"no zip")
+    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    settings = {
+        name: str(tmp_path / value) if "." in value else value
+        for name, value in MISTAKES[message].items()
+    }
+    with pytest.raises(ConfigError, match=re.compile(message, re.S)):
+        evaluate.evaluate(configured(tmp_path, **settings), run)
+    assert draws == [] and not list(run.glob("evaluation/*.json"))
+
+
+def test_the_time_left_is_logged(monkeypatch):
+    clock = iter([0, 4, 11, 12, 22])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    logged = []
+    monkeypatch.setattr(metrics.logging, "info", lambda form, *args: logged.append(form % args))
+    batches = [(np.zeros(5),)] * 4
+    assert list(metrics.with_time_left(batches, 30, "things", start=10)) == batches
+    # 10 of the 20 that are left took 11 s, and 20 of them 22 s.
+    assert logged == ["20/30 things  ETA 11s", "30/30 things  ETA 0s"]
