@@ -46,6 +46,10 @@ class Model(nn.Module):
         return nn.Dense(x[0].size)(jnp.concatenate(inputs, 1)).reshape(x.shape)
 
 
+# Compiled samplers are found again by the identity of the model.
+MODEL = Model(10)
+
+
 def configured(tmp_path, **settings):
     """A config whose files are there; settings are names with __ for the dot."""
     config = digits.get_config()
@@ -70,7 +74,7 @@ def network(monkeypatch, tmp_path):
     """A small network of 8 x 8 grey pixels instead of Inception, and no cache but this test's."""
     stub = evaluation.Network(features, 5, 4, "digest")
     monkeypatch.setattr(evaluation, "load_inception", lambda path: stub)
-    monkeypatch.setattr(builders, "build_model", lambda config, channels, classes: Model(classes))
+    monkeypatch.setattr(builders, "build_model", lambda *_: MODEL)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -79,7 +83,7 @@ def run(tmp_path_factory):
     """A workdir with the checkpoints of two steps."""
     workdir = tmp_path_factory.mktemp("evaluate") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builders, "build_model", lambda config, channels, classes: Model(classes))
+        patch.setattr(builders, "build_model", lambda *_: MODEL)
         config = configured(workdir.parent)
         source = experiment.open_data(config)
         pieces = experiment.build(config, 1, 10)
