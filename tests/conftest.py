@@ -1,20 +1,29 @@
 """Eight CPU devices for every test, set before jax is imported, and quick compilation."""
 
+import importlib.metadata
 import os
 import shutil
 import tempfile
 
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Nearly all of the tests' time is compilation; this makes it several times shorter.
+# Nearly all of the tests' time is compilation; these make it several times shorter. XLA stops at a
+# flag that it does not know, as a later release may not.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-# What one test has compiled the others, and the programs they start, need not compile again.
-_CACHE = tempfile.mkdtemp(prefix="ant_jax_tests_")
-os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+_FLAGS = ["--xla_force_host_platform_device_count=8"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+# What one test has compiled, and the classifier of the digits, the other tests, in whichever process
+# of pytest-xdist, and the programs they start need not make again.
+_OURS = "PYTEST_XDIST_WORKER" not in os.environ
+if _OURS:
+    _CACHE = tempfile.mkdtemp(prefix="ant_jax_tests_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_CACHE, "jax")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["XDG_CACHE_HOME"] = _CACHE
 
 
 def pytest_unconfigure():
-    shutil.rmtree(_CACHE, ignore_errors=True)
+    if _OURS:
+        shutil.rmtree(_CACHE, ignore_errors=True)

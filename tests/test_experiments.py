@@ -26,16 +26,14 @@ from experiments import (
 
 ROOT = Path(__file__).parents[1]
 SMOKE = presets.PRESETS["smoke"]
+# The last of equal flags counts.
+ONE_DEVICE = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
 
 
 @pytest.fixture
 def command(tmp_path):
     """Runs an experiment as a user does; several share their runs."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }
+    environment = os.environ | {"XLA_FLAGS": ONE_DEVICE}
 
     def run(*arguments):
         names = [each for each in arguments if not each.startswith("--")]
@@ -309,9 +307,8 @@ def test_runs_side_by_side_in_processes(tmp_path, monkeypatch):
     """What a large plan does on CPUs: pickled runs, a core each, and results measured anew."""
     monkeypatch.setattr(runner, "_WORTH_A_PROCESS", 0)
     monkeypatch.setattr(runner, "_workers", lambda: 2)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("XLA_FLAGS", "")
-    settings = {"num_steps": 2, "sample.num": 20}
+    monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
+    settings = {"num_steps": 2}
     runs = [runner.make_run(SMOKE, "vanilla", "snr", seed, settings) for seed in (0, 1)]
     first, second = runner.execute(runs, tmp_path)
     assert [row["step"] for row in first["rows"]] == [1, 2]
