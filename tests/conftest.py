@@ -14,8 +14,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-# What one test has compiled, and the classifier of the digits, the other tests, in whichever process
-# of pytest-xdist, and the programs they start need not make again.
+# What one test has compiled, and the classifier of the digits, the other tests, in whichever
+# process of pytest-xdist, and the programs they start need not make again.
 _OURS = "PYTEST_XDIST_WORKER" not in os.environ
 if _OURS:
     _CACHE = tempfile.mkdtemp(prefix="ant_jax_tests_")
