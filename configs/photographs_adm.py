@@ -13,7 +13,7 @@ from configs import ffhq256_adm
 def get_config(argument: str = "uncertainty,snr"):
     """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
     config = ffhq256_adm.get_config(argument)
-    config.num_steps = 600
+    config.num_steps = 400
     config.data.dir = "photographs/images"
     config.data.image_size = 64
     config.data.num_workers = 0
@@ -25,7 +25,7 @@ def get_config(argument: str = "uncertainty,snr"):
     config.log_every = 20
     config.checkpoint.every = 200
     config.checkpoint.keep_period = 0
-    config.sample.every = 300
+    config.sample.every = 200
     config.sample.num_steps = 50
     config.sample.num = 200
     config.evaluation.inception = "photographs/inception.safetensors"
