@@ -9,8 +9,8 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from ant_jax import autoencoding, evaluation
 from ant_jax import config as config_lib
-from ant_jax import evaluation
 from ant_jax.fingerprint import fingerprint
 from ant_jax.metrics import with_time_left
 
@@ -19,7 +19,7 @@ Batch = tuple[np.ndarray, np.ndarray | None]
 # What samples don't depend on. Batches say themselves how large they are.
 _NO_MATTER = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "evaluation.")
 _NO_MATTER += ("data.num_workers", "data.dir", "sample.every", "sample.batch_size")
-_NO_MATTER += ("autoencoder.latents", "autoencoder.batch_size", "init_from")
+_NO_MATTER += ("autoencoder.latents", "autoencoder.weights", "autoencoder.batch_size", "init_from")
 
 
 def folder(workdir: Path, config: ConfigDict, step: int, params: Any) -> Path:
@@ -29,14 +29,17 @@ def folder(workdir: Path, config: ConfigDict, step: int, params: Any) -> Path:
       workdir: of the run.
       config: its config; another setting that samples depend on gives another folder.
       step: of the checkpoint.
-      params: those the samples are drawn with; others give another folder.
+      params: those the samples are drawn with; others, or an autoencoder with others, give another
+        folder.
     """
     settings = {
         name: value
         for name, value in config_lib.flatten(config).items()
         if not name.startswith(_NO_MATTER)
     }
-    key = fingerprint({"settings": settings, "step": step, "params": params})
+    # The weights may be others under the same name, or the same under another.
+    decoder = autoencoding.load(config).digest if config.autoencoder.name else ""
+    key = fingerprint({"settings": settings, "step": step, "params": params, "decoder": decoder})
     # Processes that share a disk don't write into each other's files.
     return workdir / "drawn" / f"{step:08d}-{key[:16]}-{jax.process_index()}"
 

@@ -32,7 +32,8 @@ def encode(config: ConfigDict) -> Path:
       The folder of the latents, ``config.autoencoder.latents`` and the split.
 
     Raises:
-      ConfigError: for impossible settings, or a folder that was begun with others.
+      ConfigError: for impossible settings, or a folder that was begun with others or is damaged.
+      OSError: if a shard cannot be written.
     """
     config_lib.validate(config)
     settings = config.autoencoder
@@ -70,9 +71,14 @@ def encode(config: ConfigDict) -> Path:
             num_images=len(source),
             num_classes=source.num_classes,
             std=0.0,
+            data=config.data.name,
+            crop=config.data.crop,
             origin=repr(source),
         )
-        std = complete(directory, facts).std
+        try:
+            std = complete(directory, facts).std
+        except ValueError as error:
+            raise ConfigError(f"config.autoencoder.latents: {error}") from error
         logging.info(
             "%d latents of %s with a standard deviation of %.3f: %s; config.autoencoder.scale = "
             "%.5g makes it %.2f, about 1 is right",

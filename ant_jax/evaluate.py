@@ -67,15 +67,20 @@ def evaluate(
         return _of_file(config, workdir)
     step, pieces, state = restore_run(config, workdir, step)
     path = workdir / "evaluation" / f"{step:08d}.json"
-    result = {"step": step}
+    validation = {}
+    # Before the samples: held-out images that are not there must not cost hours of drawing.
+    if settings.split:
+        apply_fn = experiment.denoiser(pieces, state.ema_params)
+        everything = np.array([0, pieces.process.num_timesteps])
+        (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=25)
+        validation = {"validation_loss": float(loss)}
+    if not settings.features:
+        result = {"step": step} | validation
+        _report(result, path)
+        return result
     with _samples(config, workdir, step, pieces, state) as batches:
-        if settings.features:
-            result |= judge.build(config)(_with_grid(batches, path.with_suffix(".png")))
-        if settings.split:
-            apply_fn = experiment.denoiser(pieces, state.ema_params)
-            everything = np.array([0, pieces.process.num_timesteps])
-            (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=25)
-            result["validation_loss"] = float(loss)
+        found = judge.build(config)(_with_grid(batches, path.with_suffix(".png")))
+        result = {"step": step} | found | validation
         _report(result, path)
     return result
 

@@ -125,6 +125,8 @@ def open_latents(config: ConfigDict, split: str) -> data.LatentSource:
     facts = source.facts
     for name, there, now in (
         ("autoencoder.name", facts.autoencoder, settings.name),
+        ("data.name", facts.data, config.data.name),
+        ("data.crop", facts.crop, config.data.crop),
         ("data.image_size", facts.image_size, config.data.image_size),
         ("autoencoder.weights of digest", facts.digest, autoencoding.load(config).digest),
     ):

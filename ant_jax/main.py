@@ -69,7 +69,7 @@ def _report_errors(function, *arguments):
     from ant_jax.checkpoint import CheckpointError
     from ant_jax.data import ExampleError
 
-    expected = (ConfigError, CheckpointError, ExampleError, FileNotFoundError, FloatingPointError)
+    expected = (ConfigError, CheckpointError, ExampleError, OSError, FloatingPointError)
     try:
         function(*arguments)
     except expected as error:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ant_jax import autoencoding, data, encode, evaluate, experiment, interop, train
+from ant_jax import autoencoding, data, drawn, encode, evaluate, experiment, interop, train
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.data.latents import LatentFacts, complete, shard_path, write_shard
@@ -141,7 +141,7 @@ def test_batches_draw_the_latents_anew_and_flip_them(encoded):
 def test_latents_without_standard_deviations(tmp_path):
     means = np.random.default_rng(0).standard_normal((5, 2, 3, 3, 2)).astype(np.float16)
     write_shard(shard_path(tmp_path, 0), ((mean, None, 7) for mean in means))
-    complete(tmp_path, LatentFacts("VQ-f4", "", 12, (3, 3, 2), 1, 5, 8, 0.0, ""))
+    complete(tmp_path, LatentFacts("VQ-f4", "", 12, (3, 3, 2), 1, 5, 8, 0.0, "", "", ""))
     source = data.latents(tmp_path, 2.0)
     for example, mean in zip((source[i] for i in range(5)), means, strict=True):
         np.testing.assert_array_equal(example["mean"], 2 * np.float32(mean))
@@ -199,6 +199,10 @@ def test_a_folder_begun_with_other_settings_is_refused(place, encoded):
         encode.encode(settings(place, data__image_size=8))
     with pytest.raises(ConfigError, match=r"made with config.data.image_size 16, not 8"):
         experiment.open_data(settings(place, data__image_size=8))
+    with pytest.raises(ConfigError, match=r"made with config.data.crop 'center', not 'none'"):
+        experiment.open_data(settings(place, data__crop="none"))
+    with pytest.raises(ConfigError, match=r"made with config.data.name 'folder', not 'tfds:x'"):
+        experiment.open_data(settings(place, data__name="tfds:x"))
     with pytest.raises(ConfigError, match="'random' can't be encoded"):
         encode.encode(settings(place, data__crop="random"))
     with pytest.raises(ConfigError, match=r"weights.*No such file"):
@@ -211,13 +215,32 @@ def test_a_damaged_folder_is_named(place, encoded, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     facts = json.loads((tmp_path / "latents.json").read_text())
     (tmp_path / "latents.json").write_text(json.dumps(facts | {"num_images": 22}))
-    with pytest.raises(ValueError, match="has 21 latents in 1 shards instead of 22"):
+    with pytest.raises(ValueError, match="has 21 latents in 1 shards instead of 22: run --mode en"):
+        data.latents(tmp_path, 1.0)
+    (tmp_path / "latents.json").write_text(json.dumps(facts | {"num_images": 20}))
+    with pytest.raises(ValueError, match="instead of 20: encode them again into an empty folder"):
         data.latents(tmp_path, 1.0)
     (tmp_path / "latents.json").write_text("{")
     with pytest.raises(ValueError, match=r"latents.json is damaged"):
         data.latents(tmp_path, 1.0)
     with pytest.raises(FileNotFoundError, match="has no latents"):
         data.latents(tmp_path / "nothing", 1.0)
+
+
+def test_a_truncated_shard_is_named_and_made_again_once_removed(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "_SHARD", 8)
+    config = settings(place, autoencoder__latents=str(tmp_path))
+    shard = encode.encode(config) / "00001.array_record"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    named = r"00001.array_record is damaged: remove it and run --mode encode"
+    with pytest.raises(ConfigError, match=named):
+        experiment.open_data(config)
+    with pytest.raises(ConfigError, match=named):
+        encode.encode(config)
+    shard.unlink()
+    encode.encode(config)
+    assert shard.read_bytes() == whole
 
 
 def test_a_scale_that_does_not_fit_the_latents_is_warned_of(place, encoded, caplog):
@@ -255,6 +278,19 @@ def test_samples_are_the_decoded_latents_with_the_scale_taken_off(place):
     expected = np.clip(np.round((np.asarray(plain) + 1) * 127.5), 0, 255)
     assert images.shape == (11, SIZE, SIZE, 3) and images.dtype == np.uint8
     np.testing.assert_allclose(images.astype(int), expected, atol=1)
+
+
+def test_samples_of_another_decoder_do_not_go_on(place, tmp_path):
+    weights = tmp_path / "weights.safetensors"
+    places = []
+    for seed in (0, 0, 1):
+        weights.write_bytes((place / f"weights{seed}.safetensors").read_bytes())
+        autoencoding._load.cache_clear()
+        config = settings(place, autoencoder__weights=str(weights))
+        places.append(drawn.folder(tmp_path, config, 3, {}))
+    assert places[0] == places[1] != places[2]
+    elsewhere = settings(place, autoencoder__weights=str(place / "weights1.safetensors"))
+    assert drawn.folder(tmp_path, elsewhere, 3, {}) == places[2]
 
 
 def test_validation_losses_are_of_latents_with_their_scale(place, encoded):

@@ -36,6 +36,8 @@ class LatentFacts(NamedTuple):
       num_images: how many.
       num_classes: number of labels; 0 where there are none.
       std: standard deviation of all numbers of the latents.
+      data: `config.data.name` of the images.
+      crop: how they were brought to their size.
       origin: where the images come from, for the reader.
     """
 
@@ -47,6 +49,8 @@ class LatentFacts(NamedTuple):
     num_images: int
     num_classes: int
     std: float
+    data: str
+    crop: str
     origin: str
 
 
@@ -62,7 +66,7 @@ class LatentSource:
     """
 
     name: str
-    facts: LatentFacts
+    facts: LatentFacts = dataclasses.field(repr=False)
     scale: float
     records: Sequence[bytes] = dataclasses.field(repr=False)
 
@@ -112,7 +116,7 @@ def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
 
     Raises:
       FileNotFoundError: If there are no latents, or not all of them yet, or a shard is missing.
-      ValueError: If its description is damaged or of another number of latents.
+      ValueError: If its description or a shard is damaged, or of another number of latents.
     """
     directory = Path(directory).expanduser()
     path = directory / _FACTS
@@ -124,7 +128,7 @@ def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
         facts = LatentFacts(**json.loads(path.read_text()))
         facts = facts._replace(shape=tuple(facts.shape))
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {error}; --mode encode writes it anew") from error
     return _open(directory, facts, scale)
 
 
@@ -139,7 +143,7 @@ def complete(directory: Path, facts: LatentFacts) -> LatentFacts:
       The facts as written.
 
     Raises:
-      ValueError: If the shards hold another number of latents.
+      ValueError: If a shard is damaged, or they hold another number of latents.
     """
     facts = facts._replace(std=_spread(_open(directory, facts, 1.0)))
     write_bytes(directory / _FACTS, (json.dumps(facts._asdict(), indent=1) + "\n").encode())
@@ -148,13 +152,31 @@ def complete(directory: Path, facts: LatentFacts) -> LatentFacts:
 
 def _open(directory, facts, scale):
     shards = sorted(directory.glob("*.array_record"))
-    records = ArrayRecordDataSource([str(shard) for shard in shards]) if shards else []
+    records = _records(shards) if shards else []
     if len(records) != facts.num_images:
+        missing = len(records) < facts.num_images
+        advice = "run --mode encode, which makes missing shards" if missing else "encode them again"
         raise ValueError(
             f"{directory} has {len(records)} latents in {len(shards)} shards instead of "
-            f"{facts.num_images}: encode them again into an empty folder"
+            f"{facts.num_images}: {advice}{'' if missing else ' into an empty folder'}"
         )
     return LatentSource(str(directory), facts, scale, records)
+
+
+def _records(shards):
+    try:
+        return ArrayRecordDataSource([str(shard) for shard in shards])
+    except RuntimeError:
+        # The message does not say which one it is.
+        for shard in shards:
+            try:
+                ArrayRecordDataSource(str(shard))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{shard} is damaged: remove it and run --mode encode, which makes missing "
+                    f"shards ({error})"
+                ) from error
+        raise
 
 
 def _spread(source):
