@@ -121,7 +121,11 @@ def open_latents(config: ConfigDict, split: str) -> data.LatentSource:
     try:
         source = data.latents(directory, settings.scale)
     except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(f"config.autoencoder.latents = {settings.latents!r}: {error}") from error
+        # Encoding makes the latents of one split.
+        hint = "" if split == config.data.split else f" with config.data.split = {split!r}"
+        raise ConfigError(
+            f"config.autoencoder.latents = {settings.latents!r}: {error}{hint}"
+        ) from error
     facts = source.facts
     for name, there, now in (
         ("autoencoder.name", facts.autoencoder, settings.name),

@@ -201,6 +201,8 @@ def test_a_folder_begun_with_other_settings_is_refused(place, encoded):
         experiment.open_data(settings(place, data__image_size=8))
     with pytest.raises(ConfigError, match=r"made with config.data.crop 'center', not 'none'"):
         experiment.open_data(settings(place, data__crop="none"))
+    with pytest.raises(ConfigError, match=r"run --mode encode with config.data.split = 'val'"):
+        experiment.open_data(settings(place), "val")
     with pytest.raises(ConfigError, match=r"made with config.data.name 'folder', not 'tfds:x'"):
         experiment.open_data(settings(place, data__name="tfds:x"))
     with pytest.raises(ConfigError, match="'random' can't be encoded"):

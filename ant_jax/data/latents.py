@@ -115,8 +115,8 @@ def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
       The source.
 
     Raises:
-      FileNotFoundError: If there are no latents, or not all of them yet, or a shard is missing.
-      ValueError: If its description or a shard is damaged, or of another number of latents.
+      FileNotFoundError: If there are no latents, or not all of them yet.
+      ValueError: If its description or a shard is damaged, or a shard is missing or one too many.
     """
     directory = Path(directory).expanduser()
     path = directory / _FACTS
