@@ -23,11 +23,13 @@ class Codec(NamedTuple):
       model: The network.
       params: Its parameters, on this process's devices.
       digest: Of the parameters, whatever the file they came from.
+      encoder_digest: Of those that make latents: decoders may be tuned without new latents.
     """
 
     model: Autoencoder
     params: Any
     digest: str
+    encoder_digest: str
 
 
 def load(config: ConfigDict) -> Codec:
@@ -51,7 +53,8 @@ def _load(name, path):
     except (OSError, ValueError) as error:
         raise ConfigError(f"config.autoencoder.weights = {path!r}: {error}") from error
     placed = jax.device_put(params, replicated(jax.local_devices()))
-    return Codec(model, placed, fingerprint(params)[:16])
+    encoder = {name: params[name] for name in ("encoder", "quant_conv")}
+    return Codec(model, placed, fingerprint(params)[:16], fingerprint(encoder)[:16])
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:

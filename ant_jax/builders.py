@@ -107,6 +107,16 @@ def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Modul
     )
 
 
+def meaning_of_params(config: ConfigDict) -> list[str]:
+    """Names of the settings that decide what the network's parameters are and what they do."""
+    fields = [name for name in _FIELDS[config.model.name] if name != "remat"]
+    return [
+        *(f"model.{name}" for name in ("name", *fields)),
+        "diffusion.prediction",
+        "diffusion.variance",
+    ]
+
+
 def input_multiple(config: ConfigDict) -> int:
     """What the height and width of the network's input must be divisible by."""
     settings = config.model

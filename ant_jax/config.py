@@ -170,6 +170,7 @@ RULES = {
     "sample.num_steps": _integer(1),
     "sample.eta": _number(0, 1),
     "sample.guidance": _number(0),
+    "sample.guidance_channels": _integer(0),
     "sample.batch_size": _integer(1),
     "sample.num": _integer(1),
     "evaluation.split": _TEXT,

@@ -41,7 +41,14 @@ def folder(workdir: Path, config: ConfigDict, step: int, params: Any) -> Path:
     decoder = autoencoding.load(config).digest if config.autoencoder.name else ""
     key = fingerprint({"settings": settings, "step": step, "params": params, "decoder": decoder})
     # Processes that share a disk don't write into each other's files.
-    return workdir / "drawn" / f"{step:08d}-{key[:16]}-{jax.process_index()}"
+    place = workdir / "drawn" / f"{step:08d}-{key[:16]}-{jax.process_index()}"
+    others = [other for other in place.parent.glob(f"*-{jax.process_index()}") if other != place]
+    if others:
+        logging.info(
+            "%s: left by drawings with other settings; remove what is not to go on",
+            ", ".join(map(str, sorted(others))),
+        )
+    return place
 
 
 def resume(place: Path, num: int, draw: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:

@@ -64,7 +64,7 @@ def encode(config: ConfigDict) -> Path:
     if process == 0:
         facts = LatentFacts(
             autoencoder=settings.name,
-            digest=codec.digest,
+            digest=codec.encoder_digest,
             image_size=config.data.image_size,
             shape=shape,
             parts=1 if codec.model.codebook else 2,
@@ -96,9 +96,12 @@ def _check_plan(config, directory, codec, num_images):
     """A folder that was begun with other settings must not get shards of these."""
     plan = {
         "autoencoder.name": config.autoencoder.name,
-        "digest of the weights": codec.digest,
+        "digest of the encoder": codec.encoder_digest,
         "number of images": num_images,
-        **{f"data.{name}": config.data[name] for name in ("name", "split", "crop", "image_size")},
+        **{
+            f"data.{name}": config.data[name]
+            for name in ("name", "dir", "split", "crop", "image_size", "replace_unreadable")
+        },
     }
     path = directory / "plan.json"
     if path.exists():

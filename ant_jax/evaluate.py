@@ -164,6 +164,7 @@ def restore_run(
     if saved is None:
         raise FileNotFoundError(f"no run in {workdir}: train first")
     config_lib.check_same(saved, config, workdir)
+    experiment.check_encoder(config, workdir)
     pieces = experiment.build(config, **experiment.load_facts(workdir))
     restored = experiment.restore(config, pieces, workdir, step)
     if restored is None:

@@ -111,7 +111,7 @@ def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
 
 def latents_folder(config: ConfigDict, split: str) -> Path:
     """Where the latents of a split are."""
-    return Path(config.autoencoder.latents).expanduser() / (quote(split, safe="") or "all")
+    return Path(config.autoencoder.latents).expanduser() / (quote(split, safe="") or "_")
 
 
 def open_latents(config: ConfigDict, split: str) -> data.LatentSource:
@@ -132,7 +132,7 @@ def open_latents(config: ConfigDict, split: str) -> data.LatentSource:
         ("data.name", facts.data, config.data.name),
         ("data.crop", facts.crop, config.data.crop),
         ("data.image_size", facts.image_size, config.data.image_size),
-        ("autoencoder.weights of digest", facts.digest, autoencoding.load(config).digest),
+        ("autoencoder.weights, encoder", facts.digest, autoencoding.load(config).encoder_digest),
     ):
         if there != now:
             raise ConfigError(
@@ -181,18 +181,34 @@ def open_images(config: ConfigDict, split: str) -> data.Source:
 
 
 def save_facts(pieces: Experiment, source: data.Source, workdir: Path) -> None:
-    """Writes ``facts.json``: what a run found out when it began, by the arguments of `build`."""
+    """Writes ``facts.json``: what a run found out when it began."""
     facts = {
         "channels": source.image_shape[-1],
         "num_classes": source.num_classes,
         "boundaries": pieces.method.boundaries.tolist(),
     }
+    if isinstance(source, data.LatentSource):
+        facts["encoder"] = source.facts.digest
     write_bytes(workdir / "facts.json", json.dumps(facts).encode())
 
 
 def load_facts(workdir: Path) -> dict[str, Any]:
-    """What `save_facts` wrote."""
-    return json.loads((workdir / "facts.json").read_text())
+    """What `save_facts` wrote, by the arguments of `build`."""
+    facts = json.loads((workdir / "facts.json").read_text())
+    return {name: facts[name] for name in ("channels", "num_classes", "boundaries")}
+
+
+def check_encoder(config: ConfigDict, workdir: Path) -> None:
+    """Raises a ConfigError if a run learned latents of another encoder than the config names."""
+    if not config.autoencoder.name:
+        return
+    there = json.loads((workdir / "facts.json").read_text())["encoder"]
+    now = autoencoding.load(config).encoder_digest
+    if there != now:
+        raise ConfigError(
+            f"config.autoencoder.weights = {config.autoencoder.weights!r}: the run in {workdir} "
+            f"learned latents of another encoder, {there}, not {now}"
+        )
 
 
 def denoiser(pieces: Experiment, params: dict) -> Partial:
@@ -370,16 +386,24 @@ def _params_from(config, template):
     path = Path(config.init_from).expanduser()
     try:
         if path.is_dir():
-            return _ema_of_run(path, template)
+            return _ema_of_run(path, template, config)
         return interop.from_torch(interop.read_state(path), template, weight_names(config))
     except (OSError, ValueError, checkpoint.CheckpointError) as error:
         raise ConfigError(f"config.init_from = {config.init_from!r}: {error}") from error
 
 
-def _ema_of_run(workdir, template):
+def _ema_of_run(workdir, template, wanted):
     config = config_lib.load(workdir)
     if config is None:
         raise FileNotFoundError("it is a folder without a run")
+    theirs, ours = (config_lib.flatten(each) for each in (config, wanted))
+    differing = [
+        f"config.{name}: {theirs.get(name, 'not set')!r} there, {ours[name]!r} here"
+        for name in builders.meaning_of_params(wanted)
+        if theirs.get(name) != ours[name]
+    ]
+    if differing:
+        raise ValueError("its parameters mean something else: " + "; ".join(differing))
     # Its own config, because a checkpoint is restored as a whole.
     restored = restore(config, build(config, **load_facts(workdir)), workdir)
     if restored is None:

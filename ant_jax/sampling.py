@@ -67,6 +67,7 @@ def sample_batches(
             y=labels,
             null_label=num_classes or None,
             guidance=settings.guidance,
+            guidance_channels=settings.guidance_channels or None,
             clip_x0=config.diffusion.clip_x0,
         )
         keep = min(batch, num - first)

@@ -6,9 +6,9 @@ r"""The LDM UNet in the latents of VQ-f4, without classes, on CelebA-HQ at 256x2
       --config.autoencoder.weights=VQ-F4.ckpt --config.autoencoder.latents=LATENTS
 
 ``configs/celebahq256_adm.py`` says how to prepare the images, ``configs/ffhq256_ldm.py`` which
-autoencoder this is and what hardware it fits. The latents take 1.5 GB. The learning rate is LDM's
-for CelebA-HQ; the batch is 50 where LDM has 48, which five clusters can't share. The ANT paper's
-figures are in its table 1; ours are not known yet.
+autoencoder this is and what hardware it fits. The latents take 1.5 GB. The learning rate and the
+sampler are LDM's for CelebA-HQ (200 DDIM steps, eta 0); the batch is 50 where LDM has 48, which
+five clusters can't share. The ANT paper's figures are in its table 1; ours are not known yet.
 """
 
 from configs import ffhq256_ldm
@@ -21,4 +21,5 @@ def get_config(argument: str = "uncertainty,snr"):
     config.data.split = "train"
     config.data.batch_size = 50
     config.optimizer.learning_rate = 9.6e-5
+    config.sample.eta = 0.0
     return config

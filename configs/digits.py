@@ -121,6 +121,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     sample.num_steps = 50
     sample.eta = 0.0  # of DDIM
     sample.guidance = 1.0  # scale of classifier-free guidance; 1 for none
+    sample.guidance_channels = 0  # guide so many channels, from the first; 0 for all
     sample.batch_size = 600
     sample.num = 1797  # how many --mode sample and --mode evaluate draw
     config.evaluation = evaluation = ml_collections.ConfigDict()

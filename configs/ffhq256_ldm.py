@@ -13,9 +13,10 @@ Hardware: 274 M parameters take 5.5 GB with the EMA, the optimizer and a gradien
 the five gradients of pcgrad and nash. For several devices choose a config.data.batch_size of which
 each one's share is a multiple of k = 5.
 
-The network, the schedule and the learning rate are those of Rombach et al., *High-Resolution Image
-Synthesis with Latent Diffusion Models* (CVPR 2022) for FFHQ; the batch is 40 where they have 42,
-which five clusters can't share. The ANT paper's figures are in its table 1; ours are not known yet.
+The network, the schedule, the learning rate and the sampler (200 DDIM steps, eta 1) are those of
+Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models* (CVPR 2022) for FFHQ;
+the batch is 40 where they have 42, which five clusters can't share. The ANT paper's figures are in
+its table 1; ours are not known yet.
 To begin with LDM's own weights: --config.init_from=FFHQ-LDM.ckpt
 """
 

@@ -52,6 +52,7 @@ def get_config(argument: str = "uncertainty,snr"):
     config.sample.sampler = "ddpm"
     config.sample.num_steps = 250
     config.sample.guidance = 1.5
+    config.sample.guidance_channels = 3  # of 4, as in the code of DiT and of the ANT paper
     config.sample.batch_size = 100
     config.sample.num = 50_000
     config.evaluation.features = "inception"

@@ -3,7 +3,9 @@ r"""DiT-S/2 with uncertainty weighting on SNR clusters, on ImageNet at 256x256 p
   python -m ant_jax.main --config configs/imagenet256_dit_s2.py:uncertainty,snr --workdir DIR \
       --config.autoencoder.weights=VAE.safetensors --config.autoencoder.latents=LATENTS
 
-The latents are those of ``configs/imagenet256_dit_l2.py``, which says how to make them.
+``configs/imagenet256_dit_l2.py`` says how to make the latents. For DiT-S the ANT paper's code takes
+another autoencoder of the same form, that of Stable Diffusion XL (sdxl-vae-fp16-fix), whose scale
+is 0.13025; with that of DiT-L/2 add --config.autoencoder.scale=0.18215.
 
 Hardware: one GPU; 33 M parameters take 0.7 GB with the EMA, the optimizer and a gradient.
 
@@ -24,4 +26,5 @@ def get_config(argument: str = "uncertainty,snr"):
     config.model.update(SIZES["S"])
     config.num_steps = 800_000
     config.data.batch_size = 50
+    config.autoencoder.scale = 0.13025
     return config

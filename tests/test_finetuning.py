@@ -105,9 +105,13 @@ def test_a_run_begins_with_the_weights_of_others(begun, tmp_path):
 
 def test_weights_that_do_not_fit_are_named(begun, tmp_path):
     workdir, _ = begun
-    wrong = tiny(init_from=str(workdir), model__width=16)
-    with pytest.raises(ConfigError, match=r"of its parameters don't fit config.model: block_0/att"):
-        state_of(wrong)
+    # The same shapes, but not the same network.
+    wrong = dict(init_from=str(workdir), model__heads=2, diffusion__prediction="v")
+    with pytest.raises(ConfigError, match=r"model.heads: 1 there, 2 here; .*prediction: 'epsilon'"):
+        state_of(tiny(**wrong))
+    unlabelled = tiny(init_from=str(workdir), model__conditional=False)
+    with pytest.raises(ConfigError, match=r"1 of its parameters don't fit .*: label_embedding/emb"):
+        state_of(unlabelled)
     with pytest.raises(ConfigError, match=r"config.init_from = .*a folder without a run"):
         state_of(tiny(init_from=str(tmp_path)))
     with pytest.raises(ConfigError, match=r"config.init_from = 'no/where.pt': "):

@@ -171,7 +171,7 @@ def test_encoding_goes_on_at_the_first_missing_shard(place, tmp_path, monkeypatc
         encode.encode(config)
     with pytest.raises(ConfigError, match="has no latents, or not all of them yet: run --mode enc"):
         experiment.open_data(config)
-    first = (tmp_path / "all" / "00000.array_record").read_bytes()
+    first = (tmp_path / "_" / "00000.array_record").read_bytes()
 
     def recording(path, examples):
         written.append(path.name)
@@ -191,9 +191,9 @@ def test_encoding_goes_on_at_the_first_missing_shard(place, tmp_path, monkeypatc
 def test_a_folder_begun_with_other_settings_is_refused(place, encoded):
     del encoded
     other = settings(place, autoencoder__weights=str(place / "weights1.safetensors"))
-    with pytest.raises(ConfigError, match=r"begun with other settings: digest of the weights: "):
+    with pytest.raises(ConfigError, match=r"begun with other settings: digest of the encoder: "):
         encode.encode(other)
-    with pytest.raises(ConfigError, match=r"were made with config.autoencoder.weights of digest"):
+    with pytest.raises(ConfigError, match=r"were made with config.autoencoder.weights, encoder"):
         experiment.open_data(other)
     with pytest.raises(ConfigError, match=r"data.image_size: 16 there, 8 now"):
         encode.encode(settings(place, data__image_size=8))
@@ -268,6 +268,23 @@ def test_training_sampling_and_decoding(place, encoded, tmp_path):
         images, labels = stored["arr_0"], stored["arr_1"]
     assert images.shape == (11, SIZE, SIZE, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(labels, np.arange(11) % 2)
+    other = settings(place, autoencoder__weights=str(place / "weights1.safetensors"))
+    with pytest.raises(ConfigError, match="learned latents of another encoder"):
+        evaluate.sample(other, tmp_path)
+
+
+def test_another_decoder_of_the_same_encoder_fits_the_latents(place, encoded, tmp_path):
+    del encoded
+    state = interop.read_state(place / "weights0.safetensors")
+    tuned = {
+        name: value + 0.01 if name.startswith("decoder.") else value
+        for name, value in state.items()
+    }
+    interop.write_state(tmp_path / "tuned.safetensors", tuned)
+    config = settings(place, autoencoder__weights=str(tmp_path / "tuned.safetensors"))
+    assert len(experiment.open_data(config)) == NUM
+    before, after = autoencoding.load(settings(place)), autoencoding.load(config)
+    assert before.digest != after.digest
 
 
 def test_samples_are_the_decoded_latents_with_the_scale_taken_off(place):

@@ -29,7 +29,7 @@ class LatentFacts(NamedTuple):
 
     Attributes:
       autoencoder: its name.
-      digest: of its weights.
+      digest: of its encoder's weights.
       image_size: side of the images in pixels.
       shape: (h, w, c) of a latent.
       parts: 2 for mean and standard deviation, 1 for the mean alone.

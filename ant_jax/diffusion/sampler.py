@@ -20,6 +20,7 @@ def ddpm_sample(
     y: jax.Array | None = None,
     null_label: int | jax.Array | None = None,
     guidance: float = 1.0,
+    guidance_channels: int | None = None,
     clip_x0: bool = True,
 ) -> jax.Array:
     """Samples by the reverse process of Ho et al. 2020, algorithm 2.
@@ -45,6 +46,8 @@ def ddpm_sample(
       guidance: Scale g of classifier-free guidance (Ho & Salimans 2022):
         ``eps = eps_uncond + g * (eps_cond - eps_uncond)``, from one pass over a doubled batch. The
         variance is that of the conditional model. 1 means none, at half the cost.
+      guidance_channels: How many channels, from the first, are guided; the others are those of the
+        conditional model. None means all. The code of DiT guides 3 of its 4.
       clip_x0: Whether to clip each prediction of x_0 to [-1, 1]: for pixels, not for latents.
 
     Returns:
@@ -56,6 +59,8 @@ def ddpm_sample(
         ``num_steps`` is not in 1 .. T, or the model's output has the wrong shape.
     """
     step = Partial(_ddpm_step)
+    if guidance_channels is not None:
+        guidance = _by_channel(guidance, guidance_channels, shape[-1])
     return _sample(
         step, apply_fn, shape, key, diffusion, num_steps, y, null_label, guidance, clip_x0
     )
@@ -71,6 +76,7 @@ def ddim_sample(
     y: jax.Array | None = None,
     null_label: int | jax.Array | None = None,
     guidance: float = 1.0,
+    guidance_channels: int | None = None,
     clip_x0: bool = True,
     eta: float = 0.0,
 ) -> jax.Array:
@@ -87,6 +93,7 @@ def ddim_sample(
       y: (B, ...) labels, or None.
       null_label: Label of the unconditional model.
       guidance: Scale of classifier-free guidance.
+      guidance_channels: How many channels are guided; None means all.
       clip_x0: Whether to clip each prediction of x_0 to [-1, 1]; epsilon is then recomputed.
       eta: Noise of the steps, in [0, 1]: 0 is deterministic given the first noise, 1 is DDPM with
         the variance ``"fixed_small"``.
@@ -101,9 +108,18 @@ def ddim_sample(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     step = Partial(_ddim_step, jnp.float32(eta))
+    if guidance_channels is not None:
+        guidance = _by_channel(guidance, guidance_channels, shape[-1])
     return _sample(
         step, apply_fn, shape, key, diffusion, num_steps, y, null_label, guidance, clip_x0
     )
+
+
+def _by_channel(guidance: float, guided: int, channels: int) -> np.ndarray:
+    """(C,) scales of guidance."""
+    if not 1 <= guided <= channels:
+        raise ValueError(f"guidance_channels must be in 1 .. {channels}, got {guided}")
+    return np.where(np.arange(channels) < guided, guidance, 1.0)
 
 
 def _sample(
@@ -117,7 +133,7 @@ def _sample(
         raise ValueError(f"key must have the shape () or ({batch},), got {key.shape}")
     if y is not None and jnp.shape(y)[:1] != (batch,):
         raise ValueError(f"y must have the batch size {batch}, got the shape {jnp.shape(y)}")
-    guided = guidance != 1
+    guided = np.any(np.not_equal(guidance, 1))
     if guided and (y is None or null_label is None):
         raise ValueError("guidance needs both y and null_label")
     return _reverse(

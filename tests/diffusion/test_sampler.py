@@ -356,3 +356,29 @@ def _v_from_eps(eps_fn, x, t, y):
     """v = (eps - sqrt(1 - ab) x_t) / sqrt(ab), from the definitions of both."""
     ab = jnp.asarray(ALPHAS_BAR, jnp.float32)[t][:, None, None, None]
     return (eps_fn(x, t, y) - jnp.sqrt(1 - ab) * x) / jnp.sqrt(ab)
+
+
+@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample])
+def test_channels_that_are_not_guided_are_those_of_the_conditional_model(sampler):
+    """Where no channel depends on another, each is what guiding all of them or none makes it."""
+
+    def apply_fn(x, t, y):
+        return x * 0.3 + y[:, None, None, None] * 0.1
+
+    draw = functools.partial(
+        sampler,
+        Partial(apply_fn),
+        (2, 1, 1, 4),
+        jax.random.key(0),
+        diffusion=PROCESS,
+        num_steps=10,
+        y=jnp.array([1, 2]),
+        null_label=0,
+        clip_x0=False,
+    )
+    some, all_, none = draw(guidance=3.0, guidance_channels=3), draw(guidance=3.0), draw()
+    np.testing.assert_allclose(some[..., :3], all_[..., :3], rtol=1e-6)
+    np.testing.assert_allclose(some[..., 3], none[..., 3], rtol=1e-6)
+    assert np.abs(all_ - none).min() > 1e-3
+    with pytest.raises(ValueError, match=r"guidance_channels must be in 1 .. 4, got 5"):
+        draw(guidance=3.0, guidance_channels=5)
