@@ -165,14 +165,17 @@ def with_time_left(
       what: is counted, for the log.
       start: how many there were before.
     """
-    begin = mark = time.perf_counter()
-    done = start
+    done, begin = start, None
     for batch in batches:
         done += len(batch[0])
         now = time.perf_counter()
-        if now - mark >= _REPORT_SECONDS:
+        if begin is None:
+            # The first one compiled what the others use.
+            begin = mark = now
+            first = done
+        elif now - mark >= _REPORT_SECONDS:
             mark = now
-            left = (now - begin) * (total - done) / (done - start)
+            left = (now - begin) * (total - done) / (done - first)
             logging.info("%d/%d %s  ETA %s", done, total, what, duration(left))
         yield batch
 

@@ -362,11 +362,11 @@ def test_a_mistake_is_named_before_anything_is_drawn(message, run, draws, tmp_pa
 
 
 def test_the_time_left_is_logged(monkeypatch):
-    clock = iter([0, 4, 11, 12, 22])
+    clock = iter([100, 104, 111, 112, 122])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     logged = []
     monkeypatch.setattr(metrics.logging, "info", lambda form, *args: logged.append(form % args))
-    batches = [(np.zeros(5),)] * 4
-    assert list(metrics.with_time_left(batches, 30, "things", start=10)) == batches
-    # 10 of the 20 that are left took 11 s, and 20 of them 22 s.
-    assert logged == ["20/30 things  ETA 11s", "30/30 things  ETA 0s"]
+    batches = [(np.zeros(5),)] * 5
+    assert list(metrics.with_time_left(batches, 40, "things", start=10)) == batches
+    # 10 took 11 s after the first 5, which compiled; 15 are left.
+    assert logged == ["25/40 things  ETA 16s", "35/40 things  ETA 6s"]
