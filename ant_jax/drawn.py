@@ -39,7 +39,7 @@ def folder(workdir: Path, config: ConfigDict, step: int, params: Any) -> Path:
     }
     # The weights may be others under the same name, or the same under another.
     decoder = autoencoding.load(config).digest if config.autoencoder.name else ""
-    key = fingerprint({"settings": settings, "step": step, "params": params, "decoder": decoder})
+    key = fingerprint({"settings": settings, "params": params, "decoder": decoder})
     # Processes that share a disk don't write into each other's files.
     place = workdir / "drawn" / f"{step:08d}-{key[:16]}-{jax.process_index()}"
     others = [other for other in place.parent.glob(f"*-{jax.process_index()}") if other != place]

@@ -9,6 +9,7 @@ from ant_jax.evaluation import (
     Gaussian,
     Statistics,
     frechet_distance,
+    num_samples,
     read_samples,
     read_statistics,
     write_samples,
@@ -47,6 +48,7 @@ def _zip(path, members):
 def test_reads_what_numpy_saves(save, batch_size, tmp_path):
     images, labels = _images(7), np.arange(7, dtype=np.int32)
     save(tmp_path / "a.npz", images, labels)
+    assert num_samples(tmp_path / "a.npz") == 7
     batches = list(read_samples(tmp_path / "a.npz", batch_size))
     assert {len(x) for x, _ in batches[:-1]} <= {batch_size}
     np.testing.assert_array_equal(np.concatenate([x for x, _ in batches]), images)
@@ -214,7 +216,9 @@ def test_bad_images(arrays, message, tmp_path):
         next(read_samples(path, 2))
 
 
-@pytest.mark.parametrize("read", [lambda path: list(read_samples(path, 2)), read_statistics])
+@pytest.mark.parametrize(
+    "read", [lambda path: list(read_samples(path, 2)), read_statistics, num_samples]
+)
 def test_files_that_are_none(read, tmp_path):
     path = tmp_path / "bad.npz"
     np.savez(path, _images(5), **_EYE)
