@@ -17,31 +17,6 @@ _spec = importlib.util.spec_from_file_location("record_inception", RECORDED / "r
 record = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(record)
 
-KINDS = {
-    "bn.weight": "scale",
-    "bn.bias": "bias",
-    "bn.running_mean": "mean",
-    "bn.running_var": "var",
-    "conv.weight": "kernel",
-    "fc.weight": "kernel",
-    "fc.bias": "bias",
-}
-
-
-def parameters(state, template, names):
-    """A state dict by our names; the template has the same."""
-    params = {}
-    for name, value in state.items():
-        *path, _ = name.split(".")
-        node = params
-        for key in path:
-            node = node.setdefault(key, {})
-        order = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[value.ndim]
-        node[KINDS[".".join(name.split(".")[-2:])]] = value.transpose(order)
-    shapes = jax.tree.map(lambda leaf: leaf.shape, template)
-    assert jax.tree.map(jnp.shape, params) == shapes
-    return params
-
 
 @pytest.fixture(scope="module")
 def recorded():
@@ -49,23 +24,30 @@ def recorded():
         return dict(stored)
 
 
+@pytest.fixture(scope="module")
+def weights(recorded, tmp_path_factory):
+    """A file of the recorded network's weights."""
+    path = tmp_path_factory.mktemp("inception") / "weights.safetensors"
+    interop.write_state(
+        path,
+        {
+            str(name): record.weight(str(name), tuple(map(int, str(shape).split())))
+            for name, shape in zip(recorded["names"], recorded["shapes"], strict=True)
+        },
+    )
+    return path
+
+
 @pytest.fixture(scope="module", autouse=True)
-def weights(recorded):
-    """The recorded network's, by whatever path, on one device: others would work on padding."""
-    state = {
-        str(name): record.weight(str(name), tuple(map(int, str(shape).split())))
-        for name, shape in zip(recorded["names"], recorded["shapes"], strict=True)
-    }
+def one_device():
+    """Others would work on padding."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interop, "read_state", lambda path: state, raising=False)
-        patch.setattr(interop, "from_torch", parameters, raising=False)
-        patch.setattr(interop, "INCEPTION", None, raising=False)
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
         yield
 
 
-def test_features_are_those_of_the_public_implementations(recorded):
-    network = evaluation.load_inception("weights.pth")
+def test_features_are_those_of_the_public_implementations(recorded, weights):
+    network = evaluation.load_inception(weights)
     (features,) = network.features([recorded["images"]])
     assert features.pool.shape == (1, network.pool_width)
     assert features.spatial.shape == (1, network.spatial_width)
@@ -75,17 +57,16 @@ def test_features_are_those_of_the_public_implementations(recorded):
         assert np.abs(value - expected).max() < 1e-5 * expected.max(), name
 
 
-def test_samples_are_judged_by_inception(recorded, tmp_path):
+def test_samples_are_judged_by_inception(recorded, weights, tmp_path):
     """The whole of it with the real network: what `--mode evaluate` does with a file of samples."""
     images = np.random.default_rng(0).integers(0, 256, (2, *recorded["images"].shape[1:]))
     evaluation.write_samples(tmp_path / "real.npz", [(np.uint8(images), None)], 2)
     evaluation.write_samples(tmp_path / "some.npz", [(np.uint8(images[::-1] // 2), None)], 2)
-    (tmp_path / "weights.pth").touch()
     config = digits.get_config()
     # As many at once as above, so that the network is compiled once.
     config.sample.batch_size = 1
     config.evaluation.features = "inception"
-    config.evaluation.inception = str(tmp_path / "weights.pth")
+    config.evaluation.inception = str(weights)
     config.evaluation.reference = str(tmp_path / "real.npz")
 
     config.evaluation.samples = str(tmp_path / "some.npz")
