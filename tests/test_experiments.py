@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -316,6 +317,7 @@ def test_runs_side_by_side_in_processes(tmp_path, monkeypatch):
     # Other samples are measured again; nothing is trained again.
     saved = (runner.folder(runs[0], tmp_path) / "checkpoints" / "2").stat().st_mtime_ns
     monkeypatch.undo()
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     other = runs[0].config.copy_and_resolve_references()
     other.sample.seed = 5
     (again,) = runner.execute([runs[0]._replace(config=other)], tmp_path)
