@@ -11,11 +11,13 @@ from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.metrics import quiet_console
 
+_BAD_CONFIG = (AttributeError, KeyError, TypeError, OSError)
+
 try:
     _CONFIG = config_flags.DEFINE_config_file(
         "config", "configs/digits.py", "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
     )
-except (AttributeError, KeyError, TypeError, OSError) as error:
+except _BAD_CONFIG as error:
     # Defining the flag already reads the file and applies the overrides.
     sys.exit(f"--config: {' '.join(map(str, error.args))}")
 _WORKDIR = flags.DEFINE_string(
@@ -77,6 +79,15 @@ def _report_errors(function, *arguments):
         sys.exit(f"{type(error).__name__}: {error}")
 
 
+def _parse_flags(argv):
+    try:
+        return app.parse_flags_with_usage(argv)
+    except _BAD_CONFIG as error:
+        # An AttributeError of ml_collections has a KeyError in it, which would print as a literal.
+        (message,) = error.args[0].args if isinstance(error.args[0], KeyError) else error.args[:1]
+        sys.exit(f"--config: {' '.join(str(message).split())}; configs/digits.py has every setting")
+
+
 def default_workdir(config) -> str:
     """The workdir of a run that names none."""
     name = Path(config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]).stem
@@ -84,4 +95,4 @@ def default_workdir(config) -> str:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=_parse_flags)

@@ -104,6 +104,7 @@ def test_a_workdir_is_evaluated(trained, command):
 
 MISTAKES = {
     "did you mean": ["--config.num_step=3"],
+    "--config: 'nme'; configs/digits.py has every setting": ["--config.optimizer.nme=x"],
     "config.num_steps must be an integer >= 1, got 0": ["--config.num_steps=0"],
 }
 
