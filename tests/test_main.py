@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ant_jax import evaluate, evaluation
+from ant_jax import evaluate, evaluation, interop
 from configs import digits
 from experiments import presets
 
@@ -102,10 +102,19 @@ def test_a_workdir_is_evaluated(trained, command):
     assert re.search(r"^frechet_distance +\d", result.stderr, re.M)
 
 
+def test_a_workdir_s_weights_are_exported(trained, command):
+    workdir, _ = trained
+    result = command(f"--workdir={workdir}", "--mode=export", "--step=10")
+    assert result.returncode == 0, result.stderr
+    state = interop.read_state(workdir / "weights" / "00000010.safetensors")
+    assert state["blocks.0.attn.qkv.weight"].shape == (24, 8)
+
+
 MISTAKES = {
     "did you mean": ["--config.num_step=3"],
     "--config: 'nme'; configs/digits.py has every setting": ["--config.optimizer.nme=x"],
     "config.num_steps must be an integer >= 1, got 0": ["--config.num_steps=0"],
+    "ConfigError: --mode encode needs config.autoencoder.name": ["--mode=encode"],
 }
 
 
