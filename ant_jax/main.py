@@ -13,13 +13,21 @@ from ant_jax.metrics import quiet_console
 
 _BAD_CONFIG = (AttributeError, KeyError, TypeError, OSError)
 
+
+def _refuse(error):
+    # An AttributeError of ml_collections has a KeyError in it, which would print as a literal.
+    cause = error.args[0] if isinstance(error.args[0], KeyError) else error
+    message = " ".join(" ".join(map(str, cause.args)).split())
+    sys.exit(f"--config: {message}; configs/digits.py has every setting")
+
+
 try:
     _CONFIG = config_flags.DEFINE_config_file(
         "config", "configs/digits.py", "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
     )
 except _BAD_CONFIG as error:
     # Defining the flag already reads the file and applies the overrides.
-    sys.exit(f"--config: {' '.join(map(str, error.args))}")
+    _refuse(error)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default runs/CONFIG-METHOD-CLUSTERS-SEED."
 )
@@ -83,9 +91,7 @@ def _parse_flags(argv):
     try:
         return app.parse_flags_with_usage(argv)
     except _BAD_CONFIG as error:
-        # An AttributeError of ml_collections has a KeyError in it, which would print as a literal.
-        (message,) = error.args[0].args if isinstance(error.args[0], KeyError) else error.args[:1]
-        sys.exit(f"--config: {' '.join(str(message).split())}; configs/digits.py has every setting")
+        _refuse(error)
 
 
 def default_workdir(config) -> str:
