@@ -14,6 +14,9 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+# The matrices are small, and every core has its own tests: threads would wait for each other.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 # What one test has compiled, and the classifier of the digits, the other tests, in whichever
 # process of pytest-xdist, and the programs they start need not make again.
 _OURS = "PYTEST_XDIST_WORKER" not in os.environ
