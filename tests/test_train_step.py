@@ -1,4 +1,6 @@
 import functools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -413,3 +415,40 @@ def test_cosines_of_the_cluster_gradients_are_reported(params, batch):
     np.testing.assert_allclose(metrics["cosines"], want, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(metrics["smallest_cosine"], want.min(), rtol=1e-4, atol=1e-6)
     assert metrics["conflict"] == (want.min() < 0)
+
+
+def moved_bytes(program, devices):
+    """Bytes that each device sends in a compiled program's collectives, by the ring algorithm."""
+    kinds = {"all-reduce": 2, "reduce-scatter": devices, "all-gather": 1}
+    total = 0
+    for types, kind in re.findall(r"= (.*?) (all-\w+|reduce-scatter|collective-\w+)\(", program):
+        elements = sum(
+            math.prod(map(int, filter(None, shape.split(","))))
+            for shape in re.findall(r"[fs]32\[([\d,]*)\]", types)
+        )
+        total += 4 * elements * kinds[kind] * (devices - 1) / devices
+    return total
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_devices_send_each_other(batch, method):
+    """(k + 1) / 2 times vanilla's bytes where the Gram matrix is needed, otherwise the same."""
+    rng = np.random.default_rng(0)
+    # Large enough for padding and metrics to matter little.
+    width = 333
+    shapes = {"in": (17, width), "labels": (CLASSES + 1, width), "out": (width, 16)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    one_gradient = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
+    devices = jax.devices()[:4]
+    split = jax.tree.map(lambda leaf: leaf.reshape(4, -1, *leaf.shape[1:]), batch)
+
+    def sent(weighting, timesteps):
+        step = functools.partial(step_fn(weighting, timesteps=timesteps), axis_name="batch")
+        mapped = jax.pmap(step, "batch", in_axes=(None, 0), out_axes=None, devices=devices)
+        state = ts.init_state(params, optax.identity(), weighting, K)
+        return moved_bytes(mapped.lower(state, split).compile().as_text(), len(devices))
+
+    vanilla = sent(None, "uniform")
+    assert vanilla == pytest.approx(2 * one_gradient * 3 / 4, rel=0.01)
+    factor = (K + 1) / 2 if METHODS[method].needs_gram else 1
+    assert sent(METHODS[method], "stratified") == pytest.approx(factor * vanilla, rel=0.02)

@@ -1,5 +1,6 @@
 """The optax transformation that turns k stacked gradients into one update."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -43,11 +44,18 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
     the optimizer inside the chain, not around `combine`, whose input has another shape than its
     output.
 
+    On n devices the k stacked gradients are never all on one device: each gets the sum over devices
+    of its n-th of them (a reduce-scatter), the Gram matrices of the parts are added up (k, k), the
+    parts are combined where they are, and the one gradient that remains is gathered. That moves
+    k + 1 times the bytes of one gradient, where summing all k everywhere moves 2 k times those, and
+    training without clusters 2 times. Methods that need no Gram matrix combine first and sum one
+    gradient.
+
     Args:
       weighting: the method.
       axis_name: name of a mapped axis. If given, the updates are this device's contributions and
-        are summed over the axis first; ``losses`` and ``present`` must be global already. The
-        update and the state are the same on all devices.
+        are summed over the axis; ``losses`` and ``present`` must be global already. The update and
+        the state are the same on all devices.
 
     Returns:
       An `optax.experimental.aggregating.Aggregator`. Its update takes a pytree with leaves
@@ -76,14 +84,39 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
                 )
         if present is None:
             present = jnp.ones(k, bool)
-        if axis_name is not None:
-            updates = jax.lax.psum(updates, axis_name)
-        gram = gramian(updates) if weighting.needs_gram else None
+        shapes = jax.tree.map(lambda leaf: leaf.shape[1:], updates)
+        gram = None
+        if weighting.needs_gram:
+            if axis_name is not None:
+                updates = jax.tree.map(lambda leaf: _scattered_sum(leaf, axis_name), updates)
+            gram = gramian(updates)
+            if axis_name is not None:
+                gram = jax.lax.psum(gram, axis_name)
         weights, weighting_state = weighting.weigh(losses, gram, present, state.weighting_state)
         update = jax.tree.map(lambda leaf: _weighted_sum(weights, leaf), updates)
+        if axis_name is not None:
+            if weighting.needs_gram:
+                gather = lambda part, shape: _gathered(part, shape, axis_name)
+                update = jax.tree.map(gather, update, shapes)
+            else:
+                update = jax.lax.psum(update, axis_name)
         return update, CombineState(weighting_state, weights, gram)
 
     return aggregating.Aggregator(init, update)
+
+
+def _scattered_sum(leaf, axis_name):
+    """(k, *shape) on each device to its part, (k, p), of the sum over devices; zeros at the end."""
+    flat = leaf.reshape(leaf.shape[0], -1)
+    padding = -flat.shape[1] % jax.lax.axis_size(axis_name)
+    flat = jnp.pad(flat, ((0, 0), (0, padding)))
+    return jax.lax.psum_scatter(flat, axis_name, scatter_dimension=1, tiled=True)
+
+
+def _gathered(part, shape, axis_name):
+    """The parts (p,) of all devices as an array of a shape."""
+    whole = jax.lax.all_gather(part, axis_name, tiled=True)
+    return whole[: math.prod(shape)].reshape(shape)
 
 
 def _weighted_sum(weights, leaf):
