@@ -25,8 +25,8 @@ def get_config(argument: str = "uncertainty,snr"):
     config.log_every = 20
     config.checkpoint.every = 200
     config.checkpoint.keep_period = 0
-    config.sample.every = 200
-    config.sample.num_steps = 50
-    config.sample.num = 200
+    config.sample.every = 400
+    config.sample.num_steps = 25
+    config.sample.num = 100
     config.evaluation.inception = "photographs/inception.safetensors"
     return config
