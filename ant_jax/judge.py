@@ -105,7 +105,7 @@ def _reference(config, network):
     settings = config.data
     source = experiment.open_images(config, config.data.split)
     num = len(source)
-    name = f"{settings.name}[{settings.split}]"
+    name = f"{settings.name}[{settings.split}]" if settings.split else settings.name
     # Samples are compared with images as they are: neither mirrored nor cropped at random.
     crop = "none" if settings.crop == "none" else "center"
 
