@@ -112,7 +112,8 @@ def test_progress_tells_step_loss_speed_and_time_left(monkeypatch, caplog):
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
     progress = metrics.Progress(10, 1000, batch_size=8)
     now[0] += 5
-    with caplog.at_level(logging.INFO):
+    # Parsing flags, as other tests do, sets the level of absl's logger.
+    with caplog.at_level(logging.INFO, logger="absl"):
         assert progress.line(20, 0.12345) == 2.0
         now[0] += 50  # spent on samples
         progress.restart(20)
