@@ -19,16 +19,18 @@ format: .venv/installed-test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-.venv/installed: setup.cfg pyproject.toml
+# Compiling all files of all packages takes as long as installing them. Python compiles the files that
+# it imports, once if it may keep the result.
+export PYTHONDONTWRITEBYTECODE =
+
+# The tests' installation holds the demo's: what is resolved once need not be again.
+.venv/installed-test: EXTRA = [test]
+.venv/installed .venv/installed-test: setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ant-jax needs Python 3.11 or later; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable .
-	touch $@
-
-.venv/installed-test: .venv/installed
-	$(BIN)/pip install --quiet --editable '.[test]'
-	touch $@
+	$(BIN)/pip install --quiet --no-compile --editable '.$(EXTRA)'
+	touch .venv/installed $@
 
 clean:
 	rm -rf .venv runs
