@@ -12,7 +12,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from ant_jax import autoencoding, data, experiment
+from ant_jax import autoencoding, data, inputs
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.data.latents import LatentFacts, complete, shard_path, write_shard
@@ -42,9 +42,9 @@ def encode(config: ConfigDict) -> Path:
     if config.data.crop == "random":
         raise ConfigError("config.data.crop = 'random' can't be encoded: use 'center'")
     shape = autoencoding.latent_shape(config)
-    source = experiment.open_images(config, config.data.split)
+    source = inputs.open_images(config, config.data.split)
     codec = autoencoding.load(config)
-    directory = experiment.latents_folder(config, config.data.split)
+    directory = inputs.latents_folder(config, config.data.split)
     _check_plan(config, directory, codec, len(source))
 
     shards = -(-len(source) // _SHARD)

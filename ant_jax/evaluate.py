@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import drawn, evaluation, experiment, judge, sampling
+from ant_jax import drawn, evaluation, experiment, inputs, judge, sampling
 from ant_jax.config import ConfigError
 from ant_jax.files import write_bytes
 from ant_jax.metrics import with_time_left
@@ -119,7 +119,7 @@ def validation_losses(
     timesteps_each: int,
 ) -> np.ndarray:
     """(k,) mean loss of each interval on held-out images; see `evaluation.interval_losses`."""
-    x0, labels = experiment.images(config, config.evaluation.split, _VALIDATION_IMAGES)
+    x0, labels = inputs.images(config, config.evaluation.split, _VALIDATION_IMAGES)
     return evaluation.interval_losses(
         apply_fn,
         pieces.process,

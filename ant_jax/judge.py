@@ -8,7 +8,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import data, evaluation, experiment
+from ant_jax import data, evaluation, inputs
 from ant_jax.config import ConfigError
 from ant_jax.drawn import Batch
 from ant_jax.metrics import with_time_left
@@ -103,7 +103,7 @@ def _reference(config, network):
         except (ValueError, OSError) as error:
             raise ConfigError(f"config.evaluation.reference: {error}") from error
     settings = config.data
-    source = experiment.open_images(config, config.data.split)
+    source = inputs.open_images(config, config.data.split)
     num = len(source)
     name = f"{settings.name}[{settings.split}]" if settings.split else settings.name
     # Samples are compared with images as they are: neither mirrored nor cropped at random.

@@ -13,7 +13,7 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from ant_jax import checkpoint, data, experiment, metrics, sampling
+from ant_jax import checkpoint, data, experiment, inputs, metrics, sampling
 from ant_jax import config as config_lib
 from ant_jax.train_step import TrainState
 
@@ -37,7 +37,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """
     workdir = Path(workdir)
     config_lib.validate(config)
-    source = experiment.open_data(config)
+    source = inputs.open_data(config)
     before = config_lib.load(workdir)
     if before is not None:
         config_lib.check_same(before, config, workdir)
@@ -70,7 +70,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         seed=config.seed,
         start_step=start,
         flip=config.data.flip,
-        **experiment.pipeline_settings(config),
+        **inputs.pipeline_settings(config),
         num_workers=config.data.num_workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

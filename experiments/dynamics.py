@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import app, logging
 
-from ant_jax import experiment
+from ant_jax import experiment, inputs
 from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
 from experiments import report, runner
@@ -38,7 +38,7 @@ def main(argv):
         for label, group in runs.items()
     }
     config = next(iter(runs.values()))[0].config
-    source = experiment.open_data(config)
+    source = inputs.open_data(config)
     pieces = experiment.build(config, source.image_shape[-1], source.num_classes)
     boundaries = pieces.method.boundaries
     for curves in logged[VANILLA]:

@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, logging
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ant_jax import data, experiment
+from ant_jax import data, experiment, inputs
 from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
 from experiments import report, runner, task_affinity
@@ -145,7 +145,7 @@ def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, 
 
     def make():
         logging.info("timing %d kinds of steps", len(runs))
-        source = experiment.open_data(next(iter(runs.values())).config)
+        source = inputs.open_data(next(iter(runs.values())).config)
         steps, states, times = {}, {}, {}
         for kind, run in runs.items():
             pieces = experiment.build(run.config, source.image_shape[-1], source.num_classes)

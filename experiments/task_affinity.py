@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import app, logging
 
-from ant_jax import affinity, builders, clustering, evaluate, experiment
+from ant_jax import affinity, builders, clustering, evaluate, inputs
 from ant_jax.files import write_bytes
 from ant_jax.metrics import quiet_console
 from experiments import report, runner
@@ -58,7 +58,7 @@ def _of_run(run, preset, out):
     grid = affinity.timestep_grid(run.config.diffusion.timesteps, preset.affinity_grid)
 
     def make():
-        x0, labels = experiment.images(run.config, run.config.data.split, preset.affinity_images)
+        x0, labels = inputs.images(run.config, run.config.data.split, preset.affinity_images)
         matrices = []
         for step in run.steps:
             _, pieces, state = evaluate.restore_run(run.config, runner.folder(run, out), step)

@@ -16,6 +16,7 @@ from ant_jax import (
     evaluate,
     evaluation,
     experiment,
+    inputs,
     judge,
     metrics,
 )
@@ -85,7 +86,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builders, "build_model", lambda *_: MODEL)
         config = configured(workdir.parent)
-        source = experiment.open_data(config)
+        source = inputs.open_data(config)
         pieces = experiment.build(config, 1, 10)
         config_lib.save(config, workdir)
         experiment.save_facts(pieces, source, workdir)

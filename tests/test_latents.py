@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ant_jax import autoencoding, data, drawn, encode, evaluate, experiment, interop, train
+from ant_jax import autoencoding, data, drawn, encode, evaluate, inputs, interop, train
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.data.latents import LatentFacts, complete, shard_path, write_shard
@@ -170,7 +170,7 @@ def test_encoding_goes_on_at_the_first_missing_shard(place, tmp_path, monkeypatc
     with pytest.raises(OSError, match="killed"):
         encode.encode(config)
     with pytest.raises(ConfigError, match="has no latents, or not all of them yet: run --mode enc"):
-        experiment.open_data(config)
+        inputs.open_data(config)
     first = (tmp_path / "_" / "00000.array_record").read_bytes()
 
     def recording(path, examples):
@@ -194,17 +194,17 @@ def test_a_folder_begun_with_other_settings_is_refused(place, encoded):
     with pytest.raises(ConfigError, match=r"begun with other settings: digest of the encoder: "):
         encode.encode(other)
     with pytest.raises(ConfigError, match=r"were made with config.autoencoder.weights, encoder"):
-        experiment.open_data(other)
+        inputs.open_data(other)
     with pytest.raises(ConfigError, match=r"data.image_size: 16 there, 8 now"):
         encode.encode(settings(place, data__image_size=8))
     with pytest.raises(ConfigError, match=r"made with config.data.image_size 16, not 8"):
-        experiment.open_data(settings(place, data__image_size=8))
+        inputs.open_data(settings(place, data__image_size=8))
     with pytest.raises(ConfigError, match=r"made with config.data.crop 'center', not 'none'"):
-        experiment.open_data(settings(place, data__crop="none"))
+        inputs.open_data(settings(place, data__crop="none"))
     with pytest.raises(ConfigError, match=r"run --mode encode with config.data.split = 'val'"):
-        experiment.open_data(settings(place), "val")
+        inputs.open_data(settings(place), "val")
     with pytest.raises(ConfigError, match=r"made with config.data.name 'folder', not 'tfds:x'"):
-        experiment.open_data(settings(place, data__name="tfds:x"))
+        inputs.open_data(settings(place, data__name="tfds:x"))
     with pytest.raises(ConfigError, match="'random' can't be encoded"):
         encode.encode(settings(place, data__crop="random"))
     with pytest.raises(ConfigError, match=r"weights.*No such file"):
@@ -237,7 +237,7 @@ def test_a_truncated_shard_is_named_and_made_again_once_removed(place, tmp_path,
     shard.write_bytes(whole[: len(whole) // 2])
     named = r"00001.array_record is damaged: remove it and run --mode encode"
     with pytest.raises(ConfigError, match=named):
-        experiment.open_data(config)
+        inputs.open_data(config)
     with pytest.raises(ConfigError, match=named):
         encode.encode(config)
     shard.unlink()
@@ -248,9 +248,9 @@ def test_a_truncated_shard_is_named_and_made_again_once_removed(place, tmp_path,
 def test_a_scale_that_does_not_fit_the_latents_is_warned_of(place, encoded, caplog):
     std = data.latents(encoded, 1.0).facts.std
     with caplog.at_level(logging.WARNING):
-        experiment.open_data(settings(place, autoencoder__scale=1.5 / std))
+        inputs.open_data(settings(place, autoencoder__scale=1.5 / std))
         assert not caplog.text
-        experiment.open_data(settings(place, autoencoder__scale=0.1 / std))
+        inputs.open_data(settings(place, autoencoder__scale=0.1 / std))
     assert "gives the latents a standard deviation of 0.1; " in caplog.text
     assert f"{1 / std:.3g} would make it 1" in caplog.text
 
@@ -282,7 +282,7 @@ def test_another_decoder_of_the_same_encoder_fits_the_latents(place, encoded, tm
     }
     interop.write_state(tmp_path / "tuned.safetensors", tuned)
     config = settings(place, autoencoder__weights=str(tmp_path / "tuned.safetensors"))
-    assert len(experiment.open_data(config)) == NUM
+    assert len(inputs.open_data(config)) == NUM
     before, after = autoencoding.load(settings(place)), autoencoding.load(config)
     assert before.digest != after.digest
 
@@ -314,9 +314,9 @@ def test_samples_of_another_decoder_do_not_go_on(place, tmp_path):
 
 def test_validation_losses_are_of_latents_with_their_scale(place, encoded):
     del encoded
-    x0, labels = experiment.images(settings(place), "", 100)
+    x0, labels = inputs.images(settings(place), "", 100)
     assert x0.shape == (NUM, 4, 4, 4) and x0.dtype == np.float32
-    once = experiment.images(settings(place, autoencoder__scale=1.0), "", 100)[0]
+    once = inputs.images(settings(place, autoencoder__scale=1.0), "", 100)[0]
     np.testing.assert_allclose(2 * x0, once, rtol=1e-5)
     assert set(labels) == {0, 1}
 
