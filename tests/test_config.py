@@ -2,6 +2,8 @@ import importlib
 import re
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from ant_jax import config as config_lib
@@ -45,6 +47,23 @@ def test_every_config_file_is_valid(name):
             assert (group, setting) in OWN_PLACES
             config[group][setting] = "place"
     config_lib.validate(config)
+
+
+@pytest.mark.parametrize("method", ["vanilla", "nash"])
+def test_the_default_network_takes_a_train_step(method, monkeypatch):
+    """As shapes alone: the tests that train make it smaller."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    config = digits.get_config(method)
+    pieces = experiment.build(config, channels=1, num_classes=10)
+    state = jax.eval_shape(lambda: experiment.new_state(config, pieces))
+    batch = {
+        "image": jax.ShapeDtypeStruct((config.data.batch_size, 8, 8, 1), np.uint8),
+        "label": jax.ShapeDtypeStruct((config.data.batch_size,), np.int32),
+    }
+    after, metrics = jax.eval_shape(experiment.training_step(config, pieces), state, batch)
+    shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+    assert shapes(after) == shapes(state)
+    assert metrics["cluster_losses"].shape == metrics["weights"].shape == (config.clusters.k,)
 
 
 @pytest.mark.parametrize("method", ["vanilla", "linear", "uncertainty", "pcgrad", "nash"])
