@@ -8,10 +8,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ant_jax import config as config_lib
+from ant_jax import programs
 from ant_jax.config import ConfigError
-from ant_jax.files import user_cache
 from ant_jax.metrics import quiet_console
-from ant_jax.parallel import keep_programs
 
 _BAD_CONFIG = (AttributeError, KeyError, TypeError, OSError)
 
@@ -47,9 +46,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; settings are --config.NAME=VALUE")
     quiet_console()
-    keep_programs(user_cache() / "programs")
     if _DISTRIBUTED.value:
         jax.distributed.initialize()
+    programs.keep()
     # Imported late, so that --help and a mistyped flag answer at once.
     from ant_jax import encode, evaluate, export, train
 

@@ -1,7 +1,6 @@
 """Running a step on this process's devices."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -39,12 +38,6 @@ def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
     )
     split = lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:])
     return lambda state, batch, *extra: mapped(state, jax.tree.map(split, batch), extra)
-
-
-def keep_programs(directory: Path) -> None:
-    """Keeps what takes long to compile for later processes, unless JAX knows a place already."""
-    if not jax.config.jax_compilation_cache_dir:
-        jax.config.update("jax_compilation_cache_dir", str(directory))
 
 
 def replicated(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:

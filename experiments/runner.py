@@ -24,11 +24,10 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ant_jax import config as config_lib
-from ant_jax import evaluate, experiment, inputs, train
+from ant_jax import evaluate, experiment, inputs, programs, train
 from ant_jax.config import ConfigError
-from ant_jax.files import user_cache, write_bytes
+from ant_jax.files import write_bytes
 from ant_jax.metrics import duration
-from ant_jax.parallel import keep_programs
 from experiments.presets import Preset, make_config
 
 PRESET = flags.DEFINE_string("preset", "digits", "At which size the experiment runs.")
@@ -330,7 +329,7 @@ def _start_worker(cores, parent):
         os.sched_setaffinity(0, {cores.get()})
     # NumPy counted the cores when it was imported; its threads would wait for each other on one.
     threadpool_limits(1)
-    keep_programs(user_cache() / "programs")
+    programs.keep()
     logging.set_verbosity(logging.WARNING)
 
     def watch():

@@ -1,0 +1,34 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ant_jax import programs
+
+ROOT = Path(__file__).parents[1]
+PROGRAM = "import jax; from ant_jax import programs; programs.keep(); jax.jit(lambda x: x * 2)(3.0)"
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_compiled_programs_are_kept_where_jax_knows_no_other_place(known, tmp_path):
+    environment = os.environ | {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "known") if known else "",
+        "XDG_CACHE_HOME": str(tmp_path / "cache"),
+    }
+    # As if on another CPU than Intel's, where nothing is kept.
+    program = PROGRAM.replace("programs.keep()", "programs._cpu = lambda: 'CPU'; programs.keep()")
+    command = [sys.executable, "-c", program]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100)
+    kept = lambda folder: any(path.is_file() for path in (tmp_path / folder).rglob("*"))
+    assert (kept("cache/ant_jax/programs"), kept("known")) == (not known, known)
+
+
+def test_each_machine_has_a_folder_and_intel_s_cpus_none():
+    one, same, other = (programs._folder(cpu, "cpu") for cpu in ("a", "a", "a b"))
+    assert one == same != other
+    intel = "vendor_id: GenuineIntel"
+    assert programs._folder(intel, "cpu") is None
+    assert programs._folder(intel, "gpu") is not None
