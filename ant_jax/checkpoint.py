@@ -97,8 +97,8 @@ class Checkpointer:
         if jax.process_index() != 0:
             return
         (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=1))
-        _sync(partial / _CHECKSUMS)
-        _sync(partial)
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
         for later in checkpoint_steps(self.directory):
             if later >= step:
                 # Passed over by `restore`, or the run would not be at this step again.

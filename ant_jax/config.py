@@ -155,6 +155,7 @@ RULES = {
     "optimizer.weight_decay": _number(0),
     "optimizer.clip_norm": _number(0),
     "optimizer.microbatches": _integer(1),
+    "optimizer.nonfinite": _one_of("stop", "skip"),
     "optimizer.frozen": Rule((str,), _is_pattern, "a regular expression, or '' for none"),
     "ema_decay": _number(0, 1),
     "label_dropout": _number(0, 1),
@@ -184,6 +185,8 @@ RULES = {
 _FREE = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "sample.", "evaluation.")
 # A run keeps the clusters that it has begun with, wherever the affinity lies now.
 _FREE += ("data.num_workers", "data.dir", "diffusion.clip_x0", "clusters.affinity")
+# A run that has stopped at a loss that is not finite may go on and skip it.
+_FREE += ("optimizer.nonfinite",)
 _FREE += ("autoencoder.weights", "autoencoder.latents", "autoencoder.batch_size")
 
 

@@ -230,6 +230,7 @@ def _training_step(shared, model, process, timesteps, vanilla, devices):
             num_classes=model.num_classes,
             label_dropout=shared.label_dropout,
             ema_decay=shared.ema_decay,
+            skip_nonfinite=shared.optimizer.nonfinite == "skip",
             timestep_order=own.timestep_order,
             loss_scale=own.loss_scale,
             axis_name=axis_name,

@@ -1,10 +1,14 @@
 """Files that are whole or not there."""
 
 import contextlib
+import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from absl import logging
 
 
 @contextlib.contextmanager
@@ -13,8 +17,11 @@ def writing(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("wb") as file:
+        with naming(path), partial.open("wb") as file:
             yield file
+            file.flush()
+            # Or a power failure could leave the name and not the content.
+            os.fsync(file.fileno())
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
@@ -25,6 +32,40 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file beside its place and renames it; makes the folders above it."""
     with writing(path) as file:
         file.write(content)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names the file in an error of the system that names none, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock that ends with this process, however it ends; makes the folders above it.
+
+    Raises:
+      BlockingIOError: if another holds it; the message says who.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise BlockingIOError(file.read() or "another process") from None
+        except OSError as error:
+            # Some network file systems have no locks.
+            logging.warning("%s can't be locked (%s): nothing keeps others out", path, error)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def user_cache() -> Path:

@@ -1,7 +1,9 @@
 """Where a run's numbers go: the console, `metrics.jsonl` and TensorBoard."""
 
 import importlib.util
+import itertools
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from ant_jax.files import write_bytes
+from ant_jax.files import naming, write_bytes
 
 Batch = TypeVar("Batch", bound=tuple)
 
@@ -71,11 +73,11 @@ class Writer:
             return
         path = workdir / "metrics.jsonl"
         if path.exists():
-            lines = [
-                line for line in path.read_text().splitlines(keepends=True) if line[-1] == "\n"
-            ]
-            kept = [line for line in lines if json.loads(line)["step"] <= start_step]
-            write_bytes(path, "".join(kept).encode())
+            kept = itertools.takewhile(
+                lambda line: _step_of(line) <= start_step, path.read_bytes().splitlines(True)
+            )
+            write_bytes(path, b"".join(kept))
+        self._path = path
         self._file = path.open("a")
         if tensorboard and importlib.util.find_spec("tensorflow") is None:
             logging.info("TensorFlow is not installed: metrics go to %s alone", path)
@@ -87,8 +89,9 @@ class Writer:
         """Writes numbers and lists of numbers of a step."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         flat = {}
         for name, value in values.items():
             for i, leaf in enumerate(value) if isinstance(value, list) else [(None, value)]:
@@ -106,7 +109,8 @@ class Writer:
         if self._executor is not None:
             self._executor.shutdown()
         if self._file is not None:
-            self._file.close()
+            with naming(self._path):
+                self._file.close()
 
     def _submit(self, write: Callable[[Any], None]):
         if self._executor is not None:
@@ -117,6 +121,14 @@ class Writer:
             write(self._board.result())
         except Exception as error:
             logging.log_first_n(logging.WARNING, "TensorBoard is off: %s", 1, error)
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a line; infinity if the line was not written to its end."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except ValueError:
+        return math.inf
 
 
 def _open_board(workdir: str):

@@ -15,9 +15,13 @@ from ml_collections import ConfigDict
 
 from ant_jax import checkpoint, data, experiment, inputs, metrics, sampling
 from ant_jax import config as config_lib
+from ant_jax.config import ConfigError
+from ant_jax.files import locked
 from ant_jax.train_step import TrainState
 
 _PROFILE_START = 10
+# So many steps in a row that are not finite come from the parameters, not from the data.
+_PATIENCE = 9
 
 
 def train(config: ConfigDict, workdir: str | Path) -> TrainState:
@@ -32,8 +36,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
       The state reached: the last one, or on SIGTERM the one that was saved.
 
     Raises:
-      ConfigError: for impossible settings or a workdir of another config.
-      FloatingPointError: at the first loss or gradient that is not finite.
+      ConfigError: for impossible settings, or a workdir of another config or in another's use.
+      FloatingPointError: at the first loss or gradient that is not finite, or, where
+        ``config.optimizer.nonfinite`` skips them, at the tenth in a row.
     """
     workdir = Path(workdir)
     config_lib.validate(config)
@@ -48,6 +53,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         None if before is None else experiment.load_facts(workdir)["boundaries"],
     )
     experiment.check_batch(config, pieces.method)
+    with _alone(workdir):
+        return _train(config, workdir, source, pieces)
+
+
+def _train(config, workdir, source, pieces):
     if jax.process_index() == 0:
         experiment.save_facts(pieces, source, workdir)
         config_lib.save(config, workdir)
@@ -79,17 +89,26 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     progress = metrics.Progress(start, config.num_steps, config.data.batch_size)
     interval = metrics.Interval()
     pending = None
+    # Steps that were not finite: in a row, and since the last report.
+    in_a_row = skipped = 0
     replaced = 0
 
     def collect():
         """Fetches the pending metrics and refuses to go on from a state that is not finite."""
-        nonlocal pending
+        nonlocal pending, in_a_row, skipped
         if pending is not None:
             step, on_device = pending
             pending = None
             values = jax.device_get(on_device)
-            if not (np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])):
+            finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
+            in_a_row = 0 if finite else in_a_row + 1
+            if in_a_row > (_PATIENCE if config.optimizer.nonfinite == "skip" else 0):
                 raise FloatingPointError(_not_finite(step, values, saved, checkpoints.directory))
+            if not finite:
+                logging.warning("%s; the update is skipped", _figures(step, values))
+                skipped += 1
+                # No part of a mean.
+                values = jax.tree.map(lambda value: np.full_like(value, np.nan), values)
             interval.add(values)
 
     with (
@@ -116,10 +135,13 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
             if log or stopping:
                 collect()
                 report = interval.report()
-                speed = progress.line(step, report["loss"])
+                speed = progress.line(step, np.nan if report["loss"] is None else report["loss"])
                 if config.data.replace_unreadable:
                     report["replaced_images"] = replaced
                     replaced = 0
+                if config.optimizer.nonfinite == "skip":
+                    report["skipped_steps"] = skipped
+                    skipped = 0
                 writer.scalars(step, {**report, "steps_per_second": speed})
             if step % config.checkpoint.every == 0 or stopping:
                 collect()
@@ -174,10 +196,14 @@ def _check_finite(step, state, saved, directory):
 
 
 def _not_finite(step, values, saved, directory):
+    return f"{_figures(step, values)}; {_advice(saved, directory)}"
+
+
+def _figures(step, values):
     losses = ", ".join(f"{loss:.4g}" for loss in values["cluster_losses"])
     return (
         f"step {step}: loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}; "
-        f"cluster losses [{losses}]; {_advice(saved, directory)}"
+        f"cluster losses [{losses}]"
     )
 
 
@@ -185,8 +211,23 @@ def _advice(saved, directory):
     last = "none yet" if saved is None else f"step {saved} in {directory}"
     return (
         f"last good checkpoint: {last}. A lower config.optimizer.learning_rate or "
-        "config.optimizer.clip_norm may help."
+        "config.optimizer.clip_norm may help, or config.optimizer.nonfinite = 'skip' if it is rare."
     )
+
+
+@contextlib.contextmanager
+def _alone(workdir):
+    """Keeps other runs out of a workdir while this one, of however many processes, is in it."""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(locked(workdir / ".lock"))
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"{error} is training in {workdir}: wait for it, stop it, or choose another "
+                    "--workdir"
+                ) from None
+        yield
 
 
 @contextlib.contextmanager

@@ -83,6 +83,7 @@ def train_step(
     num_classes: int = 0,
     label_dropout: float = 0.0,
     ema_decay: float = 0.9999,
+    skip_nonfinite: bool = False,
     timestep_order: jax.typing.ArrayLike | None = None,
     loss_scale: jax.typing.ArrayLike | None = None,
     axis_name: str | None = None,
@@ -115,6 +116,8 @@ def train_step(
       num_classes: 0 for unconditional models; otherwise the null class of dropped labels.
       label_dropout: probability that a label becomes the null class.
       ema_decay: the average's decay, ramped up as min(ema_decay, (1 + step) / (10 + step)).
+      skip_nonfinite: whether a step whose loss or combined gradient is not finite leaves everything
+        but ``step`` as it was, the method's state too.
       timestep_order: (T,) a permutation of the timesteps: cluster i then is the timesteps at the
         places b[i] .. b[i+1] - 1 of this order, an interval no longer. None for intervals.
       loss_scale: (k,) factors of the cluster losses before the method sees them, such as k times
@@ -211,12 +214,18 @@ def train_step(
     ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
 
     losses = losses / scale
+    loss, grad_norm = jnp.sum(losses * counts) / counts.sum(), optax.tree.norm(grads)
+    new = TrainState(state.step + 1, params, ema_params, opt_state, method_state)
+    if skip_nonfinite:
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        new = kept._replace(step=new.step)
     metrics = {
-        "loss": jnp.sum(losses * counts) / counts.sum(),
+        "loss": loss,
         "cluster_losses": losses,
         "weights": method_state.weights,
         "counts": counts,
-        "grad_norm": optax.tree.norm(grads),
+        "grad_norm": grad_norm,
     }
     if method_state.gram is not None:
         cosines = mtl.pairwise_cosines(method_state.gram)
@@ -226,7 +235,7 @@ def train_step(
             "smallest_cosine": jnp.where(jnp.isinf(smallest), jnp.nan, smallest),
             "conflict": (smallest < 0).astype(jnp.float32),
         }
-    return TrainState(state.step + 1, params, ema_params, opt_state, method_state), metrics
+    return new, metrics
 
 
 def check_step(

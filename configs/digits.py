@@ -102,6 +102,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     optimizer.weight_decay = 0.0
     optimizer.clip_norm = 0.0  # of the combined gradient; 0 for no clipping
     optimizer.frozen = ""  # parameters to leave as they are: a pattern such as "embedding|block_0/"
+    optimizer.nonfinite = "stop"  # or "skip": a step whose loss or gradient is not finite
     optimizer.microbatches = 1  # the batch is worked off in so many parts
     config.ema_decay = 0.999  # ramped up from 0.1
     config.label_dropout = 0.1  # for classifier-free guidance

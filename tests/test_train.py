@@ -290,6 +290,70 @@ def test_a_loss_that_is_not_finite_stops_the_run(method, tmp_path, monkeypatch):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "4"]
 
 
+@pytest.mark.parametrize("method", ["uncertainty", "nash"])
+def test_a_step_that_is_not_finite_can_be_skipped(method, tmp_path, monkeypatch, caplog):
+    config = tiny(method, optimizer__nonfinite="skip", log_every=2, checkpoint__every=1)
+    config.num_steps = 5
+    before = jax.device_get(trainer.train(config, tmp_path))
+    before_batch(monkeypatch, nan_at(6))
+    config.num_steps = 6
+    after = trainer.train(config, tmp_path)
+    assert int(after.step) == 6
+    assert_same_state(after._replace(step=before.step), before)
+    (warning,) = [record.message for record in caplog.records if "skipped" in record.message]
+    assert re.match(r"step 6: loss nan, gradient norm nan; cluster losses \[.*nan.*\]", warning)
+
+    config.num_steps = 8
+    state = trainer.train(config, tmp_path)
+    kernel = lambda state: state.params["Dense_0"]["kernel"]
+    assert not np.array_equal(kernel(state), kernel(before))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    rows = {row["step"]: row for row in lines(tmp_path)}
+    # Step 5 was logged when the first run ended, so the skipped one is alone in its interval.
+    assert [rows[step]["skipped_steps"] for step in (4, 5, 6, 8)] == [0, 0, 1, 0]
+    assert rows[6]["loss"] is None and rows[8]["loss"] > 0
+
+
+def test_skipping_ends_where_it_does_not_help(tmp_path, monkeypatch):
+    bad = {"steps": range(3, 13)}
+    hook = lambda step, batch: nan_at(step if step in bad["steps"] else 0)(step, batch)
+    before_batch(monkeypatch, hook)
+    config = tiny(num_steps=30, checkpoint__every=100)
+    with pytest.raises(FloatingPointError, match="step 3: loss nan"):
+        trainer.train(config, tmp_path / "run")
+    # A run that has stopped may go on and skip.
+    config.optimizer.nonfinite = "skip"
+    with pytest.raises(FloatingPointError, match="step 12: loss nan"):
+        trainer.train(config, tmp_path / "run")
+    bad["steps"] = [*range(3, 12), *range(13, 20)]
+    assert trainer.train(config, tmp_path / "run").step == 30
+
+
+def test_a_workdir_has_one_trainer(tmp_path, monkeypatch):
+    refused = []
+
+    def hook(step, batch):
+        if step == 3:
+            with pytest.raises(ConfigError, match=f"process {os.getpid()} on .* is training in"):
+                trainer.train(tiny(), tmp_path)
+            refused.append(step)
+        return batch
+
+    before_batch(monkeypatch, hook)
+    assert trainer.train(tiny(), tmp_path).step == STEPS
+    assert refused == [3]
+    assert [row["step"] for row in lines(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_a_workdir_can_be_moved(finished, tmp_path):
+    config, whole, expected = finished
+    trainer.train(tiny(num_steps=4), tmp_path / "here")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "here").rename(tmp_path / "far" / "there")
+    assert_same_state(trainer.train(config, tmp_path / "far" / "there"), expected)
+    assert lines(tmp_path / "far" / "there") == lines(whole)
+
+
 def test_the_message_says_that_there_is_no_good_checkpoint(tmp_path, monkeypatch):
     before_batch(monkeypatch, nan_at(2))
     with pytest.raises(FloatingPointError, match=r"step 2: .*last good checkpoint: none yet"):
