@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-all format clean
+.PHONY: demo test test-all torture format clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.demo
@@ -14,6 +14,9 @@ test: .venv/installed-test
 
 test-all: test
 	$(BIN)/python -m pytest -n 2 -m slow
+
+torture: .venv/installed-test
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m torture -rP tests/test_torture.py
 
 format: .venv/installed-test
 	$(BIN)/ruff format .

@@ -1,0 +1,340 @@
+"""Runs from the command line that are killed, starved and damaged; all of it by `make torture`.
+
+A run that went through it ends as one that was left alone, bit for bit: parameters, EMA, optimizer,
+method, metrics (and with them the order of the data) and pictures.
+"""
+
+import contextlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from test_train import assert_same_state, lines
+
+from ant_jax import config as config_lib
+from ant_jax import experiment
+from ant_jax.checkpoint import checkpoint_steps
+from experiments import presets
+
+ROOT = Path(__file__).parents[1]
+EVERY = 20  # steps between checkpoints
+SMALL = presets.PRESETS["smoke"].settings | {"tensorboard": False, "sample.every": 0}
+
+
+class Case(NamedTuple):
+    """A run, and when it is killed: while saving, soon after, or at any instant of its life."""
+
+    argument: str
+    num_steps: int
+    settings: dict
+    devices: int
+    kills: tuple[str, ...]
+
+
+CASES = {
+    "short": Case("nash", 400, SMALL, 1, ("saving", "stepping")),
+    "nash": Case(
+        "nash",
+        1200,
+        {"sample.every": 300, "sample.num_steps": 3, "method.nash_update_every": 7},
+        1,
+        ("saving", "any instant", "stepping") * 6,
+    ),
+    "uncertainty": Case(
+        "uncertainty",
+        1200,
+        {"data.num_workers": 1, "tensorboard": False, "sample.every": 0},
+        4,
+        ("saving", "any instant", "stepping") * 4,
+    ),
+}
+SOME = Case("uncertainty", 60, SMALL, 1, ())
+
+
+def arguments(workdir, case, **changes):
+    settings = {
+        **case.settings,
+        "num_steps": case.num_steps,
+        "checkpoint.every": EVERY,
+        "log_every": 5,
+        **changes,
+    }
+    flags = [f"--config.{name}={value}" for name, value in settings.items()]
+    return [f"--config=configs/digits.py:{case.argument}", f"--workdir={workdir}", *flags]
+
+
+def start(workdir, case, log, limit=None, **changes):
+    flag = f" --xla_force_host_platform_device_count={case.devices}"
+    with log.open("w") as stream:
+        return subprocess.Popen(
+            [sys.executable, "-m", "ant_jax.main", *arguments(workdir, case, **changes)],
+            cwd=ROOT,
+            # The last of equal flags counts.
+            env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + flag},
+            stderr=stream,
+            preexec_fn=limit,
+        )
+
+
+def finish(workdir, case, log, **changes):
+    process = start(workdir, case, log, **changes)
+    code = process.wait(timeout=400)
+    return code, log.read_text()
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """For each case a run that was left alone, and the seconds it took to its first steps."""
+    runs = {}
+
+    def run(case):
+        key = repr(case)
+        if key not in runs:
+            folder = tmp_path_factory.mktemp("reference")
+            process = start(folder / "run", case, folder / "log")
+            begin = time.perf_counter()
+            wait_for(process, "logged", folder / "run")
+            seconds = time.perf_counter() - begin
+            assert process.wait(timeout=400) == 0, (folder / "log").read_text()
+            runs[key] = folder / "run", seconds
+        return runs[key]
+
+    return run
+
+
+def partial_checkpoints(workdir):
+    return list((workdir / "checkpoints").glob("partial-*"))
+
+
+def logged(workdir):
+    with contextlib.suppress(FileNotFoundError):
+        return (workdir / "metrics.jsonl").read_bytes().count(b"\n")
+    return 0
+
+
+EVENTS = {
+    "logged": logged,
+    "saving": lambda workdir: len(partial_checkpoints(workdir)),
+    "saved": lambda workdir: max(checkpoint_steps(workdir / "checkpoints"), default=0),
+}
+
+
+def wait_for(process, event, workdir):
+    """Waits until a trainer gets further than it is."""
+    before = EVENTS[event](workdir)
+    while process.poll() is None:
+        now = EVENTS[event](workdir)
+        if now > before:
+            return
+        # Lines and partial checkpoints of the life before are removed at the start.
+        before = min(before, now)
+        time.sleep(0.0005)
+
+
+def assert_same_run(workdir, expected, case):
+    config = config_lib.load(workdir)
+    pieces = experiment.build(config, **experiment.load_facts(workdir))
+    (step, state), (_, other) = (
+        experiment.restore(config, pieces, folder) for folder in (workdir, expected)
+    )
+    assert step == case.num_steps
+    assert_same_state(state, other)
+    assert lines(workdir) == lines(expected)
+    assert sorted(os.listdir(workdir / "checkpoints")) == [
+        str(case.num_steps - EVERY),
+        str(case.num_steps),
+    ]
+    for picture in (expected / "samples").glob("*.png"):
+        assert (workdir / "samples" / picture.name).read_bytes() == picture.read_bytes()
+
+
+def workers_of(process):
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(number) for number in path.read_text().split()]
+
+
+def is_alive(pid):
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        # The state comes after the name, which is in brackets.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def assert_gone(pids, seconds):
+    deadline = time.perf_counter() + seconds
+    while left := [pid for pid in pids if is_alive(pid)]:
+        assert time.perf_counter() < deadline, f"workers {left} outlive their trainer"
+        time.sleep(0.1)
+
+
+def thorough(*values):
+    return pytest.param(*values, marks=pytest.mark.torture)
+
+
+@pytest.mark.parametrize("name", ["short", thorough("nash"), thorough("uncertainty")])
+def test_a_run_killed_at_random_instants_ends_as_if_it_had_not_been(name, reference, tmp_path):
+    case = CASES[name]
+    expected, seconds = reference(case)
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    rng = np.random.default_rng(len(name))
+    left_behind, saved = [], []
+    for instant in case.kills:
+        process = start(workdir, case, log)
+        if instant == "any instant":
+            time.sleep(rng.uniform(0, 1.2 * seconds))
+        else:
+            wait_for(process, "saved", workdir)
+            if instant == "saving":
+                wait_for(process, "saving", workdir)
+            time.sleep(rng.uniform(0, 0.05 if instant == "saving" else 0.3))
+        assert process.poll() is None, log.read_text()
+        workers = workers_of(process)
+        process.kill()
+        process.wait()
+        assert_gone(workers, 20)
+
+        # It went on from the newest checkpoint that the life before had finished.
+        resumed = re.search(r"resuming from step (\d+)", log.read_text())
+        assert resumed is None or int(resumed[1]) == saved[-1]
+        saved = checkpoint_steps(workdir / "checkpoints")
+        left_behind += [path.name for path in partial_checkpoints(workdir)]
+        print(f"{instant}: {logged(workdir)} lines, checkpoints {saved}, partial {left_behind}")
+    assert len(left_behind) >= case.kills.count("saving") / 2
+
+    code, text = finish(workdir, case, log)
+    assert code == 0, text
+    assert_same_run(workdir, expected, case)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("damage", [truncate, flip])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, reference, tmp_path):
+    expected, _ = reference(SOME)
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    assert finish(workdir, SOME, log, num_steps=2 * EVERY)[0] == 0
+    newest = workdir / "checkpoints" / str(2 * EVERY)
+    damage(max(newest.rglob("*"), key=lambda path: path.is_file() and path.stat().st_size))
+    code, text = finish(workdir, SOME, log)
+    assert code == 0, text
+    assert f"checkpoint {newest} is corrupt: " in text and f"resuming from step {EVERY} " in text
+    # What was set aside tells that something happened.
+    aside = workdir / "checkpoints" / f"corrupt-{2 * EVERY}"
+    aside.rename(tmp_path / "aside")
+    assert_same_run(workdir, expected, SOME)
+
+
+@pytest.mark.torture
+def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoint(reference, tmp_path):
+    expected, _ = reference(SOME)
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    assert finish(workdir, SOME, log, num_steps=EVERY)[0] == 0
+    # A limit on the size of files is the nearest thing to a full disk that needs no privileges.
+    size = 30_000
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    code = start(workdir, SOME, log, limit).wait(timeout=200)
+    text = log.read_text()
+    assert code == 1
+    last = text.splitlines()[-1]
+    assert last.startswith(f"CheckpointError: saving a checkpoint in {workdir}/checkpoints failed:")
+    assert last.endswith(f"newest complete checkpoint: step {EVERY}") and "Traceback" not in text
+    assert checkpoint_steps(workdir / "checkpoints") == [EVERY]
+    assert finish(workdir, SOME, log)[0] == 0
+    assert f"resuming from step {EVERY} " in log.read_text()
+    assert_same_run(workdir, expected, SOME)
+
+
+@pytest.mark.torture
+def test_a_run_asked_to_stop_saves_within_seconds_and_can_be_moved(reference, tmp_path):
+    case = CASES["short"]
+    expected, _ = reference(case)
+    process = start(tmp_path / "run", case, tmp_path / "log")
+    wait_for(process, "saved", tmp_path / "run")
+    begin = time.perf_counter()
+    process.terminate()
+    assert process.wait(timeout=100) == 0, (tmp_path / "log").read_text()
+    seconds = time.perf_counter() - begin
+    print(f"stopped in {seconds:.1f} s")
+    assert seconds < 10
+    last = lines(tmp_path / "run")[-1]["step"]
+    assert last < case.num_steps and checkpoint_steps(tmp_path / "run/checkpoints")[-1] == last
+    (tmp_path / "elsewhere").mkdir()
+    workdir = (tmp_path / "run").rename(tmp_path / "elsewhere" / "moved")
+    code, text = finish(workdir, case, tmp_path / "log")
+    assert code == 0 and f"resuming from step {last} " in text, text
+    # Stopped between two reports, the run has one more than it would have.
+    rows = {name: {row["step"]: row for row in lines(name)} for name in (workdir, expected)}
+    assert rows[workdir].keys() - rows[expected].keys() <= {last}
+    (workdir / "metrics.jsonl").write_bytes((expected / "metrics.jsonl").read_bytes())
+    assert_same_run(workdir, expected, case)
+
+
+@pytest.mark.torture
+def test_a_workdir_has_one_trainer_even_if_another_is_started(reference, tmp_path):
+    case = CASES["short"]
+    expected, _ = reference(case)
+    workdir = tmp_path / "run"
+    process = start(workdir, case, tmp_path / "log")
+    wait_for(process, "saving", workdir)
+    process.send_signal(signal.SIGSTOP)
+    code, text = finish(workdir, case, tmp_path / "other")
+    process.send_signal(signal.SIGCONT)
+    assert code == 1 and "Traceback" not in text
+    assert f"ConfigError: process {process.pid} on " in text and f"in {workdir}:" in text
+    assert process.wait(timeout=200) == 0
+    assert_same_run(workdir, expected, case)
+
+
+@pytest.mark.torture
+def test_a_run_of_an_older_config_is_told_which_settings_differ(reference, tmp_path):
+    expected, _ = reference(SOME)
+    path = tmp_path / "config.json"
+    config = json.loads((expected / "config.json").read_text())
+    del config["optimizer"]["microbatches"]
+    config["ema_decay"] = 0.5
+    path.write_text(json.dumps(config))
+    code, text = finish(tmp_path, SOME, tmp_path / "log")
+    assert code == 1 and "Traceback" not in text
+    assert "config.optimizer.microbatches: 'not set' there, 1 now" in text
+    assert "config.ema_decay: 0.5 there, 0.999 now" in text
+    assert "config.optimizer.learning_rate" not in text
+
+
+@pytest.mark.torture
+def test_a_data_worker_that_dies_is_reported(reference, tmp_path):
+    case = SOME._replace(settings=SMALL | {"data.num_workers": 2}, num_steps=4000)
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    process = start(workdir, case, log)
+    wait_for(process, "saving", workdir)
+    begin = time.perf_counter()
+    workers = [
+        pid
+        for pid in workers_of(process)
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    assert process.wait(timeout=100) == 1
+    seconds = time.perf_counter() - begin
+    print(f"reported in {seconds:.1f} s: {log.read_text().splitlines()[-1]}")
+    assert seconds < 30 and "Traceback" not in log.read_text()
+    assert_gone(workers, 20)
+    assert checkpoint_steps(workdir / "checkpoints")
