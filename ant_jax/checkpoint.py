@@ -60,8 +60,13 @@ class Checkpointer:
                 shutil.rmtree(path)
 
     def save(self, step: int, state: Any) -> None:
-        """Starts saving a pytree of arrays as the checkpoint of a step."""
+        """Starts saving a pytree of arrays as the checkpoint of a step.
+
+        Raises:
+          CheckpointError: if the one before could not be saved, or the disk has no room for this.
+        """
         self._finish()
+        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         partial = self.directory / f"{_PARTIAL}{step}"
         self._orbax.save(partial, _to_global(state))
         self._pending = self._executor.submit(self._commit, partial, step)
@@ -79,17 +84,27 @@ class Checkpointer:
             self._executor.shutdown()
             self._orbax.close()
 
+    def _check_room(self, needed):
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"no room for a checkpoint in {self.directory}: it takes {needed / 1e9:.3g} GB, "
+                f"{free / 1e9:.3g} GB are free; newest complete checkpoint: {self._newest()}"
+            )
+
+    def _newest(self):
+        steps = checkpoint_steps(self.directory)
+        return f"step {steps[-1]}" if steps else "none"
+
     def _finish(self):
         if self._pending is not None:
             pending, self._pending = self._pending, None
             try:
                 pending.result()
             except Exception as error:
-                steps = checkpoint_steps(self.directory)
-                newest = f"step {steps[-1]}" if steps else "none"
                 raise CheckpointError(
                     f"saving a checkpoint in {self.directory} failed: {error} "
-                    f"(disk full? not writable?); newest complete checkpoint: {newest}"
+                    f"(disk full? not writable?); newest complete checkpoint: {self._newest()}"
                 ) from error
 
     def _commit(self, partial: Path, step: int):

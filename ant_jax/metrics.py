@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -199,10 +200,16 @@ def quiet_console() -> None:
     root = Path(__file__).parent.parent
     folders = (str(root / "ant_jax"), str(root / "experiments"))
 
-    def ours(record):
-        return record.levelno >= WARNING or record.pathname.startswith(folders)
+    def worth_reading(record):
+        # A save that fails says so in our error, and in orbax's threads once for every array.
+        twice = "/orbax/" in record.pathname or record.name == "asyncio"
+        return (record.levelno >= WARNING and not twice) or record.pathname.startswith(folders)
 
-    handler.addFilter(ours)
+    handler.addFilter(worth_reading)
+    # So do arrays that were still to be written.
+    sys.unraisablehook = lambda failure: (
+        str(failure.exc_value) == "Event loop is closed" or sys.__unraisablehook__(failure)
+    )
 
 
 def duration(seconds: float) -> str:

@@ -291,6 +291,22 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
     assert checkpoint_steps(tmp_path) == [5]
 
 
+def test_a_checkpoint_that_has_no_room_is_not_begun(tmp_path, monkeypatch):
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, make_state(1))
+    checkpoints.check()
+    usage = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage._replace(free=90))
+    with pytest.raises(
+        CheckpointError, match=r"no room .* 9e-08 GB are free; newest complete checkpoint: step 1"
+    ):
+        checkpoints.save(2, make_state(2))
+    monkeypatch.undo()
+    checkpoints.save(3, make_state(3))
+    checkpoints.close()
+    assert checkpoint_steps(tmp_path) == [1, 3]
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     # A limit on the size of files is the nearest thing to a full disk that needs no privileges.
     program = """

@@ -108,7 +108,31 @@ def batches(
             # Grain's workers read flags; outside absl's app.run (a notebook) nobody parsed them.
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-    return iter(dataset)
+    return _Batches(iter(dataset))
+
+
+class _Batches:
+    """Passes batches on, and says what it means when a worker has ended."""
+
+    def __init__(self, batches: Iterator[dict[str, np.ndarray]]):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        try:
+            return next(self._batches)
+        except ExampleError:
+            raise
+        except RuntimeError as error:
+            raise ExampleError(
+                f"a process that prepares batches has failed (killed? out of memory?): {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self._batches.close()
 
 
 def _read(source: Source, index: int, replacements: int) -> tuple[Example, bool]:

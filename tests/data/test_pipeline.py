@@ -153,7 +153,7 @@ def test_an_unreadable_image_is_named():
 
 
 def test_a_dying_worker_raises():
-    with pytest.raises(RuntimeError, match="exit code 3"):
+    with pytest.raises(data.ExampleError, match=r"prepares batches has failed.*exit code 3"):
         _take(1, Numbered(12, deadly=True), batch_size=4, seed=0, num_workers=1)
 
 
