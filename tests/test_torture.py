@@ -51,8 +51,8 @@ CASES = {
     ),
     "uncertainty": Case(
         "uncertainty",
-        1200,
-        {"data.num_workers": 1, "tensorboard": False, "sample.every": 0},
+        800,
+        SMALL | {"data.num_workers": 1},
         4,
         ("saving", "any instant", "stepping") * 4,
     ),

@@ -6,7 +6,10 @@ a resumed run, and a run on another number of hosts or workers, sees the same da
 """
 
 import functools
+import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Iterator
 
 import grain
@@ -107,8 +110,19 @@ def batches(
         if not flags.FLAGS.is_parsed():
             # Grain's workers read flags; outside absl's app.run (a notebook) nobody parsed them.
             flags.FLAGS.mark_as_parsed()
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        dataset = dataset.mp_prefetch(options, _end_with_trainer)
     return _Batches(iter(dataset))
+
+
+def _end_with_trainer(*_) -> None:
+    """Lets a worker end with the trainer that started it, which may be killed without a word."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 class _Batches:
