@@ -3,12 +3,11 @@
 import sys
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ant_jax import config as config_lib
-from ant_jax import programs
+from ant_jax import processes, programs
 from ant_jax.config import ConfigError
 from ant_jax.metrics import quiet_console
 
@@ -39,6 +38,11 @@ _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default the newes
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Whether this is one process of many, on a TPU slice or under SLURM."
 )
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where neither a TPU slice nor SLURM tells."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many; with --coordinator.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one, from 0; with --coordinator.")
 
 
 def main(argv: list[str]) -> None:
@@ -46,8 +50,27 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; settings are --config.NAME=VALUE")
     quiet_console()
-    if _DISTRIBUTED.value:
-        jax.distributed.initialize()
+    _meet()
+    with processes.ending_together():
+        _run()
+
+
+def _meet():
+    by_hand = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
+    missing = [f"--{flag.name}" for flag in by_hand if flag.value is None]
+    if 0 < len(missing) < len(by_hand):
+        sys.exit(
+            f"several processes without --distributed need {', '.join(missing)} too: each gets the "
+            "same --coordinator and --num_processes, and a --process_id of its own"
+        )
+    if _DISTRIBUTED.value or not missing:
+        try:
+            processes.meet(*(flag.value for flag in by_hand))
+        except ValueError as error:
+            sys.exit(str(error))
+
+
+def _run():
     programs.keep()
     # Imported late, so that --help and a mistyped flag answer at once.
     from ant_jax import encode, evaluate, export, train
@@ -66,6 +89,7 @@ def main(argv: list[str]) -> None:
         config = saved
         logging.info("settings: %s, and the command line", workdir / "config.json")
     logging.info("%s in %s", _MODE.value, workdir)
+    _report_errors(processes.check_shared, workdir)
     if _MODE.value == "train":
         _report_errors(train.train, config, workdir)
         return
