@@ -18,6 +18,8 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from ant_jax import processes
+
 _CHECKSUMS = "checksums.json"
 _PARTIAL = "partial-"
 
@@ -160,6 +162,21 @@ def restore(
       CheckpointError: if a checkpoint is intact but not of the template's structure.
     """
     directory = Path(directory).absolute()
+    # Process 0 chooses: others may see the disk a little later, and once is enough to read it all.
+    chosen = processes.decide(lambda: _newest_intact(directory, step))
+    if chosen is None:
+        return None
+    path = directory / str(chosen)
+    if not processes.seen(path):
+        raise CheckpointError(f"process 0 sees a checkpoint {path}, and this process does not")
+    try:
+        with ocp.StandardCheckpointer() as orbax:
+            return chosen, _to_local(orbax.restore(path, _to_global(template)), template)
+    except ValueError as error:
+        raise CheckpointError(f"checkpoint {path} does not fit this config: {error}") from error
+
+
+def _newest_intact(directory: Path, step: int | None) -> int | None:
     steps = checkpoint_steps(directory)
     if step is not None:
         if step not in steps:
@@ -169,18 +186,13 @@ def restore(
         return None
     problems = []
     for candidate in reversed(steps):
-        path = directory / str(candidate)
         try:
-            _verify(path)
+            _verify(directory / str(candidate))
         except CorruptCheckpointError as error:
             logging.error("%s; trying the one before it", error)
             problems.append(str(error))
-            continue
-        try:
-            with ocp.StandardCheckpointer() as orbax:
-                return candidate, _to_local(orbax.restore(path, _to_global(template)), template)
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint {path} does not fit this config: {error}") from error
+        else:
+            return candidate
     raise CorruptCheckpointError("no intact checkpoint is left: " + "; ".join(problems))
 
 
