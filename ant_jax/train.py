@@ -13,7 +13,7 @@ from clu import parameter_overview
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from ant_jax import checkpoint, data, experiment, inputs, metrics, sampling
+from ant_jax import checkpoint, data, experiment, inputs, metrics, processes, sampling
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.files import locked
@@ -151,6 +151,8 @@ def _train(config, workdir, source, pieces):
             every = config.sample.every
             if every and (step % every == 0 or step == config.num_steps):
                 _write_grid(config, pieces, state.ema_params, workdir, writer, step)
+                # In a collective on CPUs the others would not wait longer than half a minute.
+                processes.wait()
                 progress.restart(step)
             if stopping and step < config.num_steps:
                 logging.info("asked to stop: saving step %d, start again to go on", step)
@@ -264,7 +266,7 @@ def _profiler(config: ConfigDict, workdir: Path, start: int) -> Iterator:
 
     def before_step(step):
         nonlocal running
-        if config.profile_steps and step == first:
+        if config.profile_steps and step == first and processes.is_first():
             jax.profiler.start_trace(str(workdir / "profile"))
             running = True
         elif running and step == first + config.profile_steps:
