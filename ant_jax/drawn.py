@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from ant_jax import autoencoding, evaluation
+from ant_jax import autoencoding, evaluation, processes
 from ant_jax import config as config_lib
 from ant_jax.fingerprint import fingerprint
 from ant_jax.metrics import with_time_left
@@ -40,10 +40,9 @@ def folder(workdir: Path, config: ConfigDict, step: int, params: Any) -> Path:
     # The weights may be others under the same name, or the same under another.
     decoder = autoencoding.load(config).digest if config.autoencoder.name else ""
     key = fingerprint({"settings": settings, "params": params, "decoder": decoder})
-    # Processes that share a disk don't write into each other's files.
-    place = workdir / "drawn" / f"{step:08d}-{key[:16]}-{jax.process_index()}"
-    others = [other for other in place.parent.glob(f"*-{jax.process_index()}") if other != place]
-    if others:
+    place = workdir / "drawn" / f"{step:08d}-{key[:16]}"
+    others = [other for other in place.parent.glob("*") if other != place]
+    if others and processes.is_first():
         logging.info(
             "%s: left by drawings with other settings; remove what is not to go on",
             ", ".join(map(str, sorted(others))),
@@ -51,33 +50,71 @@ def folder(workdir: Path, config: ConfigDict, step: int, params: Any) -> Path:
     return place
 
 
-def resume(place: Path, num: int, draw: Callable[[int], Iterator[Batch]]) -> Iterator[Batch]:
-    """Gives the batches that were drawn before, then draws the others and keeps them.
+def draw_missing(
+    place: Path, num: int, batch_size: int, draw: Callable[[int, int], Iterator[Batch]]
+) -> None:
+    """Draws the samples that are not on the disk yet; several processes share the work.
 
     Uncompressed, so 50 000 samples of 256 x 256 pixels take 10 GB. Who has used the last batch
     removes the folder.
 
     Args:
-      place: from `folder`.
+      place: From `folder`; on a disk that all processes share.
       num: Number of samples.
-      draw: From the number of the first sample to the batches from there on, such as
-        `sampling.sample_batches`.
+      batch_size: How many to draw and keep at a time.
+      draw: From the numbers of the first sample and of the one after the last to the batches of
+        those, such as `sampling.sample_batches`.
+    """
+    parts = processes.decide(lambda: _missing(place, num, batch_size))
+    left = sum(stop - first for first, stop in parts)
+    if left < num:
+        logging.info("%d of %d samples were drawn before: %s", num - left, num, place)
+    mine = parts[jax.process_index() :: jax.process_count()]
+
+    def batches():
+        for first, stop in mine:
+            for images, labels in draw(first, stop):
+                evaluation.write_samples(_piece(place, first), [(images, labels)], len(images))
+                first += len(images)
+                yield images, labels
+
+    total = sum(stop - first for first, stop in mine)
+    for _ in with_time_left(batches(), total, "samples drawn"):
+        pass
+    processes.wait()
+
+
+def read(place: Path, num: int) -> Iterator[Batch]:
+    """Reads the batches that `draw_missing` has left, in order.
 
     Yields:
       uint8 images (B, H, W, C) and labels (B,) or None.
+
+    Raises:
+      OSError: If a batch is not there or damaged.
     """
     first = 0
-    while first < num and (batch := _read(_piece(place, first))) is not None:
+    while first < num:
+        piece = _piece(place, first)
+        if not processes.seen(piece) or (batch := _read(piece)) is None:
+            raise OSError(f"{piece} was drawn but can't be read: start again to draw it anew")
         yield batch
         first += len(batch[0])
-    if first:
-        logging.info("%d of %d samples were drawn before: %s", first, num, place)
-    if first >= num:
-        return
-    for images, labels in with_time_left(draw(first), num, "samples drawn", first):
-        evaluation.write_samples(_piece(place, first), [(images, labels)], len(images))
-        first += len(images)
-        yield images, labels
+
+
+def _missing(place, num, batch_size):
+    """First sample and the one after the last of each batch to draw."""
+    there = sorted(int(path.stem) for path in place.glob("*.npz"))
+    parts, first = [], 0
+    while first < num:
+        batch = _read(_piece(place, first)) if first in there else None
+        if batch is None:
+            after = [other for other in there if other > first]
+            parts.append((first, min(first + batch_size, num, *after)))
+            first = parts[-1][1]
+        else:
+            first += len(batch[0])
+    return parts
 
 
 def _piece(place, first):
@@ -85,11 +122,9 @@ def _piece(place, first):
 
 
 def _read(path):
-    if not path.exists():
-        return None
     try:
         images, labels = zip(*evaluation.read_samples(path, 1 << 16), strict=True)
     except (ValueError, OSError) as error:
-        logging.warning("drawn again from here on: %s", error)
+        logging.warning("to be drawn again: %s", error)
         return None
     return np.concatenate(images), None if labels[0] is None else np.concatenate(labels)

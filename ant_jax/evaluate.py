@@ -1,6 +1,5 @@
 """Samples of a trained run, and how good they are."""
 
-import contextlib
 import functools
 import json
 import shutil
@@ -14,7 +13,7 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import drawn, evaluation, experiment, inputs, judge, sampling
+from ant_jax import drawn, evaluation, experiment, inputs, judge, processes, sampling
 from ant_jax.config import ConfigError
 from ant_jax.files import write_bytes
 from ant_jax.metrics import with_time_left
@@ -26,7 +25,8 @@ _VALIDATION_IMAGES = 1000
 def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
     """Draws ``config.sample.num`` samples from the EMA into an ``.npz`` and a grid beside it.
 
-    What an earlier call has drawn before it was killed is not drawn again.
+    What an earlier call has drawn before it was killed is not drawn again. Several processes share
+    the drawing; the files are made by process 0.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
@@ -35,16 +35,18 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
     step, pieces, state = restore_run(config, workdir, step)
     logging.info("drawing %d samples from step %d", config.sample.num, step)
     path = workdir / "samples" / f"{step:08d}.npz"
-    with _samples(config, workdir, step, pieces, state) as batches:
-        batches = _with_grid(batches, path.with_suffix(".png"))
+    place = _draw(config, workdir, step, pieces, state)
+    if processes.is_first():
+        batches = _with_grid(drawn.read(place, config.sample.num), path.with_suffix(".png"))
         evaluation.write_samples(path, batches, config.sample.num)
+        shutil.rmtree(place, ignore_errors=True)
     logging.info("%d samples: %s and %s", config.sample.num, path, path.with_suffix(".png"))
     return path
 
 
 def evaluate(
     config: ConfigDict, workdir: Path, step: int | None = None
-) -> dict[str, float | int | str]:
+) -> dict[str, float | int | str] | None:
     """Measures the EMA model; logs what it finds and writes a JSON file.
 
     By ``config.evaluation.features`` it measures samples against the data, and leaves a grid of the
@@ -55,6 +57,8 @@ def evaluate(
     With ``config.evaluation.samples`` it measures the samples of that file and nothing else; then
     the workdir needs no run, and the result has no step.
 
+    Several processes share the drawing; process 0 measures, and the others return None.
+
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config, or names nothing to measure by, or what it
@@ -64,8 +68,13 @@ def evaluate(
     judge.check(config)
     settings = config.evaluation
     if settings.samples:
-        return _of_file(config, workdir)
+        return _of_file(config, workdir) if processes.is_first() else None
     step, pieces, state = restore_run(config, workdir, step)
+    if not processes.is_first():
+        if settings.features:
+            _draw(config, workdir, step, pieces, state)
+        return None
+    result = {"step": step}
     path = workdir / "evaluation" / f"{step:08d}.json"
     validation = {}
     # Before the samples: held-out images that are not there must not cost hours of drawing.
@@ -75,13 +84,15 @@ def evaluate(
         (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=25)
         validation = {"validation_loss": float(loss)}
     if not settings.features:
-        result = {"step": step} | validation
+        result |= validation
         _report(result, path)
         return result
-    with _samples(config, workdir, step, pieces, state) as batches:
-        found = judge.build(config)(_with_grid(batches, path.with_suffix(".png")))
-        result = {"step": step} | found | validation
-        _report(result, path)
+    measure = judge.build(config)
+    place = _draw(config, workdir, step, pieces, state)
+    batches = _with_grid(drawn.read(place, config.sample.num), path.with_suffix(".png"))
+    result |= measure(batches) | validation
+    _report(result, path)
+    shutil.rmtree(place, ignore_errors=True)
     return result
 
 
@@ -131,15 +142,14 @@ def validation_losses(
     )
 
 
-@contextlib.contextmanager
-def _samples(config, workdir, step, pieces, state):
-    """Samples of the EMA, kept on disk until what is made of them is finished."""
-    params = state.ema_params
+def _draw(config, workdir, step, pieces, state):
+    """Draws samples of the EMA and gives the folder where they are kept."""
+    params, num = state.ema_params, config.sample.num
     place = drawn.folder(workdir, config, step, params)
     apply_fn = experiment.denoiser(pieces, params)
-    draw = functools.partial(sampling.sample_batches, config, pieces, apply_fn, config.sample.num)
-    yield drawn.resume(place, config.sample.num, draw)
-    shutil.rmtree(place, ignore_errors=True)
+    draw = functools.partial(sampling.sample_batches, config, pieces, apply_fn, num)
+    drawn.draw_missing(place, num, sampling.batch_size(config, num), draw)
+    return place
 
 
 def _with_grid(batches: Iterator, path: Path) -> Iterator:

@@ -6,7 +6,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from ant_jax import evaluate, experiment, interop
+from ant_jax import evaluate, experiment, interop, processes
 
 
 def export(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
@@ -19,6 +19,7 @@ def export(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
     step, _, state = evaluate.restore_run(config, workdir, step)
     path = workdir / "weights" / f"{step:08d}.safetensors"
     names = experiment.weight_names(config)
-    interop.write_state(path, interop.to_torch(jax.device_get(state.ema_params), names))
+    if processes.is_first():
+        interop.write_state(path, interop.to_torch(jax.device_get(state.ema_params), names))
     logging.info("the EMA of step %d: %s", step, path)
     return path

@@ -28,6 +28,7 @@ def sample_batches(
     apply_fn: Partial,
     num: int,
     start: int = 0,
+    stop: int | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Draws samples, `config.sample.batch_size` at a time, over this process's devices.
 
@@ -38,23 +39,23 @@ def sample_batches(
       pieces: what it describes.
       apply_fn: the network, ``(x, t, y) -> output``, with its parameters on the devices: an
         `experiment.denoiser`, or several by `diffusion.switch_by_timestep`.
-      num: how many samples, those before the start among them.
+      num: how many samples there are in all.
       start: number i of the first sample to draw.
+      stop: number of the one after the last; default all.
 
     Yields:
       (images, labels): uint8 (B, H, W, C), and int32 (B,) or None for unconditional models.
     """
     settings, num_classes = config.sample, pieces.model.num_classes
+    stop = num if stop is None else stop
     sampler = diffusion.ddpm_sample
     if settings.sampler == "ddim":
         sampler = functools.partial(diffusion.ddim_sample, eta=settings.eta)
     devices = jax.local_devices()
     codec = autoencoding.load(config) if config.autoencoder.name else None
     stream = jax.random.fold_in(jax.random.key(settings.seed), _SAMPLE_STREAM)
-    # Every batch has the same size, so that one program serves them all.
-    batch = min(settings.batch_size, num)
-    batch += -batch % len(devices)
-    for first in range(start, num, batch):
+    batch = batch_size(config, num)
+    for first in range(start, stop, batch):
         index = jax.device_put(np.arange(first, first + batch), split_over(devices))
         keys = jax.vmap(functools.partial(jax.random.fold_in, stream))(index)
         labels = index % num_classes if num_classes else None
@@ -70,13 +71,19 @@ def sample_batches(
             guidance_channels=settings.guidance_channels or None,
             clip_x0=config.diffusion.clip_x0,
         )
-        keep = min(batch, num - first)
+        keep = min(batch, stop - first)
         if codec is None:
             images = np.asarray(autoencoding.to_pixels(x0))[:keep]
         else:
             latents = x0[:keep] / config.autoencoder.scale
             images = autoencoding.decode(codec, latents, config.autoencoder.batch_size)
         yield images, None if labels is None else np.asarray(labels)[:keep]
+
+
+def batch_size(config: ConfigDict, num: int) -> int:
+    """How many of `num` samples are drawn at a time: always as many, so one program serves all."""
+    batch = min(config.sample.batch_size, num)
+    return batch + -batch % len(jax.local_devices())
 
 
 def image_grid(images: np.ndarray) -> np.ndarray:

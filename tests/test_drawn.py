@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
-from ant_jax import drawn, evaluate
+from ant_jax import drawn, evaluate, evaluation, processes
 from configs import digits
 
 NUM, BATCH = 10, 4
@@ -17,31 +18,50 @@ def images_of(first, count):
     )
 
 
-def drawing(log, labelled=True):
-    def draw(start):
-        log.append(start)
-        for first in range(start, NUM, BATCH):
-            count = min(BATCH, NUM - first)
-            yield images_of(first, count), np.arange(first, first + count) if labelled else None
+def drawing(log, labelled=True, stop_after=None):
+    def draw(start, stop):
+        if len(log) == stop_after:
+            raise KeyboardInterrupt
+        log.append((start, stop))
+        count = stop - start
+        yield images_of(start, count), np.arange(start, stop) if labelled else None
 
     return draw
 
 
 @pytest.mark.parametrize("labelled", [True, False])
 def test_what_was_drawn_before_a_kill_is_not_drawn_again(tmp_path, labelled):
-    starts = []
-    draw = drawing(starts, labelled)
-    batches = drawn.resume(tmp_path / "place", NUM, draw)
-    next(batches), next(batches)
-    batches.close()
+    parts = []
     place = tmp_path / "place"
-    check(drawn.resume(place, NUM, draw), labelled)
-    # A piece that was cut short is drawn again, and what comes after it.
+    with pytest.raises(KeyboardInterrupt):
+        drawn.draw_missing(place, NUM, BATCH, drawing(parts, labelled, stop_after=2))
+    draw = drawing(parts, labelled)
+    drawn.draw_missing(place, NUM, BATCH, draw)
+    check(drawn.read(place, NUM), labelled)
+    # A piece that was cut short is drawn again, whatever the size of the batches now.
     piece = place / "00000004.npz"
     piece.write_bytes(piece.read_bytes()[:-30])
-    check(drawn.resume(place, NUM, draw), labelled)
-    check(drawn.resume(place, NUM, draw), labelled)
-    assert starts == [0, 8, 4]
+    drawn.draw_missing(place, NUM, 3, draw)
+    drawn.draw_missing(place, NUM, BATCH, draw)
+    check(drawn.read(place, NUM), labelled)
+    assert parts == [(0, 4), (4, 8), (8, 10), (4, 7), (7, 8)]
+
+
+def test_several_processes_share_what_is_missing(tmp_path, monkeypatch):
+    place = tmp_path / "place"
+    there = place / "00000004.npz"
+    evaluation.write_samples(there, [(images_of(4, 2), np.arange(4, 6))], 2)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    # Process 0 says what is missing before either has drawn anything.
+    missing = drawn._missing(place, NUM, 3)
+    monkeypatch.setattr(processes, "decide", lambda function: missing)
+    monkeypatch.setattr(processes, "wait", lambda: None)
+    shares = ([], [])
+    for index, parts in enumerate(shares):
+        monkeypatch.setattr(jax, "process_index", lambda index=index: index)
+        drawn.draw_missing(place, NUM, 3, drawing(parts))
+    assert shares == ([(0, 3), (6, 9)], [(3, 4), (9, 10)])
+    check(drawn.read(place, NUM), True)
 
 
 def check(batches, labelled):
@@ -62,6 +82,6 @@ def test_an_evaluation_without_samples_leaves_those_that_are_being_drawn(tmp_pat
     monkeypatch.setattr(evaluate.experiment, "denoiser", lambda *_: None)
     monkeypatch.setattr(evaluate, "validation_losses", lambda *_, timesteps_each: np.ones(1))
     place = drawn.folder(tmp_path, config, 3, state.ema_params)
-    list(drawn.resume(place, NUM, drawing([])))
+    drawn.draw_missing(place, NUM, BATCH, drawing([]))
     assert evaluate.evaluate(config, tmp_path) == {"step": 3, "validation_loss": 1.0}
     assert len(list(place.iterdir())) == 3

@@ -109,20 +109,16 @@ def draws(monkeypatch):
     """Numbers of the first samples that are drawn, and a number of batches to stop at."""
 
     class Draws(list):
-        stop = None
+        end = None
 
     seen = Draws()
     sample_batches = evaluate.sampling.sample_batches
 
-    def watched(config, pieces, apply_fn, num, start=0):
-        for count, (images, labels) in enumerate(
-            sample_batches(config, pieces, apply_fn, num, start)
-        ):
-            if count == seen.stop:
-                raise KeyboardInterrupt
-            seen.append(start)
-            start += len(images)
-            yield images, labels
+    def watched(config, pieces, apply_fn, num, start, stop):
+        if len(seen) == seen.end:
+            raise KeyboardInterrupt
+        seen.append(start)
+        yield from sample_batches(config, pieces, apply_fn, num, start, stop)
 
     monkeypatch.setattr(evaluate.sampling, "sample_batches", watched)
     return seen
@@ -133,10 +129,11 @@ def kept(workdir):
 
 
 def stopped(do, config, workdir, draws, after):
-    draws.stop = after
+    draws.clear()
+    draws.end = after
     with pytest.raises(KeyboardInterrupt):
         do(config, workdir)
-    draws.stop = None
+    draws.end = None
     assert kept(workdir) == [f"{8 * i:08d}.npz" for i in range(after)]
     draws.clear()
 
