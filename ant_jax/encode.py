@@ -9,10 +9,9 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from ant_jax import autoencoding, data, inputs
+from ant_jax import autoencoding, data, inputs, processes
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.data.latents import LatentFacts, complete, shard_path, write_shard
@@ -45,23 +44,15 @@ def encode(config: ConfigDict) -> Path:
     source = inputs.open_images(config, config.data.split)
     codec = autoencoding.load(config)
     directory = inputs.latents_folder(config, config.data.split)
-    _check_plan(config, directory, codec, len(source))
-
-    shards = -(-len(source) // _SHARD)
-    process, processes = jax.process_index(), jax.process_count()
-    mine = [
-        shard
-        for shard in range(shards * process // processes, shards * (process + 1) // processes)
-        if not shard_path(directory, shard).exists()
-    ]
+    processes.check_shared(directory)
+    mine = _share(processes.decide(lambda: _plan(config, directory, codec, len(source))))
     if mine:
         logging.info(
             "encoding %d images, %d shards to go, into %s", len(source), len(mine), directory
         )
         _encode_shards(config, source, codec, directory, mine)
-    if processes > 1:
-        multihost_utils.sync_global_devices("all shards are written")
-    if process == 0:
+    processes.wait()
+    if processes.is_first():
         facts = LatentFacts(
             autoencoder=settings.name,
             digest=codec.encoder_digest,
@@ -92,8 +83,14 @@ def encode(config: ConfigDict) -> Path:
     return directory
 
 
-def _check_plan(config, directory, codec, num_images):
-    """A folder that was begun with other settings must not get shards of these."""
+def _share(shards):
+    """This process's part of the shards to make: neighbours, which are read as one stream."""
+    process, count = jax.process_index(), jax.process_count()
+    return shards[len(shards) * process // count : len(shards) * (process + 1) // count]
+
+
+def _plan(config, directory, codec, num_images):
+    """The shards that are missing, in a folder that was not begun with other settings."""
     plan = {
         "autoencoder.name": config.autoencoder.name,
         "digest of the encoder": codec.encoder_digest,
@@ -116,9 +113,10 @@ def _check_plan(config, directory, codec, num_images):
                 f"the latents in {directory} were begun with other settings: "
                 f"{'; '.join(differing)}. Choose another config.autoencoder.latents"
             )
-    elif jax.process_index() == 0:
+    else:
         write_bytes(path, (json.dumps(plan, indent=1) + "\n").encode())
-    directory.mkdir(parents=True, exist_ok=True)
+    shards = range(-(-num_images // _SHARD))
+    return [shard for shard in shards if not shard_path(directory, shard).exists()]
 
 
 def _encode_shards(config, source, codec, directory, shards):
