@@ -1,0 +1,55 @@
+"""One process of several, with the small network of `test_train`; a program for `test_hosts`.
+
+Arguments: a file for the numbers of the images that this process reads, the step at which SIGTERM
+comes to it or 0, whether to draw samples after training, and those of `ant_jax.main`.
+"""
+
+import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import test_train as t
+
+from ant_jax import config as config_lib
+from ant_jax import evaluate
+
+
+def record(patch, reads):
+    """Lists the numbers of the images of the digits that are read from now on."""
+    load = t.data.load
+
+    def recorded(*arguments):
+        source = load(*arguments)
+        kind = type(source)
+        getitem = kind.__getitem__
+        patch.setattr(kind, "__getitem__", lambda self, i: (reads.append(i), getitem(self, i))[1])
+        patch.setattr(t.data, "load", load)
+        return source
+
+    patch.setattr(t.data, "load", recorded)
+
+
+def main(reads_file, stop, samples, *arguments):
+    patch = pytest.MonkeyPatch()
+    t.use_small_model(patch)
+    reads = []
+    record(patch, reads)
+    t.before_batch(patch, t.signal_at(int(stop), signal.SIGTERM))
+    sys.argv = ["main", *arguments]
+    try:
+        runpy.run_module("ant_jax.main", run_name="__main__", alter_sys=True)
+    except SystemExit as error:
+        assert not error.code, error.code
+    Path(reads_file).write_text(json.dumps(reads))
+    if int(samples):
+        workdir = Path(next(a for a in arguments if a.startswith("--workdir="))[10:])
+        evaluate.sample(config_lib.load(workdir), workdir)
+
+
+if __name__ == "__main__":
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+    main(*sys.argv[1:])

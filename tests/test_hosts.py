@@ -1,0 +1,211 @@
+"""Two processes with four devices each, against one with eight."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from host_program import record
+from PIL import Image
+from test_train import STEPS, TINY, lines, tiny, use_small_model
+
+from ant_jax import checkpoint, evaluate, experiment, processes
+from ant_jax import train as trainer
+
+ROOT = Path(__file__).parents[1]
+STOP = 5
+SETTINGS = TINY | {"checkpoint.keep": 9, "evaluation.features": ""}
+BATCH = SETTINGS["data.batch_size"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_model():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        use_small_model(monkeypatch)
+        yield
+
+
+def configured():
+    return tiny("nash", checkpoint__keep=9, evaluation__features="")
+
+
+def two(*programs, **environment):
+    """Starts two processes that are to meet, and waits for them; [(exit status, stderr)]."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    started = [
+        subprocess.Popen(
+            [
+                *(sys.executable, *program),
+                f"--coordinator=localhost:{port}",
+                "--num_processes=2",
+                f"--process_id={index}",
+            ],
+            cwd=ROOT,
+            env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index, program in enumerate(programs)
+    ]
+    try:
+        outputs = [process.communicate(timeout=200)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [(process.returncode, text) for process, text in zip(started, outputs, strict=True)]
+
+
+def programs(folder, workdir, stops, samples):
+    settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+    run = ["--config=configs/digits.py:nash", f"--workdir={workdir}", *settings]
+    return [
+        ["tests/host_program.py", folder / f"reads{i}", str(stops[i]), str(samples), *run]
+        for i in (0, 1)
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run of one process with eight devices, and the images it reads."""
+    workdir = tmp_path_factory.mktemp("whole")
+    reads = []
+    with pytest.MonkeyPatch.context() as patch:
+        record(patch, reads)
+        state = trainer.train(configured(), workdir)
+    return workdir, state, reads
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The run of two processes, of which the second is asked to stop."""
+    folder = tmp_path_factory.mktemp("stopped")
+    ended = two(*programs(folder, folder / "run", stops=(0, STOP), samples=0))
+    reads = [json.loads((folder / f"reads{i}").read_text()) for i in (0, 1)]
+    return folder / "run", ended, reads
+
+
+def states(workdir, step):
+    config = configured()
+    pieces = experiment.build(config, **experiment.load_facts(workdir))
+    return experiment.restore(config, pieces, workdir, step)[1]
+
+
+def assert_close(tree, other):
+    """Sums over the devices of two processes are rounded otherwise than over those of one."""
+    assert jax.tree.structure(tree) == jax.tree.structure(other)
+    for (path, leaf), expected in zip(
+        jax.tree.leaves_with_path(tree), jax.tree.leaves(other), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-6, err_msg=name)
+
+
+def test_two_processes_find_the_losses_and_the_checkpoint_of_one(whole, stopped):
+    workdir, ended, _ = stopped
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert_close(lines(workdir), lines(whole[0])[:STOP])
+    assert_close(states(workdir, 4), states(whole[0], 4))
+
+
+def test_each_process_reads_its_own_part_of_every_batch(whole, stopped):
+    batches = np.reshape(whole[2][: STOP * BATCH], (STOP, 2, BATCH // 2))
+    for process, reads in enumerate(stopped[2]):
+        np.testing.assert_array_equal(np.reshape(reads, (STOP, -1)), batches[:, process])
+
+
+def test_a_signal_to_one_stops_both_at_the_same_step(stopped):
+    workdir, ended, _ = stopped
+    assert checkpoint.checkpoint_steps(workdir / "checkpoints") == [2, 4, STOP]
+    for _, text in ended:
+        assert f"asked to stop: saving step {STOP}" in text
+
+
+@pytest.mark.parametrize("count", [8, 4, 1])
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+    count, whole, stopped, tmp_path, monkeypatch
+):
+    workdir = shutil.copytree(stopped[0], tmp_path / "run")
+    devices = jax.devices()[:count]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+    state = trainer.train(configured(), workdir)
+    assert_close(state, whole[1])
+    assert_close(lines(workdir), lines(whole[0]))
+
+
+def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_path, monkeypatch):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    for step in (6, 8):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    ended = two(*programs(tmp_path, workdir, stops=(0, 0), samples=1))
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert_close(states(workdir, STEPS), whole[1])
+    assert_close(lines(workdir), lines(whole[0]))
+
+    alone = shutil.copytree(workdir, tmp_path / "alone")
+    shutil.rmtree(alone / "samples")
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
+    expected = evaluate.sample(configured(), alone)
+    found = workdir / "samples" / expected.name
+    for name in ("arr_0", "arr_1"):
+        np.testing.assert_array_equal(np.load(found)[name], np.load(expected)[name])
+    grids = [Image.open(path.with_suffix(".png")) for path in (found, expected)]
+    np.testing.assert_array_equal(*map(np.asarray, grids))
+    assert list((workdir / "drawn").iterdir()) == []
+
+
+def test_one_that_fails_ends_the_other_with_its_reason(tmp_path):
+    run = ["-m", "ant_jax.main", f"--workdir={tmp_path}"]
+    (first, told), (second, reason) = two(run, [*run, "--config.num_steps=0"])
+    assert first == second == 1
+    message = "ConfigError: config.num_steps must be an integer >= 1, got 0"
+    assert message in reason
+    assert re.search(f"process 1 on .* failed: {message}", told)
+    assert "Traceback" not in told + reason
+
+
+def test_what_cannot_meet_says_so(tmp_path):
+    run = [sys.executable, "-m", "ant_jax.main", f"--workdir={tmp_path}", "--process_id=1"]
+    incomplete = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert incomplete.returncode == 1
+    assert "need --coordinator, --num_processes too" in incomplete.stderr
+    for arguments, message in {
+        ("localhost", 2, 0): "must be HOST:PORT",
+        ("localhost:1", 2, 2): "--process_id=2 must be from 0",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            processes.meet(*arguments)
+    program = (
+        "from ant_jax import processes; processes._MEETING_SECONDS = 1;"
+        "processes.meet('localhost:1', 2, 1)"
+    )
+    alone = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
+    assert alone.returncode == 1
+    (line,) = alone.stderr.splitlines()
+    assert "have not come together at localhost:1 within 1 s" in line
+
+
+@pytest.mark.parametrize(
+    ("tasks", "gpus", "expected"), [("3", "2", [0, 1]), ("6", "2", None), ("3", None, None)]
+)
+def test_under_slurm_a_process_that_is_alone_on_its_node_has_all_gpus(
+    tasks, gpus, expected, monkeypatch
+):
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "3")
+    monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
+    if gpus:
+        monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
+    assert processes._gpus_of_the_node() == expected
