@@ -45,7 +45,8 @@ def encode(config: ConfigDict) -> Path:
     codec = autoencoding.load(config)
     directory = inputs.latents_folder(config, config.data.split)
     processes.check_shared(directory)
-    mine = _share(processes.decide(lambda: _plan(config, directory, codec, len(source))))
+    missing = processes.decide(lambda: _plan(config, directory, codec, len(source)))
+    mine = _share(missing)
     if mine:
         logging.info(
             "encoding %d images, %d shards to go, into %s", len(source), len(mine), directory
@@ -53,6 +54,8 @@ def encode(config: ConfigDict) -> Path:
         _encode_shards(config, source, codec, directory, mine)
     processes.wait()
     if processes.is_first():
+        for shard in missing:
+            processes.seen(shard_path(directory, shard))
         facts = LatentFacts(
             autoencoder=settings.name,
             digest=codec.encoder_digest,

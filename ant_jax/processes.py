@@ -59,6 +59,8 @@ def meet(
             raise ValueError(
                 f"--process_id={process_id} must be from 0 to --num_processes={num_processes} - 1"
             )
+        if process_id == 0:
+            _check_free(int(port))
     # It would take SIGTERM, and nothing here asks it whether one has come.
     jax.config.update("jax_enable_preemption_service", False)
     # JAX would end the process too, by a signal and with pages of C++.
@@ -80,6 +82,14 @@ def meet(
         raise ValueError(f"the processes can't meet: {error}{hint}") from error
     finally:
         late.cancel()
+
+
+def _check_free(port):
+    """Where the port is taken, JAX ends by a segmentation fault."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
+        raise ValueError(f"--coordinator: port {port} of this machine: {error}") from error
 
 
 def _give_up(coordinator):
