@@ -75,7 +75,8 @@ def _diffusion(schedule, timesteps, variance, prediction, weight_name, *weight_s
 
 
 # The fields of the networks that are settings of the same name.
-_SHARED_FIELDS = ("width", "remat")
+_HOW_FIELDS = ("remat", "attention")  # change how it is computed, not what
+_SHARED_FIELDS = ("width", *_HOW_FIELDS)
 _FIELDS = {
     "dit": (*_SHARED_FIELDS, "depth", "heads", "patch"),
     "unet": (
@@ -95,9 +96,14 @@ def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Modul
     """The network; ``num_classes`` is that of the data, or 0 for an unconditional model.
 
     Raises:
-      ValueError: if the settings don't fit each other.
+      ValueError: if the settings don't fit each other or the devices.
     """
     settings = config.model
+    if settings.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"attention 'cudnn' needs an NVIDIA GPU, and the devices here are of the kind "
+            f"{jax.default_backend()!r}: set it to 'xla'"
+        )
     return _NETWORKS[settings.name](
         **{name: settings[name] for name in _FIELDS[settings.name]},
         channels=channels,
@@ -109,7 +115,7 @@ def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Modul
 
 def meaning_of_params(config: ConfigDict) -> list[str]:
     """Names of the settings that decide what the network's parameters are and what they do."""
-    fields = [name for name in _FIELDS[config.model.name] if name != "remat"]
+    fields = [name for name in _FIELDS[config.model.name] if name not in _HOW_FIELDS]
     return [
         *(f"model.{name}" for name in ("name", *fields)),
         "diffusion.prediction",

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ant_jax.files import write_bytes
+from ant_jax.models.attention import ATTENTION
+from ant_jax.models.remat import REMAT
 
 
 class ConfigError(ValueError):
@@ -125,7 +127,8 @@ RULES = {
     "model.resblock_updown": _BOOL,
     "model.conditional": _BOOL,
     "model.dtype": _one_of("float32", "bfloat16"),
-    "model.remat": _BOOL,
+    "model.remat": _one_of(*REMAT),
+    "model.attention": _one_of(*ATTENTION),
     "autoencoder.name": _one_of("", "KL-f8", "VQ-f4", "KL-f4-small"),
     "autoencoder.weights": _TEXT,
     "autoencoder.latents": _TEXT,
@@ -186,7 +189,7 @@ _FREE = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "sample.", 
 # A run keeps the clusters that it has begun with, wherever the affinity lies now.
 _FREE += ("data.num_workers", "data.dir", "diffusion.clip_x0", "clusters.affinity")
 # A run that has stopped at a loss that is not finite may go on and skip it.
-_FREE += ("optimizer.nonfinite",)
+_FREE += ("optimizer.nonfinite", "model.remat", "model.attention")
 _FREE += ("autoencoder.weights", "autoencoder.latents", "autoencoder.batch_size")
 
 

@@ -57,7 +57,10 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     model.resblock_updown = True
     model.conditional = True  # on the class label
     model.dtype = "float32"  # of activations: "bfloat16" on GPU and TPU
-    model.remat = False  # recompute blocks in the backward pass instead of keeping them
+    # What the backward pass computes again instead of keeping it: "none"; "blocks", all that is
+    # inside a block; or "dots", all but the outputs of dense layers and convolutions.
+    model.remat = "none"
+    model.attention = "xla"  # or "cudnn", fused: on NVIDIA's GPUs, with dtype "bfloat16"
 
     # Diffusion in the latents of an autoencoder. --mode encode makes latents of the images that
     # config.data describes; training reads them; samples are decoded.

@@ -22,5 +22,5 @@ def get_config(argument: str = "uncertainty,snr"):
     """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
     config = imagenet256_dit_l2.get_config(argument)
     config.model.update(SIZES["XL"])
-    config.model.remat = True
+    config.model.remat = "blocks"
     return config

@@ -218,6 +218,8 @@ FREE = {
     "data__num_workers": 2,
     "data__dir": "/elsewhere",
     "autoencoder__weights": "/elsewhere/vae.pt",
+    "model__remat": "blocks",
+    "model__attention": "cudnn",
     "num_steps": 5000,
 }
 FIXED = {

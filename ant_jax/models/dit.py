@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ant_jax.models.attention import check_attention
+from ant_jax.models.remat import check_remat, rematerialised
 from ant_jax.models.timesteps import MAX_PERIOD, timestep_features
 
 # Table 1 of the paper.
@@ -23,8 +25,8 @@ SIZES = {
     "XL": dict(depth=28, width=1152, heads=16),
 }
 
-_TIMESTEP_FEATURES = 256
-_MLP_RATIO = 4
+TIMESTEP_FEATURES = 256
+MLP_RATIO = 4
 
 _Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
 _ZeroDense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
@@ -64,11 +66,12 @@ class DiT(nn.Module):
       num_classes: Number of classes; 0 makes an unconditional model, without label table.
       learned_variance: Whether to return C further channels that parametrise the variance.
       dtype: Type of the activations.
-      remat: Whether to recompute the activations of each block in the backward pass, which trades
-        time for memory and changes neither parameters nor values.
+      remat: What is kept of each block for the backward pass, a trade of time for memory that
+        changes neither parameters nor values: see `ant_jax.models.remat.rematerialised`.
+      attention: "xla" or "cudnn": see `ant_jax.models.attention.check_attention`.
 
     Raises:
-      ValueError: On construction, if `width` or `patch` is not as above.
+      ValueError: On construction, if a field is not as above.
     """
 
     width: int
@@ -79,7 +82,8 @@ class DiT(nn.Module):
     num_classes: int = 0
     learned_variance: bool = False
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
+    attention: str = "xla"
 
     def __post_init__(self):
         if self.width % self.heads or self.width % 4:
@@ -88,6 +92,8 @@ class DiT(nn.Module):
             )
         if self.patch not in (1, 2, 4, 8):
             raise ValueError(f"patch must be 1, 2, 4 or 8, not {self.patch}.")
+        check_remat(self.remat)
+        check_attention(self.attention, self.width // self.heads, self.dtype)
         super().__post_init__()
 
     @nn.compact
@@ -128,7 +134,7 @@ class DiT(nn.Module):
         x += _positions(rows, columns, self.width).astype(x.dtype)
 
         embedding = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
-        features = timestep_features(t, _TIMESTEP_FEATURES)
+        features = timestep_features(t, TIMESTEP_FEATURES)
         condition = embedding(self.width, name="timestep_hidden")(features)
         condition = embedding(self.width, name="timestep_embedding")(nn.silu(condition))
         if y is not None:
@@ -141,9 +147,15 @@ class DiT(nn.Module):
         # Every modulation begins with this SiLU, so it is taken once.
         condition = nn.silu(condition).astype(self.dtype)
 
-        block = nn.remat(_Block) if self.remat else _Block
+        block = functools.partial(
+            rematerialised(_Block, self.remat),
+            width=self.width,
+            heads=self.heads,
+            dtype=self.dtype,
+            attention=self.attention,
+        )
         for i in range(self.depth):
-            x = block(self.width, self.heads, self.dtype, name=f"block_{i}")(x, condition)
+            x = block(name=f"block_{i}")(x, condition)
 
         modulation = _ZeroDense(2 * self.width, dtype=self.dtype, name="modulation")(condition)
         x = _modulate(_LayerNorm(dtype=self.dtype)(x), *jnp.split(modulation, 2, axis=-1))
@@ -159,6 +171,7 @@ class _Block(nn.Module):
     width: int
     heads: int
     dtype: Any
+    attention: str
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
@@ -168,12 +181,12 @@ class _Block(nn.Module):
         h = _modulate(_LayerNorm(dtype=self.dtype)(x), shift_1, scale_1)
         h = _Dense(3 * self.width, dtype=self.dtype, name="qkv")(h)
         h = h.reshape(*h.shape[:2], 3, self.heads, self.width // self.heads)
-        h = jax.nn.dot_product_attention(*jnp.unstack(h, axis=2))
+        h = jax.nn.dot_product_attention(*jnp.unstack(h, axis=2), implementation=self.attention)
         h = _Dense(self.width, dtype=self.dtype, name="attention_output")(h.reshape(x.shape))
         x += gate_1[:, None] * h
 
         h = _modulate(_LayerNorm(dtype=self.dtype)(x), shift_2, scale_2)
-        h = _Dense(_MLP_RATIO * self.width, dtype=self.dtype, name="mlp_hidden")(h)
+        h = _Dense(MLP_RATIO * self.width, dtype=self.dtype, name="mlp_hidden")(h)
         h = nn.gelu(h, approximate=True)
         h = _Dense(self.width, dtype=self.dtype, name="mlp_output")(h)
         return x + gate_2[:, None] * h

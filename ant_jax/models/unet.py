@@ -19,6 +19,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from ant_jax.models.attention import check_attention
+from ant_jax.models.remat import check_remat, rematerialised
 from ant_jax.models.timesteps import timestep_features
 
 # ADM's settings are the flags that its repository lists for its checkpoints, LDM's those of its
@@ -112,8 +114,10 @@ class UNet(nn.Module):
       resblock_updown: Whether the resolution changes inside a residual block, as in ADM, or by a
         convolution, as in LDM.
       dtype: Type of the activations.
-      remat: Whether to recompute the activations of each residual block and each attention in the
-        backward pass, which trades time for memory and changes neither parameters nor values.
+      remat: What is kept of each residual block and each attention for the backward pass, a trade
+        of time for memory that changes neither parameters nor values: see
+        `ant_jax.models.remat.rematerialised`.
+      attention: "xla" or "cudnn": see `ant_jax.models.attention.check_attention`.
 
     Raises:
       ValueError: On construction, if a field is not as above.
@@ -130,7 +134,8 @@ class UNet(nn.Module):
     scale_shift_norm: bool = True
     resblock_updown: bool = True
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
+    attention: str = "xla"
 
     def __post_init__(self):
         if self.width < 1 or self.width % 2:
@@ -156,6 +161,8 @@ class UNet(nn.Module):
                     f"head_channels must divide the {channels} channels at the downsampling factor "
                     f"{factor}, where attention is, not {self.head_channels}."
                 )
+        check_remat(self.remat)
+        check_attention(self.attention, self.head_channels, self.dtype)
         super().__post_init__()
 
     @nn.compact
@@ -203,12 +210,16 @@ class UNet(nn.Module):
         # Every residual block begins with this SiLU of the condition, so it is taken once.
         condition = nn.silu(condition).astype(self.dtype)
 
-        remat = nn.remat if self.remat else lambda module: module
         block = functools.partial(
-            remat(_ResidualBlock), scale_shift_norm=self.scale_shift_norm, dtype=self.dtype
+            rematerialised(_ResidualBlock, self.remat),
+            scale_shift_norm=self.scale_shift_norm,
+            dtype=self.dtype,
         )
         attention = functools.partial(
-            remat(_Attention), head_channels=self.head_channels, dtype=self.dtype
+            rematerialised(_Attention, self.remat),
+            head_channels=self.head_channels,
+            dtype=self.dtype,
+            attention=self.attention,
         )
         channels = [int(self.width * mult) for mult in self.channel_mult]
         attends = [2**level in self.attention_factors for level in range(levels)]
@@ -290,6 +301,7 @@ class _Attention(nn.Module):
 
     head_channels: int
     dtype: Any
+    attention: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -298,7 +310,7 @@ class _Attention(nn.Module):
         h = _GroupNorm(dtype=self.dtype, name="norm")(x)
         h = _Dense(3 * channels, dtype=self.dtype, name="qkv")(h)
         h = h.reshape(batch, height * width, heads, 3, self.head_channels)
-        h = jax.nn.dot_product_attention(*jnp.unstack(h, axis=3))
+        h = jax.nn.dot_product_attention(*jnp.unstack(h, axis=3), implementation=self.attention)
         return x + _ZeroDense(channels, dtype=self.dtype, name="output")(h.reshape(x.shape))
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ant_jax.models.dit import DiT, dit
+from ant_jax.models.remat import REMAT
 
 TINY = dict(width=16, depth=2, heads=2, patch=2, channels=3, num_classes=5, learned_variance=True)
 LABELS = np.array([0, 4, 5])
@@ -168,26 +169,27 @@ def test_initialisation():
 
 
 def test_remat_changes_neither_parameters_nor_values_nor_gradients():
-    models = [DiT(**{**TINY, "depth": 1, "remat": remat}) for remat in (False, True)]
+    models = [DiT(**{**TINY, "depth": 1, "remat": remat}) for remat in REMAT]
     trees = [jax.eval_shape(m.init, jax.random.key(0), *_inputs()) for m in models]
-    assert trees[0] == trees[1]
+    assert trees[0] == trees[1] == trees[2]
     params = _random_params(models[0])
 
     def loss(params, model):
         return (model.apply(params, *_inputs()) ** 2).mean()
 
     losses = [functools.partial(loss, model=model) for model in models]
-    for function, num_blocks in zip(losses, (0, 1), strict=True):
-        equations = jax.make_jaxpr(function)(params).eqns
-        assert sum("remat" in e.primitive.name for e in equations) == num_blocks
+    products = [str(jax.make_jaxpr(jax.grad(f))(params)).count("dot_general[") for f in losses]
+    # Five dense layers and the two products of attention; "dots" computes only those two again.
+    assert np.subtract(products, products[0]).tolist() == [0, 7, 2]
     values, gradients = zip(
         *(jax.jit(jax.value_and_grad(function))(params) for function in losses), strict=True
     )
-    np.testing.assert_allclose(*values, rtol=1e-5)
-    for plain, remat in zip(*map(jax.tree.leaves, gradients), strict=True):
+    np.testing.assert_allclose(values[1:], values[0], rtol=1e-5)
+    for plain, *others in zip(*map(jax.tree.leaves, gradients), strict=True):
         scale = np.abs(np.asarray(plain)).max()
         assert scale > 0
-        np.testing.assert_allclose(remat, plain, rtol=1e-3, atol=1e-5 * scale)
+        for remat in others:
+            np.testing.assert_allclose(remat, plain, rtol=1e-3, atol=1e-5 * scale)
 
 
 def test_bfloat16_is_close_to_float32():
@@ -271,6 +273,10 @@ def test_missing_labels():
         (dict(width=18), "and of 4"),
         (dict(patch=3), "patch must be"),
         (dict(patch=0), "patch must be"),
+        (dict(remat="all"), "remat must be one of none, blocks, dots"),
+        (dict(attention="flash"), "attention must be one of xla, cudnn"),
+        (dict(attention="cudnn"), "needs dtype bfloat16, not float32"),
+        (dict(attention="cudnn", heads=4, dtype=jnp.bfloat16), "multiple of 8 channels .* not 4"),
     ],
 )
 def test_bad_fields(fields, match):

@@ -17,6 +17,7 @@ from ant_jax.interop import (
     unet_names,
     write_state,
 )
+from ant_jax.models.remat import REMAT
 from ant_jax.models.unet import UNet, unet
 
 RECORDS = Path(__file__).parents[1] / "data" / "unet"
@@ -214,9 +215,9 @@ def test_initialisation():
 def test_remat_changes_neither_parameters_nor_values_nor_gradients():
     # Two channels a group: a norm of one channel takes every bias before it away.
     fields = {**TINY, "width": 64, "channel_mult": (1,)}
-    models = [UNet(**fields, remat=remat) for remat in (False, True)]
+    models = [UNet(**fields, remat=remat) for remat in REMAT]
     trees = [_shapes(model, 4) for model in models]
-    assert trees[0] == trees[1]
+    assert trees[0] == trees[1] == trees[2]
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda p: rng.normal(0, 0.2, p.shape).astype(np.float32), trees[0][1])
     x = rng.normal(size=(2, 4, 4, 3)).astype(np.float32)
@@ -226,11 +227,20 @@ def test_remat_changes_neither_parameters_nor_values_nor_gradients():
 
     losses = [functools.partial(loss, model=model) for model in models]
     # Two modules on the way down, three in the middle, four on the way up.
-    for function, modules in zip(losses, (0, 2 + 3 + 4), strict=True):
+    for function, modules in zip(losses, (0, 2 + 3 + 4, 2 + 3 + 4), strict=True):
         equations = jax.make_jaxpr(function)(params).eqns
         assert sum("remat" in e.primitive.name for e in equations) == modules
+    programs = [str(jax.make_jaxpr(jax.grad(function))(params)) for function in losses]
+    dense, convolutions = (
+        np.array([program.count(f"{name}[") for program in programs])
+        for name in ("dot_general", "conv_general_dilated")
+    )
+    # "dots" computes only the two products of the four attentions again.
+    assert dense[1] > dense[2] == dense[0] + 2 * 4
+    assert convolutions[1] > convolutions[2] == convolutions[0]
+    # The values of "blocks", which compile as long again, are left to the same test of DiT.
     values, gradients = zip(
-        *(jax.jit(jax.value_and_grad(function))(params) for function in losses), strict=True
+        *(jax.jit(jax.value_and_grad(function))(params) for function in losses[::2]), strict=True
     )
     np.testing.assert_allclose(*values, rtol=1e-5)
     for plain, remat in zip(*map(jax.tree.leaves, gradients), strict=True):

@@ -1,0 +1,36 @@
+"""Which activations a network keeps for its backward pass."""
+
+import flax.linen as nn
+import jax
+
+REMAT = ("none", "blocks", "dots")
+
+
+def check_remat(remat: str) -> None:
+    """Raises a ValueError for a policy that is none of `REMAT`."""
+    if remat not in REMAT:
+        raise ValueError(f"remat must be one of {', '.join(REMAT)}, not {remat!r}.")
+
+
+def rematerialised(module: type[nn.Module], remat: str) -> type[nn.Module]:
+    """A module that keeps less for its backward pass, with the same parameters and values.
+
+    Args:
+      module: the class of a block.
+      remat: "none" keeps all; "blocks" keeps the block's inputs and computes the rest again; "dots"
+        keeps the outputs of products with parameters as well, dense layers and convolutions, and
+        computes again what is cheap: norms, nonlinearities, and the two products of attention,
+        whose weights take most memory.
+
+    Returns:
+      The class to use in its place.
+    """
+    if remat == "none":
+        return module
+    return nn.remat(module, policy=_products if remat == "dots" else None)
+
+
+def _products(primitive, *args, **params):
+    return primitive is jax.lax.conv_general_dilated_p or (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+    )

@@ -1,0 +1,76 @@
+"""What a train step of a DiT should cost, counted from the architecture, and what devices can do.
+
+A FLOP is one multiplication or one addition. Counted are the matrix products and the two products
+of attention, at 2 FLOPs per multiply-add. Left out is what grows with the number of activations or
+parameters alone: norms, softmax, GELU, residual sums, the loss, AdamW and the moving average. They
+are 1 to 2 % of a DiT's forward pass by XLA's count.
+"""
+
+from typing import NamedTuple
+
+from ant_jax.models.dit import MLP_RATIO, TIMESTEP_FEATURES, DiT
+
+# Dense bfloat16 TFLOP/s of one device, by what JAX calls its kind. The GPUs' are NVIDIA's data
+# sheets (A100 2020; H100 SXM 2023 and H200 2024, there with sparsity, which doubles them), the
+# TPUs' the pages "TPU v4" to "TPU v6e" of Google Cloud's documentation.
+PEAK_TFLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312,
+    "NVIDIA A100-SXM4-80GB": 312,
+    "NVIDIA A100-PCIE-40GB": 312,
+    "NVIDIA A100 80GB PCIe": 312,
+    "NVIDIA H100 80GB HBM3": 989,
+    "NVIDIA H200": 989,
+    "TPU v4": 275,
+    "TPU v5 lite": 197,
+    "TPU v5": 459,
+    "TPU v6 lite": 918,
+}
+
+
+class Products(NamedTuple):
+    """Multiply-adds of one example's forward pass.
+
+    Attributes:
+      first: of the layers whose input needs no gradient: patches and timestep features.
+      rest: of all others.
+    """
+
+    first: int
+    rest: int
+
+
+def products(model: DiT, height: int, width: int) -> Products:
+    """Counts the multiply-adds of a DiT's forward pass on one input of height x width.
+
+    Their sum is what table 4 of Peebles & Xie (ICCV 2023, arXiv 2212.09748) calls FLOPs.
+    """
+    tokens = (height // model.patch) * (width // model.patch)
+    features, patch = model.width, model.patch**2 * model.channels
+    per_token = (3 + 1 + 2 * MLP_RATIO) * features**2
+    attention = 2 * tokens**2 * features
+    block = tokens * per_token + attention + 6 * features**2
+    outputs = patch * (2 if model.learned_variance else 1)
+    first = tokens * patch * features + TIMESTEP_FEATURES * features
+    rest = features**2 + model.depth * block + 2 * features**2 + tokens * features * outputs
+    return Products(first, rest)
+
+
+def forward_flops(model: DiT, height: int, width: int) -> int:
+    """FLOPs of the forward pass of a DiT on one input of height x width."""
+    return 2 * sum(products(model, height, width))
+
+
+def gradient_flops(model: DiT, height: int, width: int) -> int:
+    """FLOPs of the loss and its gradient on one input of height x width, without recomputation.
+
+    The backward pass costs each product twice again, for the gradients of its two factors, but
+    inputs of the network get none. A model FLOPs utilisation counts these and nothing else,
+    whatever is recomputed (Chowdhery et al., *PaLM*, 2022, appendix B).
+    """
+    first, rest = products(model, height, width)
+    return 2 * (2 * first + 3 * rest)
+
+
+def combine_flops(num_params: int, k: int) -> int:
+    """FLOPs of the Gram matrix of k gradients and of their weighted sum."""
+    return 2 * k * k * num_params + 2 * k * num_params
