@@ -1,46 +1,44 @@
-"""Time of a train step of each method as a ratio to vanilla: ``python -m benchmarks.step``.
+"""What a train step of each method costs, beside vanilla: ``python -m benchmarks.step``.
 
 All variants run in one process, one step each in turn and in a new order every round, on the same
 parameters, optimizer and EMA. A ratio is the median over rounds of (variant / vanilla of the same
-round), with a 95 % bootstrap interval. Needs jax, flax, optax and numpy alone.
+round), with a 95 % bootstrap interval. Before that, where the device tells its memory's peak, which
+only grows within a process, each variant takes two steps in a process of its own.
 
-The defaults are the reference size for 2 CPU cores. On an accelerator, for instance::
+The defaults are the reference size for 2 CPU cores. On an accelerator, and to compile any size on
+any machine, also for a TPU that it has not (with libtpu installed)::
 
-  python -m benchmarks.step --width 1024 --depth 24 --heads 16 --size 32 --classes 1000 \
-    --batch 240 --dtype bfloat16
+  python -m benchmarks.step --model L/2
+  python -m benchmarks.step --model XL/2 --batch auto --remat dots
+  python -m benchmarks.step --model L/2 --compile_only --target v5p:2x2x1
+
+GB are 10^9 bytes on one device. ``--model`` needs ml_collections, all else jax, flax, optax and
+numpy alone.
 """
 
 import argparse
-import functools
+import importlib
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from ant_jax import clustering, diffusion, mtl
+from ant_jax import diffusion
+from ant_jax.models.attention import ATTENTION
 from ant_jax.models.dit import DiT
-from ant_jax.parallel import parallel_step, replicate
-from ant_jax.train_step import init_state, train_step
+from ant_jax.models.remat import REMAT
+from ant_jax.parallel import replicate, replicated
+from benchmarks import flops, programs
 
-METHODS = {
-    "vanilla": lambda k: None,
-    "linear": mtl.linear,
-    "uncertainty": mtl.uncertainty,
-    "pcgrad": mtl.pcgrad,
-    "nash": mtl.nash,
-}
-VARIANTS = [
-    "vanilla",
-    "linear",
-    "uncertainty",
-    *(f"{method}/{form}" for method in ("pcgrad", "nash") for form in ("vmap", "scan", "masked")),
-]
+MODELS = ("S/2", "B/2", "L/2", "XL/2")
 
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, help="of the configs imagenet256_dit_*")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--heads", type=int, default=6)
@@ -48,112 +46,222 @@ def parse():
     parser.add_argument("--size", type=int, default=16, help="side of the input")
     parser.add_argument("--channels", type=int, default=4)
     parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=40)
+    parser.add_argument("--batch", help="default: the config's, or 40; auto: the largest that fits")
     parser.add_argument("--k", type=int, default=5)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--remat", action="store_true")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--remat", choices=REMAT)
+    parser.add_argument("--attention", choices=ATTENTION)
     parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
-    return parser.parse_args()
+    variants = programs.VARIANTS
+    parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
+    parser.add_argument("--compile_only", action="store_true", help="no step is taken")
+    parser.add_argument("--target", help="a TPU to compile for, as v5p:2x2x1: one chip of it")
+    parser.add_argument("--peak_tflops", type=float, help="of one device, if it is not known")
+    args = parser.parse_args()
+    if args.target and not args.compile_only:
+        parser.error("--target is for --compile_only")
+    args.variants = ["vanilla", *(name for name in args.variants if name != "vanilla")]
+    return args
 
 
 def main():
     args = parse()
-    variants = ["vanilla", *(name for name in args.variants if name != "vanilla")]
-    model = DiT(
-        width=args.width,
-        depth=args.depth,
-        heads=args.heads,
-        patch=args.patch,
-        channels=args.channels,
-        num_classes=args.classes,
-        dtype=jnp.dtype(args.dtype),
-        remat=args.remat,
-    )
-    process = diffusion.GaussianDiffusion(diffusion.alphas_bar("cosine", 1000))
-    boundaries = clustering.interval_clusters(clustering.snr_costs(process.log_snr), args.k)
-    optimizer = optax.adamw(1e-4)
-    devices = jax.local_devices()
-    shape = (args.size, args.size, args.channels)
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.normal(size=(args.batch, *shape)).astype(np.float32),
-        "label": rng.integers(0, args.classes, args.batch).astype(np.int32),
-    }
-    zero = jnp.zeros(1, jnp.int32)
-    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, *shape)), zero, zero)["params"]
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    # Off adaLN-Zero's start, where gradients are zero and Nash has nothing to solve.
-    params = jax.tree.map(lambda leaf: leaf + 0.02, params)
+    task, batch_size = what(args)
+    if args.batch == "auto":
+        batch_size = alone(largest_batch, args)
+    # Before this process takes the devices, and with them their memory.
+    device_bytes = {} if args.compile_only else peaks(args, batch_size)
+    devices = devices_of(args)
     print(
-        f"{jax.devices()[0].device_kind}, {len(devices)} device(s), jax {jax.__version__}; "
-        f"{count / 1e6:.1f} M parameters, input {shape}, batch {args.batch}, k = {args.k}, "
-        f"{args.dtype}",
+        f"{devices[0].device_kind}, {len(devices)} device(s), jax {jax.__version__}; "
+        f"{programs.num_params(task) / 1e6:.1f} M parameters, input {task.shape}, "
+        f"batch {batch_size}, k = {task.k}, {jnp.dtype(task.model.dtype).name}, "
+        f"remat {task.model.remat}, attention {task.model.attention}",
         flush=True,
     )
+    compiled = {}
+    for name in args.variants:
+        compiled[name] = programs.compile_step(task, name, batch_size, devices)
+        print(f"compiled {name} in {compiled[name].compile_seconds:.1f} s", flush=True)
+    first_seconds, times = {}, {}
+    if not args.compile_only:
+        first_seconds, times = run(task, compiled, batch_size, devices, args.repeats)
+    table(args, task, batch_size, devices, compiled, device_bytes, first_seconds, times)
+    promises(task, batch_size, compiled)
 
-    steps, method_states, compile_seconds = {}, {}, {}
-    # One set of parameters and moments serves all variants, so that large models fit.
-    core = None
-    for name in variants:
-        method, _, form = name.partition("/")
-        weighting = METHODS[method](args.k)
-        state = init_state(params, optimizer, weighting, args.k) if core is None else None
-        if core is None:
-            core = replicate(state, devices)
-            params = None
-        fresh = mtl.CombineState((), jnp.zeros(args.k), None)
-        method_states[name] = replicate(
-            fresh if weighting is None else mtl.init_combine(weighting), devices
+
+def what(args):
+    """The task, and the batch size unless it is to be found."""
+    if args.model:
+        from ant_jax import builders
+
+        name = args.model.lower().replace("/", "")
+        config = importlib.import_module(f"configs.imagenet256_dit_{name}").get_config()
+        shape, classes = (32, 32, 4), 1000
+        for field in ("dtype", "remat"):
+            config.model[field] = getattr(args, field) or config.model[field]
+        model = builders.build_model(config, shape[-1], classes)
+        process, size = builders.build_diffusion(config), config.data.batch_size
+    else:
+        shape, size = (args.size, args.size, args.channels), 40
+        model = DiT(
+            width=args.width,
+            depth=args.depth,
+            heads=args.heads,
+            patch=args.patch,
+            channels=args.channels,
+            num_classes=args.classes,
+            dtype=jnp.dtype(args.dtype or "float32"),
+            remat=args.remat or "none",
         )
-        steps[name] = parallel_step(
-            functools.partial(
-                train_step,
-                apply_fn=lambda p, x, t, y: model.apply({"params": p}, x, t, y),
-                diffusion=process,
-                boundaries=boundaries,
-                weighting=weighting,
-                optimizer=optimizer,
-                seed=0,
-                timesteps="uniform" if weighting is None else "stratified",
-                gradient_form=form or "vmap",
-                num_classes=args.classes,
-                label_dropout=0.1,
-            ),
-            devices,
-        )
-        begin = time.perf_counter()
-        core, _ = take(steps[name], core, method_states, name, batch)
-        compile_seconds[name] = time.perf_counter() - begin
-        print(f"compiled {name} in {compile_seconds[name]:.1f} s", flush=True)
-
-    times = {name: [] for name in variants}
-    for round_ in range(args.repeats):
-        for name in rng.permutation(variants):
-            core, seconds = take(steps[name], core, method_states, name, batch)
-            times[name].append(seconds)
-        print(f"\rround {round_ + 1}/{args.repeats}", end="", flush=True)
-
-    print("\n\n| variant | ms per step | ratio to vanilla | 95 % interval | compile s |")
-    print("| --- | --- | --- | --- | --- |")
-    for name in variants:
-        ratios = np.array(times[name]) / np.array(times["vanilla"])
-        resampled = rng.choice(ratios, (2000, args.repeats))
-        low, high = np.quantile(np.median(resampled, 1), [0.025, 0.975])
-        print(
-            f"| {name} | {1000 * np.median(times[name]):.1f} | {np.median(ratios):.3f} | "
-            f"{low:.3f} to {high:.3f} | {compile_seconds[name]:.1f} |"
-        )
+        process = diffusion.GaussianDiffusion(diffusion.alphas_bar("cosine", 1000))
+    # Not by the config: it asks which devices there are, and this process must not take them yet.
+    model = model.clone(attention=args.attention or model.attention)
+    size = int(args.batch) if args.batch not in (None, "auto") else size
+    return programs.Task(model, shape, process, args.k), size
 
 
-def take(step, core, method_states, name, batch):
-    """One step of a variant on the common parameters; returns them and the seconds it took."""
-    begin = time.perf_counter()
-    state, _ = step(core._replace(method_state=method_states[name]), batch)
+def devices_of(args):
+    return [programs.tpu(args.target)] if args.target else jax.local_devices()
+
+
+def alone(function, *args):
+    """A function's result, from a process that takes the devices and gives them back."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def largest_batch(args):
+    """The largest batch for which the programs of all variants fit the device's memory."""
+    task, _ = what(args)
+    devices = devices_of(args)
+    # A compiler for a device knows its memory; one for a device that is there leaves it to us.
+    limit = float("inf") if args.target else programs.memory_limit(devices[0])
+
+    def fits(size):
+        for name in args.variants:
+            try:
+                program = programs.compile_step(task, name, size, devices)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                return False
+            needed = programs.program_bytes(program.compiled)
+            print(f"batch {size}, {name}: {needed / 1e9:.2f} GB", flush=True)
+            if needed > limit:
+                return False
+        return True
+
+    return programs.largest_batch(fits, args.k * len(devices))
+
+
+def peaks(args, batch_size):
+    """Bytes that each variant takes at most on a device; none where devices don't say."""
+    if not alone(reports_memory):
+        return {}
+    return {name: alone(peak, args, batch_size, name) for name in args.variants}
+
+
+def reports_memory():
+    return jax.local_devices()[0].memory_stats() is not None
+
+
+def peak(args, batch_size, name):
+    """Bytes that two steps of a variant take at most on a device."""
+    task, _ = what(args)
+    devices = devices_of(args)
+    program = programs.compile_step(task, name, batch_size, devices)
+    state, batch = new_state(task, name, devices), programs.first_batch(task, batch_size)
+    for _ in range(2):
+        state, _ = program.compiled(state, batch)
     jax.block_until_ready(state)
-    seconds = time.perf_counter() - begin
-    method_states[name] = state.method_state
-    return state, seconds
+    return max(device.memory_stats()["peak_bytes_in_use"] for device in devices)
+
+
+def new_state(task, name, devices):
+    make = jax.jit(lambda: programs.first_state(task, name), out_shardings=replicated(devices))
+    return make()
+
+
+def run(task, compiled, batch_size, devices, repeats):
+    """Seconds of each variant's first step, and of its steps in all rounds."""
+    batch = programs.first_batch(task, batch_size)
+    # One set of parameters and moments serves all variants, so that large models fit.
+    core = new_state(task, "vanilla", devices)
+    method_states = {
+        name: replicate(programs.first_state(task, name).method_state, devices) for name in compiled
+    }
+    first_seconds, times = {}, {name: [] for name in compiled}
+
+    def take(core, name):
+        begin = time.perf_counter()
+        state = core._replace(method_state=method_states[name])
+        state, _ = jax.block_until_ready(compiled[name].compiled(state, batch))
+        method_states[name] = state.method_state
+        return state, time.perf_counter() - begin
+
+    for name in compiled:
+        core, first_seconds[name] = take(core, name)
+    rng = np.random.default_rng(0)
+    for round_ in range(repeats):
+        for name in rng.permutation(list(compiled)):
+            core, seconds = take(core, name)
+            times[name].append(seconds)
+        print(f"\rround {round_ + 1}/{repeats}", end="", flush=True)
+    return first_seconds, times
+
+
+def table(args, task, batch_size, devices, compiled, device_bytes, first_seconds, times):
+    work = batch_size * flops.gradient_flops(task.model, *task.shape[:2])
+    peak_tflops = args.peak_tflops
+    if peak_tflops is None and task.model.dtype == jnp.bfloat16:
+        peak_tflops = flops.PEAK_TFLOPS.get(devices[0].device_kind)
+    columns = ["variant", "ms per step", "ratio to vanilla", "95 % interval", "MFU", "TFLOP by XLA"]
+    columns += ["program GB", "device GB", "trace s", "compile s", "first step s"]
+    print(f"\n\nvanilla's products by the architecture: {work / 1e12:.4g} TFLOP a step\n")
+    print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+    rng = np.random.default_rng(0)
+    for name, program in compiled.items():
+        cells = ["-"] * 4
+        if times:
+            ratios = np.array(times[name]) / np.array(times["vanilla"])
+            resampled = rng.choice(ratios, (2000, len(ratios)))
+            low, high = np.quantile(np.median(resampled, 1), [0.025, 0.975])
+            seconds = np.median(times[name])
+            cells = [f"{1000 * seconds:.1f}", f"{np.median(ratios):.3f}"]
+            cells.append(f"{low:.3f} to {high:.3f}")
+            possible = seconds * len(devices) * (peak_tflops or 0) * 1e12
+            cells.append(f"{work / possible:.1%}" if possible else "-")
+        # The body of a loop is counted once, and what cuDNN does not at all.
+        hidden = name.endswith(programs.LOOPS) or task.model.attention == "cudnn"
+        total = program.compiled.cost_analysis()["flops"] * len(devices) / 1e12
+        cells.append("-" if hidden else f"{total:.4g}")
+        cells.append(f"{programs.program_bytes(program.compiled) / 1e9:.2f}")
+        cells.append(f"{device_bytes[name] / 1e9:.2f}" if device_bytes.get(name) else "-")
+        cells += [f"{program.lower_seconds:.1f}", f"{program.compile_seconds:.1f}"]
+        cells.append(f"{first_seconds[name]:.2f}" if first_seconds else "-")
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+def promises(task, batch_size, compiled):
+    """What the k gradients may cost: memory beside vanilla's, FLOPs beside the products."""
+    params = programs.num_params(task)
+    combine = flops.combine_flops(params, task.k)
+    share = combine / (batch_size * flops.gradient_flops(task.model, *task.shape[:2]))
+    print(f"\nGram matrix and weighted sum by the architecture: {share:.2%} of vanilla's products")
+    vanilla = programs.program_bytes(compiled["vanilla"].compiled)
+    limits = {
+        "vmap": ("vanilla + (k + 1) x parameters", vanilla + (task.k + 1) * 4 * params),
+        "scan": ("vanilla", vanilla),
+    }
+    for name, program in compiled.items():
+        form = name.partition("/")[2]
+        if form in limits:
+            words, limit = limits[form]
+            used = programs.program_bytes(program.compiled)
+            sign = "<=" if used <= limit else ">"
+            print(f"{name}: program {used / 1e9:.2f} GB {sign} {limit / 1e9:.2f} GB = {words}")
 
 
 if __name__ == "__main__":

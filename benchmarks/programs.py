@@ -1,0 +1,176 @@
+"""Train steps compiled ahead of time, for this machine's devices or for a TPU that is not there."""
+
+import functools
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import topologies
+
+from ant_jax import clustering, mtl
+from ant_jax.diffusion import GaussianDiffusion
+from ant_jax.parallel import parallel_step, replicated
+from ant_jax.train_step import TrainState, init_state, train_step
+
+METHODS = {
+    "vanilla": lambda k: None,
+    "linear": mtl.linear,
+    "uncertainty": mtl.uncertainty,
+    "pcgrad": mtl.pcgrad,
+    "nash": mtl.nash,
+}
+# METHOD or METHOD/FORM of the k gradients.
+VARIANTS = [
+    "vanilla",
+    "linear",
+    "uncertainty",
+    *(f"{method}/{form}" for method in ("pcgrad", "nash") for form in ("vmap", "scan", "masked")),
+]
+LOOPS = ("scan", "masked")
+
+
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+      model: the network, called as `ant_jax.models.dit.DiT` is.
+      shape: (H, W, C) of its input.
+      process: the noise process.
+      k: number of clusters.
+    """
+
+    model: nn.Module
+    shape: tuple[int, int, int]
+    process: GaussianDiffusion
+    k: int
+
+
+class Program(NamedTuple):
+    """A step compiled for devices, ``(state, batch) -> (state, metrics)``, the state donated.
+
+    Attributes:
+      compiled: the step.
+      lower_seconds: time to trace and lower it.
+      compile_seconds: time XLA took.
+    """
+
+    compiled: jax.stages.Compiled
+    lower_seconds: float
+    compile_seconds: float
+
+
+def first_state(task: Task, variant: str) -> TrainState:
+    """The state before the first step of a variant; everything but `method_state` is common."""
+    classes = task.model.num_classes
+    labels = jnp.zeros(1, jnp.int32) if classes else None
+    x, t = jnp.zeros((1, *task.shape)), jnp.zeros(1, jnp.int32)
+    params = task.model.init(jax.random.key(0), x, t, labels)["params"]
+    # Off adaLN-Zero's start, where gradients are zero and Nash has nothing to solve.
+    params = jax.tree.map(lambda leaf: leaf + 0.02, params)
+    return init_state(params, _OPTIMIZER, _weighting(task, variant), task.k)
+
+
+def first_batch(task: Task, size: int) -> dict[str, np.ndarray]:
+    """A batch of random examples."""
+    rng = np.random.default_rng(0)
+    batch = {"image": rng.normal(size=(size, *task.shape)).astype(np.float32)}
+    if task.model.num_classes:
+        batch["label"] = rng.integers(0, task.model.num_classes, size).astype(np.int32)
+    return batch
+
+
+def step_of(task: Task, variant: str) -> Callable:
+    """The train step of a variant, not compiled, as `parallel_step` takes it."""
+    weighting = _weighting(task, variant)
+    costs = clustering.snr_costs(task.process.log_snr)
+    return functools.partial(
+        train_step,
+        apply_fn=lambda params, x, t, y: task.model.apply({"params": params}, x, t, y),
+        diffusion=task.process,
+        boundaries=clustering.interval_clusters(costs, task.k),
+        weighting=weighting,
+        optimizer=_OPTIMIZER,
+        seed=0,
+        timesteps="uniform" if weighting is None else "stratified",
+        gradient_form=variant.partition("/")[2] or "vmap",
+        num_classes=task.model.num_classes,
+        label_dropout=0.1 if task.model.num_classes else 0.0,
+    )
+
+
+def compile_step(task: Task, variant: str, size: int, devices: Sequence[jax.Device]) -> Program:
+    """Compiles the step of a variant for a batch of a size; nothing is put on the devices."""
+    sharding = replicated(devices)
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: first_state(task, variant)),
+    )
+    batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, first_batch(task, size)))
+    # Around pmap as well as jit, since what `parallel_step` returns for many devices can't lower.
+    step = jax.jit(parallel_step(step_of(task, variant), devices), donate_argnums=0)
+    begin = time.perf_counter()
+    lowered = step.lower(state, batch)
+    middle = time.perf_counter()
+    compiled = lowered.compile()
+    return Program(compiled, middle - begin, time.perf_counter() - middle)
+
+
+def program_bytes(compiled: jax.stages.Compiled) -> int:
+    """The most memory a device needs for a program: its state, batch, results and all between."""
+    memory = compiled.memory_analysis()
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
+def num_params(task: Task) -> int:
+    """How many parameters the network has."""
+    state = jax.eval_shape(lambda: first_state(task, "vanilla"))
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def memory_limit(device: jax.Device) -> int:
+    """Bytes that programs may use on a device; for a CPU the machine's."""
+    stats = device.memory_stats()
+    if stats is None:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    return stats["bytes_limit"]
+
+
+def largest_batch(fits: Callable[[int], bool], unit: int) -> int:
+    """The largest multiple of ``unit`` that fits, by doubling and then halving the interval.
+
+    Raises:
+      ValueError: if not even one unit fits.
+    """
+    low, high = 0, 1
+    while fits(high * unit):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * unit) else (low, middle)
+    if low == 0:
+        raise ValueError(f"not even a batch of {unit} fits")
+    return low * unit
+
+
+def tpu(topology: str) -> jax.Device:
+    """A TPU to compile for, by a name such as "v5e:2x2"; libtpu must be installed, no TPU there."""
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+
+
+_OPTIMIZER = optax.adamw(1e-4)
+
+
+def _weighting(task, variant):
+    return METHODS[variant.partition("/")[0]](task.k)
