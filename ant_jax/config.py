@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ant_jax.files import write_bytes
-from ant_jax.models.attention import ATTENTION
-from ant_jax.models.remat import REMAT
 
 
 class ConfigError(ValueError):
@@ -127,8 +125,8 @@ RULES = {
     "model.resblock_updown": _BOOL,
     "model.conditional": _BOOL,
     "model.dtype": _one_of("float32", "bfloat16"),
-    "model.remat": _one_of(*REMAT),
-    "model.attention": _one_of(*ATTENTION),
+    "model.remat": _one_of("none", "blocks", "dots"),
+    "model.attention": _one_of("xla", "cudnn"),
     "autoencoder.name": _one_of("", "KL-f8", "VQ-f4", "KL-f4-small"),
     "autoencoder.weights": _TEXT,
     "autoencoder.latents": _TEXT,
