@@ -2,12 +2,24 @@
 
 import dataclasses
 import functools
+import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 Example = dict[str, Any]
+
+# One bit for each of the digits: which are held out, as scikit-learn's
+# train_test_split(range(1797), test_size=300, stratify=labels, random_state=0) draws them.
+_HELD_OUT = (
+    "000004883524104000064100934205001a00080100200028062c12001000940a0080111204005880020110a000"
+    "080a8020441504480240a00a0000004000980000800020004805c400104000a0100005404800301000020ec009"
+    "000024040083a8013c00a6980a0000000308400804a01808020240414000800400448436420102160044000040"
+    "40a080180a5000840981618408108008000c00c02000068a000008820081003808038008190000100e01000010"
+    "a02100322829004044c08028060102030002008822a2402c24042108a840809081200c02820242100138041500"
+)
 
 
 class UnreadableImageError(OSError):
@@ -111,28 +123,37 @@ def digits(split: str) -> ArraySource:
     Raises:
       ValueError: If there is no such split.
     """
-    # Imported here, as in `from_tfds`: each takes a second that users of the other need not pay.
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    raw = load_digits()
-    everything = np.arange(len(raw.target))
-    train, test = train_test_split(
-        everything, test_size=300, stratify=raw.target, shuffle=True, random_state=0
-    )
-    splits = {"train": np.sort(train), "test": np.sort(test), "all": everything}
+    table = _digits_table()
+    everything = np.arange(len(table))
+    held_out = np.unpackbits(np.frombuffer(bytes.fromhex(_HELD_OUT), np.uint8), count=len(table))
+    train, test = np.flatnonzero(held_out == 0), np.flatnonzero(held_out)
+    splits = {"train": train, "test": test, "all": everything}
     if split not in splits:
         raise ValueError(f"digits has no split {split!r}; it has {', '.join(splits)}")
     chosen = splits[split]
-    images = np.round(raw.images[chosen] * (255 / 16)).astype(np.uint8)[..., None]
-    labels = raw.target[chosen].astype(np.int32)
+    images = np.round(table[chosen, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+    labels = table[chosen, -1].astype(np.int32)
     # Everybody gets the same arrays.
     images.flags.writeable = labels.flags.writeable = False
     return ArraySource(f"digits[{split}]", images, labels, 10)
 
 
+def _digits_table():
+    """(1797, 65): the 64 pixels of each digit and its label."""
+    folder = importlib.util.find_spec("sklearn").submodule_search_locations[0]
+    path = Path(folder, "datasets", "data", "digits.csv.gz")
+    if path.exists():
+        # Importing scikit-learn takes longer than the rest of what a run does with its data.
+        return np.loadtxt(path, delimiter=",")
+    from sklearn.datasets import load_digits
+
+    raw = load_digits()
+    return np.column_stack([raw.data, raw.target])
+
+
 def from_tfds(builder_name: str, split: str, data_dir: str | None) -> TfdsSource:
     """Opens a split of a tensorflow-datasets builder; see `data.load`."""
+    # Imported here: it takes a second that users of other data need not pay.
     import tensorflow_datasets as tfds
 
     try:

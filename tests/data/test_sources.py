@@ -7,6 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from ant_jax import data
+from ant_jax.data import sources
 
 
 class AntTinyImages(tfds.core.GeneratorBasedBuilder):
@@ -87,6 +88,29 @@ def test_digit_splits_partition_the_digits_and_are_stratified():
     assert rows(train) | rows(test) == rows(everything)
     counts = np.bincount(test.labels)
     assert counts.min() >= 28 and counts.max() <= 32
+
+
+def test_the_digits_held_out_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    raw = load_digits()
+    parts = train_test_split(
+        np.arange(len(raw.target)), test_size=300, stratify=raw.target, random_state=0
+    )
+    for split, part in zip(("train", "test"), parts, strict=True):
+        source, chosen = data.digits(split), np.sort(part)
+        np.testing.assert_array_equal(source.labels, raw.target[chosen])
+        pixels = np.round(raw.images[chosen] * (255 / 16))
+        np.testing.assert_array_equal(source.images[..., 0], pixels)
+
+
+def test_digits_are_found_wherever_scikit_learn_keeps_them(monkeypatch):
+    expected = data.digits("all")
+    monkeypatch.setattr(sources.Path, "exists", lambda path: False)
+    there = data.digits.__wrapped__("all")
+    np.testing.assert_array_equal(there.images, expected.images)
+    np.testing.assert_array_equal(there.labels, expected.labels)
 
 
 @pytest.mark.parametrize("name", ["mnist", "tfds:", "tfds", "digits:", ""])
