@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from absl import logging
 
 from ant_jax import processes
@@ -53,7 +52,7 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         self._keep = keep
         self._keep_period = keep_period
-        self._orbax = ocp.StandardCheckpointer()
+        self._orbax = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         if jax.process_index() == 0:
@@ -70,6 +69,8 @@ class Checkpointer:
         self._finish()
         self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         partial = self.directory / f"{_PARTIAL}{step}"
+        if self._orbax is None:
+            self._orbax = _open_orbax()
         self._orbax.save(partial, _to_global(state))
         self._pending = self._executor.submit(self._commit, partial, step)
 
@@ -84,7 +85,8 @@ class Checkpointer:
             self._finish()
         finally:
             self._executor.shutdown()
-            self._orbax.close()
+            if self._orbax is not None:
+                self._orbax.close()
 
     def _check_room(self, needed):
         free = shutil.disk_usage(self.directory).free
@@ -170,7 +172,7 @@ def restore(
     if not processes.seen(path):
         raise CheckpointError(f"process 0 sees a checkpoint {path}, and this process does not")
     try:
-        with ocp.StandardCheckpointer() as orbax:
+        with _open_orbax() as orbax:
             return chosen, _to_local(orbax.restore(path, _to_global(template)), template)
     except ValueError as error:
         raise CheckpointError(f"checkpoint {path} does not fit this config: {error}") from error
@@ -194,6 +196,13 @@ def _newest_intact(directory: Path, step: int | None) -> int | None:
         else:
             return candidate
     raise CorruptCheckpointError("no intact checkpoint is left: " + "; ".join(problems))
+
+
+def _open_orbax():
+    # Imported where something is saved or restored: the first step need not wait for it.
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointer()
 
 
 def _to_global(tree: Any) -> Any:

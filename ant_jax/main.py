@@ -72,13 +72,11 @@ def _meet():
 
 def _run():
     programs.keep()
-    # Imported late, so that --help and a mistyped flag answer at once.
-    from ant_jax import encode, evaluate, export, train
-
+    mode = _imported_mode()
     config = _CONFIG.value
     if _MODE.value == "encode":
         # Latents belong to no run.
-        _report_errors(encode.encode, config)
+        _report_errors(mode, config)
         return
     workdir = Path(_WORKDIR.value or default_workdir(config))
     flag = flags.FLAGS["config"]
@@ -90,15 +88,24 @@ def _run():
         logging.info("settings: %s, and the command line", workdir / "config.json")
     logging.info("%s in %s", _MODE.value, workdir)
     _report_errors(processes.check_shared, workdir)
+    of_a_step = () if _MODE.value == "train" else (_STEP.value,)
+    _report_errors(mode, config, workdir, *of_a_step)
+
+
+def _imported_mode():
+    # Imported late and alone, so that --help and a mistyped flag answer at once, and no mode waits
+    # for what another needs.
     if _MODE.value == "train":
-        _report_errors(train.train, config, workdir)
-        return
-    of_a_run = {
-        "sample": evaluate.sample,
-        "evaluate": evaluate.evaluate,
-        "export": export.export,
-    }
-    _report_errors(of_a_run[_MODE.value], config, workdir, _STEP.value)
+        from ant_jax.train import train as mode
+    elif _MODE.value == "sample":
+        from ant_jax.evaluate import sample as mode
+    elif _MODE.value == "evaluate":
+        from ant_jax.evaluate import evaluate as mode
+    elif _MODE.value == "encode":
+        from ant_jax.encode import encode as mode
+    else:
+        from ant_jax.export import export as mode
+    return mode
 
 
 def _report_errors(function, *arguments):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from grain.sources import ArrayRecordDataSource
 
 from ant_jax.data.sources import Example, UnreadableImageError
 from ant_jax.files import write_bytes
@@ -164,6 +163,8 @@ def _open(directory, facts, scale):
 
 
 def _records(shards):
+    from grain.sources import ArrayRecordDataSource
+
     try:
         return ArrayRecordDataSource([str(shard) for shard in shards])
     except RuntimeError:

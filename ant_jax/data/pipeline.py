@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator
 
-import grain
 import numpy as np
 from absl import flags, logging
 
@@ -73,6 +72,9 @@ def batches(
       ValueError: If the source is empty, a number is out of range, B is not divisible by H, or
         crop, image_size and the size of the source's images don't fit together.
     """
+    # Imported here, so that a program can be compiled meanwhile.
+    import grain
+
     _check_numbers(batch_size, seed, start_step, num_workers, process_index, process_count)
     check_crop(source, crop, image_size)
     size = len(source)
