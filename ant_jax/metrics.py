@@ -64,6 +64,7 @@ class Writer:
     """Appends to ``metrics.jsonl`` and, where TensorFlow is installed, to TensorBoard.
 
     TensorBoard lives in a thread of its own: importing it takes seconds, and nothing waits for it.
+    It is opened for the first numbers, when the step has been compiled.
     """
 
     def __init__(self, workdir: Path, start_step: int, tensorboard: bool):
@@ -84,7 +85,6 @@ class Writer:
             logging.info("TensorFlow is not installed: metrics go to %s alone", path)
         elif tensorboard:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
-            self._board = self._executor.submit(_open_board, str(workdir))
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Writes numbers and lists of numbers of a step."""
@@ -106,7 +106,8 @@ class Writer:
 
     def close(self) -> None:
         """Writes what is outstanding."""
-        self._submit(lambda board: board.close())
+        if self._board is not None:
+            self._submit(lambda board: board.close())
         if self._executor is not None:
             self._executor.shutdown()
         if self._file is not None:
@@ -114,8 +115,11 @@ class Writer:
                 self._file.close()
 
     def _submit(self, write: Callable[[Any], None]):
-        if self._executor is not None:
-            self._executor.submit(self._write, write)
+        if self._executor is None:
+            return
+        if self._board is None:
+            self._board = self._executor.submit(_open_board, str(self._path.parent))
+        self._executor.submit(self._write, write)
 
     def _write(self, write):
         try:
