@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import GaussianDiffusion
 from ant_jax.files import write_bytes
-from ant_jax.parallel import parallel_step, replicate, replicated
+from ant_jax.parallel import compiler_options, parallel_step, replicate, replicated
 from ant_jax.train_step import TrainState, check_step, init_state, train_step
 
 
@@ -143,6 +144,33 @@ def training_step(config: ConfigDict, pieces: Experiment) -> Callable:
     Returns:
       ``(state, batch) -> (state, metrics)``; see `train_step`. The state is donated.
     """
+    step, own = _step_and_own(config, pieces)
+    return lambda state, batch: step(state, batch, own)
+
+
+def start_compiling(config: ConfigDict, pieces: Experiment) -> Callable:
+    """The `training_step`, compiled from now on by a thread of its own.
+
+    The first call waits for the thread and raises what went wrong in it. The thread ends with the
+    compilation, whether or not anybody waits. With several processes the first call compiles, so
+    that all do everything in the same order.
+    """
+    if jax.process_count() > 1:
+        return training_step(config, pieces)
+    step, own = _step_and_own(config, pieces)
+    lowered = step.lower(abstract_state(config, pieces), _abstract_batch(config, pieces), own)
+    executor = ThreadPoolExecutor(1, thread_name_prefix="compiler")
+    compiling = executor.submit(lowered.compile)
+    executor.shutdown(wait=False)
+
+    def run(state, batch):
+        compiling.result()
+        return step(state, batch, own)
+
+    return run
+
+
+def _step_and_own(config, pieces):
     method = pieces.method
     step = _training_step(
         _shared(config),
@@ -159,7 +187,7 @@ def training_step(config: ConfigDict, pieces: Experiment) -> Callable:
         None if method.timestep_order is None else method.timestep_order.astype(np.int32),
         None if method.loss_scale is None else method.loss_scale.astype(np.float32),
     )
-    return lambda state, batch: step(state, batch, own)
+    return step, own
 
 
 class _Own(NamedTuple):
@@ -194,7 +222,7 @@ def _first_state(shared, model, image_shape, vanilla, k, devices):
         weighting = None if vanilla else builders.build_weighting(shared, k, seed)
         return init_state(params, builders.build_optimizer(shared, 0.0), weighting, k)
 
-    return jax.jit(make, out_shardings=replicated(devices))
+    return jax.jit(make, out_shardings=replicated(devices), compiler_options=compiler_options())
 
 
 def _first_state_of(config, pieces):
@@ -336,6 +364,17 @@ def abstract_state(config: ConfigDict, experiment: Experiment) -> TrainState:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
     )
+
+
+def _abstract_batch(config, pieces):
+    """The shapes and types of a batch of one process that has all of it."""
+    size = config.data.batch_size
+    return {
+        "image": jax.ShapeDtypeStruct(
+            (size, *pieces.image_shape), np.float32 if config.autoencoder.name else np.uint8
+        ),
+        "label": jax.ShapeDtypeStruct((size,), np.int32),
+    }
 
 
 def restore(

@@ -64,6 +64,11 @@ def _train(config, workdir, source, pieces):
     checkpoints = checkpoint.Checkpointer(
         workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period
     )
+    if max(checkpoint.checkpoint_steps(checkpoints.directory), default=0) < config.num_steps:
+        logging.info("compiling the step ...")
+        step_fn = experiment.start_compiling(config, pieces)
+    else:
+        step_fn = experiment.training_step(config, pieces)
     restored = experiment.restore(config, pieces, workdir)
     if restored is None:
         start, state = 0, experiment.new_state(config, pieces)
@@ -73,7 +78,6 @@ def _train(config, workdir, source, pieces):
         logging.info("resuming from step %d of %s", start, checkpoints.directory)
     saved = None if restored is None else start
 
-    step_fn = experiment.training_step(config, pieces)
     batches = data.batches(
         source,
         batch_size=config.data.batch_size,
@@ -186,7 +190,6 @@ def _log_overview(config, pieces, state, num_images):
         jax.device_count(),
         jax.default_backend(),
     )
-    logging.info("compiling the first step ...")
 
 
 def _check_finite(step, state, saved, directory):

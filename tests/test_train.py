@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import flax.linen as nn
@@ -238,8 +239,11 @@ def test_a_corrupt_checkpoint_is_passed_over(finished, tmp_path):
     assert lines(tmp_path) == lines(whole)
 
 
-def test_the_step_is_compiled_once(tmp_path, monkeypatch):
-    """Nothing is compiled after the first batch, nor in a resumed run or one of another seed."""
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_step_is_compiled_once(devices, tmp_path, monkeypatch):
+    """By its thread, before the first batch; not in a resumed run or one of another seed."""
+    here = jax.local_devices()[:devices]
+    monkeypatch.setattr(jax, "local_devices", lambda: here)
     # No other test has this decay: their step would be taken.
     config = tiny(checkpoint__every=100, ema_decay=0.93)
     other = tiny(checkpoint__every=100, ema_decay=0.93, seed=3, optimizer__learning_rate=1e-4)
@@ -251,7 +255,7 @@ def test_the_step_is_compiled_once(tmp_path, monkeypatch):
 
     def listener(event, duration, **_):
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(now[0])
+            compiled.append((threading.current_thread().name.split("_")[0], now[0]))
 
     before_batch(monkeypatch, hook)
     jax.monitoring.register_event_duration_secs_listener(listener)
@@ -260,12 +264,40 @@ def test_the_step_is_compiled_once(tmp_path, monkeypatch):
             [(1, 4, config, "a"), (5, STEPS, config, "a"), (1, 4, other, "b")]
         ):
             compiled.clear()
+            now[0] = 0
             trainer.train(run, tmp_path / folder)
-            assert (first in compiled) == (i == 0)
+            assert [thread for thread, _ in compiled].count("compiler") == (i == 0)
             # The last step also saves.
-            assert not [step for step in compiled if first < step < last]
+            assert not [
+                each for each in compiled if each[0] != "compiler" and first <= each[1] < last
+            ]
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
+
+
+def test_what_goes_wrong_in_compiling_is_raised_by_the_first_step(tmp_path, monkeypatch):
+    def failing(*args, **kwargs):
+        raise MemoryError("too large a program")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
+    with pytest.raises(MemoryError, match="too large a program"):
+        trainer.train(tiny(), tmp_path)
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == []
+
+
+def test_a_run_that_fails_early_leaves_no_thread_behind(tmp_path, monkeypatch):
+    threads, lower = [], jax.stages.Lowered.compile
+
+    def compiling(self):
+        threads.append(threading.current_thread())
+        return lower(self)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiling)
+    with pytest.raises(ConfigError, match="init_from"):
+        trainer.train(tiny(init_from=str(tmp_path / "missing")), tmp_path / "run")
+    (thread,) = threads
+    thread.join(timeout=60)
+    assert not thread.is_alive()
 
 
 def nan_at(step):
