@@ -1,11 +1,15 @@
 """Seconds from the command to the first training step: ``python -m benchmarks.first_step``.
 
 Starts ``python -m ant_jax.main`` as a user does, in a fresh workdir, first with no compiled program
-kept and then with those of the start before. The parts are told apart by the lines that it logs.
+kept and then with those of the start before. The parts are told apart by the lines that it logs and
+those that JAX adds: a kept program is loaded where another is compiled. The first state is compiled
+while the step is, so the parts are more than the whole. The last column is seconds of CPU, which
+other work on the machine changes less. Needs Linux.
 """
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -13,13 +17,9 @@ import time
 from pathlib import Path
 
 _JAX_CACHE = "JAX_COMPILATION_CACHE_DIR"
-
-# Each part ends with the line that begins like this.
-PARTS = {
-    "imports": "train in ",
-    "data and first state": "compiling the first step",
-    "compilation and first step": "step ",
-}
+_IMPORTED, _DATA_OPENED, _FIRST_STEP = "train in ", "compiling the step", "step "
+# What JAX says of the first state ("make") and of the step, pmapped ("_fun") on many devices.
+_MADE = re.compile(r"Finished (tracing|jaxpr|XLA) .*\b(make|step|_fun)\b.* in ([\d.]+) sec")
 
 
 def main():
@@ -27,33 +27,52 @@ def main():
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument("--starts", type=int, default=3, help="with kept programs")
     args = parser.parse_args()
-    print("| start | " + " | ".join(PARTS) + " | together |")
-    print("| --- |" + " --- |" * (len(PARTS) + 1))
     with tempfile.TemporaryDirectory() as folder:
         for i in range(args.starts + 1):
-            marks = start(args.config, Path(folder), f"run{i}")
-            parts = [after - before for before, after in zip([0, *marks[:-1]], marks, strict=True)]
-            cells = " | ".join(f"{seconds:.1f} s" for seconds in (*parts, marks[-1]))
+            parts = start(args.config, Path(folder), f"run{i}")
+            if i == 0:
+                print("| start | " + " | ".join(parts) + " |")
+                print("| --- |" + " --- |" * len(parts))
+            cells = " | ".join(f"{seconds:.1f} s" for seconds in parts.values())
             print(f"| {'programs kept' if i else 'nothing kept'} | {cells} |", flush=True)
 
 
-def start(config, folder, name):
-    """Seconds from the start to the end of each part."""
+def start(config: str, folder: Path, name: str) -> dict[str, float]:
+    """Seconds of each part of a start, in a workdir of this name."""
     command = [sys.executable, "-u", "-m", "ant_jax.main", f"--config={config}"]
     command += [f"--workdir={folder / name}", "--config.num_steps=1", "--config.log_every=1"]
-    command += ["--config.sample.every=0", "--config.tensorboard=False"]
+    command += ["--config.sample.every=0"]
     environment = {key: value for key, value in os.environ.items() if key != _JAX_CACHE}
-    environment["XDG_CACHE_HOME"] = str(folder / "cache")
+    environment |= {"XDG_CACHE_HOME": str(folder / "cache"), "JAX_LOG_COMPILES": "1"}
     begin = time.perf_counter()
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    marks, left = [], list(PARTS.values())
+    marks, cpu = {}, 0.0
+    made = dict.fromkeys(
+        ["first state traced", "first state compiled", "step traced", "step compiled"], 0.0
+    )
     for line in process.stderr:
-        if left and line.startswith(left[0]):
-            marks.append(time.perf_counter() - begin)
-            left.pop(0)
-    if process.wait() or left:
+        for mark in (_IMPORTED, _DATA_OPENED, _FIRST_STEP):
+            if line.startswith(mark) and mark not in marks:
+                marks[mark] = time.perf_counter() - begin
+                cpu = _cpu_seconds(process.pid)
+        if match := _MADE.match(line):
+            stage, program, seconds = match.groups()
+            what = "first state" if program == "make" else "step"
+            made[f"{what} {'compiled' if stage == 'XLA' else 'traced'}"] += float(seconds)
+    if process.wait() or len(marks) < 3 or not all(made.values()):
         sys.exit(f"{' '.join(command)} failed")
-    return marks
+    return {
+        "imports": marks[_IMPORTED],
+        "data": marks[_DATA_OPENED] - marks[_IMPORTED],
+        **made,
+        "together": marks[_FIRST_STEP],
+        "CPU": cpu,
+    }
+
+
+def _cpu_seconds(pid):
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
 
 if __name__ == "__main__":
