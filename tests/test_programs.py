@@ -32,3 +32,23 @@ def test_each_machine_has_a_folder_and_intel_s_cpus_none():
     intel = "vendor_id: GenuineIntel"
     assert programs._folder(intel, "cpu") is None
     assert programs._folder(intel, "gpu") is not None
+
+
+SAME = """
+import jax
+from ant_jax import parallel
+def draw(key):
+    return jax.random.normal(key, (7, 33)), 0.3 * jax.random.uniform(key, (7, 33), minval=-1)
+ours = parallel.compiler_options()
+assert ours
+first, second = (jax.jit(draw, compiler_options=o)(jax.random.key(0)) for o in (None, ours))
+for each, other in zip(first, second):
+    assert (each == other).all()
+"""
+
+
+def test_parameters_are_drawn_the_same_to_the_bit_however_the_program_is_compiled():
+    # Without the flags of these tests, under which nothing is optimised.
+    environment = {name: os.environ[name] for name in ("PATH", "JAX_PLATFORMS")}
+    command = [sys.executable, "-c", SAME]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100)
