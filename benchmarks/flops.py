@@ -2,8 +2,8 @@
 
 A FLOP is one multiplication or one addition. Counted are the matrix products and the two products
 of attention, at 2 FLOPs per multiply-add. Left out is what grows with the number of activations or
-parameters alone: norms, softmax, GELU, residual sums, the loss, AdamW and the moving average. They
-are 1 to 2 % of a DiT's forward pass by XLA's count.
+parameters alone: norms, softmax, GELU, residual sums, the loss, AdamW and the moving average: by
+XLA's count of a train step 0.8 % more for DiT-S/2 and 0.3 % for L/2.
 """
 
 from typing import NamedTuple

@@ -165,7 +165,10 @@ def largest_batch(fits: Callable[[int], bool], unit: int) -> int:
 
 def tpu(topology: str) -> jax.Device:
     """A TPU to compile for, by a name such as "v5e:2x2"; libtpu must be installed, no TPU there."""
+    # No metadata of a TPU machine is looked for, and no lock taken on a TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
 
 

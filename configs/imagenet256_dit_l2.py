@@ -10,8 +10,10 @@ those of diffusers. The latents take 42 GB. docs/paper_row.md goes through all o
 images to the metrics.
 
 Hardware: 458 M parameters take 9 GB with the EMA, the optimizer and a gradient, 9 GB more for the
-five gradients of pcgrad and nash. config.model.remat shrinks the activations. Each device's share
-of the batch must be a multiple of k = 5: 240 examples fit 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48.
+five gradients of pcgrad and nash. The activations of 240 examples make it 81 GB by the programs
+compiled in benchmarks/RESULTS.md: 41 GB with config.model.remat = "dots", which costs 1.5 % more
+work, 15 GB with "blocks" and a third more. Each device's share of the batch must be a multiple of
+k = 5: 240 examples fit 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48.
 
 The settings are those of the ANT paper and its code (AdamW 1e-4 without decay, batch 240, 400 k
 steps, EMA 0.9999, cosine schedule, learned variance, 250 steps and guidance 1.5). The paper's

