@@ -3,10 +3,7 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -21,7 +18,6 @@ from ant_jax import train as trainer
 from ant_jax.config import ConfigError
 from configs import digits
 
-ROOT = Path(__file__).parents[1]
 STEPS, STOP = 8, 5
 TINY = {
     "num_steps": STEPS,
@@ -157,27 +153,6 @@ def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(
     assert_same_state(state, expected)
     assert lines(tmp_path) == lines(whole)
     assert [row["step"] for row in lines(tmp_path)] == list(range(1, STEPS + 1))
-
-
-def test_a_run_killed_at_any_moment_goes_on_as_if_it_had_not_been(finished, tmp_path):
-    config, whole, expected = finished
-    program = (
-        "import signal, sys, pytest; sys.path.insert(0, 'tests'); import test_train as t\n"
-        "t.use_small_model(pytest.MonkeyPatch())\n"
-        "t.before_batch(pytest.MonkeyPatch(), t.signal_at(t.STOP, signal.SIGKILL))\n"
-        "t.trainer.train(t.tiny(), sys.argv[1])"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", program, tmp_path], cwd=ROOT, timeout=100, stderr=subprocess.DEVNULL
-    )
-    assert killed.returncode == -signal.SIGKILL
-    # What else a kill can leave: half a line and half a checkpoint.
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')
-    (tmp_path / "checkpoints" / "partial-6").mkdir()
-    assert_same_state(trainer.train(config, tmp_path), expected)
-    assert lines(tmp_path) == lines(whole)
-    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["6", "8"]
 
 
 def test_a_finished_run_is_left_alone(finished, monkeypatch):
