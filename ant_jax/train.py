@@ -124,6 +124,7 @@ def _train(config, workdir, source, pieces):
     ):
         for step in range(start + 1, config.num_steps + 1):
             profile(step)
+            # Read, and by the call below sent, while the devices work on the step before.
             batch = next(batches)
             replaced += int(batch.pop("replaced", np.zeros(0)).sum())
             state, on_device = step_fn(state, batch)
