@@ -222,7 +222,9 @@ def _first_state(shared, model, image_shape, vanilla, k, devices):
         weighting = None if vanilla else builders.build_weighting(shared, k, seed)
         return init_state(params, builders.build_optimizer(shared, 0.0), weighting, k)
 
-    return jax.jit(make, out_shardings=replicated(devices), compiler_options=compiler_options())
+    return jax.jit(
+        make, out_shardings=replicated(devices), compiler_options=compiler_options(devices)
+    )
 
 
 def _first_state_of(config, pieces):

@@ -28,7 +28,7 @@ def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
       ``lower`` is that of `jax.jit`, of one process only; what it compiles, a later call finds.
     """
     if jax.device_count() == 1 or (jax.process_count() == 1 and len(devices) == 1):
-        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options())
+        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(devices))
     mapped = jax.pmap(
         lambda state, batch, extra: step(state, batch, *extra, axis_name=_AXIS),
         axis_name=_AXIS,
@@ -50,13 +50,13 @@ def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
     return run
 
 
-def compiler_options() -> dict[str, int] | None:
+def compiler_options(devices: Sequence[jax.Device]) -> dict[str, int] | None:
     """How large programs are compiled: for CPUs as by -O2 instead of -O3, which is quicker.
 
     Parameters are drawn the same to the bit; other results may differ by rounding. At -O1 there is
     nothing more to gain, and -O0 draws other parameters.
     """
-    if jax.default_backend() != "cpu" or jax.config.read("jax_disable_most_optimizations"):
+    if devices[0].platform != "cpu" or jax.config.read("jax_disable_most_optimizations"):
         return None
     return {"xla_backend_optimization_level": 2}
 

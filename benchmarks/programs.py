@@ -112,8 +112,10 @@ def compile_step(task: Task, variant: str, size: int, devices: Sequence[jax.Devi
         jax.eval_shape(lambda: first_state(task, variant)),
     )
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, first_batch(task, size)))
-    # Around pmap as well as jit, since what `parallel_step` returns for many devices can't lower.
-    step = jax.jit(parallel_step(step_of(task, variant), devices), donate_argnums=0)
+    step = mapped = parallel_step(step_of(task, variant), devices)
+    if len(devices) > 1:
+        # What pmap compiles takes a batch that is split over the devices already.
+        step = jax.jit(lambda state, batch: mapped(state, batch), donate_argnums=0)
     begin = time.perf_counter()
     lowered = step.lower(state, batch)
     middle = time.perf_counter()

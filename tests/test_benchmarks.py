@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ant_jax import parallel
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
 from ant_jax.models.dit import DiT, dit
 from benchmarks import flops, programs, step
@@ -116,6 +117,18 @@ def memory(size, variant):
     task = programs.Task(Layers(), (4, 4, 3), PROCESS, K)
     program = programs.compile_step(task, variant, size, jax.devices()[:1])
     return programs.program_bytes(program.compiled) / (4 * programs.num_params(task))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_compiled_ahead_runs(count, monkeypatch):
+    # Under the flags of these tests programs have no options of their own.
+    options = {"xla_backend_optimization_level": 2}
+    monkeypatch.setattr(parallel, "compiler_options", lambda devices: options)
+    task, devices = programs.Task(Layers(), (4, 4, 1), PROCESS, K), jax.devices()[:count]
+    program = programs.compile_step(task, "uncertainty", 2 * K, devices)
+    state = parallel.replicate(programs.first_state(task, "uncertainty"), devices)
+    state, metrics = program.compiled(state, programs.first_batch(task, 2 * K))
+    assert int(state.step) == 1 and metrics["loss"] > 0
 
 
 def test_vmap_takes_no_more_memory_than_the_gradients():

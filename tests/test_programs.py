@@ -39,7 +39,7 @@ import jax
 from ant_jax import parallel
 def draw(key):
     return jax.random.normal(key, (7, 33)), 0.3 * jax.random.uniform(key, (7, 33), minval=-1)
-ours = parallel.compiler_options()
+ours = parallel.compiler_options(jax.devices())
 assert ours
 first, second = (jax.jit(draw, compiler_options=o)(jax.random.key(0)) for o in (None, ours))
 for each, other in zip(first, second):
