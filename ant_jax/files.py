@@ -53,7 +53,7 @@ def locked(path: Path) -> Iterator[None]:
       BlockingIOError: if another holds it; the message says who.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path), path.open("a+") as file:
+    with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -62,9 +62,11 @@ def locked(path: Path) -> Iterator[None]:
         except OSError as error:
             # Some network file systems have no locks.
             logging.warning("%s can't be locked (%s): nothing keeps others out", path, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
+        # Not around what the lock is held for, whose errors are of other files.
+        with naming(path):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
         yield
 
 
