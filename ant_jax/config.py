@@ -8,7 +8,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,7 +182,8 @@ RULES = {
     "evaluation.samples": _TEXT,
 }
 
-# Settings that a restart in the same workdir may change: they don't touch the parameters.
+# Settings that a restart in the same workdir may change: they don't touch the parameters. A dot at
+# the end stands for a whole group.
 _FREE = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "sample.", "evaluation.")
 # A run keeps the clusters that it has begun with, wherever the affinity lies now.
 _FREE += ("data.num_workers", "data.dir", "diffusion.clip_x0", "clusters.affinity")
@@ -200,6 +201,11 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
+
+
+def is_among(name: str, names: Collection[str]) -> bool:
+    """Whether a setting is one of some, of which those that end with a dot are whole groups."""
+    return name in names or f"{name.partition('.')[0]}." in names
 
 
 def validate(config: ConfigDict) -> None:
@@ -302,7 +308,7 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike
     differing = [
         f"  config.{name}: {there.get(name, 'not set')!r} there, {now.get(name, 'not set')!r} now"
         for name in sorted(there.keys() | now.keys())
-        if there.get(name) != now.get(name) and not name.startswith(free)
+        if there.get(name) != now.get(name) and not is_among(name, free)
     ]
     if differing:
         raise ConfigError(

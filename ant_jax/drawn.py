@@ -35,7 +35,7 @@ def folder(workdir: Path, config: ConfigDict, step: int, params: Any) -> Path:
     settings = {
         name: value
         for name, value in config_lib.flatten(config).items()
-        if not name.startswith(_NO_MATTER)
+        if not config_lib.is_among(name, _NO_MATTER)
     }
     # The weights may be others under the same name, or the same under another.
     decoder = autoencoding.load(config).digest if config.autoencoder.name else ""

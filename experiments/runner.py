@@ -193,7 +193,9 @@ def folder(run: Run, out: Path) -> Path:
 def made_from(run: Run) -> dict[str, Any]:
     """What a run and its measurements depend on, to tell whether something kept is still true."""
     flat = config_lib.flatten(run.config)
-    kept = {name: value for name, value in flat.items() if not name.startswith(_INCIDENTAL)}
+    kept = {
+        name: value for name, value in flat.items() if not config_lib.is_among(name, _INCIDENTAL)
+    }
     return json.loads(json.dumps(kept))
 
 

@@ -233,6 +233,7 @@ FIXED = {
     "ema_decay": 0.9,
     "diffusion__timesteps": 100,
     "model__channel_mult": (1, 1),
+    "model__attention_factors": (1, 2),
     "optimizer__frozen": "output",
     "init_from": "other",
 }
