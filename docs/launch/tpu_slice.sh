@@ -48,10 +48,12 @@ $(cat <<'END'
 set -euo pipefail
 sudo apt-get update -qq
 sudo apt-get install -qq -y nfs-common git python3-pip
-sudo mkdir -p /mnt/nfs /mnt/bucket
-sudo chown "$(id -un)" /mnt/bucket
+sudo mkdir -p /mnt/nfs
 mountpoint -q /mnt/nfs || sudo mount -t nfs "$NFS" /mnt/nfs
+# A bucket that is mounted is closed to everybody else, root too.
 if [ -n "$BUCKET" ] && ! mountpoint -q /mnt/bucket; then
+    sudo mkdir -p /mnt/bucket
+    sudo chown "$(id -un)" /mnt/bucket
     command -v gcsfuse >/dev/null || {
         echo "install gcsfuse first: cloud.google.com/storage/docs/cloud-storage-fuse/install" >&2
         exit 1
