@@ -58,7 +58,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
 
 
 def _train(config, workdir, source, pieces):
-    if jax.process_index() == 0:
+    if processes.is_first():
         experiment.save_facts(pieces, source, workdir)
         config_lib.save(config, workdir)
     checkpoints = checkpoint.Checkpointer(
@@ -166,7 +166,7 @@ def _train(config, workdir, source, pieces):
 
 
 def _write_grid(config, pieces, ema_params, workdir, writer, step):
-    if jax.process_index() != 0:
+    if not processes.is_first():
         return
     apply_fn = experiment.denoiser(pieces, ema_params)
     drawn = sampling.sample_batches(config, pieces, apply_fn, min(sampling.GRID, config.sample.num))
@@ -225,13 +225,14 @@ def _advice(saved, directory):
 def _alone(workdir):
     """Keeps other runs out of a workdir while this one, of however many processes, is in it."""
     with contextlib.ExitStack() as stack:
-        if jax.process_index() == 0:
+        if processes.is_first():
             try:
                 stack.enter_context(locked(workdir / ".lock"))
             except BlockingIOError as error:
                 raise ConfigError(
                     f"{error} is training in {workdir}: wait for it, stop it, or choose another "
-                    "--workdir"
+                    "--workdir. If its machine is gone and the network disk still keeps its lock, "
+                    "remove .lock there"
                 ) from None
         yield
 
