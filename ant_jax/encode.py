@@ -55,7 +55,9 @@ def encode(config: ConfigDict) -> Path:
     processes.wait()
     if processes.is_first():
         for shard in missing:
-            processes.seen(shard_path(directory, shard))
+            path = shard_path(directory, shard)
+            if not processes.seen(path):
+                raise OSError(f"{path} was made by another process and is not on this disk")
         facts = LatentFacts(
             autoencoder=settings.name,
             digest=codec.encoder_digest,
