@@ -55,7 +55,7 @@ class Checkpointer:
         self._orbax = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
-        if jax.process_index() == 0:
+        if processes.is_first():
             self.directory.mkdir(parents=True, exist_ok=True)
             for path in self.directory.glob(f"{_PARTIAL}*"):
                 shutil.rmtree(path)
@@ -113,7 +113,7 @@ class Checkpointer:
 
     def _commit(self, partial: Path, step: int):
         self._orbax.wait_until_finished()
-        if jax.process_index() != 0:
+        if not processes.is_first():
             return
         (partial / _CHECKSUMS).write_text(json.dumps(_checksums(partial), indent=1))
         for path in (*partial.rglob("*"), partial):

@@ -12,10 +12,10 @@ from logging import WARNING
 from pathlib import Path
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 from absl import logging
 
+from ant_jax import processes
 from ant_jax.files import naming, write_bytes
 
 Batch = TypeVar("Batch", bound=tuple)
@@ -70,7 +70,7 @@ class Writer:
     def __init__(self, workdir: Path, start_step: int, tensorboard: bool):
         """Opens the files; lines of a killed run beyond ``start_step`` are dropped."""
         self._executor = self._board = None
-        if jax.process_index() != 0:
+        if not processes.is_first():
             self._file = None
             return
         path = workdir / "metrics.jsonl"
@@ -171,18 +171,15 @@ class Progress:
         return speed
 
 
-def with_time_left(
-    batches: Iterable[Batch], total: int, what: str, start: int = 0
-) -> Iterator[Batch]:
+def with_time_left(batches: Iterable[Batch], total: int, what: str) -> Iterator[Batch]:
     """Passes batches on and logs, every 10 s, how far it is and the time left.
 
     Args:
       batches: tuples of arrays whose first axis is that of the examples.
       total: number of examples in the end.
       what: is counted, for the log.
-      start: how many there were before.
     """
-    done, begin = start, None
+    done, begin = 0, None
     for batch in batches:
         done += len(batch[0])
         now = time.perf_counter()
