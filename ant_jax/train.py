@@ -142,7 +142,9 @@ def _train(config, workdir, source, pieces):
                 report = interval.report()
                 speed = progress.line(step, np.nan if report["loss"] is None else report["loss"])
                 if config.data.replace_unreadable:
-                    report["replaced_images"] = replaced
+                    # Each process knows of its own part of the batches alone.
+                    everywhere = multihost_utils.process_allgather(np.array(replaced))
+                    report["replaced_images"] = int(everywhere.sum())
                     replaced = 0
                 if config.optimizer.nonfinite == "skip":
                     report["skipped_steps"] = skipped

@@ -502,7 +502,7 @@ def test_a_specialist_trains_on_one_cluster(tmp_path):
     assert result["validation_loss"] > 0 and "frechet_distance" not in result
 
 
-def test_damaged_images_of_a_folder_are_counted_or_named(tmp_path):
+def test_damaged_images_of_a_folder_are_counted_or_named(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for i in range(16):
         path = tmp_path / "images" / f"class{i % 2}" / f"{i}.png"
@@ -521,6 +521,12 @@ def test_damaged_images_of_a_folder_are_counted_or_named(tmp_path):
     trainer.train(tiny(**settings, data__replace_unreadable=True), tmp_path / "replaced")
     # Every step sees each of the 16 images once.
     assert [row["replaced_images"] for row in lines(tmp_path / "replaced")] == [2, 2]
+    with monkeypatch.context() as patch:
+        # As if a second process had found three more.
+        two = lambda mine: np.stack([mine, mine + 3])
+        patch.setattr(trainer.multihost_utils, "process_allgather", two)
+        trainer.train(tiny(**settings, data__replace_unreadable=True), tmp_path / "two")
+    assert [row["replaced_images"] for row in lines(tmp_path / "two")] == [2 + 5, 2 + 5]
     with pytest.raises(RuntimeError, match=r"class1/15\.png: "):
         trainer.train(tiny(**settings), tmp_path / "named")
 
