@@ -142,7 +142,8 @@ def training_step(config: ConfigDict, pieces: Experiment) -> Callable:
     and what happens between the steps share one step and its compiled programs.
 
     Returns:
-      ``(state, batch) -> (state, metrics)``; see `train_step`. The state is donated.
+      ``(state, batch) -> (state, metrics)``; see `train_step`. The state is donated. On CPUs not
+      to be called inside another `jax.jit`, because it is compiled with options of its own.
     """
     step, own = _step_and_own(config, pieces)
     return lambda state, batch: step(state, batch, own)
@@ -152,8 +153,8 @@ def start_compiling(config: ConfigDict, pieces: Experiment) -> Callable:
     """The `training_step`, compiled from now on by a thread of its own.
 
     The first call waits for the thread and raises what went wrong in it. The thread ends with the
-    compilation, whether or not anybody waits. With several processes the first call compiles, so
-    that all do everything in the same order.
+    compilation, whether or not anybody waits, and the program not before. With several processes
+    the first call compiles, so that all do everything in the same order.
     """
     if jax.process_count() > 1:
         return training_step(config, pieces)

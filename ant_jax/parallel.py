@@ -53,6 +53,8 @@ def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
 def compiler_options(devices: Sequence[jax.Device]) -> dict[str, int] | None:
     """How large programs are compiled: for CPUs as by -O2 instead of -O3, which is quicker.
 
+    For `jax.jit` alone: pmap takes no options.
+
     Parameters are drawn the same to the bit; other results may differ by rounding. At -O1 there is
     nothing more to gain, and -O0 draws other parameters.
     """

@@ -115,7 +115,10 @@ def is_first() -> bool:
 
 
 def decide(function: Callable[[], Any]) -> Any:
-    """What a function returns in process 0, in every process; something that JSON can hold."""
+    """What a function returns in process 0, in every process; something that JSON can hold.
+
+    Where it raises, the others end by `ending_together`.
+    """
     if jax.process_count() == 1:
         return function()
     client, name = distributed.global_state.client, f"ant_jax/decided/{next(_names)}"
@@ -133,7 +136,7 @@ def wait() -> None:
 
 def seen(path: Path) -> bool:
     """Whether a file that another process has written is there, which network disks show late."""
-    end = time.monotonic() + _SHARED_SECONDS
+    end = time.monotonic() + (_SHARED_SECONDS if jax.process_count() > 1 else 0)
     while True:
         # A listing, because what asks for a file by name may be answered from memory.
         with contextlib.suppress(FileNotFoundError):

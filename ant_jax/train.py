@@ -38,7 +38,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     Raises:
       ConfigError: for impossible settings, or a workdir of another config or in another's use.
       FloatingPointError: at the first loss or gradient that is not finite, or, where
-        ``config.optimizer.nonfinite`` skips them, at the tenth in a row.
+        ``config.optimizer.nonfinite`` skips them, at the tenth in a row since the start.
     """
     workdir = Path(workdir)
     config_lib.validate(config)
@@ -46,19 +46,20 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     before = config_lib.load(workdir)
     if before is not None:
         config_lib.check_same(before, config, workdir)
-    pieces = experiment.build(
-        config,
-        source.image_shape[-1],
-        source.num_classes,
-        None if before is None else experiment.load_facts(workdir)["boundaries"],
+    # Process 0's: another may see the disk a little later.
+    boundaries = processes.decide(
+        lambda: None if before is None else experiment.load_facts(workdir)["boundaries"]
     )
+    pieces = experiment.build(config, source.image_shape[-1], source.num_classes, boundaries)
     experiment.check_batch(config, pieces.method)
     with _alone(workdir):
-        return _train(config, workdir, source, pieces)
+        return _train(config, workdir, source, pieces, before)
 
 
-def _train(config, workdir, source, pieces):
+def _train(config, workdir, source, pieces, before):
     if processes.is_first():
+        if config_lib.load(workdir) != before:
+            raise ConfigError(f"another run has begun in {workdir} just now: start again")
         experiment.save_facts(pieces, source, workdir)
         config_lib.save(config, workdir)
     checkpoints = checkpoint.Checkpointer(
@@ -78,6 +79,7 @@ def _train(config, workdir, source, pieces):
         logging.info("resuming from step %d of %s", start, checkpoints.directory)
     saved = None if restored is None else start
 
+    writer = metrics.Writer(workdir, start, config.tensorboard)
     batches = data.batches(
         source,
         batch_size=config.data.batch_size,
@@ -89,7 +91,6 @@ def _train(config, workdir, source, pieces):
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    writer = metrics.Writer(workdir, start, config.tensorboard)
     progress = metrics.Progress(start, config.num_steps, config.data.batch_size)
     interval = metrics.Interval()
     pending = None

@@ -13,7 +13,8 @@ import optax
 import pytest
 from PIL import Image
 
-from ant_jax import affinity, builders, checkpoint, data, evaluate, experiment
+from ant_jax import affinity, builders, checkpoint, data, evaluate, experiment, parallel
+from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
 from configs import digits
@@ -212,6 +213,31 @@ def test_a_corrupt_checkpoint_is_passed_over(finished, tmp_path):
     state = trainer.train(config, tmp_path)
     assert_same_state(state, expected)
     assert lines(tmp_path) == lines(whole)
+
+
+def test_what_is_compiled_with_options_trains(tmp_path, monkeypatch):
+    """Under the flags of these tests programs have none otherwise."""
+    one = jax.devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    options = {"xla_backend_optimization_level": 0}
+    for module in (parallel, experiment):
+        monkeypatch.setattr(module, "compiler_options", lambda devices: options)
+    # No other test has this decay: their programs would be taken.
+    assert trainer.train(tiny(ema_decay=0.91, num_steps=2), tmp_path).step == 2
+
+
+def test_a_run_that_begins_meanwhile_is_noticed(tmp_path, monkeypatch):
+    build = experiment.build
+
+    def slow(config, *args):
+        config_lib.save(tiny(ema_decay=0.5), tmp_path)
+        return build(config, *args)
+
+    monkeypatch.setattr(experiment, "build", slow)
+    with pytest.raises(ConfigError, match="another run has begun in"):
+        trainer.train(tiny(), tmp_path)
+    assert config_lib.load(tmp_path).ema_decay == 0.5
 
 
 @pytest.mark.parametrize("devices", [1, 8])

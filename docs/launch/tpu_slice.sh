@@ -93,6 +93,7 @@ start() {
     # The loop outlives the connection. A worker that was restarted has lost its disks: setup first.
     on_workers "mountpoint -q /mnt/nfs && [ -f ~/ant-jax-loop.sh ] || exit 1
 kill -0 \"\$(cat ~/ant-jax.pid 2>/dev/null)\" 2>/dev/null && exit
+echo \"\$(date -Is) started\" >>~/ant-jax.log
 nohup setsid bash ~/ant-jax-loop.sh $(tr '\n' ' ' <<<"$ARGS") >>~/ant-jax.log 2>&1 </dev/null &
 echo \$! >~/ant-jax.pid"
 }
