@@ -42,7 +42,7 @@ class Products(NamedTuple):
 def products(model: DiT, height: int, width: int) -> Products:
     """Counts the multiply-adds of a DiT's forward pass on one input of height x width.
 
-    Their sum is what table 4 of Peebles & Xie (ICCV 2023, arXiv 2212.09748) calls FLOPs.
+    Their sum is what Peebles & Xie (ICCV 2023, arXiv 2212.09748) call FLOPs.
     """
     tokens = (height // model.patch) * (width // model.patch)
     features, patch = model.width, model.patch**2 * model.channels

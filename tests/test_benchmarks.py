@@ -76,7 +76,7 @@ def largest_in_loops(variant):
     "size, published", [("S", 6.06), ("B", 23.01), ("L", 80.71), ("XL", 118.64)]
 )
 def test_the_published_counts_of_dit(size, published):
-    """Table 4 of Peebles & Xie 2023, at 256 x 256: multiply-adds, in 10^9."""
+    """Those of Peebles & Xie 2023, at 256 x 256: multiply-adds, in 10^9."""
     model = dit(size, patch=2, channels=4, num_classes=1000, learned_variance=True)
     assert sum(flops.products(model, 32, 32)) / 1e9 == pytest.approx(published, rel=1e-3)
 
