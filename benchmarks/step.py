@@ -19,6 +19,7 @@ numpy alone.
 import argparse
 import importlib
 import multiprocessing
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 
@@ -122,7 +123,12 @@ def what(args):
 
 
 def devices_of(args):
-    return [programs.tpu(args.target)] if args.target else jax.local_devices()
+    if not args.target:
+        return jax.local_devices()
+    try:
+        return [programs.tpu(args.target)]
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"--target={args.target}: {error} (is libtpu installed? pip install -e '.[tpu]')")
 
 
 def alone(function, *args):
