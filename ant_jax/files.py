@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import socket
 from collections.abc import Iterator
@@ -70,6 +71,32 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def user_cache() -> Path:
-    """Where what can be made again is kept: `$XDG_CACHE_HOME/ant_jax`, or `~/.cache/ant_jax`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ant_jax"
+def user_cache() -> Path | None:
+    """Where what can be made again is kept: `$XDG_CACHE_HOME/ant_jax`, or `~/.cache/ant_jax`.
+
+    It may not be there, nor writable: read what is there, and write inside `keeping`.
+
+    Returns:
+      The folder; None where the user has no home, which is said once.
+    """
+    return _user_cache(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
+@functools.cache
+def _user_cache(place):
+    try:
+        return Path(place).expanduser() / "ant_jax"
+    except RuntimeError as error:
+        logging.warning(
+            "nothing is kept for the next start: %s; XDG_CACHE_HOME can name a folder", error
+        )
+        return None
+
+
+@contextlib.contextmanager
+def keeping(what: str) -> Iterator[None]:
+    """Writes what can be made again: where it can't be written, says so and goes on without."""
+    try:
+        yield
+    except OSError as error:
+        logging.warning("%s: not kept for the next start: %s", what, error)

@@ -37,7 +37,8 @@ class DigitsClassifier(NamedTuple):
 def load_classifier(cache_dir: str | os.PathLike | None = None) -> DigitsClassifier:
     """Returns the trained classifier, from the cache or else by training it (a few seconds).
 
-    Training is deterministic. A cache file that cannot be read is replaced.
+    Training is deterministic. A cache file that cannot be read is replaced; where none can be
+    written, the next process trains again.
 
     Args:
       cache_dir: Where the weights are kept; None is `$XDG_CACHE_HOME/ant_jax`, by default
@@ -45,19 +46,18 @@ def load_classifier(cache_dir: str | os.PathLike | None = None) -> DigitsClassif
 
     Returns:
       The classifier.
-
-    Raises:
-      OSError: If the weights cannot be written.
     """
     cache_dir = files.user_cache() if cache_dir is None else pathlib.Path(cache_dir).expanduser()
-    path = cache_dir / f"digits_classifier_v{_VERSION}.npz"
-    if path.exists():
+    path = cache_dir and cache_dir / f"digits_classifier_v{_VERSION}.npz"
+    if path is not None and os.path.exists(path):
         try:
             return _read(path)
         except Exception as error:  # Damaged bytes surface as almost any type of error.
             logging.warning("Training the digits classifier again: %s is damaged: %r", path, error)
     classifier = _train()
-    _write(path, classifier)
+    if path is not None:
+        with files.keeping("the digits classifier"):
+            _write(path, classifier)
     return classifier
 
 

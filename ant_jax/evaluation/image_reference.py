@@ -90,8 +90,9 @@ def data_reference(
       ValueError: If there are fewer than two images.
     """
     digest = fingerprint({"images": key, "weights": network.digest})
-    path = (cache_dir or files.user_cache()) / f"reference_v{_VERSION}_{digest[:24]}.npz"
-    if path.exists():
+    cache_dir = cache_dir or files.user_cache()
+    path = cache_dir and cache_dir / f"reference_v{_VERSION}_{digest[:24]}.npz"
+    if path is not None and os.path.exists(path):
         try:
             with np.load(path, allow_pickle=False) as stored:
                 pool = stored["pool"]
@@ -100,8 +101,10 @@ def data_reference(
         except Exception as error:  # Damaged bytes surface as almost any type of error.
             logging.warning("computed again: %s is damaged: %r", path, error)
     summary = summarise(network.features(batches()), _IMAGES)
-    write_statistics(path, summary.statistics, pool=summary.pool)
-    logging.info("statistics of %s kept for the next time: %s", name, path)
+    if path is not None:
+        with files.keeping(f"the statistics of {name}"):
+            write_statistics(path, summary.statistics, pool=summary.pool)
+            logging.info("statistics of %s kept for the next time: %s", name, path)
     return Reference(name, summary.statistics, summary.pool)
 
 
