@@ -13,8 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.nn import dot_product_attention
 
+from ant_jax.models.norms import GroupNorm
+
 # Statistics in float32 whatever the activations are.
-_GroupNorm = functools.partial(nn.GroupNorm, num_groups=32, epsilon=1e-6, dtype=jnp.float32)
+_GroupNorm = functools.partial(GroupNorm, num_groups=32, epsilon=1e-6, dtype=jnp.float32)
 
 
 # The first is Stable Diffusion's, which DiT uses, the second LDM's for FFHQ and CelebA-HQ. The

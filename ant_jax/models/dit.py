@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.models.attention import check_attention
+from ant_jax.models.norms import LayerNorm
 from ant_jax.models.remat import check_remat, rematerialised
 from ant_jax.models.timesteps import MAX_PERIOD, timestep_features
 
@@ -30,7 +31,7 @@ MLP_RATIO = 4
 
 _Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
 _ZeroDense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
-_LayerNorm = functools.partial(nn.LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False)
+_LayerNorm = functools.partial(LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False)
 
 
 def dit(size: str, **fields: Any) -> "DiT":

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from ant_jax.models.attention import check_attention
+from ant_jax.models.norms import GroupNorm
 from ant_jax.models.remat import check_remat, rematerialised
 from ant_jax.models.timesteps import timestep_features
 
@@ -69,7 +70,7 @@ _ZeroDense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
 _Conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=_kernel_init)
 _ZeroConv = functools.partial(_Conv, kernel_init=nn.initializers.zeros)
 # Computes in float32 inside, whatever the type of its input and output.
-_GroupNorm = functools.partial(nn.GroupNorm, num_groups=_GROUPS, epsilon=1e-5)
+_GroupNorm = functools.partial(GroupNorm, num_groups=_GROUPS, epsilon=1e-5)
 
 
 def unet(variant: str, **fields: Any) -> "UNet":

@@ -1,0 +1,32 @@
+"""Layer norm and group norm that keep their digits where the mean is far from zero.
+
+flax's fast variance, E[x^2] - E[x]^2, loses those of a deviation that is small beside the mean: at
+a ratio of 1 to 100 the results are off by 1e-3. Its slow one keeps the error of a float32 mean.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class LayerNorm(nn.LayerNorm):
+    """`flax.linen.LayerNorm` over the last axis; statistics in float32."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises (..., C)."""
+        return super().__call__(_centred(x, -1))
+
+
+class GroupNorm(nn.GroupNorm):
+    """`flax.linen.GroupNorm` over all positions of (B, H, W, C); statistics in float32."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises (B, H, W, C), C a multiple of the number of groups."""
+        groups = x.reshape(*x.shape[:-1], self.num_groups, -1)
+        return super().__call__(_centred(groups, (1, 2, 4)).reshape(x.shape))
+
+
+def _centred(x, axes):
+    # A norm does not change with what is subtracted here, so no gradient goes through it.
+    x = x.astype(jnp.float32)
+    return x - jax.lax.stop_gradient(x.mean(axes, keepdims=True))
