@@ -95,6 +95,7 @@ RULES = {
     "data.dir": _TEXT,
     "data.image_size": _integer(1),
     "data.crop": _one_of("none", "center", "random"),
+    "data.exif": _one_of("ignore", "apply"),
     "data.flip": _BOOL,
     "data.replace_unreadable": _BOOL,
     "data.batch_size": _integer(1),
@@ -258,6 +259,8 @@ def _validate_together(flat):
         )
     if flat["data.name"] == "folder" and not flat["data.dir"]:
         raise ConfigError("config.data.name = 'folder' needs config.data.dir = PATH of the folder")
+    if flat["data.exif"] == "apply" and flat["data.name"] != "folder":
+        raise ConfigError("config.data.exif = 'apply' needs config.data.name = 'folder'")
     if flat["clusters.cost"] == "gradient" and not flat["clusters.affinity"]:
         raise ConfigError(
             "config.clusters.cost = 'gradient' needs config.clusters.affinity = PATH of a task "

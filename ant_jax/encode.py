@@ -69,6 +69,7 @@ def encode(config: ConfigDict) -> Path:
             std=0.0,
             data=config.data.name,
             crop=config.data.crop,
+            exif=config.data.exif,
             origin=repr(source),
         )
         try:
@@ -102,12 +103,13 @@ def _plan(config, directory, codec, num_images):
         "number of images": num_images,
         **{
             f"data.{name}": config.data[name]
-            for name in ("name", "dir", "split", "crop", "image_size", "replace_unreadable")
+            for name in ("name", "dir", "split", "crop", "exif", "image_size", "replace_unreadable")
         },
     }
     path = directory / "plan.json"
     if path.exists():
-        before = json.loads(path.read_text())
+        # Those begun before there was a choice.
+        before = {"data.exif": "ignore"} | json.loads(path.read_text())
         differing = [
             f"{name}: {before.get(name)!r} there, {value!r} now"
             for name, value in plan.items()

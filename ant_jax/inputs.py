@@ -44,6 +44,7 @@ def open_latents(config: ConfigDict, split: str) -> data.LatentSource:
         ("autoencoder.name", facts.autoencoder, settings.name),
         ("data.name", facts.data, config.data.name),
         ("data.crop", facts.crop, config.data.crop),
+        ("data.exif", facts.exif, config.data.exif),
         ("data.image_size", facts.image_size, config.data.image_size),
         ("autoencoder.weights, encoder", facts.digest, autoencoding.load(config).encoder_digest),
     ):
@@ -83,7 +84,7 @@ def open_images(config: ConfigDict, split: str) -> data.Source:
     """
     settings = config.data
     try:
-        source = data.load(settings.name, split, settings.dir or None)
+        source = data.load(settings.name, split, settings.dir or None, settings.exif)
         data.check_crop(source, settings.crop, settings.image_size)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(

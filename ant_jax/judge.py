@@ -132,5 +132,6 @@ def _reference(config, network):
         "num": num,
         "size": settings.image_size,
         "crop": crop,
+        "exif": settings.exif,
     }
     return evaluation.data_reference(name, images, network, key)

@@ -25,6 +25,9 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     data.dir = ""  # the folder, or where tensorflow-datasets keeps its data; "" is its own default
     data.image_size = 8  # pixels; images of another size need a crop
     data.crop = "none"  # "none", "center" or "random"
+    # Of a folder: "ignore" takes the pixels as they are stored, as ADM does, so that statistics
+    # compare; "apply" turns photographs as their cameras noted. Alpha is dropped either way.
+    data.exif = "ignore"
     data.flip = False  # mirror half of the images
     data.replace_unreadable = False  # damaged images by the next one; else the run fails there
     data.batch_size = 120  # over all devices; each device's share must be a multiple of k

@@ -134,6 +134,7 @@ BAD = {
     "config.method.name must be one of 'vanilla', 'linear', ": {"method__name": "nahs"},
     "config.clusters.cost must be one of 'snr', 'timestep'": {"clusters__cost": "uniform"},
     # impossible together
+    "config.data.exif = 'apply' needs config.data.name = 'folder'": {"data__exif": "apply"},
     "config.clusters.k = 9 must not exceed config.diffusion.timesteps = 8": {
         "clusters__k": 9,
         "diffusion__timesteps": 8,

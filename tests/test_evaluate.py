@@ -274,7 +274,7 @@ def test_training_data_are_cropped_in_the_centre_and_each_counts_once(tmp_path, 
     judge.build(config)
     settings, key = seen[0], counted[0]
     assert settings["crop"] == "center" == key["crop"] and "flip" not in settings
-    assert key["num"] == 1497
+    assert key["num"] == 1497 and key["exif"] == "ignore"
     rows = lambda images: np.sort(images.reshape(-1, 64).view("V64").ravel())
     np.testing.assert_array_equal(
         rows(np.concatenate(counted[1:])), rows(data.digits("train").images.copy())

@@ -201,6 +201,10 @@ def test_a_folder_begun_with_other_settings_is_refused(place, encoded):
         inputs.open_data(settings(place, data__image_size=8))
     with pytest.raises(ConfigError, match=r"made with config.data.crop 'center', not 'none'"):
         inputs.open_data(settings(place, data__crop="none"))
+    with pytest.raises(ConfigError, match=r"data.exif: 'ignore' there, 'apply' now"):
+        encode.encode(settings(place, data__exif="apply"))
+    with pytest.raises(ConfigError, match=r"made with config.data.exif 'ignore', not 'apply'"):
+        inputs.open_data(settings(place, data__exif="apply"))
     with pytest.raises(ConfigError, match=r"run --mode encode with config.data.split = 'val'"):
         inputs.open_data(settings(place), "val")
     with pytest.raises(ConfigError, match=r"made with config.data.name 'folder', not 'tfds:x'"):

@@ -4,7 +4,7 @@ from ant_jax.data.folder import folder
 from ant_jax.data.sources import Source, digits, from_tfds
 
 
-def load(name: str, split: str, data_dir: str | None = None) -> Source:
+def load(name: str, split: str, data_dir: str | None = None, exif: str = "ignore") -> Source:
     """Opens a source by name.
 
     Args:
@@ -14,6 +14,7 @@ def load(name: str, split: str, data_dir: str | None = None) -> Source:
         nothing is downloaded here.
       split: A split of that source; for tensorflow-datasets also a slice such as "train[:90%]".
       data_dir: The folder, or where tensorflow-datasets keeps its data; None is its own default.
+      exif: Of a folder; see there.
 
     Returns:
       The source.
@@ -29,7 +30,7 @@ def load(name: str, split: str, data_dir: str | None = None) -> Source:
     if name == "folder":
         if not data_dir:
             raise ValueError("a folder of images needs its path")
-        return folder(data_dir, split)
+        return folder(data_dir, split, exif)
     if kind == "tfds" and builder_name:
         return from_tfds(builder_name, split, data_dir)
     raise ValueError(f"unknown source {name!r}; use 'digits', 'folder' or 'tfds:BUILDER'")

@@ -1,17 +1,16 @@
 """A folder of JPEG, PNG or WebP images, with or without a subfolder for each class."""
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from ant_jax.data.decoding import EXIF, decode, open_regular
 from ant_jax.data.sources import Example, UnreadableImageError
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-# What Pillow turns into 8 bits for each of red, green and blue without losing any.
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,12 +23,14 @@ class FolderSource:
         third of the memory of as many strings, in each of the workers.
       labels: int32 (n,), the index of the file's class; all 0 without classes.
       classes: Names of the class folders, sorted; empty without classes.
+      exif: Whether the orientation that a camera noted is looked at: "ignore" or "apply".
     """
 
     name: str
     paths: np.ndarray = dataclasses.field(repr=False)
     labels: np.ndarray = dataclasses.field(repr=False)
     classes: tuple[str, ...] = dataclasses.field(repr=False)
+    exif: str = dataclasses.field(default="ignore", repr=False)
 
     @property
     def image_shape(self) -> tuple[None, None, int]:
@@ -47,58 +48,62 @@ class FolderSource:
     def __getitem__(self, index: int) -> Example:
         """Decodes an image; see `Source`.
 
-        Grey images become RGB, an alpha channel is dropped, and the orientation that a camera noted
-        is not looked at, all as in ADM, so that statistics compare.
+        Grey images become RGB, an alpha channel is dropped, so that the colour below it shows, and
+        the orientation that a camera noted is not looked at: all as in ADM, so that statistics
+        compare. Only the orientation can be had otherwise, by `exif`.
 
         Raises:
-          UnreadableImageError: If the file is not a whole image of 8 bits a channel.
+          UnreadableImageError: If the file is not a whole image of 8 bits a channel, or has more
+            pixels than `decoding.MAX_PIXELS`.
         """
         path = os.path.join(self.name, os.fsdecode(bytes(self.paths[index])))
         try:
-            with Image.open(path) as picture:
-                if picture.mode not in _MODES:
-                    raise ValueError(f"{picture.mode} pixels: convert it to 8 bits a channel")
-                image = np.asarray(picture.convert("RGB"))
+            with open_regular(path) as file:
+                image = decode(file, exif=self.exif)
         # Damaged bytes surface as almost any type of error.
         except Exception as error:
             raise UnreadableImageError(f"{path}: {error}") from error
         return {"image": image, "label": self.labels[index]}
 
 
-def folder(directory: str | os.PathLike, split: str) -> FolderSource:
+def folder(directory: str | os.PathLike, split: str, exif: str = "ignore") -> FolderSource:
     """Opens a folder of images.
 
     If images lie in subfolders, at any depth, each subfolder of the folder is a class; if they all
     lie in the folder itself, there are no classes. Files of other kinds, and files and folders
-    whose name begins with a dot, are passed over.
+    whose name begins with a dot, are passed over. Links are followed, but a folder counts once in
+    its class, and the folders above never.
 
     Args:
       directory: The folder.
       split: Name of a subfolder that holds the images of the split, as in DIR/train/CLASS/*.jpg;
         "" for all images of the folder.
+      exif: "ignore" leaves images as they are stored, as ADM does; "apply" turns them as the camera
+        noted that they are to be shown.
 
     Returns:
       The source; files and classes are in the order of their names.
 
     Raises:
       FileNotFoundError: If there is no such folder.
-      ValueError: If there is no image in it or in one of its classes, or if some images lie beside
-        the class folders.
+      OSError: If a folder below it cannot be read.
+      ValueError: If there is no image in it or in one of its classes, if some images lie beside
+        the class folders, or if exif is unknown.
     """
+    if exif not in EXIF:
+        raise ValueError(f"unknown exif {exif!r}; use one of {', '.join(EXIF)}")
     root = Path(directory).expanduser() / split
     if not root.is_dir():
         hint = "; use split '' if the images have no folder for the split" if split else ""
         raise FileNotFoundError(f"no folder {root}{hint}")
-    top = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    top, loose = _list(root)
     classes = [name for name in top if not name.startswith(".")]
-    loose = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_file() and _is_image(entry.name)
-    )
     if not classes:
-        return _source(root, [loose], ())
-    found = [_images_below(root, name) for name in classes]
+        return _source(root, [loose], (), exif)
+    above = {_identity(place) for place in (root, *root.resolve().parents)}
+    found = [_images_below(root, name, above) for name in classes]
     if not any(found):
-        return _source(root, [loose], ())
+        return _source(root, [loose], (), exif)
     if loose:
         raise ValueError(
             f"{root} has both images ({loose[0]}, ...) and folders of images ({classes[0]}, ...): "
@@ -107,24 +112,61 @@ def folder(directory: str | os.PathLike, split: str) -> FolderSource:
     empty = [name for name, paths in zip(classes, found, strict=True) if not paths]
     if empty:
         raise ValueError(f"{root}: no image in the class folder(s) {', '.join(empty[:5])}")
-    return _source(root, found, tuple(classes))
+    return _source(root, found, tuple(classes), exif)
 
 
-def _source(root, groups, classes):
+def _source(root, groups, classes, exif):
     paths = [path for group in groups for path in group]
     if not paths:
         raise ValueError(f"{root} has no image; looked for {', '.join(_SUFFIXES)}")
     labels = np.repeat(np.arange(len(groups), dtype=np.int32), [len(group) for group in groups])
-    return FolderSource(str(root), np.array([os.fsencode(path) for path in paths]), labels, classes)
+    names = np.array([os.fsencode(path) for path in paths])
+    return FolderSource(str(root), names, labels, classes, exif)
 
 
-def _images_below(root, name):
-    paths = []
-    for place, folders, files in os.walk(root / name, followlinks=True):
-        folders[:] = [each for each in folders if not each.startswith(".")]
-        relative = os.path.relpath(place, root)
-        paths += [os.path.join(relative, file) for file in files if _is_image(file)]
+def _images_below(root, name, above):
+    """Paths of the images of a class relative to the root, sorted."""
+    paths, seen, to_visit = [], set(above), [name]
+    while to_visit:
+        relative = to_visit.pop()
+        identity = _identity(root / relative)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        folders, images = _list(root / relative)
+        # The first of several links to a folder counts, in the order of their names.
+        to_visit += [
+            os.path.join(relative, each) for each in reversed(folders) if not each.startswith(".")
+        ]
+        paths += [os.path.join(relative, image) for image in images]
     return sorted(paths)
+
+
+def _identity(place):
+    status = os.stat(place)
+    return status.st_dev, status.st_ino
+
+
+def _list(place):
+    """Names of the folders and of the images in a folder, sorted."""
+    folders, images = [], []
+    with os.scandir(place) as entries:
+        for entry in entries:
+            if _is(entry.is_dir):
+                folders.append(entry.name)
+            elif _is_image(entry.name) and (
+                # A link to a file that is gone is an image that can't be read, not none at all.
+                _is(entry.is_file) or not os.path.exists(entry.path)
+            ):
+                images.append(entry.name)
+    return sorted(folders), sorted(images)
+
+
+def _is(test):
+    # A link to itself is neither a file nor a folder.
+    with contextlib.suppress(OSError):
+        return test()
+    return False
 
 
 def _is_image(name):

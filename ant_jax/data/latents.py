@@ -38,6 +38,7 @@ class LatentFacts(NamedTuple):
       data: `config.data.name` of the images.
       crop: how they were brought to their size.
       origin: where the images come from, for the reader.
+      exif: whether they were turned as their cameras noted.
     """
 
     autoencoder: str
@@ -51,6 +52,8 @@ class LatentFacts(NamedTuple):
     data: str
     crop: str
     origin: str
+    # Latents made before there was a choice.
+    exif: str = "ignore"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -3,11 +3,14 @@
 import dataclasses
 import functools
 import importlib.util
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+
+from ant_jax.data.decoding import decode
 
 Example = dict[str, Any]
 
@@ -88,7 +91,7 @@ class TfdsSource:
 
     Attributes:
       name: What error messages call the source.
-      records: The data source of the split.
+      records: The data source of the split, with images as the bytes of their files.
       image_shape: (height, width, channels); None where the size varies.
       num_classes: Number of labels; 0 where the builder has no class label.
     """
@@ -102,9 +105,19 @@ class TfdsSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> Example:
-        record = self.records[index]
+        """Decodes an image; see `Source` and `decode`.
+
+        Raises:
+          UnreadableImageError: If the record is damaged, or its image not one that `decode` takes.
+        """
+        # Damaged bytes surface as almost any type of error.
+        try:
+            record = self.records[index]
+            image = decode(io.BytesIO(record["image"]), self.image_shape[-1])
+        except Exception as error:
+            raise UnreadableImageError(f"image {index} of {self.name}: {error}") from error
         label = record["label"] if self.num_classes else 0
-        return {"image": record["image"], "label": np.int32(label)}
+        return {"image": image, "label": np.int32(label)}
 
 
 @functools.cache
@@ -175,7 +188,9 @@ def from_tfds(builder_name: str, split: str, data_dir: str | None) -> TfdsSource
     if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
         raise ValueError(f"{builder_name!r} has no uint8 'image' feature; it has {features}")
     try:
-        records = builder.as_data_source(split)
+        # Its own decoder would open any format that Pillow knows.
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        records = builder.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise ValueError(
             f"{builder_name!r} in {builder.data_path} is not stored for random access: "

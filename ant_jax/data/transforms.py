@@ -9,6 +9,11 @@ import math
 import numpy as np
 from PIL import Image
 
+# Images so many times longer than wide are cut before they are resized; others as in ADM.
+_LONGEST = 64
+# Squares of the shorter side that stay on both sides of the window: the filter reaches 2 pixels.
+_MARGIN = 2
+
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Resizes the shorter side to `size` and cuts out the centre.
@@ -20,9 +25,9 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     Returns:
       uint8 (size, size, channels); the image itself, byte for byte, if it has that size already.
     """
-    resized = _resize_shorter_side(image, size)
-    top, left = (resized.shape[0] - size) // 2, (resized.shape[1] - size) // 2
-    return resized[top : top + size, left : left + size]
+    picture = _halved(image, size)
+    height, width = _resized_shape(picture, size)
+    return _window(picture, size, (height - size) // 2, (width - size) // 2, size)
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -36,10 +41,12 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
     Returns:
       uint8 (size, size, channels).
     """
-    resized = _resize_shorter_side(image, int(rng.integers(size, math.ceil(size / 0.8) + 1)))
-    top = rng.integers(resized.shape[0] - size + 1)
-    left = rng.integers(resized.shape[1] - size + 1)
-    return resized[top : top + size, left : left + size]
+    side = int(rng.integers(size, math.ceil(size / 0.8) + 1))
+    picture = _halved(image, side)
+    height, width = _resized_shape(picture, side)
+    top = int(rng.integers(height - size + 1))
+    left = int(rng.integers(width - size + 1))
+    return _window(picture, side, top, left, size)
 
 
 def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -66,14 +73,41 @@ def draw_latent(
     return {"image": mean + std * noise, "label": example["label"]}
 
 
-def _resize_shorter_side(image: np.ndarray, side: int) -> np.ndarray:
-    grey = image.shape[-1] == 1
-    picture = Image.fromarray(image[..., 0] if grey else image)
+def _halved(image, side):
+    """The picture, halved while its shorter side is at least twice as long as `side`."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     # Pillow's bicubic filter alone is slow on large photographs; ADM halves them first.
     while min(picture.size) >= 2 * side:
         width, height = picture.size
         picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
+    return picture
+
+
+def _resized_shape(picture, side):
+    """(height, width) of the picture when its shorter side is `side` pixels long."""
     scale = side / min(picture.size)
     width, height = (round(length * scale) for length in picture.size)
+    return height, width
+
+
+def _window(picture, side, top, left, size):
+    """Resizes the shorter side to `side` and cuts out `size` x `size` pixels."""
+    width, height = picture.size
+    short = min(width, height)
+    if max(width, height) > _LONGEST * short:
+        # Resized whole, 2 x 20000 pixels would become 256 x 2560000. The squares beyond those
+        # around the window don't touch it, but that the whole length is rounded to pixels.
+        first = max(0, (left if width > height else top) // side - _MARGIN)
+        begin, end = first * short, (first + 2 + 2 * _MARGIN) * short
+        if width > height:
+            picture = picture.crop((begin, 0, min(end, width), height))
+            left -= first * side
+        else:
+            picture = picture.crop((0, begin, width, min(end, height)))
+            top -= first * side
+    height, width = _resized_shape(picture, side)
+    # The two ways to round may differ by a pixel at the end.
+    top, left = min(top, height - size), min(left, width - size)
     resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
-    return resized[..., None] if grey else resized
+    window = resized[top : top + size, left : left + size]
+    return window[..., None] if window.ndim == 2 else window

@@ -76,6 +76,44 @@ def test_random_crop_is_a_window_at_a_random_scale_and_place():
     np.testing.assert_array_equal(again, crops[7])
 
 
+def _whole(image, side):
+    """All of the image with its shorter side resized, as ADM does."""
+    picture = Image.fromarray(image)
+    while min(picture.size) >= 2 * side:
+        picture = picture.resize([length // 2 for length in picture.size], Image.BOX)
+    scale = side / min(picture.size)
+    return np.asarray(picture.resize([round(each * scale) for each in picture.size], Image.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    ("shape", "exact"),
+    [
+        # However long, up to 64 times the shorter side, and where the whole is no pixel more.
+        *(((5, 320), True), ((320, 5), True), ((40, 2000), True), ((70, 31), True)),
+        *(((2, 200), True), ((200, 2), True), ((1, 300), True), ((9, 900), True)),
+        *(((3, 293), False), ((400, 6), False)),
+    ],
+)
+def test_windows_of_long_images_are_those_of_the_whole(shape, exact):
+    image = _noise(*shape)
+    for size in (16, 5):
+        whole = _whole(image, size)
+        top, left = (whole.shape[0] - size) // 2, (whole.shape[1] - size) // 2
+        got = transforms.center_crop(image, size)
+        expected = whole[top : top + size, left : left + size]
+        assert got.shape == (size, size, 3)
+        # Another place would differ by 85 on average.
+        assert np.abs(got.astype(int) - expected).mean() <= (0 if exact else 30)
+        rng = np.random.default_rng(size)
+        side = rng.integers(size, -(-size // 0.8) + 1)
+        whole = _whole(image, side)
+        top, left = (rng.integers(length - size + 1) for length in whole.shape[:2])
+        got = transforms.random_crop(image, size, np.random.default_rng(size))
+        expected = whole[top : top + size, left : left + size]
+        # Another place would differ by 85 on average.
+        assert np.abs(got.astype(int) - expected).mean() <= (0 if exact else 30)
+
+
 def test_flip_mirrors_half_of_the_images():
     image = _noise(4, 6)
     flipped = [transforms.flip(image, np.random.default_rng(i)) for i in range(400)]
