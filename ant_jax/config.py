@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from ant_jax import checkpoint
 from ant_jax.files import write_bytes
 
 
@@ -328,11 +329,30 @@ def save(config: ConfigDict, workdir: str | os.PathLike) -> None:
 
 
 def load(workdir: str | os.PathLike) -> ConfigDict | None:
-    """The config of the run in a workdir; None if there is no run."""
+    """The config of the run in a workdir; None if there is no run.
+
+    It is that of ``config.json``, or, where there is none, that of the newest checkpoint.
+
+    Raises:
+      ConfigError: if ``config.json`` is damaged.
+    """
     path = Path(workdir) / "config.json"
     if not path.exists():
-        return None
-    return ConfigDict(_with_tuples(json.loads(path.read_text())))
+        record = checkpoint.read_record(Path(workdir) / "checkpoints")
+        return None if record is None else from_json(record["config"])
+    try:
+        return from_json(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}): remove it, for checkpoints hold what it says"
+        ) from error
+
+
+def from_json(settings: Mapping[str, Any]) -> ConfigDict:
+    """The config that `ConfigDict.to_dict` and JSON have made a mapping of lists."""
+    if not isinstance(settings, Mapping):
+        raise TypeError(f"{type(settings).__name__} instead of settings by name")
+    return ConfigDict(_with_tuples(settings))
 
 
 def _with_tuples(value):

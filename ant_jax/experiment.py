@@ -1,6 +1,7 @@
 """What a config describes: the pieces of a run, checked before anything is compiled."""
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from absl import logging
 from jax.tree_util import Partial, keystr
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ant_jax import autoencoding, builders, checkpoint, data, interop
+from ant_jax import autoencoding, builders, checkpoint, data, interop, processes
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import GaussianDiffusion
@@ -55,7 +56,8 @@ def build(
         begun, whatever becomes of the file they came from.
 
     Raises:
-      ConfigError: naming the setting, if the config is not valid or asks for labels there are not.
+      ConfigError: naming the setting, if the config is not valid or asks for labels there are not,
+        or if the boundaries can't be of its clusters.
     """
     config_lib.validate(config)
     if config.model.conditional and not num_classes:
@@ -67,6 +69,8 @@ def build(
     if config.autoencoder.name:
         size, _, _ = autoencoding.latent_shape(config)
     multiple = builders.input_multiple(config)
+    if boundaries is not None:
+        _check_boundaries(config, boundaries)
     if size % multiple:
         raise ConfigError(
             f"config.data.image_size = {config.data.image_size} gives the network sides of {size}, "
@@ -99,29 +103,184 @@ def _abstract_params(model, image_shape):
     return jax.eval_shape(lambda: builders.init_params(model, image_shape, 0))
 
 
-def save_facts(pieces: Experiment, source: data.Source, workdir: Path) -> None:
-    """Writes ``facts.json``: what a run found out when it began."""
+def _check_boundaries(config, boundaries):
+    k, last = config.clusters.k, config.diffusion.timesteps
+    one = config.clusters.only >= 0
+    if (
+        len(boundaries) != (2 if one else k + 1)
+        or any(low >= high for low, high in itertools.pairwise(boundaries))
+        or not (boundaries[0] >= 0 and boundaries[-1] <= last)
+        or not (one or boundaries[-1] - boundaries[0] == last)
+    ):
+        raise ConfigError(
+            f"the boundaries {list(boundaries)} of facts.json are not those of "
+            f"{'one of ' if one else ''}config.clusters.k = {k} clusters of "
+            f"config.diffusion.timesteps = {last}"
+        )
+
+
+def save_facts(
+    pieces: Experiment, source: data.Source, workdir: Path, run: str = ""
+) -> dict[str, Any]:
+    """Writes ``facts.json``: the run's id and what it found out when it began; returns the facts.
+
+    Args:
+      pieces: of the run.
+      source: what it learns from.
+      workdir: of the run.
+      run: its id; "" for one that has none.
+    """
+    facts = _facts_of_data(source) | {"boundaries": pieces.method.boundaries.tolist()}
+    write_bytes(workdir / "facts.json", json.dumps({"id": run} | facts).encode())
+    return facts
+
+
+def _facts_of_data(source):
     facts = {
         "channels": source.image_shape[-1],
         "num_classes": source.num_classes,
-        "boundaries": pieces.method.boundaries.tolist(),
+        "num_images": len(source),
     }
+    if isinstance(source, data.FolderSource):
+        facts["classes"] = list(source.classes)
     if isinstance(source, data.LatentSource):
         facts["encoder"] = source.facts.digest
-    write_bytes(workdir / "facts.json", json.dumps(facts).encode())
+    return facts
+
+
+_FACTS = {"id": str, "channels": int, "num_classes": int, "num_images": int, "encoder": str}
+
+
+def _read_facts(workdir):
+    """What `save_facts` wrote, with the id; empty if nothing is there."""
+    path = workdir / "facts.json"
+    try:
+        facts = json.loads(path.read_bytes())
+        lists = (facts.get("boundaries", [0]), facts.get("classes", [""]))
+        wrong = [name for name, kind in _FACTS.items() if type(facts.get(name, kind())) is not kind]
+        for values, kind in zip(lists, (int, str), strict=True):
+            wrong += [value for value in values if type(value) is not kind]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r}")
+    except FileNotFoundError:
+        return {}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}): remove it, for checkpoints hold what it says"
+        ) from error
+    return facts
+
+
+def recorded(workdir: Path) -> dict[str, Any] | None:
+    """What a run has recorded of itself, as JSON can hold it; None if there is no run.
+
+    The newest checkpoint says it. ``config.json`` and ``facts.json`` are copies for readers, asked
+    where no checkpoint says it: before the first one, and in workdirs of older versions.
+
+    Returns:
+      {"id", "config", "facts"}. Without a checkpoint nothing has been learned and there are no
+      facts yet.
+
+    Raises:
+      ConfigError: if a file is damaged, or if nothing says which run the checkpoints are of.
+    """
+    facts, directory = _read_facts(workdir), workdir / "checkpoints"
+    record = checkpoint.read_record(directory, run=facts.get("id", ""))
+    if record is not None:
+        return {name: record[name] for name in ("id", "config", "facts")}
+    has_checkpoints = bool(checkpoint.checkpoint_steps(directory))
+    if not (workdir / "config.json").exists():
+        if not has_checkpoints:
+            return None
+        raise ConfigError(
+            f"{workdir} has checkpoints and no config.json: bring it back, or choose another "
+            "--workdir"
+        )
+    config = json.loads(json.dumps(config_lib.load(workdir).to_dict()))
+    run = facts.pop("id", "")
+    return {"id": run, "config": config, "facts": facts if has_checkpoints else {}}
 
 
 def load_facts(workdir: Path) -> dict[str, Any]:
-    """What `save_facts` wrote, by the arguments of `build`."""
-    facts = json.loads((workdir / "facts.json").read_text())
+    """The facts of the run in a workdir, by the arguments of `build`.
+
+    Raises:
+      ConfigError: if they are not there.
+    """
+    facts = _facts(workdir)
     return {name: facts[name] for name in ("channels", "num_classes", "boundaries")}
+
+
+def _facts(workdir):
+    there = _read_facts(workdir)
+    record = checkpoint.read_record(workdir / "checkpoints", run=there.get("id", ""))
+    facts = there if record is None else record["facts"]
+    for name in ("channels", "num_classes", "boundaries"):
+        if name not in facts:
+            raise ConfigError(
+                f"{workdir / 'facts.json'} is not there or without {name!r}: bring it back"
+            )
+    return facts
+
+
+def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> None:
+    """Checks that a run goes on with what it has learned from.
+
+    Another number of images in the same classes is a warning: who adds images to a run means it,
+    and the labels mean the same. But its batches are others from then on.
+
+    Args:
+      before: facts of the run.
+      source: what there is now.
+      workdir: of the run.
+
+    Raises:
+      ConfigError: if the classes are others, so that labels would mean something else, or if they
+        are latents of another encoder.
+    """
+    now = _facts_of_data(source)
+    classes, others = before.get("classes"), now.get("classes")
+    if classes is not None and others is not None and classes != others:
+        gone = [name for name in classes if name not in others]
+        new = [name for name in others if name not in classes]
+        what = "; ".join(
+            f"{word}: {', '.join(map(repr, names[:5]))}{', ...' if names[5:] else ''}"
+            for word, names in (("gone", gone), ("new", new))
+            if names
+        )
+        raise ConfigError(
+            f"the run in {workdir} has learned other classes than {source.name} has "
+            f"({what or 'another order'}): labels would mean something else. Give the folders the "
+            "names that they had, or choose another --workdir"
+        )
+    for name, what in (
+        ("num_classes", "number of classes"),
+        ("channels", "number of channels"),
+        ("encoder", "encoder of the latents"),
+    ):
+        if name in before and before[name] != now.get(name):
+            raise ConfigError(
+                f"the run in {workdir} has learned from other data than {source.name}: {what} "
+                f"{before[name]} there, {now.get(name)} now; choose another --workdir, or that data"
+            )
+    count = before.get("num_images", now["num_images"])
+    if count != now["num_images"]:
+        logging.warning(
+            "%s has %d images now, and had %d when the run in %s was last there: its batches are "
+            "others from here on, and it is no longer the run that it would have been. If that is "
+            "not meant, stop it and bring back the images",
+            source.name,
+            now["num_images"],
+            count,
+            workdir,
+        )
 
 
 def check_encoder(config: ConfigDict, workdir: Path) -> None:
     """Raises a ConfigError if a run learned latents of another encoder than the config names."""
     if not config.autoencoder.name:
         return
-    there = json.loads((workdir / "facts.json").read_text())["encoder"]
+    there = _facts(workdir).get("encoder")
     now = autoencoding.load(config).encoder_digest
     if there != now:
         raise ConfigError(
@@ -386,6 +545,19 @@ def restore(
     """The newest intact checkpoint of a run, or that of a step, on this process's devices.
 
     Returns:
-      (step, state), or None if there is no checkpoint. See `checkpoint.restore` for what it raises.
+      (step, state), or None if there is no checkpoint.
+
+    Raises:
+      ConfigError: if the checkpoint was saved with another config. See `checkpoint.restore` for
+        what else it raises.
     """
-    return checkpoint.restore(workdir / "checkpoints", abstract_state(config, experiment), step)
+    directory, template = workdir / "checkpoints", abstract_state(config, experiment)
+    # Process 0 chooses; what the others see of the disk may be older.
+    run = _read_facts(workdir).get("id", "") if processes.is_first() else ""
+    restored = checkpoint.restore(directory, template, step, run)
+    if restored is not None:
+        record = processes.decide(lambda: checkpoint.read_record(directory, restored[0]))
+        if record is not None:
+            there = config_lib.from_json(record["config"])
+            config_lib.check_same(there, config, directory / str(restored[0]))
+    return restored

@@ -5,7 +5,7 @@ import fcntl
 import functools
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -47,28 +47,48 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[Callable[[], bool]]:
     """Holds a lock that ends with this process, however it ends; makes the folders above it.
+
+    Yields:
+      A function that tells whether the file is still that of the lock: where it was removed,
+      another may hold a lock of the same name by now.
 
     Raises:
       BlockingIOError: if another holds it; the message says who.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise BlockingIOError(file.read() or "another process") from None
-        except OSError as error:
-            # Some network file systems have no locks.
-            logging.warning("%s can't be locked (%s): nothing keeps others out", path, error)
+    with contextlib.ExitStack() as stack:
+        is_held = lambda: False
+        while not is_held():
+            # Again where who held it before has removed it after we had opened it.
+            file = stack.enter_context(path.open("a+"))
+            _lock(file, path)
+            is_held = functools.partial(_is_named, file, path)
         # Not around what the lock is held for, whose errors are of other files.
         with naming(path):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-        yield
+        yield is_held
+
+
+def _lock(file, path):
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise BlockingIOError(file.read() or "another process") from None
+    except OSError as error:
+        # Some network file systems have no locks.
+        logging.warning("%s can't be locked (%s): nothing keeps others out", path, error)
+
+
+def _is_named(file, path):
+    """Whether an open file is still the one of this path."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    return False
 
 
 def user_cache() -> Path | None:

@@ -1,9 +1,10 @@
 """Where a run's numbers go: the console, `metrics.jsonl` and TensorBoard."""
 
+import bisect
+import hashlib
 import importlib.util
-import itertools
 import json
-import math
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -27,37 +28,40 @@ class Interval:
     """Means of the steps' metrics since the last report.
 
     A cluster's losses are weighted by its counts, and a cosine that is not there does not count.
+    What it holds are sums, the same to the bit whether or not a run was interrupted between them.
     """
 
-    def __init__(self):
-        self._steps: list[dict[str, np.ndarray]] = []
+    def __init__(self, state: dict[str, list] | None = None):
+        """Starts anew, or from a `state`."""
+        # Of each metric the weighted sum and that of the weights.
+        self._sums = {name: np.array(sums, np.float64) for name, sums in (state or {}).items()}
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
         """Adds one step's metrics, on the host."""
-        self._steps.append(metrics)
+        for name, value in metrics.items():
+            value = np.asarray(value, np.float64)
+            weights = np.ones_like(value)
+            if name == "cluster_losses":
+                # An empty cluster's loss is 0 by convention, not by measurement.
+                weights = np.asarray(metrics["counts"], np.float64)
+            seen = ~np.isnan(value) & ~np.isnan(weights)
+            weights = np.where(seen, weights, 0)
+            sums = np.stack([np.where(seen, value, 0) * weights, weights])
+            self._sums[name] = self._sums.get(name, 0) + sums
+
+    def state(self) -> dict[str, list]:
+        """What another `Interval` can go on from, as JSON can hold it."""
+        return {name: sums.tolist() for name, sums in self._sums.items()}
 
     def report(self) -> dict[str, Any]:
         """The means as floats and lists, None where nothing was seen; starts anew."""
-        steps, self._steps = self._steps, []
-        values = {
-            name: np.stack([np.asarray(step[name], np.float64) for step in steps])
-            for name in steps[0]
-        }
-        # An empty cluster's loss is 0 by convention, not by measurement.
-        values["cluster_losses"][values["counts"] == 0] = np.nan
-        weights = {"cluster_losses": values["counts"]}
+        sums, self._sums = self._sums, {}
+        with np.errstate(invalid="ignore"):
+            means = {name: total / weight for name, (total, weight) in sums.items()}
         return {
-            name: _mean(value, weights.get(name, np.ones_like(value)))
-            for name, value in values.items()
+            name: np.where(np.isnan(mean), None, mean.astype(object)).tolist()
+            for name, mean in means.items()
         }
-
-
-def _mean(values, weights):
-    """Weighted mean over the first axis of what is not NaN, as a float, a list or None."""
-    seen = np.where(np.isnan(values), 0, weights)
-    with np.errstate(invalid="ignore"):
-        means = np.nansum(values * seen, 0) / seen.sum(0)
-    return np.where(np.isnan(means), None, means.astype(object)).tolist()
 
 
 class Writer:
@@ -67,32 +71,81 @@ class Writer:
     It is opened for the first numbers, when the step has been compiled.
     """
 
-    def __init__(self, workdir: Path, start_step: int, tensorboard: bool):
-        """Opens the files; lines of a killed run beyond ``start_step`` are dropped."""
-        self._executor = self._board = None
+    def __init__(
+        self,
+        workdir: Path,
+        start_step: int,
+        tensorboard: bool,
+        written: dict[str, Any] | None = None,
+    ):
+        """Opens the files.
+
+        Lines of a killed run beyond ``start_step`` are dropped, for they will be written again.
+        Lines that can't be read, or are not in the order of their steps, go into
+        ``metrics-damaged.jsonl``; so do all that are dropped, if those left are not as written.
+
+        Args:
+          workdir: where the files are.
+          start_step: the step to go on from.
+          tensorboard: whether to write for it.
+          written: what `written` gave at that step; what is missing or changed is said.
+        """
+        self._executor = self._board = self._file = self._path = None
         if not processes.is_first():
-            self._file = None
             return
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            kept = itertools.takewhile(
-                lambda line: _step_of(line) <= start_step, path.read_bytes().splitlines(True)
+        self._path = workdir / "metrics.jsonl"
+        kept, beyond, doubtful = _read_lines(self._path, start_step)
+        self._lines, self._digest = len(kept), hashlib.sha256(b"".join(kept))
+        if written not in (None, self.written()):
+            logging.warning(
+                "%s is not as it was written: %d lines up to step %d instead of %d%s",
+                self._path,
+                len(kept),
+                start_step,
+                written["lines"],
+                "" if len(kept) != written["lines"] else ", of which some have changed",
             )
-            write_bytes(path, b"".join(kept))
-        self._path = path
-        self._file = path.open("a")
+            # One of these may be one of those.
+            doubtful += beyond
+        elif beyond and not start_step:
+            logging.warning(
+                "%s: %d lines are dropped, for there is no checkpoint", self._path, len(beyond)
+            )
+        if doubtful:
+            aside = self._path.with_name("metrics-damaged.jsonl")
+            with naming(aside), aside.open("ab") as file:
+                file.writelines(doubtful)
+            logging.warning("%d lines of %s are now in %s", len(doubtful), self._path, aside)
+        if beyond or doubtful:
+            write_bytes(self._path, b"".join(kept))
+        self._file = self._path.open("ab")
         if tensorboard and importlib.util.find_spec("tensorflow") is None:
-            logging.info("TensorFlow is not installed: metrics go to %s alone", path)
+            logging.info("TensorFlow is not installed: metrics go to %s alone", self._path)
         elif tensorboard:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+
+    def written(self) -> dict[str, Any] | None:
+        """The number and the digest of the lines so far, which are on the disk then.
+
+        In processes other than the first it is None.
+        """
+        if self._path is None:
+            return None
+        if self._file is not None:
+            with naming(self._path):
+                os.fsync(self._file.fileno())
+        return {"lines": self._lines, "sha256": self._digest.hexdigest()}
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
         """Writes numbers and lists of numbers of a step."""
         if self._file is None:
             return
+        line = json.dumps({"step": step, **values}).encode() + b"\n"
         with naming(self._path):
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.write(line)
             self._file.flush()
+        self._lines += 1
+        self._digest.update(line)
         flat = {}
         for name, value in values.items():
             for i, leaf in enumerate(value) if isinstance(value, list) else [(None, value)]:
@@ -128,12 +181,44 @@ class Writer:
             logging.log_first_n(logging.WARNING, "TensorBoard is off: %s", 1, error)
 
 
-def _step_of(line: bytes) -> float:
-    """The step of a line; infinity if the line was not written to its end."""
+def _read_lines(path: Path, start_step: int) -> tuple[list[bytes], list[bytes], list[bytes]]:
+    """The lines up to a step, those beyond it, and those that can't be read or are out of order."""
     try:
-        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
-    except ValueError:
-        return math.inf
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return [], [], []
+    *lines, torn = (line + b"\n" for line in content.split(b"\n"))
+    steps = [_step_of(line) for line in lines]
+    good = _ascending(steps)
+    kept = [lines[i] for i in good if steps[i] <= start_step]
+    beyond = [lines[i] for i in good if steps[i] > start_step]
+    doubtful = [lines[i] for i in sorted(set(range(len(lines))) - set(good))]
+    return kept, beyond, doubtful + [torn] * (torn != b"\n")
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step of a line; None if it can't be read."""
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return step if type(step) is int else None
+
+
+def _ascending(steps: list[int | None]) -> list[int]:
+    """Indices of as many steps as can be that ascend: one damaged number costs one line."""
+    ends: list[int] = []
+    before: dict[int, int | None] = {}
+    for i, step in enumerate(steps):
+        if step is not None:
+            place = bisect.bisect_left(ends, step, key=steps.__getitem__)
+            before[i] = ends[place - 1] if place else None
+            ends[place : place + 1] = [i]
+    chain, last = [], ends[-1] if ends else None
+    while last is not None:
+        chain.append(last)
+        last = before[last]
+    return chain[::-1]
 
 
 def _open_board(workdir: str):

@@ -1,8 +1,10 @@
 """The training loop."""
 
 import contextlib
+import os
 import signal
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -43,43 +45,52 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     workdir = Path(workdir)
     config_lib.validate(config)
     source = inputs.open_data(config)
-    before = config_lib.load(workdir)
-    if before is not None:
-        config_lib.check_same(before, config, workdir)
     # Process 0's: another may see the disk a little later.
-    boundaries = processes.decide(
-        lambda: None if before is None else experiment.load_facts(workdir)["boundaries"]
-    )
+    before = processes.decide(lambda: experiment.recorded(workdir))
+    boundaries = None
+    if before is not None:
+        config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
+        experiment.check_data(before["facts"], source, workdir)
+        boundaries = before["facts"].get("boundaries")
     pieces = experiment.build(config, source.image_shape[-1], source.num_classes, boundaries)
     experiment.check_batch(config, pieces.method)
-    with _alone(workdir):
-        return _train(config, workdir, source, pieces, before)
+    with _alone(workdir) as check_alone:
+        return _train(config, workdir, source, pieces, before, check_alone)
 
 
-def _train(config, workdir, source, pieces, before):
-    if processes.is_first():
-        if config_lib.load(workdir) != before:
-            raise ConfigError(f"another run has begun in {workdir} just now: start again")
-        experiment.save_facts(pieces, source, workdir)
-        config_lib.save(config, workdir)
-    checkpoints = checkpoint.Checkpointer(
-        workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period
-    )
-    if max(checkpoint.checkpoint_steps(checkpoints.directory), default=0) < config.num_steps:
+def _train(config, workdir, source, pieces, before, check_alone):
+    if processes.is_first() and experiment.recorded(workdir) != before:
+        raise ConfigError(f"another run has begun in {workdir} just now: start again")
+    directory = (workdir / "checkpoints").absolute()
+    if max(checkpoint.checkpoint_steps(directory), default=0) < config.num_steps:
         logging.info("compiling the step ...")
         step_fn = experiment.start_compiling(config, pieces)
     else:
         step_fn = experiment.training_step(config, pieces)
     restored = experiment.restore(config, pieces, workdir)
+    kept = None
     if restored is None:
         start, state = 0, experiment.new_state(config, pieces)
         _log_overview(config, pieces, state, len(source))
     else:
         start, state = restored
-        logging.info("resuming from step %d of %s", start, checkpoints.directory)
+        logging.info("resuming from step %d of %s", start, directory)
+        kept = processes.decide(lambda: checkpoint.read_record(directory, start))
     saved = None if restored is None else start
+    # Of a checkpoint of an older version nothing is known.
+    kept = kept["metrics"] if kept else {"interval": {}, "skipped": 0, "replaced": 0, "lines": None}
 
-    writer = metrics.Writer(workdir, start, config.tensorboard)
+    # From here on the start can't be refused any more: what is written before is never regretted.
+    checkpoints = checkpoint.Checkpointer(
+        directory, config.checkpoint.keep, config.checkpoint.keep_period, check_alone
+    )
+    # As after its save, between which and its pruning a kill may have come.
+    checkpoints.prune(start)
+    record = {"id": (before or {}).get("id") or uuid.uuid4().hex, "config": config.to_dict()}
+    if processes.is_first():
+        record["facts"] = experiment.save_facts(pieces, source, workdir, record["id"])
+        config_lib.save(config, workdir)
+    writer = metrics.Writer(workdir, start, config.tensorboard, kept["lines"])
     batches = data.batches(
         source,
         batch_size=config.data.batch_size,
@@ -92,11 +103,17 @@ def _train(config, workdir, source, pieces, before):
         process_count=jax.process_count(),
     )
     progress = metrics.Progress(start, config.num_steps, config.data.batch_size)
-    interval = metrics.Interval()
+    interval = metrics.Interval(kept["interval"])
     pending = None
     # Steps that were not finite: in a row, and since the last report.
-    in_a_row = skipped = 0
-    replaced = 0
+    in_a_row, skipped = 0, kept["skipped"]
+    # Each process knows of its own part of the batches alone.
+    replaced = kept["replaced"] if processes.is_first() else 0
+
+    def replaced_anywhere():
+        if not config.data.replace_unreadable:
+            return 0
+        return int(multihost_utils.process_allgather(np.array(replaced)).sum())
 
     def collect():
         """Fetches the pending metrics and refuses to go on from a state that is not finite."""
@@ -108,7 +125,7 @@ def _train(config, workdir, source, pieces, before):
             finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
             in_a_row = 0 if finite else in_a_row + 1
             if in_a_row > (_PATIENCE if config.optimizer.nonfinite == "skip" else 0):
-                raise FloatingPointError(_not_finite(step, values, saved, checkpoints.directory))
+                raise FloatingPointError(_not_finite(step, values, saved, directory))
             if not finite:
                 logging.warning("%s; the update is skipped", _figures(step, values))
                 skipped += 1
@@ -123,6 +140,10 @@ def _train(config, workdir, source, pieces, before):
         _stop_signal() as stop_requested,
         _profiler(config, workdir, start) as profile,
     ):
+        if start and _has_grid(config, start) and not _grid_path(workdir, start).exists():
+            # A kill came between the checkpoint and its picture.
+            _write_grid(config, pieces, state.ema_params, workdir, writer, start)
+            processes.wait()
         for step in range(start + 1, config.num_steps + 1):
             profile(step)
             # Read, and by the call below sent, while the devices work on the step before.
@@ -137,15 +158,15 @@ def _train(config, workdir, source, pieces, before):
             checkpoints.check()
 
             log = step % config.log_every == 0
-            stopping = step == config.num_steps or stop_requested(log)
-            if log or stopping:
+            last = step == config.num_steps
+            stopping = last or stop_requested(log)
+            # Where a run is stopped, what is to be reported waits in the checkpoint.
+            if log or last:
                 collect()
                 report = interval.report()
                 speed = progress.line(step, np.nan if report["loss"] is None else report["loss"])
                 if config.data.replace_unreadable:
-                    # Each process knows of its own part of the batches alone.
-                    everywhere = multihost_utils.process_allgather(np.array(replaced))
-                    report["replaced_images"] = int(everywhere.sum())
+                    report["replaced_images"] = replaced_anywhere()
                     replaced = 0
                 if config.optimizer.nonfinite == "skip":
                     report["skipped_steps"] = skipped
@@ -153,19 +174,31 @@ def _train(config, workdir, source, pieces, before):
                 writer.scalars(step, {**report, "steps_per_second": speed})
             if step % config.checkpoint.every == 0 or stopping:
                 collect()
-                _check_finite(step, state, saved, checkpoints.directory)
-                checkpoints.save(step, state)
+                _check_finite(step, state, saved, directory)
+                so_far = {"interval": interval.state(), "skipped": skipped}
+                so_far |= {"replaced": replaced_anywhere(), "lines": writer.written()}
+                checkpoints.save(step, state, record | {"metrics": so_far})
                 saved = step
-            every = config.sample.every
-            if every and (step % every == 0 or step == config.num_steps):
+            if stopping and not last:
+                # A picture that is due now is drawn at the next start.
+                logging.info("asked to stop: saving step %d, start again to go on", step)
+                break
+            if _has_grid(config, step):
+                check_alone()
                 _write_grid(config, pieces, state.ema_params, workdir, writer, step)
                 # In a collective on CPUs the others would not wait longer than half a minute.
                 processes.wait()
                 progress.restart(step)
-            if stopping and step < config.num_steps:
-                logging.info("asked to stop: saving step %d, start again to go on", step)
-                break
     return state
+
+
+def _has_grid(config, step):
+    every = config.sample.every
+    return bool(every) and (step % every == 0 or step == config.num_steps)
+
+
+def _grid_path(workdir, step):
+    return workdir / "samples" / f"{step:08d}.png"
 
 
 def _write_grid(config, pieces, ema_params, workdir, writer, step):
@@ -174,7 +207,7 @@ def _write_grid(config, pieces, ema_params, workdir, writer, step):
     apply_fn = experiment.denoiser(pieces, ema_params)
     drawn = sampling.sample_batches(config, pieces, apply_fn, min(sampling.GRID, config.sample.num))
     grid = sampling.image_grid(np.concatenate([images for images, _ in drawn]))
-    path = workdir / "samples" / f"{step:08d}.png"
+    path = _grid_path(workdir, step)
     sampling.save_png(path, grid)
     writer.image(step, "samples", grid)
     logging.info("samples of step %d: %s", step, path)
@@ -225,19 +258,44 @@ def _advice(saved, directory):
 
 
 @contextlib.contextmanager
-def _alone(workdir):
-    """Keeps other runs out of a workdir while this one, of however many processes, is in it."""
+def _alone(workdir: Path) -> Iterator[Callable[[], None]]:
+    """Keeps other runs out of a workdir while this one, of however many processes, is in it.
+
+    Yields:
+      A function that raises a CheckpointError once the workdir is no longer the one that was
+      locked.
+    """
+    if not processes.is_first():
+        yield lambda: None
+        return
+    new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     with contextlib.ExitStack() as stack:
-        if processes.is_first():
-            try:
-                stack.enter_context(locked(workdir / ".lock"))
-            except BlockingIOError as error:
-                raise ConfigError(
-                    f"{error} is training in {workdir}: wait for it, stop it, or choose another "
-                    "--workdir. If its machine is gone and the network disk still keeps its lock, "
-                    "remove .lock there"
-                ) from None
-        yield
+        try:
+            is_held = stack.enter_context(locked(workdir / ".lock"))
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{error} is training in {workdir}: wait for it, stop it, or choose another "
+                "--workdir. If its machine is gone and the network disk still keeps its lock, "
+                "remove .lock there"
+            ) from None
+
+        def check():
+            if not is_held():
+                raise checkpoint.CheckpointError(
+                    f"{workdir} was removed or replaced, or its .lock was, while this run trained "
+                    "in it: it ends here, and nothing more is saved"
+                )
+
+        try:
+            yield check
+        except BaseException:
+            # A start that is refused leaves nothing.
+            with contextlib.suppress(OSError):
+                if os.listdir(workdir) == [".lock"]:
+                    (workdir / ".lock").unlink()
+                    for folder in new:
+                        folder.rmdir()
+            raise
 
 
 @contextlib.contextmanager

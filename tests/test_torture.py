@@ -274,16 +274,12 @@ def test_a_run_asked_to_stop_saves_within_seconds_and_can_be_moved(reference, tm
     seconds = time.perf_counter() - begin
     print(f"stopped in {seconds:.1f} s")
     assert seconds < 10
-    last = lines(tmp_path / "run")[-1]["step"]
-    assert last < case.num_steps and checkpoint_steps(tmp_path / "run/checkpoints")[-1] == last
+    last = checkpoint_steps(tmp_path / "run/checkpoints")[-1]
+    assert last < case.num_steps and lines(tmp_path / "run")[-1]["step"] <= last
     (tmp_path / "elsewhere").mkdir()
     workdir = (tmp_path / "run").rename(tmp_path / "elsewhere" / "moved")
     code, text = finish(workdir, case, tmp_path / "log")
     assert code == 0 and f"resuming from step {last} " in text, text
-    # Stopped between two reports, the run has one more than it would have.
-    rows = {name: {row["step"]: row for row in lines(name)} for name in (workdir, expected)}
-    assert rows[workdir].keys() - rows[expected].keys() <= {last}
-    (workdir / "metrics.jsonl").write_bytes((expected / "metrics.jsonl").read_bytes())
     assert_same_run(workdir, expected, case)
 
 

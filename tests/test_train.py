@@ -412,10 +412,10 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
 def test_a_failing_save_stops_the_run_with_the_reason(tmp_path, monkeypatch):
     commit = checkpoint.Checkpointer._commit
 
-    def failing(self, partial, step):
+    def failing(self, partial, step, *rest):
         if step == 4:
             raise OSError(28, "No space left on device")
-        commit(self, partial, step)
+        commit(self, partial, step, *rest)
 
     monkeypatch.setattr(checkpoint.Checkpointer, "_commit", failing)
     with pytest.raises(
