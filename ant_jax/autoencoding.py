@@ -1,7 +1,6 @@
 """Images to latents and back, over this process's devices."""
 
 import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ant_jax import interop
 from ant_jax.config import ConfigError
+from ant_jax.files import user_path
 from ant_jax.fingerprint import fingerprint
 from ant_jax.models.autoencoder import Autoencoder, Latent, autoencoder
 from ant_jax.parallel import replicated, split_over
@@ -39,7 +39,7 @@ def load(config: ConfigDict) -> Codec:
       ConfigError: if its weights can't be read or are those of another network.
     """
     settings = config.autoencoder
-    return _load(settings.name, str(Path(settings.weights).expanduser()))
+    return _load(settings.name, str(user_path(settings.weights)))
 
 
 @functools.lru_cache(maxsize=1)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from ant_jax import affinity, clustering, diffusion, mtl
 from ant_jax.diffusion import loss_weights
+from ant_jax.files import user_path
 from ant_jax.models.dit import DiT
 from ant_jax.models.unet import UNet
 
@@ -174,7 +175,7 @@ def _boundaries(settings, log_snr):
     if settings.cost == "snr":
         boundaries = clustering.interval_clusters(clustering.snr_costs(log_snr), settings.k)
     elif settings.cost == "gradient":
-        costs = clustering.gradient_costs(affinity.load(settings.affinity, len(log_snr)))
+        costs = clustering.gradient_costs(affinity.load(user_path(settings.affinity), len(log_snr)))
         boundaries = clustering.interval_clusters(costs, settings.k)
     else:
         boundaries = clustering.uniform_boundaries(len(log_snr), settings.k)

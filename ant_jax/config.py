@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ant_jax import checkpoint
-from ant_jax.files import write_bytes
+from ant_jax.files import user_path, write_bytes
 
 
 class ConfigError(ValueError):
@@ -72,8 +72,17 @@ def _is_pattern(text):
     return True
 
 
+def _is_path(text):
+    try:
+        user_path(text)
+    except OSError:
+        return False
+    return "\0" not in text
+
+
 _BOOL = Rule((bool,), lambda value: True, "True or False")
 _TEXT = Rule((str,), lambda value: True, "a string")
+_PATH = Rule((str,), _is_path, "a path, in which ~ is a home that there is")
 
 
 def _are_weights(text):
@@ -93,7 +102,7 @@ RULES = {
         "digits, folder or tfds:BUILDER",
     ),
     "data.split": _TEXT,
-    "data.dir": _TEXT,
+    "data.dir": _PATH,
     "data.image_size": _integer(1),
     "data.crop": _one_of("none", "center", "random"),
     "data.exif": _one_of("ignore", "apply"),
@@ -130,18 +139,18 @@ RULES = {
     "model.remat": _one_of("none", "blocks", "dots"),
     "model.attention": _one_of("xla", "cudnn"),
     "autoencoder.name": _one_of("", "KL-f8", "VQ-f4", "KL-f4-small"),
-    "autoencoder.weights": _TEXT,
-    "autoencoder.latents": _TEXT,
+    "autoencoder.weights": _PATH,
+    "autoencoder.latents": _PATH,
     "autoencoder.scale": _number(0, above=True),
     "autoencoder.batch_size": Rule(
         (int,),
         lambda value: 1 <= value <= 1024 and value.bit_count() == 1,
         "a power of 2 of at most 1024",
     ),
-    "init_from": _TEXT,
+    "init_from": _PATH,
     "clusters.k": _integer(1),
     "clusters.cost": _one_of("snr", "timestep", "gradient", "random"),
-    "clusters.affinity": _TEXT,
+    "clusters.affinity": _PATH,
     "clusters.only": _integer(-1),
     "method.name": _one_of("vanilla", "linear", "uncertainty", "pcgrad", "nash"),
     "method.linear_weights": Rule((str,), _are_weights, "'' or k numbers >= 0 as '0.3,0.7'"),
@@ -179,9 +188,9 @@ RULES = {
     "sample.num": _integer(1),
     "evaluation.split": _TEXT,
     "evaluation.features": _one_of("digits", "inception", ""),
-    "evaluation.inception": _TEXT,
-    "evaluation.reference": _TEXT,
-    "evaluation.samples": _TEXT,
+    "evaluation.inception": _PATH,
+    "evaluation.reference": _PATH,
+    "evaluation.samples": _PATH,
 }
 
 # Settings that a restart in the same workdir may change: they don't touch the parameters. A dot at

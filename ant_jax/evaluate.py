@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ant_jax import config as config_lib
 from ant_jax import drawn, evaluation, experiment, inputs, judge, processes, sampling
 from ant_jax.config import ConfigError
-from ant_jax.files import write_bytes
+from ant_jax.files import user_path, write_bytes
 from ant_jax.metrics import with_time_left
 from ant_jax.train_step import TrainState
 
@@ -97,7 +97,7 @@ def evaluate(
 
 
 def _of_file(config, workdir):
-    samples = Path(config.evaluation.samples)
+    samples = user_path(config.evaluation.samples)
     path = workdir / "evaluation" / f"samples-{samples.stem}.json"
     try:
         num = evaluation.num_samples(samples)

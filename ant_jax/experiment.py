@@ -19,7 +19,7 @@ from ant_jax import autoencoding, builders, checkpoint, data, interop, processes
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import GaussianDiffusion
-from ant_jax.files import write_bytes
+from ant_jax.files import user_path, write_bytes
 from ant_jax.parallel import compiler_options, parallel_step, replicate, replicated
 from ant_jax.train_step import TrainState, check_step, init_state, train_step
 
@@ -474,7 +474,7 @@ def weight_names(config: ConfigDict) -> interop.Names:
 
 def _params_from(config, template):
     """The parameters of another run, or of others' weights, as NumPy arrays."""
-    path = Path(config.init_from).expanduser()
+    path = user_path(config.init_from)
     try:
         if path.is_dir():
             return _ema_of_run(path, template, config)

@@ -91,6 +91,18 @@ def _is_named(file, path):
     return False
 
 
+def user_path(path: str | os.PathLike) -> Path:
+    """A path as a user writes it, in which ``~`` stands for the home folder.
+
+    Raises:
+      OSError: if nobody knows that home.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise FileNotFoundError(f"{os.fspath(path)}: {error}") from None
+
+
 def user_cache() -> Path | None:
     """Where what can be made again is kept: `$XDG_CACHE_HOME/ant_jax`, or `~/.cache/ant_jax`.
 
@@ -105,8 +117,8 @@ def user_cache() -> Path | None:
 @functools.cache
 def _user_cache(place):
     try:
-        return Path(place).expanduser() / "ant_jax"
-    except RuntimeError as error:
+        return user_path(place) / "ant_jax"
+    except FileNotFoundError as error:
         logging.warning(
             "nothing is kept for the next start: %s; XDG_CACHE_HOME can name a folder", error
         )

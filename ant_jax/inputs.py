@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from ant_jax import autoencoding, data
 from ant_jax.config import ConfigError
+from ant_jax.files import user_path
 
 
 def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
@@ -24,7 +25,7 @@ def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
 
 def latents_folder(config: ConfigDict, split: str) -> Path:
     """Where the latents of a split are."""
-    return Path(config.autoencoder.latents).expanduser() / (quote(split, safe="") or "_")
+    return user_path(config.autoencoder.latents) / (quote(split, safe="") or "_")
 
 
 def open_latents(config: ConfigDict, split: str) -> data.LatentSource:
@@ -84,7 +85,8 @@ def open_images(config: ConfigDict, split: str) -> data.Source:
     """
     settings = config.data
     try:
-        source = data.load(settings.name, split, settings.dir or None, settings.exif)
+        place = str(user_path(settings.dir)) if settings.dir else None
+        source = data.load(settings.name, split, place, settings.exif)
         data.check_crop(source, settings.crop, settings.image_size)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(

@@ -1,7 +1,6 @@
 """What a config's samples are judged by, ready before any is drawn."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from absl import logging
@@ -11,6 +10,7 @@ from ant_jax import config as config_lib
 from ant_jax import data, evaluation, inputs
 from ant_jax.config import ConfigError
 from ant_jax.drawn import Batch
+from ant_jax.files import user_path
 from ant_jax.metrics import with_time_left
 
 Judge = Callable[[Iterator[Batch]], dict[str, Any]]
@@ -44,7 +44,7 @@ def check(config: ConfigDict) -> None:
         files += ["inception", "reference"]
     for name in files:
         path = settings[name]
-        if path and not Path(path).is_file():
+        if path and not user_path(path).is_file():
             raise ConfigError(f"config.evaluation.{name} = {path!r}: there is no such file")
 
 
@@ -62,7 +62,7 @@ def build(config: ConfigDict) -> Judge:
         floor = {f"real_{name}": value for name, value in evaluation.real_floor(model).items()}
         return lambda batches: evaluation.sample_metrics(batches, model) | floor
     try:
-        network = evaluation.load_inception(settings.inception)
+        network = evaluation.load_inception(user_path(settings.inception))
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.evaluation.inception: {error}") from error
     reference = _reference(config, network)
@@ -99,7 +99,7 @@ def _reference(config, network):
     if settings.reference:
         logging.info("reference: %s", settings.reference)
         try:
-            return evaluation.read_reference(settings.reference, network, batch_size)
+            return evaluation.read_reference(user_path(settings.reference), network, batch_size)
         except (ValueError, OSError) as error:
             raise ConfigError(f"config.evaluation.reference: {error}") from error
     settings = config.data
@@ -127,7 +127,7 @@ def _reference(config, network):
 
     key = {
         "name": settings.name,
-        "dir": str(Path(settings.dir).expanduser().absolute()) if settings.dir else "",
+        "dir": str(user_path(settings.dir).absolute()) if settings.dir else "",
         "split": settings.split,
         "num": num,
         "size": settings.image_size,

@@ -1,5 +1,6 @@
 """Trains, samples, evaluates, encodes, exports: ``python -m ant_jax.main --config FILE``."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,26 +8,42 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ant_jax import config as config_lib
-from ant_jax import processes, programs
+from ant_jax import config_file, processes, programs
 from ant_jax.config import ConfigError
+from ant_jax.files import user_path
 from ant_jax.metrics import quiet_console
 
-_BAD_CONFIG = (AttributeError, KeyError, TypeError, OSError)
+# What ml_collections raises where an override fits no setting.
+_BAD_OVERRIDE = (AttributeError, KeyError, TypeError, ValueError)
+
+
+class _ConfigFileParser(flags.ArgumentParser):
+    def parse(self, argument):
+        try:
+            return config_file.read(argument)
+        except OSError as error:
+            # Of a flag, absl expects nothing else.
+            raise ValueError(str(error)) from error
 
 
 def _refuse(error):
     # An AttributeError of ml_collections has a KeyError in it, which would print as a literal.
-    cause = error.args[0] if isinstance(error.args[0], KeyError) else error
+    cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     message = " ".join(" ".join(map(str, cause.args)).split())
     sys.exit(f"--config: {message}; configs/digits.py has every setting")
 
 
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
+)
+# That of ml_collections looks for relative imports nowhere and tells of mistakes by tracebacks.
+flags.FLAGS["config"].parser = _ConfigFileParser()
 try:
-    _CONFIG = config_flags.DEFINE_config_file(
-        "config", "configs/digits.py", "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
-    )
-except _BAD_CONFIG as error:
-    # Defining the flag already reads the file and applies the overrides.
+    # Where --config is not given, this reads the file and applies the overrides.
+    flags.set_default(_CONFIG, config_file.DEFAULT)
+except flags.Error as error:
+    sys.exit(str(error))
+except _BAD_OVERRIDE as error:
     _refuse(error)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives; default runs/CONFIG-METHOD-CLUSTERS-SEED."
@@ -34,15 +51,27 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
     "mode", "train", ["train", "sample", "evaluate", "encode", "export"], "What to do."
 )
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default the newest.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default the newest.", lower_bound=1)
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Whether this is one process of many, on a TPU slice or under SLURM."
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "HOST:PORT of process 0, where neither a TPU slice nor SLURM tells."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many; with --coordinator.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which one, from 0; with --coordinator.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many; with --coordinator.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which one, from 0; with --coordinator.", lower_bound=0
+)
+flags.register_validator(
+    "workdir", lambda workdir: workdir != "", message="it is empty: leave it out for the default"
+)
+flags.register_multi_flags_validator(
+    ["mode", "step"],
+    lambda given: given["step"] is None or given["mode"] not in ("train", "encode"),
+    message="it is for --mode sample, evaluate and export",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -78,18 +107,31 @@ def _run():
         # Latents belong to no run.
         _report_errors(mode, config)
         return
-    workdir = Path(_WORKDIR.value or default_workdir(config))
+    workdir = _report_errors(_usable_workdir, _WORKDIR.value or default_workdir(config))
     flag = flags.FLAGS["config"]
     saved = config_lib.load(workdir)
     if flag.using_default_value and saved is not None:
         # A workdir describes itself: without --config its own is meant.
-        saved.update_from_flattened_dict(config_flags.get_override_values(flag))
+        with saved.ignore_type():
+            # A whole number in the file may be a fraction now.
+            saved.update_from_flattened_dict(config_flags.get_override_values(flag))
         config = saved
         logging.info("settings: %s, and the command line", workdir / "config.json")
     logging.info("%s in %s", _MODE.value, workdir)
     _report_errors(processes.check_shared, workdir)
     of_a_step = () if _MODE.value == "train" else (_STEP.value,)
     _report_errors(mode, config, workdir, *of_a_step)
+
+
+def _usable_workdir(name):
+    """The workdir; refused where what a mode writes in the end can't be written."""
+    workdir = user_path(name)
+    above = next(each for each in (workdir, *workdir.absolute().parents) if os.path.exists(each))
+    if not above.is_dir():
+        raise ConfigError(f"--workdir={name}: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"--workdir={name}: nothing can be written in {above}")
+    return workdir
 
 
 def _imported_mode():
@@ -114,7 +156,7 @@ def _report_errors(function, *arguments):
 
     expected = (ConfigError, CheckpointError, ExampleError, OSError, FloatingPointError)
     try:
-        function(*arguments)
+        return function(*arguments)
     except expected as error:
         # The message says it all; anything else is a surprise and keeps its traceback.
         sys.exit(f"{type(error).__name__}: {error}")
@@ -123,7 +165,7 @@ def _report_errors(function, *arguments):
 def _parse_flags(argv):
     try:
         return app.parse_flags_with_usage(argv)
-    except _BAD_CONFIG as error:
+    except _BAD_OVERRIDE as error:
         _refuse(error)
 
 

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from PIL import Image
 
 from ant_jax import data, interop
-from ant_jax.files import write_bytes
+from ant_jax.files import user_path, write_bytes
 from ant_jax.metrics import duration, quiet_console
 from ant_jax.models.autoencoder import autoencoder
 from ant_jax.models.inception import InceptionV3
@@ -39,7 +39,7 @@ _KL_WEIGHT = 1e-4
 def main(argv: list[str]) -> None:
     """Makes the images, Inception's weights and the autoencoder."""
     quiet_console()
-    out = Path(_OUT.value)
+    out = user_path(_OUT.value)
     count = write_crops(out / "images")
     logging.info("%d images: %s", count, out / "images")
     inception = interop.to_torch(random_inception(), interop.INCEPTION)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from ant_jax import config as config_lib
 from ant_jax import evaluate, experiment, inputs, programs, train
 from ant_jax.config import ConfigError
-from ant_jax.files import write_bytes
+from ant_jax.files import user_path, write_bytes
 from ant_jax.metrics import duration
 from experiments.presets import Preset, make_config
 
@@ -66,7 +66,10 @@ def choose(argv: Sequence[str], presets: dict[str, Preset]) -> tuple[Preset, Pat
     name = PRESET.value
     if name not in presets:
         raise app.UsageError(f"--preset={name}: must be one of {', '.join(presets)}")
-    out = Path(OUT.value or f"runs/experiments/{presets[name].name}")
+    try:
+        out = user_path(OUT.value or f"runs/experiments/{presets[name].name}")
+    except OSError as error:
+        raise app.UsageError(f"--out={error}") from None
     if out.exists() and not out.is_dir():
         raise app.UsageError(f"--out={out} is not a folder")
     return presets[name], out

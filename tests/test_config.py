@@ -1,13 +1,14 @@
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from ant_jax import autoencoding, builders, config_file, evaluate, experiment, inputs, judge
 from ant_jax import config as config_lib
-from ant_jax import experiment
 from ant_jax.models.autoencoder import VARIANTS
 from configs import digits
 
@@ -207,6 +208,100 @@ def test_a_missing_setting_is_named(name):
 )
 def test_what_works_is_allowed(method, settings):
     config_lib.validate(changed(method, **settings))
+
+
+# How what a path setting names is opened.
+OPENERS = {
+    "data.dir": lambda config: inputs.open_images(config, ""),
+    "autoencoder.weights": autoencoding.load,
+    "autoencoder.latents": lambda config: inputs.open_latents(config, ""),
+    "init_from": lambda config: experiment._params_from(config, {}),
+    "clusters.affinity": lambda config: builders.build_method(config, np.zeros(1000)),
+    "evaluation.inception": judge.build,
+    "evaluation.reference": lambda config: judge._reference(config, None),
+    "evaluation.samples": lambda config: evaluate._of_file(config, Path()),
+}
+
+
+def test_every_path_has_an_opener():
+    paths = [name for name, rule in config_lib.RULES.items() if rule is config_lib._PATH]
+    assert list(OPENERS) == paths
+
+
+@pytest.mark.parametrize("name", OPENERS)
+def test_a_tilde_is_the_home_in_every_path(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for path in ("file", "_/latents.json"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(b"neither weights nor images")
+    settings = {
+        "data__name": "folder",
+        "autoencoder__name": "KL-f8",
+        "clusters__cost": "gradient",
+        "evaluation__features": "inception",
+    }
+
+    def complaint(path):
+        config = changed(**settings, **{name.replace(".", "__"): path})
+        with pytest.raises((ValueError, OSError)) as error:
+            OPENERS[name](config)
+        return str(error.value).replace("~", str(tmp_path))
+
+    path = "" if name == "autoencoder.latents" else "/file"
+    # That of a file that is there, but not what it should be.
+    assert complaint(f"~{path}") == complaint(f"{tmp_path}{path}")
+
+
+@pytest.mark.parametrize("name", OPENERS)
+@pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "a\0b"])
+def test_a_path_that_can_be_none_is_refused(name, path):
+    with pytest.raises(config_lib.ConfigError, match=f"config.{name} must be a path, .* got "):
+        config_lib.validate(changed(**{name.replace(".", "__"): path}))
+
+
+CONFIG_FILES = {
+    "there is no such file; did you mean {folder}/config.py?": ("confg.py", None),
+    "it is a folder": ("", None),
+    "SyntaxError: invalid syntax (config.py, line 2)": ("config.py", "x = 1\n1 +"),
+    "line 2: ModuleNotFoundError: No module named 'nothing'": ("config.py", "\nimport nothing"),
+    "it has no function get_config": ("config.py", "get_config = 3"),
+    "line 2: KeyError: 'boom'": ("config.py", "def get_config():\n  raise KeyError('boom')"),
+    "TypeError: get_config() takes 0 positional arguments but 1 was given": (
+        "config.py:argument",
+        "def get_config(): pass",
+    ),
+    "get_config must return an ml_collections.ConfigDict, not a NoneType": (
+        "config.py:argument",
+        "def get_config(argument): pass",
+    ),
+}
+
+
+@pytest.mark.parametrize("words", CONFIG_FILES)
+def test_a_file_that_is_no_config_is_one_line(words, tmp_path):
+    name, content = CONFIG_FILES[words]
+    (tmp_path / "config.py").write_text(content or "")
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_file.read(str(tmp_path / name))
+    assert str(error.value) == words.format(folder=tmp_path)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_is_read_wherever_the_program_is_started(name, tmp_path, monkeypatch):
+    path = Path(digits.__file__).with_name(f"{name}.py").resolve()
+    monkeypatch.chdir(tmp_path)
+    # As in a program that was not started here.
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if (path.parents[1] != Path(each))])
+    for module in [each for each in sys.modules if each.partition(".")[0] == "configs"]:
+        monkeypatch.delitem(sys.modules, module)
+    config = config_file.read(f"{path}:pcgrad,timestep")
+    assert (config.method.name, config.clusters.cost) == ("pcgrad", "timestep")
+
+
+def test_a_tilde_is_the_home_in_the_name_of_a_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.py").write_text("from configs.digits import get_config")
+    assert config_file.read("~/mine.py:linear").method.name == "linear"
 
 
 FREE = {
