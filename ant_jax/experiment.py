@@ -85,7 +85,7 @@ def build(
         _check_frozen(config.optimizer.frozen, model, (size, size, channels))
     try:
         method = builders.build_method(config, process.log_snr, boundaries)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         raise ConfigError(f"config.clusters: {error}") from error
     return Experiment((size, size, channels), model, process, method)
 

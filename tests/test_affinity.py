@@ -1,6 +1,8 @@
 import functools
 import io
 import pickle
+import tracemalloc
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -388,29 +390,79 @@ def npy():
     return file.getvalue()
 
 
-GOOD = {"affinity": np.eye(2), "timesteps": np.array([0, 999]), "num_timesteps": 1000}
+GOOD = {"affinity": np.eye(2), "timesteps": np.array([0, 499]), "num_timesteps": 500}
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "is not an .npz file"),
-        (b"some text", "is not an .npz file"),
-        (pickle.dumps([1]), "is not an .npz file"),
-        (npy(), "is not an .npz file of arrays: a single array"),
-        (npz(**GOOD)[:200], "is not an .npz file"),
-        (npz(**GOOD | {"affinity": np.array([None])}), "is not an .npz file of arrays: Object"),
-        (npz(affinity=np.eye(2)), "has no array num_timesteps, timesteps"),
-        (npz(**GOOD), "was measured with T = 1000, the config has T = 500"),
-        (npz(**GOOD | {"num_timesteps": 500}), r"strictly increasing in \[0, 500\)"),
-        (npz(**GOOD | {"affinity": np.full((2, 2), np.inf), "num_timesteps": 500}), "finite"),
+        (b"", "not a zip file"),
+        (b"some text", "not a zip file"),
+        (pickle.dumps([1]), "not a zip file"),
+        (npy(), "not a zip file"),
+        (npz(**GOOD)[:200], "not a zip file"),
+        (npz(affinity=np.eye(2)), "it has no array num_timesteps.npy, timesteps.npy"),
+        (npz(**GOOD | {"num_timesteps": 1000}), "was measured with T = 1000, the config has T = 5"),
+        (npz(**GOOD | {"num_timesteps": [500, 500]}), r"was measured with T = \[500, 500\]"),
+        (npz(**GOOD | {"timesteps": np.arange(2) * 500}), r"strictly increasing in \[0, 500\)"),
+        (npz(**GOOD | {"timesteps": np.arange(400)}), r"2 integers, .* not \[ 0, 1, 2, ..., 397"),
+        (npz(**GOOD | {"affinity": np.full((2, 2), np.inf)}), "finite"),
+        (npz(**GOOD | {"affinity": np.full((2, 2), np.nan)}), "finite"),
+        (npz(**GOOD | {"affinity": np.eye(3)[:2]}), r"shape \(n, n\)"),
+        (npz(**GOOD | {"affinity": np.array([None])}), "affinity must be numbers, not object"),
+        (npz(**GOOD | {"affinity": np.eye(2) + 0j}), "affinity must be numbers, not complex128"),
+        (npz(**GOOD | {"affinity": np.array([["1"]])}), "affinity must be numbers, not <U1"),
+        (npz(**GOOD | {"num_timesteps": "500"}), "num_timesteps must be numbers"),
     ],
 )
 def test_files_that_cannot_be_used(content, message, tmp_path):
     path = tmp_path / "measured.npz"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"measured.npz.*{message}"):
+    with pytest.raises(ValueError, match=f"measured.npz is no task affinity: .*{message}") as error:
         af.load(path, 500)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_damage_anywhere_is_one_line_or_no_matter(tmp_path):
+    path, good = tmp_path / "measured.npz", npz(**GOOD)
+    rng = np.random.default_rng(0)
+    path.write_bytes(good)
+    expected = af.load(path, 500)
+    for place in range(0, len(good), 11):
+        changed = bytearray(good)
+        changed[place] = rng.integers(256)
+        for damaged in (good[:place], bytes(changed)):
+            path.write_bytes(damaged)
+            try:
+                np.testing.assert_array_equal(af.load(path, 500), expected)
+            except ValueError as error:
+                assert "\n" not in str(error)
+
+
+def bomb(header):
+    """A small file whose affinity says that it is large."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("num_timesteps", "timesteps"):
+            with archive.open(f"{name}.npy", "w") as member:
+                np.save(member, GOOD[name])
+        with archive.open("affinity.npy", "w") as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            member.write(bytes(8 * 1000**2 if header["shape"] == (1000, 1000) else 0))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("shape", [(1000, 1000), (20_000, 20_000)])
+def test_a_small_file_takes_little_memory_whatever_it_says(shape, tmp_path):
+    path = tmp_path / "measured.npz"
+    path.write_bytes(bomb({"shape": shape, "fortran_order": False, "descr": "<f8"}))
+    assert path.stat().st_size < 10_000
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"affinity (takes 8000128 bytes|has 0 numbers)"):
+        af.load(path, 500)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6
 
 
 def test_a_missing_file(tmp_path):

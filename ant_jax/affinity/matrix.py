@@ -1,5 +1,7 @@
 """What is done with a matrix of task affinities: the grid, the file, the profile; NumPy alone."""
 
+import io
+import math
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -117,24 +119,46 @@ def load(path: str | Path, num_timesteps: int) -> np.ndarray:
     """
     with Path(path).open("rb") as file:
         try:
-            archive = np.load(file, allow_pickle=False)
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise ValueError("a single array")
-            arrays = dict(archive)
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is not an .npz file of arrays: {error}") from error
-    missing = {"affinity", "timesteps", "num_timesteps"} - set(arrays)
-    if missing:
-        raise ValueError(f"{path} has no array {', '.join(sorted(missing))}.")
-    measured = arrays["num_timesteps"]
-    if not np.array_equal(measured, num_timesteps):
-        raise ValueError(
-            f"{path} was measured with T = {measured}, the config has T = {num_timesteps}."
-        )
-    try:
-        return interpolate(arrays["affinity"], arrays["timesteps"], num_timesteps)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+            with zipfile.ZipFile(file) as archive:
+                names = ("num_timesteps", "affinity", "timesteps")
+                missing = {f"{name}.npy" for name in names} - set(archive.namelist())
+                if missing:
+                    raise ValueError(f"it has no array {', '.join(sorted(missing))}")
+                measured = _member(archive, "num_timesteps", 1)
+                if measured.shape != () or measured != num_timesteps:
+                    raise ValueError(
+                        f"it was measured with T = {_short(measured)}, "
+                        f"the config has T = {num_timesteps}"
+                    )
+                affinity = _member(archive, "affinity", num_timesteps**2)
+                timesteps = _member(archive, "timesteps", num_timesteps)
+            return interpolate(affinity, timesteps, num_timesteps)
+        except Exception as error:  # Damaged bytes surface as almost any type of error.
+            raise ValueError(f"{path} is no task affinity: {error}") from error
+
+
+def _member(archive, name, most):
+    """An array of at most so many numbers, for which no file makes us take more memory."""
+    info = archive.getinfo(f"{name}.npy")
+    if info.file_size > 16 * most + 4096:
+        raise ValueError(f"{name} takes {info.file_size} bytes, for at most {most} numbers")
+    content = archive.read(info)
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    headers = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }
+    if version not in headers:
+        raise ValueError(f"{name} has an unknown version {version} of the .npy format")
+    # Not np.load: it takes the memory for the shape before it looks whether there is as much.
+    shape, fortran, dtype = headers[version](file)
+    if dtype.kind not in "fiu":
+        raise ValueError(f"{name} must be numbers, not {dtype}")
+    numbers = np.frombuffer(content, dtype, offset=file.tell())
+    if numbers.size != math.prod(shape):
+        raise ValueError(f"{name} has {numbers.size} numbers, not the {shape} that it says")
+    return numbers.reshape(shape, order="F" if fortran else "C")
 
 
 def affinity_by_gap(affinity: np.ndarray, positions: np.ndarray, bins: int = 20) -> GapProfile:
@@ -207,16 +231,24 @@ def _check_grid(affinity, timesteps, num_timesteps):
     n = len(affinity)
     if timesteps.shape != (n,) or timesteps.dtype.kind not in "iu":
         raise ValueError(
-            f"timesteps must be {n} integers, one for each row of affinity, not {timesteps!r}."
+            f"timesteps must be {n} integers, one for each row of affinity, not "
+            f"{_short(timesteps)}."
         )
     timesteps = timesteps.astype(np.int64)
     if timesteps[0] < 0 or timesteps[-1] >= num_timesteps or (np.diff(timesteps) <= 0).any():
         raise ValueError(
-            f"timesteps must be strictly increasing in [0, {num_timesteps}), not {timesteps!r}."
+            f"timesteps must be strictly increasing in [0, {num_timesteps}), not "
+            f"{_short(timesteps)}."
         )
     if n < 2 and num_timesteps > 1:
         raise ValueError("one timestep is too few to interpolate from.")
     return affinity, timesteps
+
+
+def _short(array):
+    """On one line."""
+    text = np.array2string(array, threshold=6, separator=", ", max_line_width=math.inf)
+    return " ".join(text.split())
 
 
 def _square(affinity):
