@@ -12,7 +12,9 @@ from ant_jax import files
 from ant_jax.evaluation.inception import Network
 from ant_jax.evaluation.reference import (
     Statistics,
+    has_images,
     num_samples,
+    read_features,
     read_samples,
     read_statistics,
     write_statistics,
@@ -59,9 +61,8 @@ def read_reference(path: str | os.PathLike, network: Network, batch_size: int) -
     statistics = read_statistics(path)
     if statistics is not None:
         _check_widths(path, statistics, network)
-    with np.load(path, allow_pickle=False) as stored:
-        if "arr_0" not in stored.files:
-            return Reference(os.fspath(path), statistics, None)
+    if not has_images(path):
+        return Reference(os.fspath(path), statistics, None)
     batches = with_time_left(
         read_samples(path, batch_size), num_samples(path), "images of the reference"
     )
@@ -94,10 +95,10 @@ def data_reference(
     path = cache_dir and cache_dir / f"reference_v{_VERSION}_{digest[:24]}.npz"
     if path is not None and os.path.exists(path):
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                pool = stored["pool"]
+            statistics, pool = read_statistics(path), read_features(path, "pool", _IMAGES)
+            _check_widths(path, statistics, network)
             logging.info("statistics of %s: %s", name, path)
-            return Reference(name, read_statistics(path), pool)
+            return Reference(name, statistics, pool)
         except Exception as error:  # Damaged bytes surface as almost any type of error.
             logging.warning("computed again: %s is damaged: %r", path, error)
     summary = summarise(network.features(batches()), _IMAGES)

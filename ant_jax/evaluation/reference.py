@@ -7,6 +7,7 @@ of its images.
 """
 
 import contextlib
+import io
 import math
 import os
 import zipfile
@@ -22,6 +23,11 @@ _IMAGES = "arr_0"
 _LABELS = "arr_1"
 _POOL = ("mu", "sigma")
 _SPATIAL = ("mu_s", "sigma_s")
+# What a file may ask for is bounded, whatever it claims: a few compressed bytes can stand for any
+# number of zeros.
+_MOST_FEATURES = 4096  # twice Inception's
+_MOST_HEADER = 10_000  # bytes; NumPy itself reads no longer ones
+_AT_ONCE = 1 << 28  # bytes of images
 
 
 class Gaussian(NamedTuple):
@@ -61,20 +67,39 @@ def read_statistics(path: str | os.PathLike) -> Statistics | None:
 
     Raises:
       ValueError: If the file is damaged, has neither statistics nor images, or the statistics are
-        not finite floating-point numbers of these shapes.
+        not finite floating-point numbers of these shapes, or of more than 4096 features.
       OSError: If it cannot be opened.
     """
     with _open(path) as archive:
         names = archive.namelist()
         if not any(f"{name}.npy" in names for name in (*_POOL, *_SPATIAL)):
             if f"{_IMAGES}.npy" not in names:
-                raise ValueError(f"it has neither {_IMAGES!r} nor 'mu' but {names}")
+                raise ValueError(f"it has neither {_IMAGES!r} nor 'mu' but {_shortened(names)}")
             return None
         spatial = any(f"{name}.npy" in names for name in _SPATIAL)
         return Statistics(
-            _checked(_POOL, *(_array(archive, name) for name in _POOL)),
-            _checked(_SPATIAL, *(_array(archive, name) for name in _SPATIAL)) if spatial else None,
+            _gaussian(archive, _POOL), _gaussian(archive, _SPATIAL) if spatial else None
         )
+
+
+def read_features(path: str | os.PathLike, name: str, most: int) -> np.ndarray:
+    """Reads features of images.
+
+    Args:
+      path: An `.npz` file.
+      name: Of the array, float32 (n, d).
+      most: Up to so many rows.
+
+    Raises:
+      ValueError: If the file is damaged or has no such array.
+      OSError: If it cannot be opened.
+    """
+    with _open(path) as archive, _member(archive, name) as (file, header):
+        if header.dtype != np.float32 or len(header.shape) != 2:
+            raise ValueError(f"{name!r} must be float32 (n, d), got {header}")
+        if header.shape[0] > most or header.shape[1] > _MOST_FEATURES:
+            raise ValueError(f"{name!r} is larger than {most} x {_MOST_FEATURES}: {header}")
+        return _content(file, header)
 
 
 def write_statistics(path: str | os.PathLike, statistics: Statistics, **others: np.ndarray) -> None:
@@ -103,8 +128,19 @@ def num_samples(path: str | os.PathLike) -> int:
       ValueError: If the file is damaged or has no such images.
       OSError: If it cannot be opened.
     """
-    with _open(path) as archive, _member(archive, _IMAGES) as file:
-        return _image_shape(file)[0]
+    with _open(path) as archive, _member(archive, _IMAGES) as (_, header):
+        return _checked_images(header)[0]
+
+
+def has_images(path: str | os.PathLike) -> bool:
+    """Whether a file has what `read_samples` reads, or what is meant to be that.
+
+    Raises:
+      ValueError: If the file is damaged.
+      OSError: If it cannot be opened.
+    """
+    with _open(path) as archive:
+        return f"{_IMAGES}.npy" in archive.namelist()
 
 
 def read_samples(
@@ -115,7 +151,8 @@ def read_samples(
     Args:
       path: An `.npz` file, compressed or not, with uint8 images `arr_0` (n, height, width,
         channels), and perhaps their integer labels `arr_1` (n,).
-      batch_size: Images of a batch; the last one may have fewer.
+      batch_size: Images of a batch; the last one may have fewer, and all where they are so large
+        that as many would take more than 256 MB.
 
     Yields:
       Images, read-only, and their labels or None.
@@ -127,23 +164,26 @@ def read_samples(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}")
-    with _open(path) as archive:
-        labels = _array(archive, _LABELS) if f"{_LABELS}.npy" in archive.namelist() else None
-        with _member(archive, _IMAGES) as file:
-            shape = _image_shape(file)
-            if labels is not None:
-                labels = _checked_labels(labels, shape[0])
-            for start in range(0, shape[0], batch_size):
-                count = min(batch_size, shape[0] - start)
-                size = count * math.prod(shape[1:])
-                content = file.read(size)
-                if len(content) < size:
-                    raise ValueError(f"{_IMAGES!r} ends before its {shape[0]} images do")
-                images = np.frombuffer(content, np.uint8).reshape(count, *shape[1:])
-                yield images, None if labels is None else labels[start : start + count]
+    with _open(path) as archive, contextlib.ExitStack() as stack:
+        file, header = stack.enter_context(_member(archive, _IMAGES))
+        shape = _checked_images(header)
+        labels = None
+        if f"{_LABELS}.npy" in archive.namelist():
+            labels, label_header = stack.enter_context(_member(archive, _LABELS))
+            _check_labels(label_header, shape[0])
+        count = min(batch_size, max(1, _AT_ONCE // math.prod(shape[1:])))
+        for start in range(0, shape[0], count):
+            part = min(count, shape[0] - start)
+            images = _content(file, header._replace(shape=(part, *shape[1:])))
+            if labels is None:
+                yield images, None
+            else:
+                some = _content(labels, label_header._replace(shape=(part,)))
+                yield images, some.astype(np.int64)
+        for name, member in ((_IMAGES, file), (_LABELS, labels)):
             # The checksum is verified only here.
-            if file.read(1):
-                raise ValueError(f"{_IMAGES!r} goes on after its {shape[0]} images")
+            if member is not None and member.read(1):
+                raise ValueError(f"{name!r} goes on after its {shape[0]} rows")
 
 
 def write_samples(
@@ -189,14 +229,15 @@ def write_samples(
                     raise ValueError(f"the batches have more than {num_samples} images")
                 member.write(images.data)
                 if batch_labels is not None:
-                    labels.append(_checked_labels(np.asarray(batch_labels), len(images)))
+                    labels.append(np.asarray(batch_labels))
+                    _check_labels(labels[-1], len(images))
         if count < num_samples:
             raise ValueError(f"the batches have only {count} of {num_samples} images")
         if labels:
+            every = np.concatenate(labels).astype(np.int64)
+            _check_labels(every, count)
             with archive.open(f"{_LABELS}.npy", "w") as member:
-                np.lib.format.write_array(
-                    member, _checked_labels(np.concatenate(labels), count), allow_pickle=False
-                )
+                np.lib.format.write_array(member, every, allow_pickle=False)
 
 
 @contextlib.contextmanager
@@ -209,19 +250,78 @@ def _open(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
             raise ValueError(f"{os.fspath(path)} cannot be used: {error}") from error
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipExtFile:
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran_order: bool
+    dtype: np.dtype
+
+    def __str__(self):
+        return f"{self.dtype} {self.shape}"
+
+
+@contextlib.contextmanager
+def _member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[BinaryIO, _Header]]:
+    """The file of an array, at the first of its numbers, and what its header says.
+
+    That fits the size that the archive says, so that who has checked the shape may read.
+    """
     if f"{name}.npy" not in archive.namelist():
-        raise ValueError(f"it has no {name!r} but {archive.namelist()}")
-    return archive.open(f"{name}.npy")
+        raise ValueError(f"it has no {name!r} but {_shortened(archive.namelist())}")
+    info = archive.getinfo(f"{name}.npy")
+    # What NumPy writes. Others may ask for any memory to be unpacked.
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{name!r} is compressed in another way than NumPy does")
+    with archive.open(info) as file:
+        header = _header(file, name)
+        size, there = math.prod(header.shape) * header.dtype.itemsize, info.file_size - file.tell()
+        if size != there:
+            raise ValueError(f"{name!r} has {there} bytes instead of the {size} of {header}")
+        yield file, header
 
 
-def _array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    with _member(archive, name) as file:
-        return np.lib.format.read_array(file, allow_pickle=False)
+def _header(file, name):
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"{name!r} has the unknown format {version}")
+    length = file.read(2 if version == (1, 0) else 4)
+    content = file.read(min(int.from_bytes(length, "little"), _MOST_HEADER))
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[version]
+    header = _Header(*read(io.BytesIO(length + content)))
+    if header.dtype.hasobject:
+        raise ValueError(f"{name!r} has objects of Python, {header}, which are not read")
+    return header
 
 
-def _checked(names: tuple[str, str], mean: np.ndarray, cov: np.ndarray) -> Gaussian:
-    if mean.size == 0 or mean.shape != (mean.size,) or cov.shape != (mean.size, mean.size):
+def _content(file, header):
+    """The next numbers of an array's file, as many as a shape needs."""
+    size = math.prod(header.shape) * header.dtype.itemsize
+    content = file.read(size)
+    if len(content) < size:
+        raise ValueError("it ends too early")
+    array = np.frombuffer(content, header.dtype)
+    return array.reshape(header.shape, order="F" if header.fortran_order else "C")
+
+
+def _gaussian(archive: zipfile.ZipFile, names: tuple[str, str]) -> Gaussian:
+    with _member(archive, names[0]) as (_, mean), _member(archive, names[1]) as (_, cov):
+        width = math.prod(mean.shape)
+        _check_gaussian(names, mean, cov)
+    if width > _MOST_FEATURES:
+        raise ValueError(f"{names[0]!r} is of {width} features, more than {_MOST_FEATURES}")
+    arrays = []
+    for name in names:
+        with _member(archive, name) as (file, header):
+            arrays.append(_content(file, header))
+    return _checked(names, *arrays)
+
+
+def _check_gaussian(names, mean, cov):
+    """Checks shapes and types, of arrays or of what headers say."""
+    size = math.prod(mean.shape)
+    if size == 0 or mean.shape != (size,) or cov.shape != (size, size):
         raise ValueError(
             f"{names[0]!r} and {names[1]!r} must be (d,) and (d, d), got {mean.shape} and "
             f"{cov.shape}"
@@ -229,35 +329,39 @@ def _checked(names: tuple[str, str], mean: np.ndarray, cov: np.ndarray) -> Gauss
     for name, array in zip(names, (mean, cov), strict=True):
         if array.dtype.kind != "f":
             raise ValueError(f"{name!r} must be floating-point numbers, got {array.dtype}")
+
+
+def _checked(names: tuple[str, str], mean: np.ndarray, cov: np.ndarray) -> Gaussian:
+    _check_gaussian(names, mean, cov)
+    for name, array in zip(names, (mean, cov), strict=True):
         if not np.isfinite(array).all():
             raise ValueError(f"{name!r} has numbers that are not finite")
     return Gaussian(mean.astype(np.float64), cov.astype(np.float64))
 
 
-def _checked_labels(labels: np.ndarray, count: int) -> np.ndarray:
+def _check_labels(labels, count):
+    """Checks shape and type, of an array or of what a header says."""
     if labels.dtype.kind not in "iu" or labels.shape != (count,):
         raise ValueError(
             f"{count} images need as many integer labels, got {labels.dtype} {labels.shape}"
         )
-    return labels.astype(np.int64)
 
 
-def _image_shape(file: BinaryIO) -> tuple[int, ...]:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        header = np.lib.format.read_array_header_1_0(file)
-    elif version == (2, 0):
-        header = np.lib.format.read_array_header_2_0(file)
-    else:
-        raise ValueError(f"{_IMAGES!r} has the unknown format {version}")
-    shape, fortran_order, dtype = header
-    if dtype != np.uint8 or len(shape) != 4 or min(shape) < 1:
+def _checked_images(header: _Header) -> tuple[int, ...]:
+    shape = header.shape
+    if header.dtype != np.uint8 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(
-            f"{_IMAGES!r} must be uint8 images (n, height, width, channels), got {dtype} {shape}"
+            f"{_IMAGES!r} must be uint8 images (n, height, width, channels), got {header}"
         )
-    if fortran_order:
+    if header.fortran_order:
         raise ValueError(f"{_IMAGES!r} is in Fortran order; save np.ascontiguousarray of it")
+    if math.prod(shape[1:]) > _AT_ONCE:
+        raise ValueError(f"{_IMAGES!r} has images of {math.prod(shape[1:])} bytes each")
     return shape
+
+
+def _shortened(names):
+    return f"{names[:5]}{' ...' if len(names) > 5 else ''}"
 
 
 def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:

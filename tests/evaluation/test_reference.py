@@ -1,4 +1,5 @@
 import io
+import math
 import tracemalloc
 import zipfile
 
@@ -12,9 +13,11 @@ from ant_jax.evaluation import (
     num_samples,
     read_samples,
     read_statistics,
+    reference,
     write_samples,
     write_statistics,
 )
+from ant_jax.evaluation.reference import read_features
 
 
 def _images(n, size=4, seed=0):
@@ -186,7 +189,7 @@ _EYE = {"mu": np.zeros(2), "sigma": np.eye(2)}
         (_EYE | {"mu": np.array([0, np.nan])}, "'mu' has numbers that are not finite"),
         (_EYE | {"sigma": np.diag([1, np.inf])}, "'sigma' has numbers that are not finite"),
         (_EYE | {"mu": np.zeros(2, int)}, "'mu' must be floating-point numbers, got int64"),
-        (_EYE | {"mu": np.array([1, None])}, "Object arrays cannot be loaded"),
+        (_EYE | {"mu": np.array([1, None])}, "'mu' has objects of Python"),
     ],
 )
 def test_bad_statistics(arrays, message, tmp_path):
@@ -204,9 +207,9 @@ def test_bad_statistics(arrays, message, tmp_path):
         ({"arr_0": _images(2)[0]}, r"uint8 images .*\(4, 4, 3\)"),
         ({"arr_0": _images(0)}, r"\(0, 4, 4, 3\)"),
         ({"arr_0": np.asfortranarray(_images(2))}, "Fortran order"),
-        ({"arr_0": np.array([_images(1), None], object)}, "uint8 images .*object"),
+        ({"arr_0": np.array([_images(1), None], object)}, "'arr_0' has objects of Python"),
         ({"arr_0": _images(2), "arr_1": np.arange(3)}, r"2 images need .*\(3,\)"),
-        ({"arr_0": _images(2), "arr_1": np.array([1, None])}, "Object arrays cannot be loaded"),
+        ({"arr_0": _images(2), "arr_1": np.array([1, None])}, "'arr_1' has objects of Python"),
     ],
 )
 def test_bad_images(arrays, message, tmp_path):
@@ -235,8 +238,8 @@ def test_damage_within_the_images(tmp_path):
     path = tmp_path / "bad.npz"
     content = _npy(_images(5))
     for member, message in (
-        (content[:-1], "ends before its 5 images do"),
-        (content + b"\0", "goes on after its 5 images"),
+        (content[:-1], r"239 bytes instead of the 240 of uint8 \(5, 4, 4, 3\)"),
+        (content + b"\0", "241 bytes instead of the 240 of"),
         (content[:40], "cannot be used"),
         (b"\x93NUMPY\x09\x00" + content[8:], r"unknown format \(9, 0\)"),
     ):
@@ -248,6 +251,77 @@ def test_damage_within_the_images(tmp_path):
     path.write_bytes(damaged)
     with pytest.raises(ValueError, match=r"bad\.npz.*CRC"):
         list(read_samples(path, 2))
+
+
+def _zeros(shape, dtype):
+    """The content of an array's file, of which the zeros are compressed to nearly nothing."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    )
+    return header.getvalue() + bytes(math.prod(shape) * np.dtype(dtype).itemsize)
+
+
+# Each of a few kB, and of tens of MB where all of it is read.
+_BOMBS = {
+    "more than 4096": {"mu": _zeros((4200,), "f2"), "sigma": _zeros((4200, 4200), "f2")},
+    "bytes instead of": {"mu": _zeros((4,), "f2"), "sigma": _zeros((3000, 3000), "f2") + b"0"},
+    "'arr_0' has .* bytes instead of the 400": {
+        "arr_0": _zeros((4, 10, 10, 1), "u1") + bytes(2**24)
+    },
+    "has images of 16777216 bytes each": {"arr_0": _zeros((1, 2**12, 2**12, 1), "u1")},
+    "EOF: reading array header": {"arr_0": b"\x93NUMPY\x02\x00" + b"\xff" * 4 + b" " * 2**24},
+}
+
+
+@pytest.mark.parametrize("message", _BOMBS)
+def test_what_a_file_asks_for_is_checked_before_it_is_unpacked(message, tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "_AT_ONCE", 2**20)
+    path = tmp_path / "bad.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, content in _BOMBS[message].items():
+            archive.writestr(f"{name}.npy", content)
+    assert path.stat().st_size < 200_000
+
+    def read():
+        with pytest.raises(ValueError, match=f"bad.npz cannot be used: .*{message}"):
+            read_statistics(path) or next(read_samples(path, 2))
+
+    assert _peak(read) < 2**20
+
+
+def test_batches_of_large_images_and_labels_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "_AT_ONCE", 2**20)
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, np.zeros((3, 2**9, 2**9, 4), np.uint8), np.arange(3))
+    counts = [(len(images), len(labels)) for images, labels in read_samples(path, 3)]
+    assert counts == [(1, 1)] * 3
+    np.savez_compressed(path, np.zeros((2**20, 1, 1, 1), np.uint8), np.zeros(2**20, int))
+    assert _peak(lambda: next(read_samples(path, 10))) < 2**20
+
+
+def test_an_archive_that_numpy_does_not_write(tmp_path):
+    path = tmp_path / "bad.npz"
+    # The dictionary that LZMA is unpacked with may be of gigabytes.
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("arr_0.npy", _npy(_images(2)))
+    with pytest.raises(ValueError, match=r"bad.npz.*compressed in another way than NumPy does"):
+        num_samples(path)
+
+
+def test_features_of_images(tmp_path):
+    path = tmp_path / "a.npz"
+    kept = np.float32(np.random.default_rng(0).standard_normal((5, 3)))
+    write_statistics(path, Statistics(_gaussian(3)), pool=kept, other=kept.astype(float))
+    np.testing.assert_array_equal(read_features(path, "pool", 5), kept)
+    for name, most, message in (
+        ("pool", 4, r"larger than 4 x 4096: float32 \(5, 3\)"),
+        ("other", 5, r"float32 \(n, d\), got float64"),
+        ("mu", 5, r"float32 \(n, d\), got float64 \(3,\)"),
+        ("none", 5, "has no 'none'"),
+    ):
+        with pytest.raises(ValueError, match=f"a.npz cannot be used: .*{message}"):
+            read_features(path, name, most)
 
 
 def test_a_batch_has_a_size(tmp_path):
