@@ -4,35 +4,99 @@ import contextlib
 import fcntl
 import functools
 import os
+import secrets
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 from absl import logging
 
+_PARTIAL = ".partial"
+_DEAD_SECONDS = 24 * 3600  # without a write, after which no process writes a partial file
+
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Gives a file beside its place, renamed at the end; makes the folders above it."""
+    """Gives a file beside its place, renamed at the end; makes the folders above it.
+
+    However many write one file at once, its place never holds but a whole one, the last.
+    """
+    with partial_beside(path) as partial, naming(path), partial.open("wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def partial_beside(path: Path) -> Iterator[Path]:
+    """Gives a name beside a place for whatever writes a file there; renames it at the end.
+
+    The name is this call's alone. What writers that were killed have left there is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    _remove_leftovers(path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
     try:
-        with naming(path), partial.open("wb") as file:
-            yield file
-            file.flush()
+        yield partial
+        with naming(path):
             # Or a power failure could leave the name and not the content.
-            os.fsync(file.fileno())
+            sync(partial)
+        partial.replace(path)
+        with contextlib.suppress(OSError):
+            sync(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    partial.replace(path)
+
+
+def _remove_leftovers(path):
+    """Removes partial files of a place to which nobody has written for a day."""
+    # A folder may not be listed, another may remove a file at the same time: no reason to fail.
+    with contextlib.suppress(OSError):
+        for name in os.listdir(path.parent):
+            leftover = path.with_name(name)
+            if (
+                name.startswith(f"{path.name}.")
+                and name.endswith(_PARTIAL)
+                and time.time() - leftover.stat().st_mtime > _DEAD_SECONDS
+            ):
+                leftover.unlink()
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or the names in a folder are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Writes a file beside its place and renames it; makes the folders above it."""
     with writing(path) as file:
         file.write(content)
+
+
+def write_new(path: Path, content: bytes) -> bool:
+    """Writes a file, if there is none of that name, and says whether it did.
+
+    Of several at once one does.
+    """
+    source = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    write_bytes(source, content)
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        # Some network file systems have no links; then another may come between the two.
+        if path.exists():
+            return False
+        source.replace(path)
+    finally:
+        source.unlink(missing_ok=True)
+    return True
 
 
 @contextlib.contextmanager
@@ -49,6 +113,8 @@ def naming(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[Callable[[], bool]]:
     """Holds a lock that ends with this process, however it ends; makes the folders above it.
+
+    Who holds it may remove the file at the end.
 
     Yields:
       A function that tells whether the file is still that of the lock: where it was removed,
