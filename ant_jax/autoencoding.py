@@ -94,26 +94,49 @@ def decode(codec: Codec, latents: jax.Array, batch_size: int) -> np.ndarray:
 
     Returns:
       uint8 (B, H, W, C).
+
+    Raises:
+      FloatingPointError: if an image has numbers that are not finite.
     """
     devices = jax.local_devices()
     batch_size += -batch_size % len(devices)
     latents = np.asarray(latents)
-    images = []
+    images, finite = [], []
     for first in range(0, len(latents), batch_size):
         part = latents[first : first + batch_size]
         padded = np.pad(part, ((0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)))
-        part_images = _decode(
+        decoded = _decode(
             codec.params, jax.device_put(padded, split_over(devices)), model=codec.model
         )
-        images.append(np.asarray(part_images)[: len(part)])
+        for parts, values in zip((images, finite), decoded, strict=True):
+            parts.append(np.asarray(values)[: len(part)])
+    check_finite(np.concatenate(finite), "images that config.autoencoder.weights make of latents")
     return np.concatenate(images)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _decode(params, latents, *, model):
-    return to_pixels(model.apply({"params": params}, latents, method="decode"))
+    return finite_pixels(model.apply({"params": params}, latents, method="decode"))
 
 
-def to_pixels(images: jax.Array) -> jax.Array:
-    """Images in [-1, 1] as uint8, clipped and rounded."""
-    return jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+def check_finite(finite: np.ndarray, what: str, first: int = 0) -> None:
+    """Raises a FloatingPointError that says how many things, and which, have numbers that are not.
+
+    Args:
+      finite: bool (B,), whether all numbers of each are.
+      what: the plural.
+      first: number of the first of them.
+    """
+    if not finite.all():
+        wrong = np.flatnonzero(~finite)
+        raise FloatingPointError(
+            f"{len(wrong)} of {len(finite)} {what} have numbers that are not finite, such as "
+            f"number {first + wrong[0]}"
+        )
+
+
+@jax.jit
+def finite_pixels(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Images in [-1, 1] as uint8, clipped and rounded; and which, bool (B,), are finite numbers."""
+    pixels = jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    return pixels, jnp.isfinite(images).all((1, 2, 3))

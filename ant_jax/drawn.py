@@ -1,5 +1,9 @@
 """Samples kept on disk while they are drawn, so that a killed run goes on where it was."""
 
+import contextlib
+import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +15,16 @@ from ml_collections import ConfigDict
 
 from ant_jax import autoencoding, evaluation, processes
 from ant_jax import config as config_lib
+from ant_jax.config import ConfigError
+from ant_jax.files import locked
 from ant_jax.fingerprint import fingerprint
 from ant_jax.metrics import with_time_left
 
 Batch = tuple[np.ndarray, np.ndarray | None]
+
+# Not what Finder and network disks leave beside them, such as ._00000000.npz.
+_FOLDER = re.compile(r"[0-9]{8,}-[0-9a-f]{16}")
+_PIECE = re.compile(r"([0-9]{8,})\.npz")
 
 # What samples don't depend on. Batches say themselves how large they are.
 _NO_MATTER = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "evaluation.")
@@ -22,32 +32,77 @@ _NO_MATTER += ("data.num_workers", "data.dir", "sample.every", "sample.batch_siz
 _NO_MATTER += ("autoencoder.latents", "autoencoder.weights", "autoencoder.batch_size", "init_from")
 
 
-def folder(workdir: Path, config: ConfigDict, step: int, params: Any) -> Path:
-    """Where the samples of a run that are being drawn are kept.
-
-    Args:
-      workdir: of the run.
-      config: its config; another setting that samples depend on gives another folder.
-      step: of the checkpoint.
-      params: those the samples are drawn with; others, or an autoencoder with others, give another
-        folder.
-    """
-    settings = {
+def settings(config: ConfigDict) -> dict[str, Any]:
+    """The settings that samples depend on, flat."""
+    return {
         name: value
         for name, value in config_lib.flatten(config).items()
         if not config_lib.is_among(name, _NO_MATTER)
     }
+
+
+def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
+    """What the samples of a run depend on, as JSON can hold it; others have another one.
+
+    Args:
+      config: the run's.
+      step: of the checkpoint.
+      params: those the samples are drawn with.
+    """
     # The weights may be others under the same name, or the same under another.
     decoder = autoencoding.load(config).digest if config.autoencoder.name else ""
-    key = fingerprint({"settings": settings, "params": params, "decoder": decoder})
-    place = workdir / "drawn" / f"{step:08d}-{key[:16]}"
-    others = [other for other in place.parent.glob("*") if other != place]
-    if others and processes.is_first():
+    tree = {"step": step, "params": fingerprint(params)[:16], "decoder": decoder}
+    return json.loads(json.dumps(tree | {"settings": settings(config)}))
+
+
+def key(made_from: dict[str, Any]) -> str:
+    """A short name for what something was made from."""
+    return fingerprint(json.dumps(made_from, sort_keys=True))[:16]
+
+
+@contextlib.contextmanager
+def folder(workdir: Path, made_from: dict[str, Any]) -> Iterator[Path]:
+    """Where the samples of a run that are being drawn are kept, while no other job draws them.
+
+    The caller removes the folder once the samples are used.
+
+    Args:
+      workdir: of the run.
+      made_from: the `origin` of the samples; another gives another folder.
+
+    Raises:
+      ConfigError: if another job is drawing them.
+    """
+    place = workdir / "drawn" / f"{made_from['step']:08d}-{key(made_from)}"
+    if not processes.is_first():
+        yield place
+        return
+    others = [
+        path
+        for path in (place.parent.iterdir() if place.parent.is_dir() else ())
+        if path != place and _FOLDER.fullmatch(path.name) and path.is_dir()
+    ]
+    if others:
         logging.info(
-            "%s: left by drawings with other settings; remove what is not to go on",
+            "%s: other samples that are being drawn, or were until a kill; remove what is not to "
+            "go on",
             ", ".join(map(str, sorted(others))),
         )
-    return place
+    lock = place.with_name(f"{place.name}.lock")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(lock))
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{error} is drawing the same samples, of step {made_from['step']} in {workdir}: "
+                "wait for it or stop it. If its machine is gone and the network disk still keeps "
+                f"its lock, remove {lock}"
+            ) from None
+        try:
+            yield place
+        finally:
+            if not place.exists():
+                lock.unlink(missing_ok=True)
 
 
 def draw_missing(
@@ -55,8 +110,7 @@ def draw_missing(
 ) -> None:
     """Draws the samples that are not on the disk yet; several processes share the work.
 
-    Uncompressed, so 50 000 samples of 256 x 256 pixels take 10 GB. Who has used the last batch
-    removes the folder.
+    Uncompressed, so 50 000 samples of 256 x 256 pixels take 10 GB.
 
     Args:
       place: From `folder`; on a disk that all processes share.
@@ -104,7 +158,8 @@ def read(place: Path, num: int) -> Iterator[Batch]:
 
 def _missing(place, num, batch_size):
     """First sample and the one after the last of each batch to draw."""
-    there = sorted(int(path.stem) for path in place.glob("*.npz"))
+    names = os.listdir(place) if place.is_dir() else []
+    there = sorted(int(match[1]) for match in map(_PIECE.fullmatch, names) if match)
     parts, first = [], 0
     while first < num:
         batch = _read(_piece(place, first)) if first in there else None

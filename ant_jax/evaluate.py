@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ant_jax import config as config_lib
 from ant_jax import drawn, evaluation, experiment, inputs, judge, processes, sampling
 from ant_jax.config import ConfigError
-from ant_jax.files import user_path, write_bytes
+from ant_jax.files import user_path, write_bytes, write_new
 from ant_jax.metrics import with_time_left
 from ant_jax.train_step import TrainState
 
@@ -23,24 +23,36 @@ _VALIDATION_IMAGES = 1000
 
 
 def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
-    """Draws ``config.sample.num`` samples from the EMA into an ``.npz`` and a grid beside it.
+    """Draws ``config.sample.num`` samples from the EMA into an ``.npz``.
 
-    What an earlier call has drawn before it was killed is not drawn again. Several processes share
-    the drawing; the files are made by process 0.
+    Beside it are a grid of the first ones and a JSON file that says what they were made from. They
+    are called by their step, and by a key too where that name has samples of other settings, or the
+    trainer's picture of them. What an earlier call has drawn before it was killed is not drawn
+    again. Several processes share the drawing; the files are made by process 0.
+
+    Returns:
+      The ``.npz`` file.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
-      ConfigError: if the workdir is of another config.
+      ConfigError: if the workdir is of another config, or another job draws the same samples.
+      FloatingPointError: if samples have numbers that are not finite.
     """
     step, pieces, state = restore_run(config, workdir, step)
-    logging.info("drawing %d samples from step %d", config.sample.num, step)
-    path = workdir / "samples" / f"{step:08d}.npz"
-    place = _draw(config, workdir, step, pieces, state)
-    if processes.is_first():
-        batches = _with_grid(drawn.read(place, config.sample.num), path.with_suffix(".png"))
-        evaluation.write_samples(path, batches, config.sample.num)
-        shutil.rmtree(place, ignore_errors=True)
-    logging.info("%d samples: %s and %s", config.sample.num, path, path.with_suffix(".png"))
+    made_from, num = drawn.origin(config, step, state.ema_params), config.sample.num
+    with drawn.folder(workdir, made_from) as place:
+        logging.info("drawing %d samples from step %d", num, step)
+        _draw(config, place, step, pieces, state)
+        plain = workdir / "samples" / f"{step:08d}.npz"
+        content = {"num_samples": num, "made_from": made_from}
+        place_of = lambda: _write_result(plain.with_suffix(".json"), content, config, workdir).stem
+        path = plain.with_stem(processes.decide(place_of))
+        if processes.is_first():
+            first = []
+            evaluation.write_samples(path, _watched(drawn.read(place, num), first), num)
+            _save_grid(path, first)
+            shutil.rmtree(place, ignore_errors=True)
+    logging.info("%d samples: %s, .png and .json", num, path)
     return path
 
 
@@ -57,69 +69,149 @@ def evaluate(
     With ``config.evaluation.samples`` it measures the samples of that file and nothing else; then
     the workdir needs no run, and the result has no step.
 
+    The JSON file has the figures and, as ``made_from``, what they depend on. It is called by its
+    step or its file of samples, and by a key too where that name has figures of something else.
+
     Several processes share the drawing; process 0 measures, and the others return None.
+
+    Returns:
+      The figures.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config, or names nothing to measure by, or what it
-        names can't be used.
+        names can't be used, or another job draws the same samples.
+      FloatingPointError: if samples or the validation loss are not finite.
     """
     config_lib.validate(config)
     judge.check(config)
-    settings = config.evaluation
-    if settings.samples:
+    if config.evaluation.samples:
         return _of_file(config, workdir) if processes.is_first() else None
     step, pieces, state = restore_run(config, workdir, step)
-    if not processes.is_first():
-        if settings.features:
-            _draw(config, workdir, step, pieces, state)
-        return None
-    result = {"step": step}
-    path = workdir / "evaluation" / f"{step:08d}.json"
-    validation = {}
-    # Before the samples: held-out images that are not there must not cost hours of drawing.
-    if settings.split:
-        apply_fn = experiment.denoiser(pieces, state.ema_params)
-        everything = np.array([0, pieces.process.num_timesteps])
-        (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=25)
-        validation = {"validation_loss": float(loss)}
-    if not settings.features:
-        result |= validation
-        _report(result, path)
-        return result
-    measure = judge.build(config)
-    place = _draw(config, workdir, step, pieces, state)
-    batches = _with_grid(drawn.read(place, config.sample.num), path.with_suffix(".png"))
-    result |= measure(batches) | validation
-    _report(result, path)
-    shutil.rmtree(place, ignore_errors=True)
-    return result
+    made_from = drawn.origin(config, step, state.ema_params)
+    if not config.evaluation.features:
+        if not processes.is_first():
+            return None
+        figures = {"step": step} | _validation(config, step, pieces, state)
+        _report(figures, _with_evaluation(made_from, config), config, workdir, [])
+        return figures
+    with drawn.folder(workdir, made_from) as place:
+        if not processes.is_first():
+            _draw(config, place, step, pieces, state)
+            return None
+        # Before the samples: held-out images that are not there must not cost hours of drawing.
+        validation = _validation(config, step, pieces, state)
+        judging = judge.build(config)
+        _draw(config, place, step, pieces, state)
+        first = []
+        batches = _watched(drawn.read(place, config.sample.num), first)
+        try:
+            figures = {"step": step} | judging.measure(batches) | validation
+        except ValueError as error:
+            raise ConfigError(f"samples of step {step} can't be judged: {error}") from error
+        made_from = _with_evaluation(made_from, config) | judging.made_from
+        _report(figures, made_from, config, workdir, first)
+        shutil.rmtree(place, ignore_errors=True)
+    return figures
 
 
 def _of_file(config, workdir):
     samples = user_path(config.evaluation.samples)
-    path = workdir / "evaluation" / f"samples-{samples.stem}.json"
+    first = []
     try:
         num = evaluation.num_samples(samples)
-        measure = judge.build(config)
+        judging = judge.build(config)
         batches = evaluation.read_samples(samples, config.sample.batch_size)
-        batches = with_time_left(batches, num, "samples judged")
-        result = measure(_with_grid(batches, path.with_suffix(".png")))
+        figures = judging.measure(_watched(with_time_left(batches, num, "samples judged"), first))
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.evaluation.samples: {error}") from error
-    _report(result, path)
-    return result
+    made_from = {
+        "samples": str(samples.absolute()),
+        "samples_made_from": _made_from(samples.with_suffix(".json")),
+        # Of the reference, where it is the training images.
+        "settings": {
+            name: value
+            for name, value in drawn.settings(config).items()
+            if name.startswith("data.")
+        },
+    }
+    made_from = _with_evaluation(made_from, config) | judging.made_from
+    _report(figures, made_from, config, workdir, first)
+    return figures
 
 
-def _report(result, path):
-    write_bytes(path, (json.dumps(result, indent=1) + "\n").encode())
-    for name, value in result.items():
+def _validation(config, step, pieces, state):
+    if not config.evaluation.split:
+        return {}
+    apply_fn = experiment.denoiser(pieces, state.ema_params)
+    everything = np.array([0, pieces.process.num_timesteps])
+    (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=25)
+    if not np.isfinite(loss):
+        raise FloatingPointError(f"step {step}: the validation loss is {loss}")
+    return {"validation_loss": float(loss)}
+
+
+def _with_evaluation(made_from, config):
+    """What figures depend on, from what their samples do."""
+    # The digest of the weights says more than their place.
+    settings = {
+        f"evaluation.{name}": value
+        for name, value in config.evaluation.items()
+        if name not in ("inception", "samples")
+    }
+    return made_from | {"settings": made_from["settings"] | settings}
+
+
+def _report(figures, made_from, config, workdir, first):
+    samples = config.evaluation.samples
+    name = f"samples-{Path(samples).stem}" if samples else f"{figures['step']:08d}"
+    content = figures | {"made_from": made_from}
+    path = _write_result(workdir / "evaluation" / f"{name}.json", content, config, workdir)
+    if first:
+        _save_grid(path, first)
+    for name, value in figures.items():
         logging.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
-    if "fid" in result:
-        logging.info("%s", judge.table(result))
+    if "fid" in figures:
+        logging.info("%s", judge.table(figures))
     logging.info("%s", path)
+
+
+def _write_result(path, content, config, workdir):
+    """Writes the JSON file of a result: at its place, or by a key where that has another's."""
+    made_from = json.loads(json.dumps(content["made_from"]))
+    encoded = (json.dumps(content, indent=1) + "\n").encode()
+    keyed = path.with_stem(f"{path.stem}-{drawn.key(made_from)[:8]}")
+    if _made_from(path) == made_from:
+        write_bytes(path, encoded)
+        return path
+    # Samples that say nothing, or a picture of the trainer's.
+    others = path.with_suffix(".npz").exists()
+    others |= path.with_suffix(".png").exists() and not _looks_own(config, workdir)
+    if not others and write_new(path, encoded):
+        return path
+    logging.info("%s is of other settings; made_from in the two says which: %s", path, keyed)
+    write_bytes(keyed, encoded)
+    return keyed
+
+
+def _made_from(path):
+    """What a result was made from; None if there is none that says it."""
+    try:
+        return json.loads(path.read_text())["made_from"]
+    # What isn't ours surfaces as almost any type of error.
+    except Exception:
+        return None
+
+
+def _looks_own(config, workdir):
+    """Whether the first samples are those of the trainer's pictures."""
+    saved = config_lib.load(workdir)
+    if saved is None or saved.autoencoder.weights != config.autoencoder.weights:
+        return False
+    there, now = drawn.settings(saved), drawn.settings(config)
+    return all(there.get(name) == now[name] for name in now if name != "sample.num")
 
 
 def validation_losses(
@@ -142,23 +234,28 @@ def validation_losses(
     )
 
 
-def _draw(config, workdir, step, pieces, state):
-    """Draws samples of the EMA and gives the folder where they are kept."""
-    params, num = state.ema_params, config.sample.num
-    place = drawn.folder(workdir, config, step, params)
-    apply_fn = experiment.denoiser(pieces, params)
+def _draw(config, place, step, pieces, state):
+    """Draws the samples of the EMA that are not there yet."""
+    num = config.sample.num
+    apply_fn = experiment.denoiser(pieces, state.ema_params)
     draw = functools.partial(sampling.sample_batches, config, pieces, apply_fn, num)
-    drawn.draw_missing(place, num, sampling.batch_size(config, num), draw)
-    return place
+    try:
+        drawn.draw_missing(place, num, sampling.batch_size(config, num), draw)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"step {step}: {error}") from error
 
 
-def _with_grid(batches: Iterator, path: Path) -> Iterator:
-    first = []
+def _watched(batches: Iterator, first: list[np.ndarray]) -> Iterator:
+    """Passes batches on, and keeps the images that a grid shows."""
     for images, labels in batches:
         if sum(map(len, first)) < sampling.GRID:
             first.append(images)
         yield images, labels
-    sampling.save_png(path, sampling.image_grid(np.concatenate(first)[: sampling.GRID]))
+
+
+def _save_grid(path, first):
+    grid = sampling.image_grid(np.concatenate(first)[: sampling.GRID])
+    sampling.save_png(path.with_suffix(".png"), grid)
 
 
 def restore_run(

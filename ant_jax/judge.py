@@ -1,7 +1,7 @@
 """What a config's samples are judged by, ready before any is drawn."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 from ml_collections import ConfigDict
@@ -13,7 +13,18 @@ from ant_jax.drawn import Batch
 from ant_jax.files import user_path
 from ant_jax.metrics import with_time_left
 
-Judge = Callable[[Iterator[Batch]], dict[str, Any]]
+
+class Judge(NamedTuple):
+    """What measures samples.
+
+    Attributes:
+      measure: From batches of samples to figures.
+      made_from: What the figures depend on beside the samples and the settings.
+    """
+
+    measure: Callable[[Iterator[Batch]], dict[str, Any]]
+    made_from: dict[str, Any]
+
 
 _WEIGHTS = (
     "config.evaluation.features = 'inception' needs config.evaluation.inception = PATH of the "
@@ -42,6 +53,8 @@ def check(config: ConfigDict) -> None:
         if not settings.inception:
             raise ConfigError(_WEIGHTS)
         files += ["inception", "reference"]
+    if settings.features and not settings.samples and config.sample.num < 2:
+        raise ConfigError(f"config.sample.num = {config.sample.num}: figures need 2 samples")
     for name in files:
         path = settings[name]
         if path and not user_path(path).is_file():
@@ -49,7 +62,7 @@ def check(config: ConfigDict) -> None:
 
 
 def build(config: ConfigDict) -> Judge:
-    """From batches of samples to figures, by ``config.evaluation.features``.
+    """What ``config.evaluation.features`` measures by.
 
     With Inception, the reference is read, or computed from the training data, right away.
 
@@ -60,15 +73,18 @@ def build(config: ConfigDict) -> Judge:
     if settings.features == "digits":
         model = evaluation.extractor(settings.features)
         floor = {f"real_{name}": value for name, value in evaluation.real_floor(model).items()}
-        return lambda batches: evaluation.sample_metrics(batches, model) | floor
+        return Judge(lambda batches: evaluation.sample_metrics(batches, model) | floor, {})
     try:
         network = evaluation.load_inception(user_path(settings.inception))
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.evaluation.inception: {error}") from error
     reference = _reference(config, network)
-    return lambda batches: (
-        evaluation.image_metrics(batches, network, reference) | {"reference": reference.name}
-    )
+
+    def measure(batches):
+        figures = evaluation.image_metrics(batches, network, reference)
+        return figures | {"reference": reference.name}
+
+    return Judge(measure, {"inception": network.digest[:16]})
 
 
 def table(result: dict[str, Any]) -> str:
@@ -134,4 +150,6 @@ def _reference(config, network):
         "crop": crop,
         "exif": settings.exif,
     }
+    if num < 2:
+        raise ConfigError(f"config.data: {source!r} has {num} image, and a reference needs 2")
     return evaluation.data_reference(name, images, network, key)

@@ -45,6 +45,9 @@ def sample_batches(
 
     Yields:
       (images, labels): uint8 (B, H, W, C), and int32 (B,) or None for unconditional models.
+
+    Raises:
+      FloatingPointError: if samples have numbers that are not finite; the message says how many.
     """
     settings, num_classes = config.sample, pieces.model.num_classes
     stop = num if stop is None else stop
@@ -73,9 +76,13 @@ def sample_batches(
         )
         keep = min(batch, stop - first)
         if codec is None:
-            images = np.asarray(autoencoding.to_pixels(x0))[:keep]
+            images, finite = (np.asarray(part)[:keep] for part in autoencoding.finite_pixels(x0))
+            autoencoding.check_finite(finite, "samples", first)
         else:
-            latents = x0[:keep] / config.autoencoder.scale
+            latents = np.asarray(x0)[:keep]
+            finite = np.isfinite(latents).all((1, 2, 3))
+            autoencoding.check_finite(finite, "latents of samples", first)
+            latents = latents / np.float32(config.autoencoder.scale)
             images = autoencoding.decode(codec, latents, config.autoencoder.batch_size)
         yield images, None if labels is None else np.asarray(labels)[:keep]
 

@@ -206,7 +206,12 @@ def _write_grid(config, pieces, ema_params, workdir, writer, step):
         return
     apply_fn = experiment.denoiser(pieces, ema_params)
     drawn = sampling.sample_batches(config, pieces, apply_fn, min(sampling.GRID, config.sample.num))
-    grid = sampling.image_grid(np.concatenate([images for images, _ in drawn]))
+    try:
+        grid = sampling.image_grid(np.concatenate([images for images, _ in drawn]))
+    except FloatingPointError as error:
+        # The parameters are finite, so training may well go on to better ones.
+        logging.warning("no picture of step %d: %s", step, error)
+        return
     path = _grid_path(workdir, step)
     sampling.save_png(path, grid)
     writer.image(step, "samples", grid)

@@ -1,12 +1,16 @@
 """Samples are drawn once, whatever stops a run in between."""
 
+import logging
+import shutil
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
+from ant_jax import config as config_lib
 from ant_jax import drawn, evaluate, evaluation, processes
+from ant_jax.config import ConfigError
 from configs import digits
 
 NUM, BATCH = 10, 4
@@ -64,6 +68,53 @@ def test_several_processes_share_what_is_missing(tmp_path, monkeypatch):
     check(drawn.read(place, NUM), True)
 
 
+MADE_FROM = {"step": 3, "settings": {"sample.guidance": 1.0}}
+OTHER = MADE_FROM | {"settings": {"sample.guidance": 1.5}}
+
+
+def test_one_job_draws_the_same_samples_and_others_draw_others(tmp_path):
+    with drawn.folder(tmp_path, MADE_FROM) as place:
+        refused = r"^process \d+ on .* is drawing the same samples, of step 3 in .*: wait for it"
+        with pytest.raises(ConfigError, match=refused), drawn.folder(tmp_path, MADE_FROM):
+            pass
+        with drawn.folder(tmp_path, OTHER) as other:
+            assert other != place
+            drawn.draw_missing(other, NUM, BATCH, drawing([]))
+        drawn.draw_missing(place, NUM, BATCH, drawing([]))
+        check(drawn.read(place, NUM), True)
+        check(drawn.read(other, NUM), True)
+
+
+def test_the_lock_of_samples_that_are_used_is_removed(tmp_path):
+    with drawn.folder(tmp_path, MADE_FROM) as place:
+        drawn.draw_missing(place, NUM, BATCH, drawing([]))
+        shutil.rmtree(place)
+    with pytest.raises(KeyboardInterrupt), drawn.folder(tmp_path, MADE_FROM):
+        raise KeyboardInterrupt
+    assert list((tmp_path / "drawn").iterdir()) == []
+    # One that stopped while drawing leaves both, and keeps nobody out.
+    with pytest.raises(KeyboardInterrupt), drawn.folder(tmp_path, MADE_FROM):
+        drawn.draw_missing(place, NUM, BATCH, drawing([], stop_after=1))
+    with drawn.folder(tmp_path, MADE_FROM):
+        drawn.draw_missing(place, NUM, BATCH, drawing([]))
+        check(drawn.read(place, NUM), True)
+
+
+def test_files_of_others_beside_the_samples_do_not_matter(tmp_path, caplog):
+    place = tmp_path / "drawn" / f"00000003-{drawn.key(MADE_FROM)}"
+    place.mkdir(parents=True)
+    for name in (".DS_Store", "._00000000.npz", ".nfs0001", "Thumbs.db", "²²²²²²²².npz", "1.npz"):
+        (place.parent / name).write_bytes(b"")
+        (place / name).write_bytes(b"")
+    (place / "00000004.npz").mkdir()
+    with caplog.at_level(logging.INFO), drawn.folder(tmp_path, MADE_FROM):
+        assert drawn._missing(place, NUM, BATCH) == [(0, 4), (4, 8), (8, 10)]
+    assert "other samples" not in caplog.text
+    with caplog.at_level(logging.INFO), drawn.folder(tmp_path, OTHER):
+        pass
+    assert f"{place}: other samples that are being drawn" in caplog.text
+
+
 def check(batches, labelled):
     images, labels = zip(*batches, strict=True)
     np.testing.assert_array_equal(np.concatenate(images), images_of(0, NUM))
@@ -81,7 +132,9 @@ def test_an_evaluation_without_samples_leaves_those_that_are_being_drawn(tmp_pat
     monkeypatch.setattr(evaluate, "restore_run", lambda *_: (3, pieces, state))
     monkeypatch.setattr(evaluate.experiment, "denoiser", lambda *_: None)
     monkeypatch.setattr(evaluate, "validation_losses", lambda *_, timesteps_each: np.ones(1))
-    place = drawn.folder(tmp_path, config, 3, state.ema_params)
-    drawn.draw_missing(place, NUM, BATCH, drawing([]))
-    assert evaluate.evaluate(config, tmp_path) == {"step": 3, "validation_loss": 1.0}
-    assert len(list(place.iterdir())) == 3
+    config_lib.save(config, tmp_path)
+    with drawn.folder(tmp_path, drawn.origin(config, 3, state.ema_params)) as place:
+        drawn.draw_missing(place, NUM, BATCH, drawing([]))
+        # Nor do they keep it from being done.
+        assert evaluate.evaluate(config, tmp_path) == {"step": 3, "validation_loss": 1.0}
+        assert len(list(place.iterdir())) == 3

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import shutil
 
@@ -202,10 +203,10 @@ def test_samples_of_another_step_are_not_used(workdir, draws, tmp_path):
     assert draws == [0, 8, 16]
 
 
-def test_the_folder_is_that_of_what_samples_depend_on(tmp_path):
+def test_the_key_is_that_of_what_samples_depend_on(tmp_path):
     params = {"a": np.ones(3)}
-    place = lambda params=params, step=3, **settings: drawn.folder(
-        tmp_path, configured(tmp_path, **settings), step, params
+    place = lambda params=params, step=3, **settings: drawn.key(
+        drawn.origin(configured(tmp_path, **settings), step, params)
     )
     assert place() == place()
     same = {"log_every": 7, "sample__batch_size": 99, "evaluation__split": "test"}
@@ -220,6 +221,121 @@ def test_the_folder_is_that_of_what_samples_depend_on(tmp_path):
         place(diffusion__clip_x0=False),
     ]
     assert len({place(), *others}) == 8
+
+
+def test_a_result_says_what_it_is_of_and_others_do_not_take_its_place(workdir, tmp_path):
+    plain = evaluate.sample(configured(tmp_path), workdir)
+    assert plain == workdir / "samples" / "00000005.npz"
+    before = {path.name: path.read_bytes() for path in plain.parent.iterdir()}
+    assert sorted(before) == ["00000005.json", "00000005.npz", "00000005.png"]
+    other = configured(tmp_path, sample__seed=1)
+    path = evaluate.sample(other, workdir)
+    assert re.fullmatch(r"00000005-[0-9a-f]{8}\.npz", path.name)
+    assert evaluate.sample(other, workdir) == path
+    assert before == {name: (plain.parent / name).read_bytes() for name in before}
+    assert len(list(plain.parent.iterdir())) == 6
+    made_from = json.loads(path.with_suffix(".json").read_text())["made_from"]
+    assert (made_from["step"], made_from["settings"]["sample.seed"]) == (5, 1)
+    # Again, with what samples don't depend on, they are the same.
+    assert evaluate.sample(configured(tmp_path, sample__batch_size=16), workdir) == plain
+    # The figures of a file say what its samples were made from.
+    judged = configured(tmp_path, evaluation__samples=str(path))
+    evaluate.evaluate(judged, workdir)
+    said = json.loads((workdir / "evaluation" / f"samples-{path.stem}.json").read_text())
+    assert said["made_from"]["samples_made_from"] == made_from
+
+
+def test_figures_of_other_settings_have_another_name(workdir, tmp_path):
+    folder = workdir / "evaluation"
+    said = lambda path: json.loads(path.read_text())
+    figures = evaluate.evaluate(configured(tmp_path), workdir)
+    first = folder / "00000005.json"
+    assert said(first).items() > figures.items()
+    made_from = said(first)["made_from"]
+    assert made_from["step"] == 5 and made_from["inception"] == "digest"
+    every = {"sample.sampler", "sample.num_steps", "sample.eta", "sample.guidance", "sample.seed"}
+    every |= {"sample.num", "sample.guidance_channels", "diffusion.clip_x0"}
+    every |= {"evaluation.features", "evaluation.reference", "evaluation.split"}
+    assert every < made_from["settings"].keys()
+    evaluate.evaluate(configured(tmp_path), workdir)
+    assert len(list(folder.glob("*.json"))) == 1
+    before = first.read_bytes()
+    # Of the same samples, by another reference: figures of something else.
+    reference = npz(tmp_path / "real.npz")
+    for number, changes in enumerate(
+        ({"sample__seed": 1}, {"evaluation__reference": reference}), start=2
+    ):
+        evaluate.evaluate(configured(tmp_path, **changes), workdir)
+        assert len(list(folder.glob("*.json"))) == len(list(folder.glob("*.png"))) == number
+    assert first.read_bytes() == before
+
+
+def test_a_picture_of_the_trainer_is_not_replaced_by_another(workdir, tmp_path):
+    (workdir / "samples").mkdir()
+    (workdir / "samples" / "00000005.png").write_bytes(b"the trainer's")
+    other = evaluate.sample(configured(tmp_path, sample__seed=1), workdir)
+    assert other.name != "00000005.npz" and other.with_suffix(".png").exists()
+    assert (workdir / "samples" / "00000005.png").read_bytes() == b"the trainer's"
+    # Of so many more or fewer samples the first ones are the same.
+    assert evaluate.sample(configured(tmp_path, sample__num=16), workdir).name == "00000005.npz"
+
+
+def test_a_result_of_unknown_settings_is_left_alone(workdir, tmp_path):
+    unknown = {
+        workdir / "evaluation" / "00000005.json": b"{}",
+        workdir / "samples/00000005.npz": b"",
+    }
+    for path, content in unknown.items():
+        path.parent.mkdir()
+        path.write_bytes(content)
+    evaluate.evaluate(configured(tmp_path), workdir)
+    assert evaluate.sample(configured(tmp_path), workdir).name != "00000005.npz"
+    assert unknown == {path: path.read_bytes() for path in unknown}
+
+
+@pytest.mark.parametrize("do", [evaluate.sample, evaluate.evaluate])
+def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
+    do, workdir, draws, tmp_path, monkeypatch
+):
+    config = configured(tmp_path)
+    build = judge.build
+
+    def at_once(config):
+        # In the middle of an evaluation.
+        with pytest.raises(
+            ConfigError, match=r"is drawing the same samples, of step 5 in .*: wait"
+        ):
+            do(config, workdir)
+        assert draws == []
+        evaluate.sample(configured(tmp_path, sample__seed=1), workdir)
+        assert draws == [0, 8, 16]
+        return build(config)
+
+    monkeypatch.setattr(judge, "build", at_once)
+    figures = evaluate.evaluate(config, workdir)
+    assert len(draws) == 6
+    monkeypatch.setattr(judge, "build", build)
+    assert evaluate.evaluate(config, workdir) == figures
+
+
+def test_samples_that_are_not_finite_are_no_black_pictures(workdir, tmp_path, monkeypatch):
+    restore = evaluate.restore_run
+
+    def poisoned(*arguments):
+        step, pieces, state = restore(*arguments)
+        params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.ema_params)
+        return step, pieces, state._replace(ema_params=params)
+
+    monkeypatch.setattr(evaluate, "restore_run", poisoned)
+    told = r"step 5: 8 of 8 samples have numbers that are not finite, such as number 0"
+    for do in (evaluate.sample, evaluate.evaluate):
+        with pytest.raises(FloatingPointError, match=told):
+            do(configured(tmp_path), workdir)
+    with pytest.raises(FloatingPointError, match="step 5: the validation loss is nan"):
+        evaluate.evaluate(
+            configured(tmp_path, evaluation__features="", evaluation__split="test"), workdir
+        )
+    assert {"config.json", "facts.json", "checkpoints", "drawn"} == set(os.listdir(workdir))
 
 
 def test_the_figures_of_a_run(workdir, tmp_path, monkeypatch):
@@ -303,7 +419,8 @@ def test_a_file_of_samples_needs_no_run(features, tmp_path, draws, monkeypatch):
     )
     result = evaluate.evaluate(config, tmp_path / "empty")
     folder = tmp_path / "empty" / "evaluation"
-    assert json.loads((folder / "samples-samples.json").read_text()) == result
+    kept = json.loads((folder / "samples-samples.json").read_text())
+    assert kept.pop("made_from")["samples"] == samples and kept == result
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".png"]
     assert result["num_samples"] == 9 and "step" not in result and draws == []
     assert {"inception": "fid", "digits": "real_copies"}[features] in result
@@ -339,6 +456,7 @@ MISTAKES = {
         "evaluation__features": "",
         "evaluation__samples": "single.npz",
     },
+    "config.sample.num = 1: figures need 2 samples": {"sample__num": 1},
     r"config.evaluation.features must name .*, or config.evaluation.split held-out": {
         "evaluation__features": ""
     },
@@ -351,7 +469,7 @@ def test_a_mistake_is_named_before_anything_is_drawn(message, run, draws, tmp_pa
     (tmp_path / "damaged.npz").write_bytes(b"no zip")
     np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
     settings = {
-        name: str(tmp_path / value) if "." in value else value
+        name: str(tmp_path / value) if "." in str(value) else value
         for name, value in MISTAKES[message].items()
     }
     with pytest.raises(ConfigError, match=re.compile(message, re.S)):
