@@ -14,12 +14,15 @@ from ml_collections import ConfigDict
 from ant_jax import autoencoding, data, inputs, processes
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
-from ant_jax.data.latents import LatentFacts, complete, shard_path, write_shard
-from ant_jax.files import write_bytes
+from ant_jax.data.latents import LatentFacts, as_kept, complete, shard_path, write_shard
+from ant_jax.data.pipeline import epoch_order
+from ant_jax.files import locked, write_bytes
 from ant_jax.metrics import with_time_left
 
 # Images of a shard: what a kill can cost, and 33 MB of KL-f8 latents of 256 x 256 pixels.
 _SHARD = 1024
+# A fixed shuffle: the trainer draws an order of its own.
+_ORDER_SEED = 0
 
 
 def encode(config: ConfigDict) -> Path:
@@ -45,6 +48,29 @@ def encode(config: ConfigDict) -> Path:
     codec = autoencoding.load(config)
     directory = inputs.latents_folder(config, config.data.split)
     processes.check_shared(directory)
+    with _alone(directory):
+        _encode(config, source, codec, directory, shape)
+    return directory
+
+
+@contextlib.contextmanager
+def _alone(directory):
+    """Keeps other encodings out of a folder while this one, of however many processes, is at it."""
+    with contextlib.ExitStack() as stack:
+        if processes.is_first():
+            try:
+                stack.enter_context(locked(directory / ".lock"))
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"{error} is encoding into {directory}: wait for it, stop it, or choose "
+                    "another config.autoencoder.latents. If its machine is gone and the network "
+                    "disk still keeps its lock, remove .lock there"
+                ) from None
+        yield
+
+
+def _encode(config, source, codec, directory, shape):
+    settings = config.autoencoder
     missing = processes.decide(lambda: _plan(config, directory, codec, len(source)))
     mine = _share(missing)
     if mine:
@@ -86,7 +112,6 @@ def encode(config: ConfigDict) -> Path:
             settings.scale,
             std * settings.scale,
         )
-    return directory
 
 
 def _share(shards):
@@ -108,8 +133,15 @@ def _plan(config, directory, codec, num_images):
     }
     path = directory / "plan.json"
     if path.exists():
-        # Those begun before there was a choice.
-        before = {"data.exif": "ignore"} | json.loads(path.read_text())
+        try:
+            # Those begun before there was a choice.
+            before = {"data.exif": "ignore"} | json.loads(path.read_text())
+        # Lists in lists without end are a RecursionError.
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(
+                f"{path} is damaged, and with it what the latents beside it are: {error}. Choose "
+                "another config.autoencoder.latents"
+            ) from error
         differing = [
             f"{name}: {before.get(name)!r} there, {value!r} now"
             for name, value in plan.items()
@@ -132,7 +164,7 @@ def _encode_shards(config, source, codec, directory, shards):
         run = [shard for _, shard in run]
         total = sum(_images_in(shard, source) for shard in run)
         with contextlib.closing(_encoded(config, source, codec, run[0], total)) as batches:
-            rows = _rows(with_time_left(batches, total, "images encoded"))
+            rows = _rows(with_time_left(batches, total, "images encoded"), source, run[0] * _SHARD)
             for shard in run:
                 some = itertools.islice(rows, _images_in(shard, source))
                 write_shard(shard_path(directory, shard), some)
@@ -142,10 +174,21 @@ def _images_in(shard, source):
     return min(_SHARD, len(source) - shard * _SHARD)
 
 
-def _rows(batches):
+def _rows(batches, source, first):
+    """Numbers and label of each image from the `first` in the order of encoding."""
+    position = first
     for means, stds, labels in batches:
         for i, label in enumerate(labels):
-            yield means[i], None if stds is None else stds[i], label
+            try:
+                numbers = as_kept(means[i], None if stds is None else stds[i])
+            except FloatingPointError as error:
+                index = epoch_order(len(source), _ORDER_SEED, 0)[position]
+                raise FloatingPointError(
+                    f"example {index} of {source!r}: {error}: are config.autoencoder.weights those "
+                    "of a trained autoencoder?"
+                ) from error
+            yield numbers, label
+            position += 1
 
 
 def _encoded(config, source, codec, first_shard, total) -> Iterator:
@@ -154,8 +197,7 @@ def _encoded(config, source, codec, first_shard, total) -> Iterator:
     batches = data.batches(
         source,
         batch_size=batch_size,
-        # A fixed shuffle: the trainer draws an order of its own.
-        seed=0,
+        seed=_ORDER_SEED,
         start_step=first_shard * _SHARD // batch_size,
         image_size=config.data.image_size,
         crop=config.data.crop,

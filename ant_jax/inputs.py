@@ -47,6 +47,7 @@ def open_latents(config: ConfigDict, split: str) -> data.LatentSource:
         ("data.crop", facts.crop, config.data.crop),
         ("data.exif", facts.exif, config.data.exif),
         ("data.image_size", facts.image_size, config.data.image_size),
+        ("autoencoder.name, shape of latents", facts.shape, autoencoding.latent_shape(config)),
         ("autoencoder.weights, encoder", facts.digest, autoencoding.load(config).encoder_digest),
     ):
         if there != now:

@@ -3,6 +3,8 @@
 import itertools
 import json
 import logging
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +15,14 @@ from PIL import Image
 from ant_jax import autoencoding, data, drawn, encode, evaluate, inputs, interop, train
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
-from ant_jax.data.latents import LatentFacts, complete, shard_path, write_shard
+from ant_jax.data.latents import LatentFacts, as_kept, complete, shard_path, write_shard
+from ant_jax.data.sources import UnreadableImageError
+from ant_jax.files import locked
 from ant_jax.models.autoencoder import autoencoder
 from configs import digits
 
 NUM, SIZE = 21, 16
+FACTS = LatentFacts("VQ-f4", "", 12, (3, 3, 2), 1, 5, 8, 0.0, "", "", "")
 
 
 @pytest.fixture(scope="module")
@@ -140,8 +145,8 @@ def test_batches_draw_the_latents_anew_and_flip_them(encoded):
 
 def test_latents_without_standard_deviations(tmp_path):
     means = np.random.default_rng(0).standard_normal((5, 2, 3, 3, 2)).astype(np.float16)
-    write_shard(shard_path(tmp_path, 0), ((mean, None, 7) for mean in means))
-    complete(tmp_path, LatentFacts("VQ-f4", "", 12, (3, 3, 2), 1, 5, 8, 0.0, "", "", ""))
+    write_shard(shard_path(tmp_path, 0), ((as_kept(mean, None), 7) for mean in means))
+    complete(tmp_path, FACTS)
     source = data.latents(tmp_path, 2.0)
     for example, mean in zip((source[i] for i in range(5)), means, strict=True):
         np.testing.assert_array_equal(example["mean"], 2 * np.float32(mean))
@@ -249,6 +254,134 @@ def test_a_truncated_shard_is_named_and_made_again_once_removed(place, tmp_path,
     assert shard.read_bytes() == whole
 
 
+def test_two_that_encode_into_one_folder(place, tmp_path):
+    config = settings(place, autoencoder__latents=str(tmp_path))
+    refused = r"^process \d+ on .* is encoding into .*: wait for it, stop it, or choose another"
+    with locked(tmp_path / "_" / ".lock"), pytest.raises(ConfigError, match=refused):
+        encode.encode(config)
+    assert os.listdir(tmp_path / "_") == [".lock"]
+
+
+def test_two_that_write_one_shard_leave_a_whole_one(tmp_path):
+    path = shard_path(tmp_path, 0)
+    numbers = np.float16(np.random.default_rng(0).standard_normal((5, 2, 1, 3, 3, 2)))
+
+    def examples():
+        yield numbers[0], 1
+        write_shard(path, ((each, 0) for each in numbers))
+        yield from ((each, 1) for each in numbers[1:])
+
+    write_shard(path, examples())
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(path, itertools.chain([(numbers[0], 2)], raising(KeyboardInterrupt)))
+    assert list(tmp_path.iterdir()) == [path]
+    complete(tmp_path, FACTS)
+    source = data.latents(tmp_path, 1.0)
+    assert [source[i]["label"] for i in range(5)] == [1] * 5
+
+
+def raising(error):
+    raise error
+    yield
+
+
+def poisoned(codec, part, value):
+    """An autoencoder of which one number, in that part of its weights, is another."""
+    params = codec.params | {part: {"conv_out": dict(codec.params[part]["conv_out"])}}
+    params[part] = codec.params[part] | {"conv_out": codec.params[part]["conv_out"]}
+    bias = params[part]["conv_out"]["bias"].at[0].set(value)
+    params[part]["conv_out"] = params[part]["conv_out"] | {"bias": bias}
+    return codec._replace(params=params)
+
+
+@pytest.mark.parametrize(("value", "told"), [(np.nan, "nan"), (1e6, "such as -?[0-9.]+e[+]0[0-9]")])
+def test_latents_that_half_precision_can_not_hold_are_refused(
+    value, told, place, encoded, tmp_path, monkeypatch
+):
+    del encoded
+    config = settings(place, autoencoder__latents=str(tmp_path))
+    codec = poisoned(autoencoding.load(config), "encoder", value)
+    monkeypatch.setattr(autoencoding, "load", lambda config: codec)
+    told = rf"^example \d+ of FolderSource.*numbers of its latent can't be kept.*65504.*{told}"
+    with pytest.raises(FloatingPointError, match=told):
+        encode.encode(config)
+    assert sorted(os.listdir(tmp_path / "_")) == [".lock", "plan.json"]
+
+
+def test_a_decoder_that_is_not_finite_makes_no_black_pictures(place):
+    config = settings(place)
+    codec = poisoned(autoencoding.load(config), "decoder", np.nan)
+    told = "11 of 11 images that config.autoencoder.weights make of latents have numbers"
+    with pytest.raises(FloatingPointError, match=told):
+        autoencoding.decode(codec, np.zeros((11, 4, 4, 4), np.float32), batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("number", "label", "told"),
+    [
+        (np.nan, 0, "latent 3 of .* has numbers that are not finite: encode into another folder"),
+        (np.inf, 0, "latent 3 of .* has numbers that are not finite: encode into another folder"),
+        (1.0, 8, "latent 3 of .* has label 8 of 8 classes"),
+        (1.0, -1, "latent 3 of .* has label -1 of 8 classes"),
+    ],
+)
+def test_latents_that_can_not_be_learned_from_are_named(number, label, told, tmp_path):
+    numbers = np.float16(np.random.default_rng(0).standard_normal((5, 2, 1, 3, 3, 2)))
+    labels = np.zeros(5, int)
+    path = shard_path(tmp_path, 0)
+    write_shard(path, zip(numbers, labels, strict=True))
+    complete(tmp_path, FACTS)
+    numbers[3, 1, 0, 2, 2, 1], labels[3] = number, label
+    write_shard(path, zip(numbers, labels, strict=True))
+    with pytest.raises(data.ExampleError, match=told):
+        next(data.batches(data.latents(tmp_path, 1.0), batch_size=5, seed=0))
+    with pytest.raises(UnreadableImageError, match=told):
+        complete(tmp_path, FACTS)
+    # Where images may be replaced, latents may.
+    source = data.latents(tmp_path, 1.0)
+    batch = next(data.batches(source, batch_size=5, seed=0, replace_unreadable=True))
+    assert np.isfinite(batch["image"]).all() and batch["replaced"].sum() == 1
+
+
+def test_files_of_others_beside_the_shards_do_not_matter(place, encoded, tmp_path):
+    del place
+    shutil.copytree(encoded, tmp_path / "copy")
+    for name in (".DS_Store", "._00000.array_record", ".nfs0001", "Thumbs.db", "x.array_record"):
+        (tmp_path / "copy" / name).write_bytes(b"")
+    assert len(data.latents(tmp_path / "copy", 1.0)) == NUM
+
+
+DAMAGE = {
+    "plan.json": ("", "[1]", "7", "[" * 100_000, "\x00"),
+    "latents.json": (
+        *("", "[1]", "7", "[" * 100_000, "\x00", "{}"),
+        *({"shape": [4, 4]}, {"shape": "444"}, {"shape": None}, {"shape": [4, 4, -4]}),
+        *({"parts": 3}, {"num_images": "21"}, {"num_images": True}, {"num_classes": -1}),
+        *({"std": None}, {"std": 0.0}, {"std": float("nan")}, {"extra": 1}),
+    ),
+}
+
+
+def test_damaged_descriptions_are_named(place, encoded, tmp_path):
+    del encoded
+    config = settings(place, autoencoder__latents=str(tmp_path))
+    shutil.copytree(inputs.latents_folder(settings(place), ""), tmp_path / "_")
+    for name, contents in DAMAGE.items():
+        path = tmp_path / "_" / name
+        whole = path.read_text()
+        for content in contents:
+            changed = content if isinstance(content, str) else json.loads(whole) | content
+            path.write_text(changed if isinstance(content, str) else json.dumps(changed))
+            do = encode.encode if name == "plan.json" else inputs.open_data
+            with pytest.raises(ConfigError, match=rf"{name} is damaged"):
+                do(config)
+        path.write_text(whole)
+    facts = json.loads((tmp_path / "_" / "latents.json").read_text())
+    (tmp_path / "_" / "latents.json").write_text(json.dumps(facts | {"shape": [9, 9, 9]}))
+    with pytest.raises(ConfigError, match=r"shape of latents \(9, 9, 9\), not \(4, 4, 4\)"):
+        inputs.open_data(config)
+
+
 def test_a_scale_that_does_not_fit_the_latents_is_warned_of(place, encoded, caplog):
     std = data.latents(encoded, 1.0).facts.std
     with caplog.at_level(logging.WARNING):
@@ -310,10 +443,10 @@ def test_samples_of_another_decoder_do_not_go_on(place, tmp_path):
         weights.write_bytes((place / f"weights{seed}.safetensors").read_bytes())
         autoencoding._load.cache_clear()
         config = settings(place, autoencoder__weights=str(weights))
-        places.append(drawn.folder(tmp_path, config, 3, {}))
+        places.append(drawn.origin(config, 3, {}))
     assert places[0] == places[1] != places[2]
     elsewhere = settings(place, autoencoder__weights=str(place / "weights1.safetensors"))
-    assert drawn.folder(tmp_path, elsewhere, 3, {}) == places[2]
+    assert drawn.origin(elsewhere, 3, {}) == places[2]
 
 
 def test_validation_losses_are_of_latents_with_their_scale(place, encoded):

@@ -8,7 +8,9 @@ mean alone where the standard deviations are zero. Numbers are little-endian.
 
 import dataclasses
 import json
+import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -16,9 +18,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ant_jax.data.sources import Example, UnreadableImageError
-from ant_jax.files import write_bytes
+from ant_jax.files import partial_beside, write_bytes
 
 _FACTS = "latents.json"
+_SHARD_NAME = re.compile(r"[0-9]{5,}\.array_record")
 _LABEL_BYTES = 4
 _SPREAD_IMAGES = 1000
 
@@ -89,7 +92,8 @@ class LatentSource:
         """Returns {"mean", "std": float32 (2, h, w, c), "label": int32 ()}; see the module.
 
         Raises:
-          UnreadableImageError: If the record is damaged.
+          UnreadableImageError: If the record is damaged, its numbers are not finite, or its label
+            is that of no class.
         """
         shape = (2, self.facts.parts, *self.facts.shape)
         try:
@@ -98,12 +102,20 @@ class LatentSource:
         # Damaged bytes surface as almost any type of error.
         except Exception as error:
             raise UnreadableImageError(f"latent {index} of {self.name}: {error}") from error
-        mean, *std = np.moveaxis(np.float32(numbers) * np.float32(self.scale), 1, 0)
-        return {
-            "mean": mean,
-            "std": std[0] if std else np.zeros_like(mean),
-            "label": np.frombuffer(record, "<i4", count=1)[0],
-        }
+        scaled = np.float32(numbers) * np.float32(self.scale)
+        label = np.frombuffer(record, "<i4", count=1)[0]
+        # In training either would be a loss that is not finite, and blamed on the training.
+        if not np.isfinite(scaled).all():
+            raise UnreadableImageError(
+                f"latent {index} of {self.name} has numbers that are not finite: encode into "
+                "another folder"
+            )
+        if not 0 <= label < max(self.num_classes, 1):
+            raise UnreadableImageError(
+                f"latent {index} of {self.name} has label {label} of {self.num_classes} classes"
+            )
+        mean, *std = np.moveaxis(scaled, 1, 0)
+        return {"mean": mean, "std": std[0] if std else np.zeros_like(mean), "label": label}
 
 
 def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
@@ -127,11 +139,28 @@ def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
             f"{directory} has no latents, or not all of them yet: run --mode encode"
         )
     try:
-        facts = LatentFacts(**json.loads(path.read_text()))
-        facts = facts._replace(shape=tuple(facts.shape))
-    except (ValueError, TypeError) as error:
+        facts = _checked(LatentFacts(**json.loads(path.read_text())))
+    # Lists in lists without end are a RecursionError.
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; --mode encode writes it anew") from error
     return _open(directory, facts, scale)
+
+
+def _checked(facts):
+    """The facts, if they are what they can be."""
+    number = lambda value, low: type(value) is int and value >= low
+    allowed = {
+        "image_size": number(facts.image_size, 1),
+        "shape": len(facts.shape) == 3 and all(number(size, 1) for size in facts.shape),
+        "parts": facts.parts in (1, 2),
+        "num_images": number(facts.num_images, 1),
+        "num_classes": number(facts.num_classes, 0),
+        "std": type(facts.std) in (int, float) and 0 < facts.std < math.inf,
+    }
+    for name, fits in allowed.items():
+        if not fits:
+            raise ValueError(f"{name!r} can't be {getattr(facts, name)!r}")
+    return facts._replace(shape=tuple(facts.shape))
 
 
 def complete(directory: Path, facts: LatentFacts) -> LatentFacts:
@@ -145,15 +174,21 @@ def complete(directory: Path, facts: LatentFacts) -> LatentFacts:
       The facts as written.
 
     Raises:
-      ValueError: If a shard is damaged, or they hold another number of latents.
+      ValueError: If a shard is damaged, they hold another number of latents, or all numbers of the
+        latents are the same.
+      UnreadableImageError: If one of them can't be used; see `LatentSource`.
     """
     facts = facts._replace(std=_spread(_open(directory, facts, 1.0)))
+    if facts.std == 0:
+        raise ValueError(f"all numbers of the latents in {directory} are the same")
     write_bytes(directory / _FACTS, (json.dumps(facts._asdict(), indent=1) + "\n").encode())
     return facts
 
 
 def _open(directory, facts, scale):
-    shards = sorted(directory.glob("*.array_record"))
+    # Not what Finder and network disks leave beside them, such as ._00000.array_record.
+    shards = [path for path in directory.iterdir() if _SHARD_NAME.fullmatch(path.name)]
+    shards.sort(key=lambda path: int(path.stem))
     records = _records(shards) if shards else []
     if len(records) != facts.num_images:
         missing = len(records) < facts.num_images
@@ -199,31 +234,51 @@ def shard_path(directory: Path, shard: int) -> Path:
     return directory / f"{shard:05d}.array_record"
 
 
-def write_shard(
-    path: Path, examples: Iterable[tuple[np.ndarray, np.ndarray | None, int | np.integer]]
-) -> None:
+def as_kept(mean: np.ndarray, std: np.ndarray | None) -> np.ndarray:
+    """The numbers of a record.
+
+    Args:
+      mean: (2, h, w, c), of an image and its mirror image.
+      std: The standard deviations of the same shape, or None where they are zero.
+
+    Returns:
+      Little-endian float16 (2, parts, h, w, c).
+
+    Raises:
+      FloatingPointError: If one is not finite, or is not in half precision.
+    """
+    numbers = np.stack([mean] if std is None else [mean, std], axis=1)
+    with np.errstate(over="ignore"):
+        kept = numbers.astype("<f2")
+    wrong = numbers[~np.isfinite(kept)]
+    if wrong.size:
+        raise FloatingPointError(
+            f"{wrong.size} of the {numbers.size} numbers of its latent can't be kept in half "
+            f"precision, which ends at {np.finfo(np.float16).max:.0f}, such as {wrong[0]:.5g}"
+        )
+    return kept
+
+
+def write_shard(path: Path, examples: Iterable[tuple[np.ndarray, int | np.integer]]) -> None:
     """Writes a shard, whole or not at all.
 
     Args:
-      path: See `shard_path`; the folder exists.
-      examples: Means (2, h, w, c), standard deviations of the same shape or None, and the label.
+      path: See `shard_path`.
+      examples: Numbers by `as_kept`, and the label.
 
     Raises:
       OSError: If it cannot be written.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    # One record a group: they are read in any order.
-    writer = ArrayRecordWriter(str(partial), "group_size:1")
-    try:
-        for mean, std, label in examples:
-            numbers = np.stack([mean] if std is None else [mean, std], axis=1).astype("<f2")
-            writer.write(np.array(label, "<i4").tobytes() + numbers.tobytes())
-    finally:
+    with partial_beside(path) as partial:
+        # One record a group: they are read in any order.
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
         try:
-            writer.close()
-        except RuntimeError as error:
-            raise OSError(f"cannot write {partial}: {error} (disk full?)") from error
-    partial.replace(path)
+            for numbers, label in examples:
+                writer.write(np.array(label, "<i4").tobytes() + numbers.tobytes())
+        finally:
+            try:
+                writer.close()
+            except RuntimeError as error:
+                raise OSError(f"cannot write {partial}: {error} (disk full?)") from error

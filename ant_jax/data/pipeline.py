@@ -87,7 +87,7 @@ def batches(
         examples, replaced = [], []
         for position in range(first, first + per_host):
             epoch, place = divmod(position, size)
-            index = int(_epoch_order(size, seed, epoch)[place])
+            index = int(epoch_order(size, seed, epoch)[place])
             try:
                 example, other = _read(source, index, _REPLACEMENTS if replace_unreadable else 0)
                 if crop != "none" or flip or "mean" in example:
@@ -162,7 +162,8 @@ def _read(source: Source, index: int, replacements: int) -> tuple[Example, bool]
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(size: int, seed: int, epoch: int) -> np.ndarray:
+    """(size,) indices of the images in the order in which an epoch visits them."""
     return np.random.default_rng((seed, _ORDER, epoch)).permutation(size)
 
 

@@ -193,6 +193,6 @@ def test_image_size_may_state_the_size_that_the_images_have():
 
 
 def test_the_orders_of_large_sources_are_kept_for_two_epochs():
-    pipeline._epoch_order.cache_clear()
+    pipeline.epoch_order.cache_clear()
     _take(20, Numbered(20), batch_size=6, seed=0)
-    assert pipeline._epoch_order.cache_info().misses == 6
+    assert pipeline.epoch_order.cache_info().misses == 6
