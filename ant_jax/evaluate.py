@@ -267,10 +267,10 @@ def restore_run(
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config.
     """
-    saved = config_lib.load(workdir)
-    if saved is None:
+    before = experiment.recorded(workdir)
+    if before is None:
         raise FileNotFoundError(f"no run in {workdir}: train first")
-    config_lib.check_same(saved, config, workdir)
+    config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
     experiment.check_encoder(config, workdir)
     pieces = experiment.build(config, **experiment.load_facts(workdir))
     restored = experiment.restore(config, pieces, workdir, step)

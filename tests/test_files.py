@@ -79,9 +79,9 @@ def test_a_lock_that_is_removed_before_it_is_held_is_none(tmp_path, monkeypatch)
         flock(file, how)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with locked(path):
-        with pytest.raises(BlockingIOError, match=f"^process {os.getpid()} on "), locked(path):
-            pass
+    refused = pytest.raises(BlockingIOError, match=f"^process {os.getpid()} on ")
+    with locked(path), refused, locked(path):
+        pass
 
 
 def test_an_error_under_a_lock_is_not_that_of_the_lock(tmp_path):
