@@ -1,5 +1,6 @@
 """The configs of the paper's experiments, without their data and without allocating a weight."""
 
+import functools
 import importlib
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def build(config, shape):
 def test_every_config_of_the_paper_is_here():
     names = {path.stem for path in Path(digits.__file__).parent.glob("*256_*.py")}
     assert names == set(PAPER)
+
+
+@functools.cache
+def num_params(model, shape):
+    """Configs of one network share it."""
+    params = jax.eval_shape(lambda: builders.init_params(model, shape, 0))
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("name", PAPER)
