@@ -117,7 +117,7 @@ def train_step(
       label_dropout: probability that a label becomes the null class.
       ema_decay: the average's decay, ramped up as min(ema_decay, (1 + step) / (10 + step)).
       skip_nonfinite: whether a step whose loss or combined gradient is not finite leaves everything
-        but ``step`` as it was, the method's state too.
+        but ``step`` as it was. The method's own state it leaves in any case.
       timestep_order: (T,) a permutation of the timesteps: cluster i then is the timesteps at the
         places b[i] .. b[i+1] - 1 of this order, an interval no longer. None for intervals.
       loss_scale: (k,) factors of the cluster losses before the method sees them, such as k times
@@ -194,8 +194,8 @@ def train_step(
         def weigh(losses):
             if weighting is None:
                 return mtl.CombineState((), counts / counts.sum(), None)
-            weights, weighting_state = weighting.weigh(
-                losses, None, present, state.method_state.weighting_state
+            weights, weighting_state = mtl.weigh(
+                weighting, losses, None, present, state.method_state.weighting_state
             )
             return mtl.CombineState(weighting_state, weights, None)
 
@@ -207,6 +207,12 @@ def train_step(
             weighting is not None and weighting.needs_losses,
             global_sum,
         )
+        weighting_state = mtl.where_finite(
+            (losses, method_state.weights, grads),
+            method_state.weighting_state,
+            state.method_state.weighting_state,
+        )
+        method_state = method_state._replace(weighting_state=weighting_state)
 
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

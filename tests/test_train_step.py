@@ -300,6 +300,28 @@ def test_one_nan_shows_in_its_own_cluster(params, batch, method):
     np.testing.assert_array_equal(np.isnan(metrics["cluster_losses"]), np.arange(K) == 2)
 
 
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [
+        ("uncertainty", {}),
+        ("uncertainty", {"microbatches": 2}),
+        ("pcgrad", {}),
+        ("nash", {"gradient_form": "masked"}),
+    ],
+)
+def test_one_nan_leaves_no_trace_in_the_method(params, batch, method, settings):
+    image = batch["image"] / np.float32(127.5) - 1
+    weighting = METHODS[method]
+    before = jax.tree.map(lambda leaf: leaf + 1, mtl.init_combine(weighting))
+    image[4 * K + 2] = np.nan
+    settings |= {"method_state": before}
+    update, new, _ = gradient(params, batch | {"image": image}, weighting, **settings)
+    assert not np.isfinite(norm(update))
+    jax.tree.map(
+        np.testing.assert_array_equal, new.method_state.weighting_state, before.weighting_state
+    )
+
+
 def test_ema_is_ramped_up(params, batch):
     optimizer = optax.sgd(0.1)
     fn = jax.jit(step_fn(METHODS["linear"], optimizer=optimizer, ema_decay=0.15))

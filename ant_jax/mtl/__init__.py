@@ -1,6 +1,6 @@
 """Multi-task weightings and the optax transformation that applies them."""
 
-from ant_jax.mtl.combine import CombineState, combine, init_combine
+from ant_jax.mtl.combine import CombineState, combine, init_combine, weigh, where_finite
 from ant_jax.mtl.gramian import gramian, pairwise_cosines
 from ant_jax.mtl.linear import linear
 from ant_jax.mtl.nash import nash
@@ -19,4 +19,6 @@ __all__ = [
     "pairwise_cosines",
     "pcgrad",
     "uncertainty",
+    "weigh",
+    "where_finite",
 ]

@@ -1,7 +1,7 @@
 """The optax transformation that turns k stacked gradients into one update."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ class CombineState(NamedTuple):
     """State of `combine`, and the one home of a method's state.
 
     Attributes:
-      weighting_state: the method's own state.
+      weighting_state: the method's own state, unchanged by an update that is not finite.
       weights: (k,) float32, the weights used last; zeros before the first update.
       gram: (k, k) float32, the Gram matrix used last; None for methods that need none.
     """
@@ -39,6 +39,10 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
 
       tx = optax.chain(mtl.combine(mtl.nash(5)), optax.adamw(1e-4))
       updates, state = tx.update(stacked_grads, state, params, losses=losses)
+
+    A loss or gradient that is not finite makes the update not finite, whatever the method, so that
+    what comes after can notice. The method's own state then is that of before; ``weights`` and
+    ``gram`` show what was found, NaN for a cluster whose loss is not finite.
 
     Wrappers that keep gradients, such as `optax.MultiSteps` and `optax.apply_if_finite`, go around
     the optimizer inside the chain, not around `combine`, whose input has another shape than its
@@ -92,7 +96,7 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
             gram = gramian(updates)
             if axis_name is not None:
                 gram = jax.lax.psum(gram, axis_name)
-        weights, weighting_state = weighting.weigh(losses, gram, present, state.weighting_state)
+        weights, weighting_state = weigh(weighting, losses, gram, present, state.weighting_state)
         update = jax.tree.map(lambda leaf: _weighted_sum(weights, leaf), updates)
         if axis_name is not None:
             if weighting.needs_gram:
@@ -100,9 +104,36 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
                 update = jax.tree.map(gather, update, shapes)
             else:
                 update = jax.lax.psum(update, axis_name)
+        weighting_state = where_finite(
+            (weights, gram, update), weighting_state, state.weighting_state
+        )
         return update, CombineState(weighting_state, weights, gram)
 
     return aggregating.Aggregator(init, update)
+
+
+def weigh(
+    weighting: Weighting,
+    losses: jax.Array | None,
+    gram: jax.Array | None,
+    present: jax.Array,
+    state: State,
+) -> tuple[jax.Array, State]:
+    """What the method's ``weigh`` returns, the weights NaN where a loss is not finite.
+
+    A weight may be finite where its loss is not, and so may the gradient: the update would not show
+    it.
+    """
+    weights, state = weighting.weigh(losses, gram, present, state)
+    if losses is not None:
+        weights = jnp.where(present & ~jnp.isfinite(losses), jnp.nan, weights)
+    return weights, state
+
+
+def where_finite(numbers: Any, after: State, before: State) -> State:
+    """The state ``after``, or that of ``before`` unless all numbers of a pytree are finite."""
+    finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(numbers)]).all()
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
 
 
 def _scattered_sum(leaf, axis_name):

@@ -18,7 +18,8 @@ class Weighting(NamedTuple):
       init: ``() -> state``; the state is any pytree of arrays and is checkpointed.
       weigh: ``(losses (k,), gram (k, k), present (k,) bool, state) -> (weights (k,), state)``, pure
         and jittable, in float32. ``gram = J J^T``; what the method does not need may be None.
-        Clusters that are not present get weight 0.
+        Clusters that are not present get weight 0. It need not care for losses or gradients that
+        are not finite: `combine` and the train step drop the state that comes of them.
       needs_gram: whether `weigh` reads ``gram``; if not, one backward pass is enough.
       k: number of clusters.
       needs_losses: whether `weigh` reads ``losses``.

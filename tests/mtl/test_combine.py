@@ -187,3 +187,53 @@ def test_trains_in_a_chain_with_adamw_and_resumes_from_a_checkpoint(name, tmp_pa
     if name == "nash":  # the others follow the larger loss
         assert (after < before).all()
     assert after.sum() < before.sum()
+
+
+def _memory(k):
+    """A stranger's method: its state is an average of all that it has seen."""
+
+    def weigh(losses, gram, present, state):
+        state = state * 0.9 + 0.1 * (losses + gram.sum(1))
+        return present / (1 + jnp.abs(state)), state
+
+    return mtl.Weighting(lambda: jnp.zeros(k), weigh, needs_gram=True, k=k, needs_losses=True)
+
+
+@pytest.fixture(scope="module", params=METHODS | {"nash, stale": None, "memory": None})
+def guarded(request):
+    """A chain as the docstring has it, as (state, params, gradients, losses) -> (state, params)."""
+    others = {"nash, stale": lambda k: mtl.nash(k, update_every=2), "memory": _memory}
+    weighting = (METHODS | others)[request.param](K)
+    tx = optax.chain(mtl.combine(weighting), optax.apply_if_finite(optax.adam(0.1), 10))
+
+    @jax.jit
+    def step(state, params, stacked, losses):
+        updates, state = tx.update(stacked, state, params, losses=losses)
+        return state, optax.apply_updates(params, updates)
+
+    return tx, step
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["a loss", "losses", "a gradient", "gradients", "all"])
+def test_a_batch_that_is_not_finite_leaves_no_trace(guarded, where, value):
+    tx, step = guarded
+    rng = np.random.default_rng(0)
+    good, later = _stacked(rng), _stacked(rng)
+    bad, losses = jax.tree.map(np.copy, later), np.array(LOSSES)
+    which = 1 if where.startswith("a ") else slice(None)
+    if "loss" in where or where == "all":
+        losses[which] = value
+    if "gradient" in where or where == "all":
+        bad["kernel"][which, 2, 3] = value
+    params = jax.tree.map(lambda leaf: leaf[0], good)
+    state, params = step(tx.init(params), params, good, LOSSES)
+
+    after, same = step(state, params, bad, losses)
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    assert int(after[1].notfinite_count) == 1
+    jax.tree.map(np.testing.assert_array_equal, after[0].weighting_state, state[0].weighting_state)
+    expected, result = step(state, params, later, LOSSES), step(after, same, later, LOSSES)
+    jax.tree.map(
+        np.testing.assert_array_equal, (result[0][0], result[1]), (expected[0][0], expected[1])
+    )
