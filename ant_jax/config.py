@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ant_jax import checkpoint
+from ant_jax.diffusion import spaced_timesteps
 from ant_jax.files import user_path, write_bytes
 
 
@@ -181,6 +182,7 @@ RULES = {
     "sample.every": _integer(0),
     "sample.sampler": _one_of("ddim", "ddpm"),
     "sample.num_steps": _integer(1),
+    "sample.spacing": _TEXT,
     "sample.eta": _number(0, 1),
     "sample.guidance": _number(0),
     "sample.guidance_channels": _integer(0),
@@ -251,6 +253,12 @@ def _validate_together(flat):
 
     at_most("clusters.k", "diffusion.timesteps")
     at_most("sample.num_steps", "diffusion.timesteps")
+    try:
+        spaced_timesteps(
+            flat["diffusion.timesteps"], flat["sample.num_steps"], flat["sample.spacing"]
+        )
+    except ValueError as error:
+        raise ConfigError(f"config.sample.spacing: {error}") from None
     if flat["autoencoder.name"]:
         for name, what in (("latents", "DIR of"), ("weights", "PATH of")):
             if not flat[f"autoencoder.{name}"]:

@@ -68,6 +68,7 @@ def sample_batches(
             keys,
             diffusion=pieces.process,
             num_steps=settings.num_steps,
+            spacing=settings.spacing,
             y=labels,
             null_label=num_classes or None,
             guidance=settings.guidance,

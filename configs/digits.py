@@ -126,6 +126,9 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     sample.every = 1000  # steps between grids of samples while training; 0 for none
     sample.sampler = "ddim"  # "ddim" or "ddpm"
     sample.num_steps = 50
+    # Which timesteps: "even"; "10,20,20", so many in each section of equal length, the least noisy
+    # first; "ddim", a fixed stride from 0; or "ldm", LDM's, which end with a little noise.
+    sample.spacing = "even"
     sample.eta = 0.0  # of DDIM
     sample.guidance = 1.0  # scale of classifier-free guidance; 1 for none
     sample.guidance_channels = 0  # guide so many channels, from the first; 0 for all

@@ -13,10 +13,10 @@ Hardware: 274 M parameters take 5.5 GB with the EMA, the optimizer and a gradien
 the five gradients of pcgrad and nash. For several devices choose a config.data.batch_size of which
 each one's share is a multiple of k = 5.
 
-The network, the schedule, the learning rate and the sampler (200 DDIM steps, eta 1) are those of
-Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models* (CVPR 2022) for FFHQ;
-the batch is 40 where they have 42, which five clusters can't share. The ANT paper's figures are in
-its table 1; ours are not known yet.
+The network, the schedule, the learning rate and the sampler (200 DDIM steps, eta 1, at LDM's own
+timesteps) are those of Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion
+Models* (CVPR 2022) for FFHQ; the batch is 40 where they have 42, which five clusters can't share.
+The ANT paper's figures are in its table 1; ours are not known yet.
 To begin with LDM's own weights: --config.init_from=FFHQ-LDM.ckpt
 """
 
@@ -38,5 +38,6 @@ def get_config(argument: str = "uncertainty,snr"):
     config.optimizer.learning_rate = 8.4e-5
     config.sample.sampler = "ddim"
     config.sample.num_steps = 200
+    config.sample.spacing = "ldm"
     config.sample.eta = 1.0
     return config

@@ -166,6 +166,13 @@ BAD = {
     },
     "config.method.timesteps = 'uniform' with config.method.name = 'nash' needs config.method."
     "gradient_form = 'masked'": {"method__timesteps": "uniform"},
+    "config.sample.spacing: num_steps = 300 must be below 1000 timesteps and divide them": {
+        "sample__num_steps": 300,
+        "sample__spacing": "ldm",
+    },
+    "config.sample.spacing: the sections of spacing '10,20' have 30 steps": {
+        "sample__spacing": "10,20"
+    },
     "config.sample.guidance = 2.0 needs config.model.conditional = True": {
         "sample__guidance": 2.0,
         "model__conditional": False,

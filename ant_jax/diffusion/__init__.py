@@ -4,6 +4,7 @@ from ant_jax.diffusion import loss_weights
 from ant_jax.diffusion.gaussian import ApplyFn, GaussianDiffusion, respace
 from ant_jax.diffusion.sampler import ddim_sample, ddpm_sample
 from ant_jax.diffusion.schedule import alphas_bar, log_snr
+from ant_jax.diffusion.spacing import spaced_timesteps
 from ant_jax.diffusion.switch import switch_by_timestep
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "log_snr",
     "loss_weights",
     "respace",
+    "spaced_timesteps",
     "switch_by_timestep",
 ]

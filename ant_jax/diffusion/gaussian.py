@@ -14,6 +14,7 @@ import numpy as np
 from jax.scipy.special import log_ndtr
 
 from ant_jax.diffusion import schedule
+from ant_jax.diffusion.spacing import spaced_timesteps
 
 ApplyFn = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
@@ -41,10 +42,13 @@ class GaussianDiffusion:
       loss_weight: (T,) factors of the mean squared error of the prediction; None means ones.
       timestep_map: (T,) timesteps under which the model was trained, for a process that uses only
         some of them (see ``respace``); None means 0 .. T - 1.
+      last_alpha_bar: Signal fraction at which the reverse process ends, above all others. 1, for
+        data without noise, but for LDM's sampler (see ``respace``).
 
     Raises:
       ValueError: If an array has the wrong shape, ``alphas_bar`` is not strictly decreasing in
-        (0, 1), or ``variance`` or ``prediction`` is unknown.
+        (0, 1), ``last_alpha_bar`` is not above it and at most 1, or ``variance`` or ``prediction``
+        is unknown.
     """
 
     alphas_bar: np.ndarray
@@ -52,6 +56,7 @@ class GaussianDiffusion:
     prediction: str = "epsilon"
     loss_weight: np.ndarray | None = None
     timestep_map: np.ndarray | None = None
+    last_alpha_bar: float = 1.0
 
     def __post_init__(self):
         _freeze_array(self, "alphas_bar", np.float64)
@@ -62,6 +67,11 @@ class GaussianDiffusion:
             raise ValueError("alphas_bar must lie in (0, 1)")
         if not np.all(np.diff(alphas_bar) < 0):
             raise ValueError("alphas_bar must be strictly decreasing")
+        if not alphas_bar[0] < self.last_alpha_bar <= 1:
+            raise ValueError(
+                f"last_alpha_bar must be above {alphas_bar[0]} and at most 1, "
+                f"got {self.last_alpha_bar}"
+            )
         if self.variance not in _VARIANCES:
             raise ValueError(f"unknown variance {self.variance!r}: expected one of {_VARIANCES}")
         if self.prediction not in _PREDICTIONS:
@@ -82,8 +92,8 @@ class GaussianDiffusion:
 
     @functools.cached_property
     def alphas_bar_prev(self) -> np.ndarray:
-        r"""(T,) :math:`\bar\alpha_{t-1}`, with 1 (no noise) before the first timestep."""
-        return np.append(1.0, self.alphas_bar[:-1])
+        r"""(T,) :math:`\bar\alpha_{t-1}`, with ``last_alpha_bar`` before the first timestep."""
+        return np.append(self.last_alpha_bar, self.alphas_bar[:-1])
 
     @functools.cached_property
     def betas(self) -> np.ndarray:
@@ -97,12 +107,15 @@ class GaussianDiffusion:
 
     @functools.cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        r"""(T,) :math:`\log \tilde\beta_t`, where t = 0, whose variance is 0, borrows from t = 1.
+        r"""(T,) :math:`\log \tilde\beta_t`, where t = 0, if its variance is 0, borrows from t = 1.
 
         If T = 1 it borrows :math:`\beta_0`.
         """
-        first = self.posterior_variance[1] if self.num_timesteps > 1 else self.betas[0]
-        return np.log(np.append(first, self.posterior_variance[1:]))
+        variance = self.posterior_variance
+        if not variance[0]:
+            first = variance[1] if self.num_timesteps > 1 else self.betas[0]
+            variance = np.append(first, variance[1:])
+        return np.log(variance)
 
     @functools.cached_property
     def log_snr(self) -> np.ndarray:
@@ -268,33 +281,34 @@ class GaussianDiffusion:
         return jnp.mean(nats, axis=(1, 2, 3)) / np.log(2)
 
 
-def respace(diffusion: GaussianDiffusion, num_steps: int) -> GaussianDiffusion:
-    """The process on an evenly spaced subset of the timesteps, for sampling in fewer steps.
+def respace(
+    diffusion: GaussianDiffusion, num_steps: int, spacing: str = "even"
+) -> GaussianDiffusion:
+    """The process on a subset of the timesteps, for sampling in fewer steps.
 
-    The subset contains both ends, with a fractional stride rounded to integers (improved DDPM,
-    section 4); a single step is the last timestep. The noise levels are those of the subset, so the
-    betas are larger, and the model is still called with its own timesteps.
+    The noise levels are those of the subset, so the betas are larger, and the model is still called
+    with its own timesteps.
 
     Args:
       diffusion: The process, with T timesteps.
       num_steps: Number of timesteps to keep, in 1 .. T; T gives the same process.
+      spacing: Which, see ``spaced_timesteps``. ``"ldm"`` also ends at the noise of timestep 0
+        instead of at none.
 
     Returns:
       A process of ``num_steps`` timesteps, whose ``timestep_map`` leads back to the model's.
 
     Raises:
-      ValueError: If ``num_steps`` is not in 1 .. T.
+      ValueError: If ``num_steps`` is not in 1 .. T, or there is no such spacing.
     """
-    if not 1 <= num_steps <= diffusion.num_timesteps:
-        raise ValueError(f"num_steps must be in 1 .. {diffusion.num_timesteps}, got {num_steps}")
-    # Counted down, so that a single step starts where the noise is.
-    subset = np.rint(np.linspace(diffusion.num_timesteps - 1, 0, num_steps)[::-1]).astype(int)
+    subset = spaced_timesteps(diffusion.num_timesteps, num_steps, spacing)
     weight, timesteps = diffusion.loss_weight, diffusion.timestep_map
     return dataclasses.replace(
         diffusion,
         alphas_bar=diffusion.alphas_bar[subset],
         loss_weight=None if weight is None else weight[subset],
         timestep_map=subset if timesteps is None else timesteps[subset],
+        last_alpha_bar=diffusion.alphas_bar[0] if spacing == "ldm" else diffusion.last_alpha_bar,
     )
 
 

@@ -17,6 +17,7 @@ def ddpm_sample(
     *,
     diffusion: GaussianDiffusion,
     num_steps: int | None = None,
+    spacing: str = "even",
     y: jax.Array | None = None,
     null_label: int | jax.Array | None = None,
     guidance: float = 1.0,
@@ -40,7 +41,8 @@ def ddpm_sample(
         keys, one a sample. All noise of a sample comes from its own key, so a sample doesn't depend
         on the batch it is drawn in.
       diffusion: The process with which the model was trained.
-      num_steps: Number of evenly spaced timesteps to use, see ``respace``; None means all.
+      num_steps: Number of timesteps to use; None means all.
+      spacing: Which timesteps those are, see ``respace``.
       y: (B, ...) labels, or None for a model without.
       null_label: Label of the unconditional model; broadcasts to the shape of ``y``.
       guidance: Scale g of classifier-free guidance (Ho & Salimans 2022):
@@ -56,13 +58,24 @@ def ddpm_sample(
     Raises:
       TypeError: If ``key`` is not a typed key (``jax.random.key``).
       ValueError: If ``key`` or ``y`` doesn't fit the batch, guidance lacks ``y`` or ``null_label``,
-        ``num_steps`` is not in 1 .. T, or the model's output has the wrong shape.
+        ``num_steps`` is not in 1 .. T or does not fit ``spacing``, or the model's output has the
+        wrong shape.
     """
     step = Partial(_ddpm_step)
     if guidance_channels is not None:
         guidance = _by_channel(guidance, guidance_channels, shape[-1])
     return _sample(
-        step, apply_fn, shape, key, diffusion, num_steps, y, null_label, guidance, clip_x0
+        step,
+        apply_fn,
+        shape,
+        key,
+        diffusion,
+        num_steps,
+        spacing,
+        y,
+        null_label,
+        guidance,
+        clip_x0,
     )
 
 
@@ -73,6 +86,7 @@ def ddim_sample(
     *,
     diffusion: GaussianDiffusion,
     num_steps: int | None = None,
+    spacing: str = "even",
     y: jax.Array | None = None,
     null_label: int | jax.Array | None = None,
     guidance: float = 1.0,
@@ -89,7 +103,8 @@ def ddim_sample(
       shape: (B, H, W, C) of the samples.
       key: One typed PRNG key or a (B,) array of keys.
       diffusion: The process with which the model was trained.
-      num_steps: Number of evenly spaced timesteps to use; None means all.
+      num_steps: Number of timesteps to use; None means all.
+      spacing: Which timesteps those are, see ``respace``.
       y: (B, ...) labels, or None.
       null_label: Label of the unconditional model.
       guidance: Scale of classifier-free guidance.
@@ -111,7 +126,17 @@ def ddim_sample(
     if guidance_channels is not None:
         guidance = _by_channel(guidance, guidance_channels, shape[-1])
     return _sample(
-        step, apply_fn, shape, key, diffusion, num_steps, y, null_label, guidance, clip_x0
+        step,
+        apply_fn,
+        shape,
+        key,
+        diffusion,
+        num_steps,
+        spacing,
+        y,
+        null_label,
+        guidance,
+        clip_x0,
     )
 
 
@@ -123,7 +148,7 @@ def _by_channel(guidance: float, guided: int, channels: int) -> np.ndarray:
 
 
 def _sample(
-    step, apply_fn, shape, key, diffusion, num_steps, y, null_label, guidance, clip_x0
+    step, apply_fn, shape, key, diffusion, num_steps, spacing, y, null_label, guidance, clip_x0
 ) -> jax.Array:
     """Checks a sampler's arguments and brings them into the form that ``_reverse`` compiles for."""
     batch = shape[0]
@@ -146,16 +171,19 @@ def _sample(
         shape=tuple(shape),
         diffusion=diffusion,
         num_steps=diffusion.num_timesteps if num_steps is None else num_steps,
+        spacing=spacing,
         clip_x0=clip_x0,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "diffusion", "num_steps", "clip_x0"))
+@functools.partial(
+    jax.jit, static_argnames=("shape", "diffusion", "num_steps", "spacing", "clip_x0")
+)
 def _reverse(
-    step, apply_fn, key, y, null_y, guidance, *, shape, diffusion, num_steps, clip_x0
+    step, apply_fn, key, y, null_y, guidance, *, shape, diffusion, num_steps, spacing, clip_x0
 ) -> jax.Array:
     """Runs the reverse process from pure noise; ``null_y`` is None without guidance."""
-    process = respace(diffusion, num_steps)
+    process = respace(diffusion, num_steps, spacing)
     fold_in = jax.vmap(jax.random.fold_in, (None, 0))
     keys = fold_in(key, jnp.arange(shape[0])) if key.ndim == 0 else key
 
@@ -191,8 +219,8 @@ def _reverse(
 
 def _ddpm_step(process, x, t, x0, eps, variance, noise) -> jax.Array:
     del eps
-    # The last step returns its mean: no data follows it to take the noise away again.
-    keep = t[:, None, None, None] > 0
+    # A last step that ends without noise returns its mean.
+    keep = gather(process.posterior_variance > 0, t)
     sigma = keep * jnp.exp(0.5 * process.model_log_variance(t, variance))
     return process.posterior_mean(x0, x, t) + sigma * noise
 

@@ -59,9 +59,9 @@ def _exact_moments(num_steps, sampler):
     return mean, covariance
 
 
-def _draw(sampler, shape, num_steps):
+def _draw(sampler, shape, num_steps, spacing="even"):
     """Samples of the Gaussian by a DDPM variance or a DDIM eta."""
-    kwargs = {"num_steps": num_steps, "clip_x0": False}
+    kwargs = {"num_steps": num_steps, "spacing": spacing, "clip_x0": False}
     apply_fn, key = _optimal_eps(COVARIANCE), jax.random.key(1)
     if isinstance(sampler, str):
         return ddpm_sample(apply_fn, shape, key, diffusion=FIXED[sampler], **kwargs)
@@ -81,8 +81,11 @@ def test_respaced_moments_are_exact(sampler):
     np.testing.assert_allclose(covariance, expected_covariance, atol=0.012)
 
 
-def test_ddim_with_eta_one_is_ddpm():
-    ddpm, ddim = (_draw(sampler, (32, 32, 32, 2), 50) for sampler in ("fixed_small", 1.0))
+@pytest.mark.parametrize("spacing", ["even", "ldm"])
+def test_ddim_with_eta_one_is_ddpm(spacing):
+    ddpm, ddim = (
+        _draw(sampler, (32, 32, 32, 2), 50, spacing=spacing) for sampler in ("fixed_small", 1.0)
+    )
     np.testing.assert_allclose(ddpm, ddim, atol=1e-4)
 
 

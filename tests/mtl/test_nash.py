@@ -81,6 +81,28 @@ def test_solves_opposed_gradients_too_in_float64():
     assert residual.max() < 1e-3
 
 
+def test_residuals_are_those_that_the_docstring_gives():
+    """Random, parallel and scaled gradients, and those of which a sum cancels to a part of them."""
+    rng, grams = np.random.default_rng(0), []
+    for k in (2, 3, 5, 8):
+        for cancel in (None, 1, 0.3, 0.1, 0.05, 0.02, 0.01, 0.003, 1e-3, 0):
+            g = rng.normal(size=(20, k, 32))
+            if cancel is not None:
+                g[:, -1] = -(rng.dirichlet(np.ones(k), 20)[:, :-1, None] * g[:, :-1]).sum(1)
+                g /= np.linalg.norm(g, axis=2, keepdims=True)
+                g += cancel * rng.normal(size=g.shape) / np.sqrt(32)
+            g *= 10 ** rng.uniform(-5, 5, size=(20, k, 1))
+            grams.append(np.pad(sets.grams(g), ((0, 0), (0, 8 - k), (0, 8 - k))))
+        parallel = 1 + 10 ** rng.uniform(-5, 0, size=(20, 1, 1)) * rng.normal(size=(20, k, 32))
+        grams.append(np.pad(sets.grams(parallel), ((0, 0), (0, 8 - k), (0, 8 - k))))
+    grams = np.concatenate(grams).astype(np.float32)
+    alpha = jax.jit(jax.vmap(bargaining_solution))(grams, np.einsum("nii->ni", grams) > 0)
+    residual, _ = _check(grams, alpha)
+    b = (alpha * np.sqrt(np.einsum("nii->ni", grams))).max(1)
+    assert b.min() < 1 and b.max() > 1000
+    assert (residual <= 2e-6 + 1e-6 * b**2).all()
+
+
 def test_two_tasks_in_closed_form():
     """With unit diagonal and cosine c, alpha_i = 1 / (|g_i| sqrt(1 + c))."""
     gram = np.array([[4.0, -3.0], [-3.0, 9.0]], np.float32)

@@ -1,0 +1,91 @@
+"""Which timesteps a sampler uses of those that a model was trained on."""
+
+import re
+
+import numpy as np
+
+
+def spaced_timesteps(num_timesteps: int, num_steps: int, spacing: str = "even") -> np.ndarray:
+    """Chooses timesteps of 0 .. T - 1 for sampling in fewer steps.
+
+    * ``"even"``: both ends, with a fractional stride rounded to integers (Nichol & Dhariwal 2021,
+      section 4); a single step is the last timestep.
+    * ``"10,20,30"``: so many in each of that many sections of equal length, the least noisy first,
+      with both ends of each section (the code of Nichol & Dhariwal 2021). They add up to
+      ``num_steps``. A single step of a section is its first timestep.
+    * ``"ddim"``: 0, s, 2s, ... with the least integer stride s that gives ``num_steps`` of them
+      (Song et al. 2021; "ddimN" in the code of Nichol & Dhariwal).
+    * ``"ldm"``: 1, 1 + s, 1 + 2s, ... with s = T / ``num_steps`` (the code of Rombach et al. 2022).
+
+    Args:
+      num_timesteps: T.
+      num_steps: How many, in 1 .. T; above 1 for ``"ddim"``, below T for ``"ldm"``.
+      spacing: Which, as above.
+
+    Returns:
+      Integer array (num_steps,), strictly increasing.
+
+    Raises:
+      ValueError: If ``num_steps`` is out of range, ``spacing`` is unknown, or there are not so many
+        timesteps of that spacing.
+    """
+    if not 1 <= num_steps <= num_timesteps:
+        raise ValueError(f"num_steps must be in 1 .. {num_timesteps}, got {num_steps}")
+    if spacing == "even":
+        if num_steps == 1:
+            return np.array([num_timesteps - 1])  # where the noise is
+        return _evenly(num_timesteps, num_steps)
+    if spacing == "ddim":
+        stride = -(-num_timesteps // num_steps)
+        if stride == num_timesteps or len(range(0, num_timesteps, stride)) != num_steps:
+            possible = [-(-num_timesteps // stride) for stride in range(1, num_timesteps)]
+            raise ValueError(
+                f"no integer stride gives num_steps = {num_steps} of {num_timesteps} timesteps "
+                f"(spacing 'ddim'): the nearest are {_nearest(num_steps, possible)}"
+            )
+        return np.arange(0, num_timesteps, stride)
+    if spacing == "ldm":
+        stride = num_timesteps // num_steps
+        if num_timesteps % num_steps or stride == 1:
+            possible = [n for n in range(1, num_timesteps) if num_timesteps % n == 0]
+            raise ValueError(
+                f"num_steps = {num_steps} must be below {num_timesteps} timesteps and divide them "
+                f"(spacing 'ldm'): the nearest are {_nearest(num_steps, possible)}"
+            )
+        return np.arange(1, num_timesteps, stride)
+    if not re.fullmatch(r"\d+(,\d+)*", spacing):
+        raise ValueError(
+            "spacing must be 'even', 'ddim', 'ldm' or steps for each section as '10,20,30', "
+            f"got {spacing!r}"
+        )
+    counts = [int(count) for count in spacing.split(",")]
+    if sum(counts) != num_steps:
+        raise ValueError(
+            f"the sections of spacing {spacing!r} have {sum(counts)} steps, not num_steps = "
+            f"{num_steps}"
+        )
+    size, longer = divmod(num_timesteps, len(counts))
+    sections, start = [], 0
+    for i, count in enumerate(counts):
+        length = size + (i < longer)
+        if count > length:
+            raise ValueError(
+                f"spacing {spacing!r} takes {count} steps from a section of {length} timesteps"
+            )
+        sections.append(start + _evenly(length, count))
+        start += length
+    return np.concatenate(sections)
+
+
+def _evenly(length: int, count: int) -> np.ndarray:
+    """``count`` of ``length`` numbers with both ends; one alone is the first."""
+    # Added up one by one, not multiplied, and so rounded as in the code of Nichol & Dhariwal.
+    strides = np.full(count, (length - 1) / max(count - 1, 1))
+    strides[:1] = 0
+    return np.rint(np.cumsum(strides)).astype(int)
+
+
+def _nearest(wanted: int, possible: list[int]) -> str:
+    below = sorted({n for n in possible if n < wanted})[-1:]
+    above = sorted({n for n in possible if n > wanted})[:1]
+    return " and ".join(map(str, below + above)) or "none"
