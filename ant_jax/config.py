@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from ant_jax import checkpoint
+from ant_jax import checkpoint, clustering
 from ant_jax.diffusion import spaced_timesteps
 from ant_jax.files import user_path, write_bytes
 
@@ -111,7 +111,7 @@ RULES = {
     "data.replace_unreadable": _BOOL,
     "data.batch_size": _integer(1),
     "data.num_workers": _integer(0),
-    "diffusion.timesteps": _integer(1),
+    "diffusion.timesteps": _integer(1, clustering.MAX_TIMESTEPS),
     "diffusion.schedule": _one_of("cosine", "linear", "ldm"),
     "diffusion.variance": _one_of("fixed_small", "fixed_large", "learned_range"),
     "diffusion.prediction": _one_of("epsilon", "v"),

@@ -34,7 +34,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     data.num_workers = 0  # processes that decode images ahead of time
 
     config.diffusion = diffusion = ml_collections.ConfigDict()
-    diffusion.timesteps = 1000  # T
+    diffusion.timesteps = 1000  # T, at most 10 000
     diffusion.schedule = "cosine"  # "cosine", "linear" or "ldm"
     diffusion.variance = "fixed_large"  # "fixed_small", "fixed_large" or "learned_range"
     diffusion.prediction = "epsilon"  # what the model predicts: "epsilon", the noise, or "v"

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -74,6 +75,46 @@ def test_programme_equals_enumeration(kind, n):
             assert (np.diff(boundaries) > 0).all()
             least = _least_by_enumeration(costs, k)
             assert _total(costs, boundaries) == pytest.approx(least, rel=1e-12)
+
+
+def test_programme_over_more_rows_than_it_looks_at_together():
+    n, k = 600, 4
+    rng = np.random.default_rng(0)
+    costs = np.triu(rng.uniform(size=(n, n)) * np.arange(n) ** 0.5)
+    upper = np.where(np.tri(n, k=-1, dtype=bool), np.inf, costs)
+    least = upper[0]
+    for _ in range(k - 1):
+        least = np.append(np.inf, (least[:-1, None] + upper[1:]).min(0)[1:])
+    boundaries = clustering.interval_clusters(costs, k)
+    np.testing.assert_allclose(_total(costs, boundaries), least[-1], rtol=1e-14)
+    costs[450, 500] = np.nan
+    with pytest.raises(ValueError, match="must be finite"):
+        clustering.interval_clusters(costs, k)
+
+
+def test_memory_is_that_of_one_matrix():
+    n = 4000
+    log_snr = -(np.linspace(-1, 1, n) ** 3)
+    tracemalloc.start()
+    costs = clustering.snr_costs(log_snr)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.reset_peak()
+    before, _ = tracemalloc.get_traced_memory()
+    clustering.interval_clusters(costs, 5)
+    _, after = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.05 * costs.nbytes
+    assert after - before < 0.2 * costs.nbytes
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [clustering.timestep_costs, lambda n: clustering.snr_costs(np.arange(n, dtype=float))],
+    ids=["timestep", "snr"],
+)
+def test_too_many_timesteps_are_an_error_before_memory_is_taken(costs):
+    with pytest.raises(ValueError, match=r"200000 timesteps would take 320 GB: .* at most 10000"):
+        costs(200_000)
 
 
 def test_entries_below_the_diagonal_are_ignored():

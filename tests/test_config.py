@@ -134,6 +134,9 @@ BAD = {
     "config.data.name must be digits, folder or tfds:BUILDER, got 'mnist'": {"data__name": "mnist"},
     "config.method.name must be one of 'vanilla', 'linear', ": {"method__name": "nahs"},
     "config.clusters.cost must be one of 'snr', 'timestep'": {"clusters__cost": "uniform"},
+    "config.diffusion.timesteps must be an integer >= 1 and <= 10000, got 200000": {
+        "diffusion__timesteps": 200_000
+    },
     # impossible together
     "config.data.exif = 'apply' needs config.data.name = 'folder'": {"data__exif": "apply"},
     "config.clusters.k = 9 must not exceed config.diffusion.timesteps = 8": {
