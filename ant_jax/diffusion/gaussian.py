@@ -20,6 +20,8 @@ ApplyFn = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 _VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 _PREDICTIONS = ("epsilon", "v")
+# Nats: -log(1e-12), where the code of DDPM and improved DDPM ends the decoder's term.
+_MAX_SLOPE = 12 * np.log(10)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -234,6 +236,12 @@ class GaussianDiffusion:
         dimension. Its gradient reaches the variance channels only. ``loss_weight`` multiplies the
         squared error alone.
 
+        All terms of the bound are exact and grow with the square of the distance between data and
+        prediction, in standard deviations: :math:`L_0` is 881 nats at 42 of them, where the code of
+        the papers ends at 27.6, the logarithm of 1e-12. The gradient of :math:`L_0` by the
+        log-variance is exact up to there and stays at -27.6 beyond, where in the papers' code it is
+        0; that of the other terms is not bounded, as in their code.
+
         Args:
           apply_fn: The model, ``apply_fn(x_t, t, y)`` to (B, H, W, C), or to (B, H, W, 2C) with the
             variance channels last if the variance is learned.
@@ -276,7 +284,7 @@ class GaussianDiffusion:
         shift = self.posterior_mean(x0, x_t, t) - mean
         log_ratio = true_log_variance - log_variance
         kl = 0.5 * (jnp.expm1(log_ratio) - log_ratio + shift**2 * jnp.exp(-log_variance))
-        nll = -_discretized_log_likelihood(x0, mean, log_variance)
+        nll = _decoder_nll(x0, mean, log_variance)
         nats = jnp.where(t[:, None, None, None] == 0, nll, kl)
         return jnp.mean(nats, axis=(1, 2, 3)) / np.log(2)
 
@@ -322,6 +330,20 @@ def _freeze_array(diffusion: GaussianDiffusion, name: str, dtype: type) -> None:
     array = np.array(getattr(diffusion, name), dtype)
     array.flags.writeable = False
     object.__setattr__(diffusion, name, array)
+
+
+def _decoder_nll(x0: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
+    """-log p(x_0 | x_1) in nats: its value exact, its gradient by the log-variance bounded.
+
+    Far from the data the exact gradient is about minus the value, and in float32 loses its digits
+    on the way: it is off by a factor of 3 at 10 000 standard deviations.
+    """
+    fixed = jax.lax.stop_gradient(log_variance)
+    value = -_discretized_log_likelihood(x0, jax.lax.stop_gradient(mean), fixed)
+    far = value > _MAX_SLOPE
+    # At its data a far pixel has a finite gradient, which `where` multiplies by 0.
+    near = -_discretized_log_likelihood(x0, jnp.where(far, x0, mean), log_variance)
+    return jnp.where(far, value + _MAX_SLOPE * (fixed - log_variance), near)
 
 
 def _discretized_log_likelihood(

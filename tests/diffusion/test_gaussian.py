@@ -166,6 +166,48 @@ def test_decoder_is_finite_far_from_the_data():
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("v", [-1.0, 0.5])
+@pytest.mark.parametrize("x0", [-1.0, 0.2, 1.0])
+def test_decoder_is_exact_and_its_gradient_exact_up_to_27_nats_and_bounded(x0, v):
+    """At t = 0, for predictions 0 to a million standard deviations from the data, both sides."""
+    process = GaussianDiffusion(
+        diffusion.alphas_bar("cosine", 1000), "learned_range", loss_weight=np.zeros(1000)
+    )
+    far = np.append(0, np.geomspace(0.1, 1e6, 60))
+    error = np.concatenate([-far, far]).astype(np.float32)
+    data = np.full((len(error), 1, 1, 1), x0, np.float32)
+
+    def losses(channels):
+        output = jnp.concatenate([jnp.asarray(error).reshape(data.shape), channels], -1)
+        t = np.zeros(len(error), int)
+        loss = process.per_example_losses(lambda *_: output, data, t, jnp.zeros(data.shape))
+        return jnp.sum(loss), loss
+
+    channels = jnp.full(data.shape, v)
+    gradient, loss = jax.grad(losses, has_aux=True)(channels)
+    range_ = np.log(process.betas[0]) - process.posterior_log_variance_clipped[0]
+    nats = np.asarray(loss, np.float64) * np.log(2)
+    slope = np.ravel(gradient) * np.log(2) * 2 / range_
+
+    sigma = np.exp((process.posterior_log_variance_clipped[0] + (v + 1) / 2 * range_) / 2)
+    shift = error * np.sqrt(1 / process.alphas_bar[0] - 1)  # of the data from the mean
+    # The bin in the lower tail: its right end and its left end in standard deviations.
+    right, left = (1 / 255 - abs(shift)) / sigma, (-1 / 255 - abs(shift)) / sigma
+    if x0 != 0.2:
+        outwards = -shift * np.sign(x0)  # towards the side where the bin has no end
+        right, left = (1 / 255 + outwards) / sigma, np.full(shift.shape, -1e9)
+    upper, lower = stats.norm.logcdf(right), stats.norm.logcdf(left)
+    exact = -(upper + np.log1p(-np.exp(lower - upper)))
+    np.testing.assert_allclose(nats, exact, rtol=2e-4, atol=2e-5)
+    # d/d(log variance) of log(cdf(right) - cdf(left)).
+    flow = lambda at: at * np.exp(stats.norm.logpdf(at) + exact)
+    near = exact < 27
+    expected = (flow(right) - flow(left))[near] / 2
+    np.testing.assert_allclose(slope[near], expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(slope[exact > 28], -12 * np.log(10), rtol=1e-5)
+    assert (exact > 28).sum() > 10 and near.sum() > 20
+
+
 def test_bound_trains_only_the_variance_channels():
     process = _process(loss_weight=np.zeros(T))
     x0, noise, output = _example()
