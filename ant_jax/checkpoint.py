@@ -155,6 +155,8 @@ class Checkpointer:
             except CheckpointError:
                 raise
             except Exception as error:
+                if processes.is_first():
+                    self._guard()
                 raise CheckpointError(
                     f"saving a checkpoint in {self.directory} failed: {error} "
                     f"(disk full? not writable?); newest complete checkpoint: {self._newest()}"
@@ -431,7 +433,7 @@ def _prove(path: Path, arrays: collections.Counter):
         raise CheckpointError(f"what was saved in {path} can't be read: {error}") from error
     if found != arrays:
         raise CheckpointError(
-            f"what was saved in {path} holds {found.total()} of {arrays.total()} arrays whole"
+            f"what was saved in {path} holds {(found & arrays).total()} of {arrays.total()} arrays"
         )
 
 

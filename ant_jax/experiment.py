@@ -148,7 +148,15 @@ def _facts_of_data(source):
     return facts
 
 
-_FACTS = {"id": str, "channels": int, "num_classes": int, "num_images": int, "encoder": str}
+_FACTS = {
+    "id": str,
+    "channels": int,
+    "num_classes": int,
+    "num_images": int,
+    "encoder": str,
+    "boundaries": list,
+    "classes": list,
+}
 
 
 def _read_facts(workdir):
@@ -156,12 +164,12 @@ def _read_facts(workdir):
     path = workdir / "facts.json"
     try:
         facts = json.loads(path.read_bytes())
-        lists = (facts.get("boundaries", [0]), facts.get("classes", [""]))
-        wrong = [name for name, kind in _FACTS.items() if type(facts.get(name, kind())) is not kind]
-        for values, kind in zip(lists, (int, str), strict=True):
-            wrong += [value for value in values if type(value) is not kind]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r}")
+        for name, kind in _FACTS.items():
+            if name in facts and type(facts[name]) is not kind:
+                raise ValueError(f"{name}: {facts[name]!r}")
+        for name, kind in (("boundaries", int), ("classes", str)):
+            if any(type(value) is not kind for value in facts.get(name, ())):
+                raise ValueError(f"{name}: {facts[name]!r}")
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:

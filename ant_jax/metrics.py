@@ -202,7 +202,8 @@ def _step_of(line: bytes) -> int | None:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    return step if type(step) is int else None
+    # Neither are as we write them, and readers would split such a line.
+    return step if type(step) is int and line.isascii() and b"\r" not in line else None
 
 
 def _ascending(steps: list[int | None]) -> list[int]:

@@ -296,7 +296,7 @@ def _alone(workdir: Path) -> Iterator[Callable[[], None]]:
         except BaseException:
             # A start that is refused leaves nothing.
             with contextlib.suppress(OSError):
-                if os.listdir(workdir) == [".lock"]:
+                if is_held() and os.listdir(workdir) == [".lock"]:
                     (workdir / ".lock").unlink()
                     for folder in new:
                         folder.rmdir()

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from ant_jax.checkpoint import (
     CheckpointError,
     CorruptCheckpointError,
     checkpoint_steps,
+    read_record,
     restore,
 )
 from ant_jax.parallel import replicate
@@ -336,3 +338,238 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
     assert f"RAISED saving a checkpoint in {tmp_path} failed" in result.stdout, result.stderr
     assert "newest complete checkpoint: step 1" in result.stdout
     assert "RESTORED (1, {'w': Array([0., 1., 2., 3.]" in result.stdout
+
+
+ODD = ["a[1]", "a*b", "a?", "#1", "a%20b", " a b ", "ünï☃", "new\nline", "q\"'", "back\\slash", "~"]
+ODD += [os.fsdecode(b"\xff"), "-r", "{x}", "$HOME"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_path_may_have_any_characters(tmp_path, name):
+    directory = write(tmp_path / name / "checkpoints", [1, 2])
+    assert_equal(restore(directory, make_state(0))[1], make_state(2))
+    # A backslash is no slash, and nothing is left elsewhere.
+    assert os.listdir(tmp_path) == [name]
+    assert sorted(os.listdir(tmp_path / name)) == ["checkpoints", "checkpoints.json"]
+
+
+def test_a_path_may_be_relative_and_a_link(tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path)
+    directory = write("link/a[1]", [1])
+    assert_equal(restore("real/a[1]", make_state(0))[1], make_state(1))
+    assert_equal(restore(directory, make_state(0))[1], make_state(1))
+
+
+def test_what_was_not_written_gets_no_name(tmp_path, monkeypatch):
+    """Without the path that orbax can take, it writes nothing that can be read, and no error."""
+    monkeypatch.setattr(checkpoint, "_plain_path", contextlib.nullcontext)
+    with pytest.raises(CheckpointError, match="holds 0 of 4 arrays"):
+        write(tmp_path / "a[1]", [1])
+    assert checkpoint_steps(tmp_path / "a[1]") == []
+
+
+@pytest.mark.parametrize("what", ["manifest.ocdbt", "d"])
+def test_what_lacks_a_part_gets_no_name(tmp_path, monkeypatch, what):
+    prove = checkpoint._prove
+
+    def damaged(path, arrays):
+        checkpoint._remove(path / what)
+        prove(path, arrays)
+
+    monkeypatch.setattr(checkpoint, "_prove", damaged)
+    with pytest.raises(CheckpointError, match=r"what was saved in .*partial-1 "):
+        write(tmp_path, [1])
+    assert checkpoint_steps(tmp_path) == []
+
+
+def test_what_holds_other_arrays_gets_no_name(tmp_path, monkeypatch):
+    kind = checkpoint._kind
+    monkeypatch.setattr(checkpoint, "_kind", lambda leaf: kind(leaf.astype(jnp.int16)))
+    with pytest.raises(CheckpointError, match="holds 0 of 4 arrays"):
+        write(tmp_path, [1])
+    assert checkpoint_steps(tmp_path) == []
+
+
+FOREIGN = [".DS_Store", "._manifest.ocdbt", ".nfs0000012", "Thumbs.db", "d/._x", ".x/y"]
+
+
+def litter(path):
+    for name in FOREIGN:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text("x")
+
+
+def test_files_of_file_browsers_and_network_disks_do_not_count(tmp_path, monkeypatch, caplog):
+    prove = checkpoint._prove
+    monkeypatch.setattr(
+        checkpoint, "_prove", lambda path, arrays: (litter(path), prove(path, arrays))
+    )
+    directory = write(tmp_path, [1, 2], keep=2)
+    monkeypatch.undo()
+    assert not {*FOREIGN} & json.loads((directory / "2" / "checksums.json").read_text()).keys()
+    for step in (1, 2):
+        shutil.rmtree(directory / str(step) / ".x")
+        (directory / str(step) / ".DS_Store").write_text("changed")
+        (directory / str(step) / "Thumbs.db").unlink()
+        (directory / str(step) / "notes of mine").touch()
+    litter(directory)
+    assert restore(directory, make_state(0))[0] == 2
+    assert "corrupt" not in caplog.text
+    assert checkpoint_steps(write(directory, [3], keep=1)) == [3]
+
+
+def test_a_checkpoint_of_an_older_version_may_list_such_files(directory):
+    path = directory / "3" / "checksums.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {".DS_Store": "0"}))
+    assert restore(directory, make_state(0))[0] == 3
+
+
+NO_STEPS = [
+    "007",
+    "041",
+    "²",
+    "+5",
+    "-1",
+    "0",
+    "1_0",
+    " 9",
+    "9 ",
+    "1e1",
+    "٣",
+    "99999999999",
+    "9" * 200,
+]
+
+
+def test_what_only_looks_like_a_step_is_none(directory, caplog):
+    for name in NO_STEPS:
+        (directory / name).mkdir()
+    (directory / "6").write_text("a file")
+    assert checkpoint_steps(directory) == [1, 2, 3]
+    assert restore(directory, make_state(0))[0] == 3
+    write(directory, [4, 5, 6, 7], keep=1)
+    assert checkpoint_steps(directory) == [7]
+    assert {*NO_STEPS, "corrupt-6"} <= {*os.listdir(directory)}
+    assert "corrupt" not in caplog.text
+
+
+def run_goes_on(directory):
+    """Two more checkpoints, of which one is kept: those of before are removed."""
+    newest = checkpoint_steps(directory)[-1]
+    write(directory, [newest + 1, newest + 2], keep=1)
+
+
+@pytest.mark.parametrize("instant", ["before the checksums", "before the arrays", "in between"])
+def test_a_reader_takes_the_newest_again_where_the_run_goes_on(directory, monkeypatch, instant):
+    name = {"before the checksums": "_verify", "before the arrays": "_open_orbax"}.get(instant)
+    name = name or "_digest"
+    function, calls = getattr(checkpoint, name), []
+
+    def meanwhile(*args):
+        calls.append(args)
+        # In between: some files have been read.
+        if len(calls) == (3 if instant == "in between" else 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(checkpoint, name, function)
+                run_goes_on(directory)
+        return function(*args)
+
+    monkeypatch.setattr(checkpoint, name, meanwhile)
+    step, state = restore(directory, make_state(0))
+    assert step == 5
+    assert_equal(state, make_state(5))
+
+
+def test_a_step_that_is_removed_while_it_is_read_is_not_there(directory, monkeypatch):
+    open_orbax = checkpoint._open_orbax
+    remove = lambda: (shutil.rmtree(directory / "2", ignore_errors=True), open_orbax())[1]
+    monkeypatch.setattr(checkpoint, "_open_orbax", remove)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 2 in .*\[1, 3\]"):
+        restore(directory, make_state(0), 2)
+
+
+def test_a_writer_is_not_broken_by_who_reads(tmp_path, monkeypatch):
+    """What can't be removed, as on a network disk what another machine reads, stays for later."""
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors=False: None)
+    directory = write(tmp_path, [1, 2, 3], keep=1)
+    assert sorted(os.listdir(directory)) == ["3", "partial-old-1", "partial-old-2"]
+    write(directory, [1], keep=1)
+    write(directory, [2], keep=1)
+    assert checkpoint_steps(directory) == [2]
+    monkeypatch.undo()
+    write(directory, [])
+    assert sorted(os.listdir(directory)) == ["2", "corrupt-3"]
+
+
+def test_checkpoints_that_are_gone_are_missed(tmp_path, caplog):
+    directory = write(tmp_path / "checkpoints", [1, 2, 3], keep=3)
+    shutil.rmtree(directory / "3")
+    assert restore(directory, make_state(0))[0] == 2
+    assert "a checkpoint of step 3, which is gone; the newest is of step 2" in caplog.text
+    for empty in (False, True):
+        shutil.rmtree(directory)
+        if empty:
+            directory.mkdir()
+        with pytest.raises(CheckpointError, match=r"step 3: bring it back .* or remove .*s\.json"):
+            restore(directory, make_state(0))
+        directory.mkdir(exist_ok=True)
+    for content in ("", "[]", "{}", "[" * 9999):
+        (tmp_path / "checkpoints.json").write_text(content)
+        with pytest.raises(CheckpointError, match="step unknown: bring it back"):
+            restore(directory, make_state(0))
+    (tmp_path / "checkpoints.json").unlink()
+    assert restore(directory, make_state(0)) is None
+
+
+def test_pruning_leaves_what_is_passed_over_and_what_was_before_it(directory):
+    checkpoints = Checkpointer(directory, keep=1)
+    checkpoints.prune(2)
+    checkpoints.close()
+    assert checkpoint_steps(directory) == [2, 3]
+
+
+def with_records(directory, records):
+    checkpoints = Checkpointer(directory, keep=9)
+    for step, record in records.items():
+        checkpoints.save(step, make_state(step), record)
+    checkpoints.close()
+    return checkpoints.directory
+
+
+def test_a_checkpoint_tells_what_it_is_of(tmp_path, caplog):
+    of_a, of_b = {"id": "a", "n": [0.1, None]}, {"id": "b"}
+    directory = with_records(tmp_path, {1: None, 2: of_a, 3: of_a | {"n": 3}, 4: of_b})
+    assert read_record(directory) == of_b
+    assert read_record(directory, 2) == of_a
+    assert read_record(directory, 1) is read_record(directory, 7) is None
+    # Those of another run are passed over, those of before there were records are not.
+    assert read_record(directory, run="a") == of_a | {"n": 3}
+    assert restore(directory, make_state(0), run="a")[0] == 3
+    assert "checkpoint" in caplog.text and "is of another run" in caplog.text
+    flip_byte(directory / "3" / "run.json")
+    (directory / "4" / "run.json").unlink()
+    assert read_record(directory) == of_a
+    assert restore(directory, make_state(0))[0] == 2
+    assert restore(directory, make_state(0), run="c")[0] == 1
+    with pytest.raises(CorruptCheckpointError, match="is of another run"):
+        restore(directory, make_state(0), 2, run="b")
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_place_that_has_become_anothers_gets_no_checkpoint(tmp_path, when):
+    asked = []
+
+    def guard():
+        asked.append(os.listdir(tmp_path))
+        if len(asked) == (1 if when == "before" else 2):
+            raise CheckpointError("not ours")
+
+    checkpoints = Checkpointer(tmp_path, guard=guard)
+    with pytest.raises(CheckpointError, match="not ours"):
+        checkpoints.save(1, make_state(1))
+        checkpoints.check()
+        checkpoints._finish()
+    checkpoints.close()
+    assert checkpoint_steps(tmp_path) == []

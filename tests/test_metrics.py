@@ -31,6 +31,24 @@ def test_the_interval_weights_cluster_losses_by_their_counts():
     assert interval.report()["loss"] == 7.0
 
 
+def test_an_interval_goes_on_from_its_state_to_the_bit():
+    rng = np.random.default_rng(0)
+    steps = [
+        step_metrics(rng.normal(), rng.normal(size=3), rng.integers(0, 4, 3)) for _ in range(9)
+    ]
+    nothing = {name: np.full_like(value, np.nan) for name, value in steps[4].items()}
+    steps[4] = nothing
+    whole, parts = metrics.Interval(), metrics.Interval()
+    for step in steps:
+        whole.add(step)
+        parts = metrics.Interval(json.loads(json.dumps(parts.state())))
+        parts.add(step)
+    assert parts.report() == whole.report()
+    assert metrics.Interval().state() == parts.state() == {}
+    parts.add(nothing)
+    assert parts.report() == {"loss": None, "cluster_losses": [None] * 3, "counts": [None] * 3}
+
+
 def read(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
@@ -46,6 +64,71 @@ def test_lines_beyond_the_start_and_a_torn_one_are_dropped(tmp_path):
         {"step": 4, "loss": 2.0},
         {"step": 5, "loss": 1.0},
     ]
+    # What can't be read is kept elsewhere.
+    assert (tmp_path / "metrics-damaged.jsonl").read_text() == '{"step": 3, "lo\n'
+
+
+def damage(content, **changes):
+    """Replaces single bytes of the file of five lines below."""
+    lines = content.splitlines(True)
+    for line, (old, new) in changes.items():
+        number = int(line[-1])
+        assert lines[number].count(old) == 1
+        lines[number] = lines[number].replace(old, new)
+    return b"".join(lines)
+
+
+DAMAGE = {
+    "no JSON": {"line1": (b"{", b"\0")},
+    "no UTF-8": {"line1": (b"loss", b"l\xffss")},
+    "no step": {"line1": (b"step", b"stop")},
+    "no number": {"line1": (b"20", b"2.")},
+    "an end of line": {"line1": (b"\n", b" ")},
+    "a step too high": {"line1": (b"20", b"70")},
+    "a step too low": {"line1": (b"20", b"00")},
+    "the last step": {"line4": (b"50", b"90")},
+    "a carriage return": {"line1": (b", ", b",\r")},
+    "another loss": {"line1": (b"0.25", b"0.75")},
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_line_costs_no_other_and_is_set_aside(tmp_path, caplog, kind):
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics-damaged.jsonl"
+    writer = metrics.Writer(tmp_path, 0, tensorboard=False)
+    for step in range(10, 60, 10):
+        writer.scalars(step, {"loss": 0.25})
+    written = writer.written()
+    writer.scalars(60, {"loss": 0.5})
+    writer.close()
+    path.write_bytes(damage(path.read_bytes(), **DAMAGE[kind]))
+    before = path.read_bytes()
+    metrics.Writer(tmp_path, 50, tensorboard=False, written=written).close()
+    after = path.read_bytes() + (aside.read_bytes() if aside.exists() else b"")
+    assert sorted(after.splitlines()) == sorted(before.splitlines())
+    steps = [row["step"] for row in read(tmp_path)]
+    assert steps == sorted(steps) and steps[:1] == [10] and len(steps) >= 3
+    assert f"{path} is not as it was written: " in caplog.text
+
+
+def test_lines_that_are_as_they_were_written_are_left_alone(tmp_path, caplog):
+    writer = metrics.Writer(tmp_path, 0, tensorboard=False)
+    writer.scalars(10, {"loss": 0.25})
+    written = writer.written()
+    writer.scalars(20, {"loss": 0.5})
+    writer.close()
+    metrics.Writer(tmp_path, 10, tensorboard=False, written=written).close()
+    assert [row["step"] for row in read(tmp_path)] == [10]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"] and not caplog.text
+    (tmp_path / "metrics.jsonl").unlink()
+    metrics.Writer(tmp_path, 10, tensorboard=False, written=written).close()
+    assert "is not as it was written: 0 lines up to step 10 instead of 1" in caplog.text
+
+
+def test_lines_without_a_checkpoint_are_said_to_be_dropped(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
+    metrics.Writer(tmp_path, 0, tensorboard=False).close()
+    assert "2 lines are dropped, for there is no checkpoint" in caplog.text
 
 
 def test_a_line_is_in_the_file_at_once(tmp_path):

@@ -1,9 +1,13 @@
+import contextlib
 import functools
 import json
 import os
 import re
+import shutil
 import signal
 import threading
+import time
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -597,3 +601,318 @@ def test_a_shared_step_is_each_run_s_own(tmp_path, monkeypatch):
     assert_same_state(shared, alone)
     kernels = [np.asarray(state.params["Dense_0"]["kernel"]) for state in (shared, other)]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
+
+
+class Killed(BaseException):
+    """Ends a run without its being asked, as far as that can be in one process."""
+
+
+def kill_at(*steps):
+    def hook(now, batch):
+        if now in steps:
+            raise Killed
+        return batch
+
+    return hook
+
+
+def odd_batches(then=lambda step, batch: batch):
+    """Batches of which that of step 4 is not finite and each has replaced as many as its step."""
+
+    def hook(step, batch):
+        batch = nan_at(4)(step, then(step, batch))
+        return batch | {"replaced": np.full(1, step)}
+
+    return hook
+
+
+@pytest.mark.parametrize("log_every", [3, 100])
+def test_metrics_do_not_depend_on_where_a_run_was_interrupted(log_every, tmp_path, monkeypatch):
+    settings = {"optimizer__nonfinite": "skip", "data__replace_unreadable": True}
+    config = tiny(log_every=log_every, **settings)
+
+    def life(folder, then):
+        with monkeypatch.context() as patch:
+            before_batch(patch, odd_batches(then))
+            with contextlib.suppress(Killed):
+                return trainer.train(config, tmp_path / folder)
+
+    whole = life("whole", lambda step, batch: batch)
+    assert life("parts", kill_at(4)) is None
+    life("parts", signal_at(5, signal.SIGTERM))
+    assert life("parts", kill_at(8)) is None
+    assert_same_state(life("parts", lambda step, batch: batch), whole)
+    rows = lines(tmp_path / "parts")
+    assert rows == lines(tmp_path / "whole")
+    assert [row["step"] for row in rows] == ([3, 6, 8] if log_every == 3 else [8])
+    assert sum(row["skipped_steps"] for row in rows) == 1
+    assert sum(row["replaced_images"] for row in rows) == sum(range(9))
+
+
+def test_a_picture_that_a_kill_has_cost_is_drawn_at_the_next_start(tmp_path, monkeypatch):
+    config = tiny(sample__every=4, sample__num=4, checkpoint__keep=1)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected = trainer.train(config, whole)
+
+    def killed(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_write_grid", killed)
+        # The same instant costs the pruning.
+        patch.setattr(checkpoint.Checkpointer, "prune", lambda *_: None)
+        with pytest.raises(Killed):
+            trainer.train(config, parts)
+    assert checkpoint.checkpoint_steps(parts / "checkpoints") == [2, 4]
+    before_batch(monkeypatch, kill_at(6))
+    with pytest.raises(Killed):
+        trainer.train(config, parts)
+    assert os.listdir(parts / "samples") == ["00000004.png"]
+    assert checkpoint.checkpoint_steps(parts / "checkpoints") == [4]
+    monkeypatch.undo()
+    use_small_model(monkeypatch)
+    assert_same_state(trainer.train(config, parts), expected)
+    (parts / "samples" / "00000008.png").unlink()
+    trainer.train(config, parts)
+    for name in ("00000004.png", "00000008.png"):
+        assert (parts / "samples" / name).read_bytes() == (whole / "samples" / name).read_bytes()
+
+
+def tree(folder):
+    """Every file with its content, and every folder."""
+    return {
+        path: path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if path.name != ".lock"
+    }
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A workdir of a finished run that a test may change, and the state."""
+    return Path(shutil.copytree(finished[1], tmp_path / "run")), finished[2]
+
+
+def spoil_all(workdir):
+    for path in workdir.glob("checkpoints/*/manifest.ocdbt"):
+        path.unlink()
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+REFUSED = {
+    "has another config": ({"seed": 1}, lambda workdir: None),
+    "has learned from other data .* number of classes 10 there, 2": (
+        {"data__name": "folder", "data__split": "", "data__crop": "center"},
+        lambda workdir: None,
+    ),
+    "no intact checkpoint is left": ({}, spoil_all),
+    r"facts.json is damaged .*: remove it": ({}, lambda w: (w / "facts.json").write_text("{")),
+    r"config.json is damaged .*: remove it": (
+        {},
+        lambda w: [(w / "config.json").write_text("["), shutil.rmtree(w / "checkpoints")],
+    ),
+    r"has no checkpoint, but the run had one, of step 8: bring it back": (
+        {},
+        lambda w: shutil.rmtree(w / "checkpoints"),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_start_that_is_refused_changes_nothing(message, copied, tmp_path, monkeypatch):
+    workdir, _ = copied
+    settings, spoil = REFUSED[message]
+    if settings.get("data__name") == "folder":
+        # In all else this is the run.
+        monkeypatch.setattr(config_lib, "check_same", lambda there, now, name: None)
+        settings |= {"data__dir": str(class_folders(tmp_path / "images", "ab"))}
+        settings |= {"evaluation__features": ""}
+    spoil(workdir)
+    before = tree(workdir)
+    with pytest.raises((ConfigError, checkpoint.CheckpointError), match=message):
+        trainer.train(tiny(**settings), workdir)
+    assert tree(workdir) == before
+
+
+def test_a_start_that_is_refused_at_the_end_makes_nothing(tmp_path, monkeypatch):
+    def refused(*_):
+        raise ConfigError("refused")
+
+    monkeypatch.setattr(experiment, "new_state", refused)
+    (tmp_path / "there").mkdir()
+    for workdir in (tmp_path / "runs" / "a", tmp_path / "there"):
+        with pytest.raises(ConfigError, match="refused"):
+            trainer.train(tiny(), workdir)
+    assert os.listdir(tmp_path) == ["there"] and os.listdir(tmp_path / "there") == []
+
+
+def class_folders(root, names, each=2):
+    rng = np.random.default_rng(0)
+    for name in names:
+        for i in range(each):
+            path = root / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (9, 12, 3), np.uint8)).save(path)
+    return root
+
+
+CHANGED_CLASSES = {
+    "abc": r"gone: 'd'\)",
+    "abcde": r"new: 'e'\)",
+    "abcx": r"gone: 'd'; new: 'x'\)",
+    "0abc": r"gone: 'd'; new: '0'\)",
+}
+
+
+@pytest.mark.parametrize("names", CHANGED_CLASSES)
+def test_other_classes_are_named_and_refused(names, tmp_path):
+    before = experiment._facts_of_data(data.folder(class_folders(tmp_path / "then", "abcd"), ""))
+    now = data.folder(class_folders(tmp_path / "now", names), "")
+    with pytest.raises(ConfigError, match=CHANGED_CLASSES[names]) as error:
+        experiment.check_data(before, now, Path("w"))
+    assert "labels would mean something else. Give the folders" in str(error.value)
+    # As another version may have sorted them.
+    swapped = before | {"classes": ["b", "a", "c", "d"]}
+    with pytest.raises(ConfigError, match=r"has \(another order\): labels"):
+        experiment.check_data(swapped, data.folder(tmp_path / "then", ""), Path("w"))
+
+
+def test_other_numbers_of_images_are_said(tmp_path, caplog):
+    source = data.folder(class_folders(tmp_path, "ab"), "")
+    before = experiment._facts_of_data(source)
+    assert before["classes"] == ["a", "b"] and before["num_images"] == 4
+    experiment.check_data(before, source, Path("w"))
+    # Facts of an older version.
+    experiment.check_data({"num_classes": 2, "channels": 3}, source, Path("w"))
+    assert not caplog.text
+    (tmp_path / "a" / "0.png").unlink()
+    experiment.check_data(before, data.folder(tmp_path, ""), Path("w"))
+    assert f"{tmp_path} has 3 images now, and had 4 when the run in w was last there" in caplog.text
+
+
+def test_a_run_goes_on_from_its_checkpoints_alone(finished, copied, tmp_path, caplog):
+    config, whole, expected = finished
+    workdir, _ = copied
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    for name in ("config.json", "facts.json", "metrics.jsonl"):
+        (workdir / name).unlink()
+    with pytest.raises(ConfigError, match=r"config.seed: 0 there, 1 now"):
+        trainer.train(tiny(seed=1), workdir)
+    assert config_lib.load(workdir) == config
+    assert_same_state(trainer.train(config, workdir), expected)
+    assert config_lib.load(workdir) == config
+    assert (workdir / "facts.json").read_bytes() == (whole / "facts.json").read_bytes()
+    assert lines(workdir) == lines(whole)[6:]
+    assert (
+        "metrics.jsonl is not as it was written: 0 lines up to step 6 instead of 6" in caplog.text
+    )
+
+
+def test_what_was_altered_beside_the_checkpoints_is_not_trained_on(copied):
+    workdir, expected = copied
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    edit_json(workdir / "facts.json", boundaries=[0, 30, 50], num_classes=9, classes=["x"])
+    assert experiment.load_facts(workdir)["num_classes"] == 10
+    assert_same_state(trainer.train(tiny(), workdir), expected)
+    # Without --config the one of config.json is meant.
+    edit_json(workdir / "config.json", seed=1)
+    with pytest.raises(ConfigError, match=r"config.seed: 0 there, 1 now"):
+        trainer.train(config_lib.load(workdir), workdir)
+    for mode in (evaluate.sample, evaluate.evaluate):
+        with pytest.raises(
+            ConfigError, match=r"checkpoints/8 has .*\n  config.seed: 0 there, 1 now"
+        ):
+            mode(config_lib.load(workdir), workdir)
+
+
+def as_of_an_older_version(workdir):
+    (workdir / "checkpoints.json").unlink()
+    facts = json.loads((workdir / "facts.json").read_text())
+    kept = {name: facts[name] for name in ("channels", "num_classes", "boundaries")}
+    (workdir / "facts.json").write_text(json.dumps(kept))
+    for path in (workdir / "checkpoints").iterdir():
+        (path / "run.json").unlink(missing_ok=True)
+        sums = json.loads((path / "checksums.json").read_text())
+        sums.pop("run.json", None)
+        (path / "checksums.json").write_text(json.dumps(sums))
+
+
+def test_a_run_of_an_older_version_goes_on(finished, copied):
+    config, whole, expected = finished
+    workdir, _ = copied
+    as_of_an_older_version(workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    edit_json(workdir / "facts.json", boundaries=[0, 30])
+    with pytest.raises(ConfigError, match=r"boundaries \[0, 30\] of facts.json are not those of"):
+        trainer.train(config, workdir)
+    boundaries = json.loads((whole / "facts.json").read_text())["boundaries"]
+    edit_json(workdir / "facts.json", boundaries=boundaries)
+    assert_same_state(trainer.train(config, workdir), expected)
+    assert lines(workdir) == lines(whole)
+    as_of_an_older_version(workdir)
+    (workdir / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"has checkpoints and no config.json: bring it back"):
+        trainer.train(config, workdir)
+
+
+WRONG = ["", "{", "[]", "3", "null", '"x"', "NaN", "[" * 9999, b"\xff\xfe"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "facts.json"])
+def test_what_is_damaged_is_one_line(name, copied):
+    workdir, _ = copied
+    path = workdir / name
+    content = path.read_bytes()
+    wrong = [each if isinstance(each, bytes) else each.encode() for each in WRONG]
+    wrong += [content[:-3], b"\0" * len(content)]
+    if name == "facts.json":
+        facts = json.loads(content)
+        odd = (None, 1.5, [[]], {}, True, [1, "x"], [None])
+        wrong += [json.dumps(facts | {key: value}) for key in facts for value in odd]
+        wrong = [each if isinstance(each, bytes) else each.encode() for each in wrong]
+    read = config_lib.load if name == "config.json" else experiment.recorded
+    for each in wrong:
+        path.write_bytes(each)
+        with pytest.raises(ConfigError, match=f"{name} is damaged .*: remove it") as error:
+            read(workdir)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_workdir_that_is_removed_ends_its_run(replaced, tmp_path, monkeypatch):
+    """Whatever lies in its place by then gets nothing of it."""
+    workdir = tmp_path / "run"
+
+    def hook(step, batch):
+        if step == 4:
+            while not (workdir / "checkpoints.json").exists():
+                time.sleep(0.01)
+            workdir.rename(tmp_path / "removed")
+            if replaced:
+                workdir.mkdir()
+                (workdir / ".lock").write_text("process 1 on another machine")
+        return batch
+
+    before_batch(monkeypatch, hook)
+    with pytest.raises(checkpoint.CheckpointError, match=f"{workdir} was removed or replaced"):
+        trainer.train(tiny(sample__every=4, sample__num=4), workdir)
+    assert (os.listdir(workdir) == [".lock"]) if replaced else not workdir.exists()
+    assert checkpoint.checkpoint_steps(tmp_path / "removed" / "checkpoints") == [2]
+
+
+def test_a_run_does_not_go_on_from_a_checkpoint_of_another(copied, tmp_path, caplog):
+    workdir, _ = copied
+    other = tmp_path / "other"
+    trainer.train(tiny(num_steps=4), other)
+    theirs = workdir / "checkpoints" / "8"
+    theirs.rename(other / "checkpoints" / "8")
+    assert trainer.train(tiny(num_steps=4), other).step == 4
+    assert f"{other}/checkpoints/8 is of another run than {other}/facts.json" in caplog.text
+    # As of a killed run before its first checkpoint.
+    for step in (2, 4):
+        shutil.rmtree(other / "checkpoints" / str(step))
+    with pytest.raises(checkpoint.CheckpointError, match="is of another run"):
+        trainer.train(tiny(num_steps=4), other)
