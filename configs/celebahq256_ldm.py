@@ -7,8 +7,9 @@ r"""The LDM UNet in the latents of VQ-f4, without classes, on CelebA-HQ at 256x2
 
 ``configs/celebahq256_adm.py`` says how to prepare the images, ``configs/ffhq256_ldm.py`` which
 autoencoder this is and what hardware it fits. The latents take 1.5 GB. The learning rate and the
-sampler are LDM's for CelebA-HQ (200 DDIM steps, eta 0); the batch is 50 where LDM has 48, which
-five clusters can't share. The ANT paper's figures are in its table 1; ours are not known yet.
+sampler are LDM's for CelebA-HQ (200 DDIM steps, eta 0, at its own timesteps); the batch is 50 where
+LDM has 48, which five clusters can't share. The ANT paper's figures are in its table 1; ours are
+not known yet.
 """
 
 from configs import ffhq256_ldm

@@ -10,10 +10,11 @@ the five gradients of pcgrad and nash; pixels make large activations, which conf
 shrinks. For several devices choose a config.data.batch_size of which each one's share is a multiple
 of k = 5.
 
-The network, the linear schedule, the learned variance and the learning rate are those of Choi et
-al., *Perception Prioritized Training of Diffusion Models* (CVPR 2022); the ANT paper took the
-network from there. The batch is 10 where they have 8, which five clusters can't share. The ANT
-paper's figures are in its table 1; ours are not known yet.
+The network, the linear schedule, the learned variance, the learning rate and the sampler (250 steps
+of DDPM, evenly spaced) are those of Choi et al., *Perception Prioritized Training of Diffusion
+Models* (CVPR 2022), without their weights of the loss (--config.diffusion.loss_weight=p2); the ANT
+paper took the network from there. The batch is 10 where they have 8, which five clusters can't
+share. The ANT paper's figures are in its table 1; ours are not known yet.
 """
 
 from ant_jax.models.unet import VARIANTS

@@ -16,8 +16,11 @@ work, 15 GB with "blocks" and a third more. Each device's share of the batch mus
 k = 5: 240 examples fit 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48.
 
 The settings are those of the ANT paper and its code (AdamW 1e-4 without decay, batch 240, 400 k
-steps, EMA 0.9999, cosine schedule, learned variance, 250 steps and guidance 1.5). The paper's
-figures there, from 50 k samples; ours are not known yet:
+steps, EMA 0.9999, cosine schedule, learned variance, 250 steps and guidance 1.5) but for the
+clusters, which are of equal length in that code (:uncertainty,timestep), the renewal of Nash's
+weights, at every 25th step there (--config.method.nash_update_every=25), and the ramp of the EMA,
+which it does not have; docs/differences.md lists the rest. The paper's figures there, from 50 k
+samples; ours are not known yet:
 
   vanilla                 FID 12.59   IS 134.60   precision 0.73    recall 0.49
   Min-SNR                 FID  9.58   IS 179.98   precision 0.78    recall 0.47

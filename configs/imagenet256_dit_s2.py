@@ -9,7 +9,8 @@ is 0.13025; with that of DiT-L/2 add --config.autoencoder.scale=0.18215.
 
 Hardware: one GPU; 33 M parameters take 0.7 GB with the EMA, the optimizer and a gradient.
 
-The settings are those of the ANT paper's code: batch 50 and 800 k steps, the others as for DiT-L/2.
+The settings are those of the ANT paper's code: batch 50 and 800 k steps, the others as for DiT-L/2,
+which says where they differ.
 The paper's FID there, from 50 k samples; ours is not known yet:
 
   Nash-MTL                FID 44.65

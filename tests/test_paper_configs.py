@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ant_jax import builders, experiment
+from ant_jax import builders, diffusion, experiment
 from ant_jax import config as config_lib
 from configs import digits
 
@@ -80,6 +80,28 @@ def test_the_argument_chooses_the_method_and_every_method_fits_the_batch(name, m
         pieces = build(config, PAPER[name][1])
         experiment.check_batch(config, pieces.method)
         assert (pieces.method.weighting is None) == (method == "vanilla")
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler", "timesteps", "end"),
+    [
+        ("ffhq256_adm", "ddpm", [0, 4, 8], 999),
+        ("celebahq256_adm", "ddpm", [0, 4, 8], 999),
+        ("ffhq256_ldm", "ddim", [1, 6, 11], 996),
+        ("celebahq256_ldm", "ddim", [1, 6, 11], 996),
+        ("imagenet256_dit_l2", "ddpm", [0, 4, 8], 999),
+    ],
+)
+def test_samplers_are_those_that_the_configs_claim(name, sampler, timesteps, end):
+    config = completed(name, "vanilla")
+    settings = config.sample
+    process = builders.build_diffusion(config)
+    used = diffusion.respace(process, settings.num_steps, settings.spacing)
+    assert settings.sampler == sampler
+    assert used.timestep_map[:3].tolist() == timesteps
+    assert used.timestep_map[-1] == end
+    with_noise = used.alphas_bar_prev[0] < 1
+    assert with_noise == (sampler == "ddim")
 
 
 def lower(name, method, monkeypatch):
