@@ -822,9 +822,7 @@ def test_what_was_altered_beside_the_checkpoints_is_not_trained_on(copied):
     with pytest.raises(ConfigError, match=r"config.seed: 0 there, 1 now"):
         trainer.train(config_lib.load(workdir), workdir)
     for mode in (evaluate.sample, evaluate.evaluate):
-        with pytest.raises(
-            ConfigError, match=r"checkpoints/8 has .*\n  config.seed: 0 there, 1 now"
-        ):
+        with pytest.raises(ConfigError, match=r"config.seed: 0 there, 1 now"):
             mode(config_lib.load(workdir), workdir)
 
 
