@@ -8,6 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import app
+from absl.testing import flagsaver
 from PIL import Image
 
 from ant_jax import affinity
@@ -155,17 +157,20 @@ def check_dynamics(folder):
     assert ((shares >= 0) & (shares <= 1)).all()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--preset=digit"], "--preset=digit: must be one of smoke, digits, imagenet64"),
-        (["--preset=smoke", f"--out={__file__}"], "is not a folder"),
-    ],
-)
-def test_bad_arguments_fail_at_once(command, tmp_path, arguments, message):
-    failed = command("task_affinity", *arguments)
+def test_bad_arguments_fail_at_once(command, tmp_path):
+    failed = command("task_affinity", "--preset=digit")
+    message = "--preset=digit: must be one of smoke, digits, imagenet64"
     assert failed.returncode and message in failed.stderr + failed.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_folder_for_the_output():
+    with (
+        flagsaver.as_parsed(preset="smoke", out=__file__),
+        # Which ends the program with its message, as above.
+        pytest.raises(app.UsageError, match="--out=.* is not a folder"),
+    ):
+        task_affinity.main(["task_affinity"])
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS.values(), ids=presets.PRESETS)
