@@ -168,7 +168,7 @@ def test_a_file_is_no_folder_for_the_output():
     with (
         flagsaver.as_parsed(preset="smoke", out=__file__),
         # Which ends the program with its message, as above.
-        pytest.raises(app.UsageError, match="--out=.* is not a folder"),
+        pytest.raises(app.UsageError, match=r"--out=.* is not a folder"),
     ):
         task_affinity.main(["task_affinity"])
 

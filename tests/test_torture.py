@@ -41,7 +41,7 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "short": Case("nash", 400, SMALL, 1, ("saving", "stepping")),
+    "short": Case("nash", 240, SMALL, 1, ("saving", "stepping")),
     "nash": Case(
         "nash",
         1200,
