@@ -28,36 +28,75 @@ SMALL = presets.PRESETS["smoke"].settings | {
 }
 
 
+# The last of equal flags counts.
+ONE_DEVICE = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+# Each command line in a process of its own, all of which have imported everything before.
+FORKING = """
+import json, os, runpy, sys
+import ant_jax.config_file, ant_jax.encode, ant_jax.evaluate, ant_jax.export, ant_jax.train
+for i, arguments in enumerate(json.load(sys.stdin)):
+    if os.fork() == 0:
+        os.dup2(os.open(f"{sys.argv[1]}/{i}", os.O_CREAT | os.O_WRONLY), 2)
+        sys.argv = ["main", *arguments]
+        try:
+            runpy.run_module("ant_jax.main", run_name="__main__", alter_sys=True)
+        except SystemExit as end:
+            if not end.code:
+                raise
+            # Without half a second of cleaning up.
+            print(end.code, file=sys.stderr, flush=True)
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def program(*command, **settings):
+    """Runs Python as a user does, on one device."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ONE_DEVICE},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        **settings,
+    )
+
+
+def each_of(lines, said):
+    """The exit status and standard error of the program with each of these arguments."""
+    result = program("-c", FORKING, str(said), input=json.dumps(lines), check=True)
+    return [
+        (int(status), (said / str(i)).read_text()) for i, status in enumerate(result.stdout.split())
+    ]
+
+
 @pytest.fixture(scope="module")
-def command():
-    """Runs the program as a user does, on one device."""
-    # The last of equal flags counts.
-    one_device = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
-    environment = os.environ | {"XLA_FLAGS": one_device}
-
-    def run(*arguments):
-        return subprocess.run(
-            [sys.executable, "-m", "ant_jax.main", *arguments],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=200,
-        )
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def trained(command, tmp_path_factory):
+def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("main") / "run"
     settings = [f"--config.{name}={value}" for name, value in SMALL.items()]
-    return workdir, command(
+    return workdir, program(
+        *("-m", "ant_jax.main"),
         "--config=configs/digits.py:nash",
         f"--workdir={workdir}",
         "--config.sample.eta=1",
         *settings,
     )
+
+
+MODES = {
+    "sample": ["--step=10", "--config.sample.num=19"],
+    "evaluate": [],
+    "export": ["--step=10"],
+}
+
+
+@pytest.fixture(scope="module")
+def modes(trained, tmp_path_factory):
+    """The workdir after the other modes, and for each its exit status and standard error."""
+    workdir, _ = trained
+    lines = [[f"--workdir={workdir}", f"--mode={mode}", *more] for mode, more in MODES.items()]
+    return workdir, dict(zip(MODES, each_of(lines, tmp_path_factory.mktemp("said")), strict=True))
 
 
 def test_training_reports_and_leaves_a_workdir_that_describes_itself(trained):
@@ -81,32 +120,32 @@ def test_training_reports_and_leaves_a_workdir_that_describes_itself(trained):
     assert Image.open(workdir / "samples" / "00000014.png").size == (342, 104)
 
 
-def test_a_workdir_is_sampled_without_naming_its_config(trained, command):
-    workdir, _ = trained
-    result = command(f"--workdir={workdir}", "--mode=sample", "--step=10", "--config.sample.num=19")
-    assert result.returncode == 0, result.stderr
+def test_a_workdir_is_sampled_without_naming_its_config(modes):
+    workdir, ended = modes
+    status, said = ended["sample"]
+    assert status == 0, said
     with np.load(workdir / "samples" / "00000010.npz") as stored:
         assert stored["arr_0"].shape == (19, 8, 8, 1)
         assert stored["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(stored["arr_1"], np.arange(19) % 10)
-    assert str(workdir / "samples" / "00000010.npz") in result.stderr
+    assert str(workdir / "samples" / "00000010.npz") in said
 
 
-def test_a_workdir_is_evaluated(trained, command):
-    workdir, _ = trained
-    result = command(f"--workdir={workdir}", "--mode=evaluate")
-    assert result.returncode == 0, result.stderr
+def test_a_workdir_is_evaluated(modes):
+    workdir, ended = modes
+    status, said = ended["evaluate"]
+    assert status == 0, said
     values = json.loads((workdir / "evaluation" / "00000014.json").read_text())
     assert values["step"] == 14
     assert values["frechet_distance"] > values["real_frechet_distance"] > 0
-    assert f"{values['frechet_distance']:.4f}" in result.stderr
-    assert re.search(r"^frechet_distance +\d", result.stderr, re.M)
+    assert f"{values['frechet_distance']:.4f}" in said
+    assert re.search(r"^frechet_distance +\d", said, re.M)
 
 
-def test_a_workdir_s_weights_are_exported(trained, command):
-    workdir, _ = trained
-    result = command(f"--workdir={workdir}", "--mode=export", "--step=10")
-    assert result.returncode == 0, result.stderr
+def test_a_workdir_s_weights_are_exported(modes):
+    workdir, ended = modes
+    status, said = ended["export"]
+    assert status == 0, said
     state = interop.read_state(workdir / "weights" / "00000010.safetensors")
     assert state["blocks.0.attn.qkv.weight"].shape == (24, 8)
 
@@ -142,23 +181,6 @@ MISTAKES = {
     ],
 }
 
-# Each command line in a process of its own, all of which have imported everything before.
-FORKING = """
-import json, os, runpy, sys
-import ant_jax.config_file, ant_jax.encode, ant_jax.evaluate, ant_jax.train
-for i, arguments in enumerate(json.load(sys.stdin)):
-    if os.fork() == 0:
-        os.dup2(os.open(f"{sys.argv[1]}/{i}", os.O_CREAT | os.O_WRONLY), 2)
-        sys.argv = ["main", *arguments]
-        try:
-            runpy.run_module("ant_jax.main", run_name="__main__", alter_sys=True)
-        except SystemExit as end:
-            # Without half a second of cleaning up.
-            print(end.code, file=sys.stderr, flush=True)
-            os._exit(1 if end.code else 0)
-    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-
 
 @pytest.fixture(scope="module")
 def refusals(tmp_path_factory):
@@ -173,19 +195,11 @@ def refusals(tmp_path_factory):
         [each.replace("FOLDER", str(folder)) for each in (f"--workdir={folder}", *arguments)]
         for arguments in MISTAKES.values()
     ]
-    result = subprocess.run(
-        [sys.executable, "-c", FORKING, str(said)],
-        input=json.dumps(lines),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=True,
-    )
+    ended = each_of(lines, said)
     assert sorted(folder.rglob("*")) == before
     return {
-        message: (int(status), (said / str(i)).read_text().replace(str(folder), "FOLDER"))
-        for i, (message, status) in enumerate(zip(MISTAKES, result.stdout.split(), strict=True))
+        message: (status, text.replace(str(folder), "FOLDER"))
+        for message, (status, text) in zip(MISTAKES, ended, strict=True)
     }
 
 
