@@ -6,16 +6,13 @@ a resumed run, and a run on another number of hosts or workers, sees the same da
 """
 
 import functools
-import multiprocessing
-import os
-import sys
-import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
 from ant_jax.data import transforms
+from ant_jax.data.readers import Batch, ProcessReader, Reader, ThreadReader, pickled
 from ant_jax.data.sources import Example, ExampleError, Source, UnreadableImageError
 
 CROPS = ("none", "center", "random")
@@ -24,6 +21,13 @@ _REPLACEMENTS = 100
 
 # Keep the stream that orders the images apart from the one that crops and flips them.
 _ORDER, _AUGMENT = 0, 1
+
+# Batches that each process makes ahead of time: one is ready while the next is being made.
+_AHEAD = 2
+_LOOK_SECONDS = 0.2  # between looks at whether to go on waiting
+_WARN_SECONDS = 60  # of waiting until the first warning; each further one comes after twice as many
+_STOPPED_SECONDS = 600  # that a process may be stopped while it is waited for
+_UNHEARD_SECONDS = 30  # that one of several hosts waits on when it is asked to stop
 
 
 def batches(
@@ -39,8 +43,9 @@ def batches(
     num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, np.ndarray]]:
-    """Iterates for ever over this host's part of the global batches.
+    stopped: Callable[[], bool] = lambda: False,
+) -> Iterator[Batch]:
+    """Iterates over this host's part of the global batches.
 
     Every epoch visits each image once, in an order of its own; a batch may straddle two epochs.
     Starting at a later step costs nothing. Host h of H gets the contiguous examples
@@ -58,97 +63,143 @@ def batches(
         otherwise that is an error.
       num_workers: Processes that prepare batches ahead of time; 0 prepares them when asked. They
         are spawned, so a script needs its `if __name__ == "__main__"`; they end when the returned
-        iterator is closed or collected.
+        iterator is closed or collected, and with this process, which alone gets signals.
       process_index: Which host this is.
       process_count: Number of hosts H.
+      stopped: Asked while a batch is waited for: whether not to wait any longer.
 
     Returns:
       An iterator over {"image": uint8 (B/H, height, width, channels), "label": int32 (B/H,)}, where
       the image of a `LatentSource` is a latent, float32 and drawn anew each time; with
-      replace_unreadable also "replaced": bool (B/H,). It raises ExampleError, naming the source
-      and the index, where an image cannot be read, and where a worker dies.
+      replace_unreadable also "replaced": bool (B/H,). It ends only where `stopped` says so; where
+      there are several hosts, of which one can't end alone, that is an ExampleError after half a
+      minute. It raises ExampleError, naming the source and the index, where an image cannot be
+      read, where a worker dies, and where one is waited for that has been stopped for 10 minutes.
+      Before that, and for as long as a disk is slow, it warns.
 
     Raises:
       ValueError: If the source is empty, a number is out of range, B is not divisible by H, or
         crop, image_size and the size of the source's images don't fit together.
     """
-    # Imported here, so that a program can be compiled meanwhile.
-    import grain
-
     _check_numbers(batch_size, seed, start_step, num_workers, process_index, process_count)
     check_crop(source, crop, image_size)
-    size = len(source)
-    if size == 0:
+    if len(source) == 0:
         raise ValueError(f"{source!r} is empty")
-    per_host = batch_size // process_count
-
-    def load(step: int) -> dict[str, np.ndarray]:
-        first = step * batch_size + process_index * per_host
-        examples, replaced = [], []
-        for position in range(first, first + per_host):
-            epoch, place = divmod(position, size)
-            index = int(epoch_order(size, seed, epoch)[place])
-            try:
-                example, other = _read(source, index, _REPLACEMENTS if replace_unreadable else 0)
-                if crop != "none" or flip or "mean" in example:
-                    example = _augment(example, crop, image_size, flip, (seed, _AUGMENT, position))
-            except Exception as error:
-                # The message repeats the cause, which is lost on the way out of a worker.
-                raise ExampleError(f"example {index} of {source!r}: {error!r}") from error
-            examples.append(example)
-            replaced.append(other)
-        batch = {
-            "image": np.stack([example["image"] for example in examples]),
-            "label": np.array([example["label"] for example in examples], np.int32),
-        }
-        return batch | ({"replaced": np.array(replaced)} if replace_unreadable else {})
-
-    # One element of the dataset is a whole batch: grain's bookkeeping is paid once a batch, where
-    # it costs 80 us an element otherwise, more than reading a small image.
-    steps = grain.MapDataset.range(start_step, sys.maxsize).map(load)
-    # Reading threads fight the training loop for the interpreter lock; processes don't.
-    dataset = steps.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-    if num_workers:
-        if not flags.FLAGS.is_parsed():
-            # Grain's workers read flags; outside absl's app.run (a notebook) nobody parsed them.
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=num_workers)
-        dataset = dataset.mp_prefetch(options, _end_with_trainer)
-    return _Batches(iter(dataset))
-
-
-def _end_with_trainer(*_) -> None:
-    """Lets a worker end with the trainer that started it, which may be killed without a word."""
-
-    def wait():
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
+    load = functools.partial(
+        _load,
+        source=source,
+        batch_size=batch_size,
+        part=(process_index, process_count),
+        seed=seed,
+        image_size=image_size,
+        crop=crop,
+        flip=flip,
+        replace_unreadable=replace_unreadable,
+    )
+    return _Batches(load, repr(source), start_step, num_workers, stopped, process_count == 1)
 
 
 class _Batches:
-    """Passes batches on, and says what it means when a worker has ended."""
+    """Asks readers for batches, each for every n-th one, and waits for them."""
 
-    def __init__(self, batches: Iterator[dict[str, np.ndarray]]):
-        self._batches = batches
+    def __init__(
+        self,
+        load: Callable[[int], Batch],
+        name: str,
+        start_step: int,
+        num_workers: int,
+        stopped: Callable[[], bool],
+        alone: bool,
+    ):
+        self._load, self._name, self._num_workers = load, name, num_workers
+        self._stopped, self._alone = stopped, alone
+        self._start = self._step = self._asked = start_step
+        self._readers: list[Reader] | None = None
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
+    def __iter__(self) -> Iterator[Batch]:
         return self
 
-    def __next__(self) -> dict[str, np.ndarray]:
-        try:
-            return next(self._batches)
-        except ExampleError:
-            raise
-        except RuntimeError as error:
-            raise ExampleError(
-                f"a process that prepares batches has failed (killed? out of memory?): {error}"
-            ) from error
+    def __next__(self) -> Batch:
+        if self._readers is None:
+            self._readers = _start(self._load, self._num_workers)
+        # Where batches are made when asked, none is made ahead.
+        self._ask(self._step + 1)
+        reader = self._readers[(self._step - self._start) % len(self._readers)]
+        # Counted, and not read from a clock, which goes on while all of a job is stopped.
+        waited, warn_at = 0.0, _WARN_SECONDS
+        while (batch := reader.receive(_LOOK_SECONDS)) is None:
+            waited += _LOOK_SECONDS
+            if self._stopped():
+                if self._alone:
+                    raise StopIteration
+                if waited > _UNHEARD_SECONDS:
+                    raise ExampleError(f"asked to stop while waiting: {self._waits(waited)}")
+            if waited > _STOPPED_SECONDS and reader.is_stopped():
+                raise ExampleError(f"a process is stopped: {self._waits(waited)}")
+            if waited > warn_at:
+                warn_at *= 2
+                logging.warning("%s", self._waits(waited))
+        self._step += 1
+        self._ask(self._step + _AHEAD * self._num_workers)
+        return batch
+
+    def _ask(self, end):
+        """Asks for the batches before a step that have not been asked for."""
+        for step in range(self._asked, end):
+            self._readers[(step - self._start) % len(self._readers)].ask(step)
+        self._asked = max(self._asked, end)
+
+    def _waits(self, waited):
+        states = "; ".join(reader.state() for reader in self._readers)
+        return f"no batch of step {self._step} of {self._name} for {waited:.0f} s; {states}"
 
     def close(self) -> None:
         """Ends the workers."""
-        self._batches.close()
+        for reader in self._readers or ():
+            reader.close()
+
+
+def _start(load, num_workers) -> list[Reader]:
+    if num_workers == 0:
+        return [ThreadReader(load)]
+    # Reading threads fight the training loop for the interpreter lock; processes don't.
+    with pickled(load) as file:
+        return [ProcessReader(file) for _ in range(num_workers)]
+
+
+def _load(
+    step: int,
+    *,
+    source: Source,
+    batch_size: int,
+    part: tuple[int, int],
+    seed: int,
+    image_size: int | None,
+    crop: str,
+    flip: bool,
+    replace_unreadable: bool,
+) -> Batch:
+    """Makes the part of a step's batch that is this host's; `part` is which host of how many."""
+    per_host = batch_size // part[1]
+    first = step * batch_size + part[0] * per_host
+    examples, replaced = [], []
+    for position in range(first, first + per_host):
+        epoch, place = divmod(position, len(source))
+        index = int(epoch_order(len(source), seed, epoch)[place])
+        try:
+            example, other = _read(source, index, _REPLACEMENTS if replace_unreadable else 0)
+            if crop != "none" or flip or "mean" in example:
+                example = _augment(example, crop, image_size, flip, (seed, _AUGMENT, position))
+        except Exception as error:
+            # The message repeats the cause, which is lost on the way out of a worker.
+            raise ExampleError(f"example {index} of {source!r}: {error!r}") from error
+        examples.append(example)
+        replaced.append(other)
+    batch = {
+        "image": np.stack([example["image"] for example in examples]),
+        "label": np.array([example["label"] for example in examples], np.int32),
+    }
+    return batch | ({"replaced": np.array(replaced)} if replace_unreadable else {})
 
 
 def _read(source: Source, index: int, replacements: int) -> tuple[Example, bool]:

@@ -1,6 +1,11 @@
 import dataclasses
 import itertools
+import logging
+import multiprocessing
 import os
+import signal
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ class Numbered:
     num_classes: int = 3
     broken: int | None = None
     deadly: bool = False
+    slow: int | None = None
 
     def __len__(self):
         return self.size
@@ -27,6 +33,8 @@ class Numbered:
             os._exit(3)
         if i == self.broken:
             raise OSError("bad bytes")
+        if i == self.slow:
+            time.sleep(3600)
         row = np.array([i, 255 - i], np.uint8)
         return {"image": np.stack([row, row])[..., None], "label": np.int32(i % 3)}
 
@@ -155,6 +163,101 @@ def test_an_unreadable_image_is_named():
 def test_a_dying_worker_raises():
     with pytest.raises(data.ExampleError, match=r"prepares batches has failed.*exit code 3"):
         _take(1, Numbered(12, deadly=True), batch_size=4, seed=0, num_workers=1)
+
+
+def _workers():
+    return multiprocessing.active_children()
+
+
+def test_a_worker_killed_at_its_start_raises_at_once():
+    # As much as this does not fit into the pipe by which Python starts a process.
+    source = data.digits("all")
+    assert source.images.nbytes > 2**16
+
+    def kill():
+        while not _workers():
+            time.sleep(0.001)
+        os.kill(_workers()[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    begin = time.perf_counter()
+    with pytest.raises(data.ExampleError, match=r"prepares batches has failed.*exit code -9"):
+        _take(1, source, batch_size=4, seed=0, num_workers=1)
+    assert time.perf_counter() - begin < 10
+    killer.join()
+
+
+def test_a_wait_ends_where_asked_and_names_the_worker_that_is_stopped(monkeypatch, caplog):
+    asked = []
+    batches = data.batches(
+        Numbered(12), batch_size=4, seed=0, num_workers=2, stopped=lambda: bool(asked)
+    )
+    expected = _take(20, Numbered(12), batch_size=4, seed=0)
+    shared = set(os.listdir("/dev/shm"))
+    _assert_equal([next(batches) for _ in range(4)], expected[:4])
+    # Nothing of a batch has a name that could outlive its processes.
+    assert set(os.listdir("/dev/shm")) == shared
+    workers = _workers()
+    for worker in workers:
+        # The group's processes get the trainer's signals, of which they must not die.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(worker.pid, number)
+    first = workers[0]
+    os.kill(first.pid, signal.SIGSTOP)
+    monkeypatch.setattr(pipeline, "_WARN_SECONDS", 0.3)
+    taken = 4
+    asked.append(True)
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        for batch in batches:
+            _assert_equal([batch], expected[taken : taken + 1])
+            taken += 1
+        assert taken <= 8 and not caplog.messages
+        # Still asked for, it is a batch late and no other.
+        asked.clear()
+        monkeypatch.setattr(pipeline, "_STOPPED_SECONDS", 1.5)
+        words = rf"no batch of step {taken} of Numbered.* for 2 s; .*process {first.pid} is stopped"
+        with pytest.raises(data.ExampleError, match=words + ".*kill -CONT"):
+            next(batches)
+    assert f"process {first.pid} is stopped" in caplog.messages[0] and len(caplog.messages) < 5
+    os.kill(first.pid, signal.SIGCONT)
+    _assert_equal(list(itertools.islice(batches, 20 - taken)), expected[taken:])
+    batches.close()
+    assert not set(workers) & set(_workers())
+
+
+def test_a_read_that_hangs_in_this_process_is_reported_and_can_be_left(monkeypatch, caplog):
+    monkeypatch.setattr(pipeline, "_WARN_SECONDS", 0.1)
+    asked, begin = [], time.perf_counter()
+
+    def stopped():
+        return bool(asked)
+
+    def ask():
+        time.sleep(1)
+        asked.append(True)
+
+    threading.Thread(target=ask).start()
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        assert len(_take(3, Numbered(12, slow=5), batch_size=4, seed=0, stopped=stopped)) < 3
+    assert "no batch of step " in caplog.text and "this process reads" in caplog.text
+    # One of several hosts can't end alone.
+    monkeypatch.setattr(pipeline, "_UNHEARD_SECONDS", 0.5)
+    with pytest.raises(data.ExampleError, match="asked to stop while waiting: no batch of step"):
+        _take(3, Numbered(12, slow=5), batch_size=4, seed=0, stopped=stopped, process_count=2)
+    assert time.perf_counter() - begin < 20
+
+
+def test_a_stop_does_not_cost_a_batch_that_is_there():
+    assert len(_take(5, Numbered(12), batch_size=4, seed=0, stopped=lambda: True)) == 5
+
+
+def test_workers_end_with_an_iterator_that_is_forgotten():
+    batches = data.batches(Numbered(12), batch_size=4, seed=0, num_workers=1)
+    next(batches)
+    (worker,) = _workers()
+    del batches
+    assert worker.exitcode is not None
 
 
 @pytest.mark.parametrize(
