@@ -75,7 +75,7 @@ def numbers(rows, name):
     return values
 
 
-def test_every_experiment_at_its_smallest(command, tmp_path):
+def test_every_experiment_at_its_smallest(command, tmp_path, capsys):
     out = tmp_path / "out"
     # One after the other in one process, which saves compiling what they share.
     done = command(
@@ -89,11 +89,12 @@ def test_every_experiment_at_its_smallest(command, tmp_path):
     check_picture(out / "demo.png")
     assert (out / "demo.md").read_text().count("\n") == 2 + 2 * SMOKE.measurements
     # Nothing is left to do, and the plan says so.
-    plan = command("table", "--preset=smoke", "--dry_run")
-    assert plan.returncode == 0, plan.stderr[-3000:]
-    assert "task affinity: 1 runs, 0 of them to do, 0 steps" in plan.stdout
-    assert "learning rates: 6 runs, 0 of them to do, 0 steps" in plan.stdout
-    assert "comparison: 4 runs, 0 of them to do, 0 steps" in plan.stdout
+    with flagsaver.as_parsed(preset="smoke", out=str(out), dry_run="true"):
+        table.main(["table"])
+    plan = capsys.readouterr().out
+    assert "task affinity: 1 runs, 0 of them to do, 0 steps" in plan
+    assert "learning rates: 6 runs, 0 of them to do, 0 steps" in plan
+    assert "comparison: 4 runs, 0 of them to do, 0 steps" in plan
 
 
 def check_affinity(folder):
