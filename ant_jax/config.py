@@ -9,7 +9,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,11 @@ class Rule(NamedTuple):
     allowed: str
 
 
+# Counters of steps and samples are 32 bits wide on the devices, and so are floating-point numbers.
+_LARGEST_COUNT = 2**31 - 1
+_LARGEST, _SMALLEST = 3.4e38, 1.2e-38
+
+
 def _one_of(*values):
     return Rule((str,), lambda value: value in values, "one of " + ", ".join(map(repr, values)))
 
@@ -41,27 +45,22 @@ def _integer(low, high=None):
     return Rule((int,), lambda value: value >= low and (high is None or value <= high), words)
 
 
-def _number(low, high=float("inf"), *, above=False):
+def _number(low, high=_LARGEST, *, above=False):
     words = f"a number {'>' if above else '>='} {low:g}"
-    if high < float("inf"):
+    if high < _LARGEST:
         words += f" and <= {high:g}"
-    return Rule(
-        (int, float),
-        lambda value: (
-            (value > low if above else value >= low) and value <= high and isfinite(value)
-        ),
-        words,
-    )
+    least = low + _SMALLEST if above else low
+    return Rule((int, float), lambda value: least <= value <= high, words)
 
 
-def _numbers(low):
+def _multiples(high):
     return Rule(
         (tuple,),
         lambda values: (
             bool(values)
-            and all(type(value) in (int, float) and low <= value < float("inf") for value in values)
+            and all(type(value) in (int, float) and 0 < value <= high for value in values)
         ),
-        f"numbers >= {low} as '(1, 2)'",
+        f"numbers > 0 and <= {high} as '(1, 2)'",
     )
 
 
@@ -88,15 +87,16 @@ _PATH = Rule((str,), _is_path, "a path, in which ~ is a home that there is")
 
 def _are_weights(text):
     try:
-        return not text or all(0 <= float(part) < float("inf") for part in text.split(","))
+        weights = [float(part) for part in text.split(",")] if text else [1.0]
     except ValueError:
         return False
+    return all(0 <= weight <= _LARGEST for weight in weights) and max(weights) >= _SMALLEST
 
 
 RULES = {
     # PCGrad adds 2**30 to it, on the device in 32 bits.
     "seed": _integer(0, 2**30 - 1),
-    "num_steps": _integer(1),
+    "num_steps": _integer(1, _LARGEST_COUNT),
     "data.name": Rule(
         (str,),
         lambda name: name in ("digits", "folder") or name.startswith("tfds:"),
@@ -110,7 +110,7 @@ RULES = {
     "data.flip": _BOOL,
     "data.replace_unreadable": _BOOL,
     "data.batch_size": _integer(1),
-    "data.num_workers": _integer(0),
+    "data.num_workers": _integer(0, 1024),
     "diffusion.timesteps": _integer(1, clustering.MAX_TIMESTEPS),
     "diffusion.schedule": _one_of("cosine", "linear", "ldm"),
     "diffusion.variance": _one_of("fixed_small", "fixed_large", "learned_range"),
@@ -121,12 +121,12 @@ RULES = {
     "diffusion.min_snr_gamma": _number(0, above=True),
     "diffusion.clip_x0": _BOOL,
     "model.name": _one_of("dit", "unet"),
-    "model.width": _integer(4),
-    "model.depth": _integer(1),
+    "model.width": _integer(4, 2**16),
+    "model.depth": _integer(1, 1024),
     "model.heads": _integer(1),
     "model.patch": Rule((int,), lambda value: value in (1, 2, 4, 8), "one of 1, 2, 4, 8"),
-    "model.channel_mult": _numbers(0),
-    "model.num_res_blocks": _integer(1),
+    "model.channel_mult": _multiples(64),
+    "model.num_res_blocks": _integer(1, 64),
     "model.attention_factors": Rule(
         (tuple,),
         lambda factors: all(type(factor) is int and factor >= 1 for factor in factors),
@@ -154,16 +154,18 @@ RULES = {
     "clusters.affinity": _PATH,
     "clusters.only": _integer(-1),
     "method.name": _one_of("vanilla", "linear", "uncertainty", "pcgrad", "nash"),
-    "method.linear_weights": Rule((str,), _are_weights, "'' or k numbers >= 0 as '0.3,0.7'"),
+    "method.linear_weights": Rule(
+        (str,), _are_weights, "'' or k numbers >= 0 as '0.3,0.7', not all 0"
+    ),
     "method.uncertainty_learning_rate": _number(0, above=True),
-    "method.nash_update_every": _integer(1),
+    "method.nash_update_every": _integer(1, _LARGEST_COUNT),
     "method.nash_max_norm": _number(0, above=True),
     "method.share_weighted": _BOOL,
     "method.cosines": _BOOL,
     "method.timesteps": _one_of("stratified", "uniform"),
     "method.gradient_form": _one_of("vmap", "scan", "masked"),
     "optimizer.learning_rate": _number(0, above=True),
-    "optimizer.warmup_steps": _integer(0),
+    "optimizer.warmup_steps": _integer(0, _LARGEST_COUNT),
     "optimizer.schedule": _one_of("constant", "cosine"),
     "optimizer.weight_decay": _number(0),
     "optimizer.clip_norm": _number(0),
@@ -174,20 +176,21 @@ RULES = {
     "label_dropout": _number(0, 1),
     "log_every": _integer(1),
     "tensorboard": _BOOL,
-    "profile_steps": _integer(0),
+    "profile_steps": _integer(0, 1000),
     "checkpoint.every": _integer(1),
     "checkpoint.keep": _integer(1),
     "checkpoint.keep_period": _integer(0),
-    "sample.seed": _integer(0),
+    # A larger one would draw the samples of its last 32 bits.
+    "sample.seed": _integer(0, 2**32 - 1),
     "sample.every": _integer(0),
     "sample.sampler": _one_of("ddim", "ddpm"),
     "sample.num_steps": _integer(1),
     "sample.spacing": _TEXT,
     "sample.eta": _number(0, 1),
-    "sample.guidance": _number(0),
+    "sample.guidance": _number(0, 1000),
     "sample.guidance_channels": _integer(0),
     "sample.batch_size": _integer(1),
-    "sample.num": _integer(1),
+    "sample.num": _integer(1, _LARGEST_COUNT),
     "evaluation.split": _TEXT,
     "evaluation.features": _one_of("digits", "inception", ""),
     "evaluation.inception": _PATH,
@@ -303,16 +306,77 @@ def _validate_together(flat):
                 f"config.{name} = True needs clusters to weigh: another config.method.name than "
                 "'vanilla' and config.clusters.only = -1"
             )
-    if flat["sample.guidance"] != 1 and not (flat["model.conditional"] and flat["label_dropout"]):
+    if flat["sample.guidance"] != 1 and not (
+        flat["model.conditional"] and 0 < flat["label_dropout"] < 1
+    ):
         raise ConfigError(
             f"config.sample.guidance = {flat['sample.guidance']} needs config.model.conditional = "
-            "True and config.label_dropout > 0, which train the unconditional model"
+            "True and 0 < config.label_dropout < 1, which train the model with and without labels"
+        )
+    decay = flat["optimizer.weight_decay"]
+    if decay * flat["optimizer.learning_rate"] >= 1:
+        raise ConfigError(
+            f"config.optimizer.weight_decay = {decay} times config.optimizer.learning_rate = "
+            f"{flat['optimizer.learning_rate']} must be below 1: each step takes that share of "
+            "each parameter away"
         )
     if flat["evaluation.features"] == "digits" and flat["data.name"] != "digits":
         raise ConfigError(
             f"config.evaluation.features = 'digits' can't judge config.data.name = "
             f"{flat['data.name']!r}: set it to 'inception' or ''"
         )
+
+
+def surprises(config: ConfigDict, training: bool) -> list[str]:
+    """What a valid config may mean, but not everybody does: a line each."""
+    flat = flatten(config)
+    show = lambda name: f"config.{name} = {flat[name]!r}"
+    every, steps = flat["checkpoint.every"], flat["num_steps"]
+    lines = [
+        (
+            flat["diffusion.clip_x0"] and flat["autoencoder.name"],
+            f"{show('diffusion.clip_x0')} clips latents, which are not within [-1, 1]",
+        ),
+        (
+            flat["sample.eta"] and flat["sample.sampler"] == "ddpm",
+            f"{show('sample.eta')} is of 'ddim', and {show('sample.sampler')}",
+        ),
+    ]
+    lines_of_training = [
+        (
+            flat["optimizer.warmup_steps"] >= steps,
+            f"{show('optimizer.warmup_steps')} is as long as {show('num_steps')}: the learning "
+            f"rate never reaches {flat['optimizer.learning_rate']}",
+        ),
+        (
+            flat["checkpoint.keep_period"] % every,
+            f"{show('checkpoint.keep_period')} is no multiple of {show('checkpoint.every')}: only "
+            "the steps that both divide are kept",
+        ),
+        (
+            flat["method.name"] == "nash" and flat["method.nash_update_every"] >= steps > 1,
+            f"{show('method.nash_update_every')} is as long as {show('num_steps')}: Nash's weights "
+            "are never renewed",
+        ),
+        (
+            flat["label_dropout"] == 1 and flat["model.conditional"],
+            f"{show('label_dropout')} leaves no label to learn from",
+        ),
+        (
+            flat["profile_steps"] and steps < 10,
+            f"{show('profile_steps')} begins at step 10, and {show('num_steps')}",
+        ),
+        (
+            flat["autoencoder.latents"] and not flat["autoencoder.name"],
+            f"{show('autoencoder.latents')} is not used: {show('autoencoder.name')} is diffusion "
+            "in pixels",
+        ),
+        (
+            flat["clusters.affinity"] and flat["clusters.cost"] != "gradient",
+            f"{show('clusters.affinity')} is not used: {show('clusters.cost')}",
+        ),
+    ]
+    return [line for holds, line in lines + lines_of_training * training if holds]
 
 
 def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike) -> None:

@@ -3,6 +3,8 @@
 import functools
 import itertools
 import json
+import math
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -64,7 +66,13 @@ def build(
         raise ConfigError(
             f"config.model.conditional = True, but {config.data.name} has no labels: set it False"
         )
+    if config.sample.guidance_channels > channels:
+        raise ConfigError(
+            f"config.sample.guidance_channels = {config.sample.guidance_channels} must not exceed "
+            f"the {channels} channels of what the network sees"
+        )
     process = builders.build_diffusion(config)
+    _check_loss_weight(config, process)
     size = config.data.image_size
     if config.autoencoder.name:
         size, _, _ = autoencoding.latent_shape(config)
@@ -76,6 +84,8 @@ def build(
             f"config.data.image_size = {config.data.image_size} gives the network sides of {size}, "
             f"which must be divisible by {multiple}, by config.model"
         )
+    for name in ("data.batch_size", "sample.batch_size"):
+        _check_memory(config, name, (size, size, channels))
     try:
         num_labels = num_classes if config.model.conditional else 0
         model = builders.build_model(config, channels, num_labels)
@@ -88,6 +98,27 @@ def build(
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.clusters: {error}") from error
     return Experiment((size, size, channels), model, process, method)
+
+
+def _check_loss_weight(config, process):
+    weight = process.loss_weight
+    if weight is not None and not 0 < np.max(np.float32(weight)) < np.inf:
+        raise ConfigError(
+            f"config.diffusion.loss_weight = {config.diffusion.loss_weight!r} has no weight that "
+            "float32 can hold: see its settings"
+        )
+
+
+def _check_memory(config, name, image_shape):
+    """Refuses a batch whose images alone, as float32, don't fit this machine."""
+    group, setting = name.split(".")
+    need = 4 * config[group][setting] * math.prod(image_shape)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > there:
+        raise ConfigError(
+            f"config.{name} = {config[group][setting]} images of {'x'.join(map(str, image_shape))} "
+            f"take {need >> 30} GiB, more than the {there >> 30} GiB of this machine"
+        )
 
 
 def _check_frozen(pattern, model, image_shape):

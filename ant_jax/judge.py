@@ -35,11 +35,11 @@ _WEIGHTS = (
 
 
 def check(config: ConfigDict) -> None:
-    """Checks what can be without reading a file.
+    """Checks what can be before a run is restored and samples are drawn.
 
     Raises:
       ConfigError: If there is nothing to measure, or what it would be measured by is not named, or
-        a file that is named is not there.
+        is not there, or can't judge such images.
     """
     settings = config.evaluation
     if not settings.features and (settings.samples or not settings.split):
@@ -59,6 +59,17 @@ def check(config: ConfigDict) -> None:
         path = settings[name]
         if path and not user_path(path).is_file():
             raise ConfigError(f"config.evaluation.{name} = {path!r}: there is no such file")
+    if settings.features == "digits" and (config.data.image_size != 8 or config.autoencoder.name):
+        raise ConfigError(
+            "config.evaluation.features = 'digits' judges grey images of 8x8 pixels, and "
+            f"config.data.image_size = {config.data.image_size}, config.autoencoder.name = "
+            f"{config.autoencoder.name!r}: set it to 'inception' or ''"
+        )
+    if settings.split and not settings.samples:
+        try:
+            inputs.open_data(config, settings.split)
+        except ConfigError as error:
+            raise ConfigError(f"config.evaluation.split = {settings.split!r}: {error}") from error
 
 
 def build(config: ConfigDict) -> Judge:

@@ -118,6 +118,10 @@ def _run():
         config = saved
         logging.info("settings: %s, and the command line", workdir / "config.json")
     logging.info("%s in %s", _MODE.value, workdir)
+    _report_errors(config_lib.validate, config)
+    if processes.is_first() and _MODE.value != "export":
+        for line in config_lib.surprises(config, training=_MODE.value == "train"):
+            logging.warning("%s", line)
     _report_errors(processes.check_shared, workdir)
     of_a_step = () if _MODE.value == "train" else (_STEP.value,)
     _report_errors(mode, config, workdir, *of_a_step)

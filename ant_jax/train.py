@@ -67,6 +67,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
         step_fn = experiment.start_compiling(config, pieces)
     else:
         step_fn = experiment.training_step(config, pieces)
+    _look_ahead(config)
     restored = experiment.restore(config, pieces, workdir)
     kept = None
     if restored is None:
@@ -216,6 +217,18 @@ def _write_grid(config, pieces, ema_params, workdir, writer, step):
     sampling.save_png(path, grid)
     writer.image(step, "samples", grid)
     logging.info("samples of step %d: %s", step, path)
+
+
+def _look_ahead(config):
+    """Says what --mode evaluate would refuse, before the hours of training and not after."""
+    # Beside the compilation, because nothing else here needs it.
+    from ant_jax import judge
+
+    if processes.is_first() and (config.evaluation.features or config.evaluation.split):
+        try:
+            judge.check(config)
+        except ConfigError as error:
+            logging.warning("--mode evaluate will refuse this: %s", error)
 
 
 def _log_overview(config, pieces, state, num_images):

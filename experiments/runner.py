@@ -24,7 +24,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ant_jax import config as config_lib
-from ant_jax import evaluate, experiment, inputs, programs, train
+from ant_jax import evaluate, experiment, inputs, judge, programs, train
 from ant_jax.config import ConfigError
 from ant_jax.files import user_path, write_bytes
 from ant_jax.metrics import duration
@@ -217,6 +217,7 @@ def kept(path: Path, source: Any, make: Callable[[], Any]) -> Any:
 def _check(runs):
     """What can fail fails before the first run, and not hours later."""
     source = inputs.open_data(runs[0].config)
+    judge.check(runs[0].config)
     for run in runs:
         try:
             pieces = experiment.build(run.config, source.image_shape[-1], source.num_classes)

@@ -1,4 +1,5 @@
 import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ant_jax import autoencoding, builders, config_file, evaluate, experiment, inputs, judge
+from ant_jax import autoencoding, builders, config_file, evaluate, experiment, inputs, judge, train
 from ant_jax import config as config_lib
 from ant_jax.models.autoencoder import VARIANTS
 from configs import digits
@@ -115,9 +116,9 @@ BAD = {
     "unknown setting config.num_step; did you mean config.num_steps?": {"num_step": 1},
     "did you mean config.optimizer.learning_rate?": {"optimizer__learning_rat": 1.0},
     # a wrong type
-    "config.num_steps must be an integer >= 1, got '3'": {"num_steps": "3"},
-    "config.num_steps must be an integer >= 1, got True": {"num_steps": True},
-    "config.num_steps must be an integer >= 1, got 1.5": {"num_steps": 1.5},
+    "config.num_steps must be an integer >= 1 and <= 2147483647, got '3'": {"num_steps": "3"},
+    "config.num_steps must be an integer >= 1 and <= 2147483647, got True": {"num_steps": True},
+    "config.num_steps must be an integer >= 1 and <= 2147483647, got 1.5": {"num_steps": 1.5},
     "config.ema_decay must be a number >= 0 and <= 1, got False": {"ema_decay": False},
     "config.optimizer.learning_rate must be a number > 0, got '3'": {
         "optimizer__learning_rate": "3"
@@ -125,7 +126,7 @@ BAD = {
     "config.data.flip must be True or False, got 1": {"data__flip": 1},
     "config.data.name must be digits, folder or tfds:BUILDER, got None": {"data__name": None},
     # out of range
-    "config.num_steps must be an integer >= 1, got 0": {"num_steps": 0},
+    "config.num_steps must be an integer >= 1 and <= 2147483647, got 0": {"num_steps": 0},
     "config.seed must be an integer >= 0 and <= 1073741823, got -1": {"seed": -1},
     "config.optimizer.learning_rate must be a number > 0, got 0": {"optimizer__learning_rate": 0},
     "learning_rate must be a number > 0, got nan": {"optimizer__learning_rate": float("nan")},
@@ -147,7 +148,7 @@ BAD = {
     "config.sample.num_steps = 50 must not exceed config.diffusion.timesteps = 49": {
         "diffusion__timesteps": 49
     },
-    "config.model.channel_mult must be numbers >= 0 as '(1, 2)', got ()": {
+    "config.model.channel_mult must be numbers > 0 and <= 64 as '(1, 2)', got ()": {
         "model__channel_mult": ()
     },
     "config.model.attention_factors must be integers >= 1 as '(2, 4)', got (2, 0)": {
@@ -184,8 +185,21 @@ BAD = {
     "config.evaluation.features = 'digits' can't judge config.data.name = 'tfds:cifar10'": {
         "data__name": "tfds:cifar10"
     },
+    "True and 0 < config.label_dropout < 1, which train": {
+        "sample__guidance": 2.0,
+        "label_dropout": 1,
+    },
+    "config.optimizer.weight_decay = 400.0 times config.optimizer.learning_rate = 0.003 must be": {
+        "optimizer__weight_decay": 400.0
+    },
+    "config.method.linear_weights must be '' or k numbers >= 0 as '0.3,0.7', not all 0, got": {
+        "method__name": "linear",
+        "method__linear_weights": "0,0,0,0,0",
+    },
     "config.ema_decay must be a number >= 0 and <= 1, got inf": {"ema_decay": float("inf")},
-    "config.sample.guidance must be a number >= 0, got inf": {"sample__guidance": float("inf")},
+    "config.sample.guidance must be a number >= 0 and <= 1000, got inf": {
+        "sample__guidance": float("inf")
+    },
 }
 
 
@@ -246,7 +260,7 @@ def test_a_tilde_is_the_home_in_every_path(name, tmp_path, monkeypatch):
         (tmp_path / path).write_bytes(b"neither weights nor images")
     settings = {
         "data__name": "folder",
-        "autoencoder__name": "KL-f8",
+        "autoencoder__name": "KL-f4-small",
         "clusters__cost": "gradient",
         "evaluation__features": "inception",
     }
@@ -312,6 +326,110 @@ def test_a_tilde_is_the_home_in_the_name_of_a_config(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text("from configs.digits import get_config")
     assert config_file.read("~/mine.py:linear").method.name == "linear"
+
+
+SURPRISES = {
+    "config.diffusion.clip_x0 = True clips latents": {
+        "autoencoder__name": "KL-f8",
+        "autoencoder__latents": "latents",
+    },
+    "config.sample.eta = 0.5 is of 'ddim', and config.sample.sampler = 'ddpm'": {
+        "sample__eta": 0.5,
+        "sample__sampler": "ddpm",
+    },
+    "config.optimizer.warmup_steps = 100 is as long as config.num_steps = 100: the learning": {
+        "num_steps": 100
+    },
+    "config.checkpoint.keep_period = 700 is no multiple of config.checkpoint.every = 500": {
+        "checkpoint__keep_period": 700
+    },
+    "config.method.nash_update_every = 3000 is as long as": {"method__nash_update_every": 3000},
+    "config.label_dropout = 1 leaves no label": {"label_dropout": 1},
+    "config.profile_steps = 2 begins at step 10, and config.num_steps = 9": {
+        "profile_steps": 2,
+        "num_steps": 9,
+        "optimizer__warmup_steps": 0,
+    },
+    "config.autoencoder.latents = 'latents' is not used: config.autoencoder.name = ''": {
+        "autoencoder__latents": "latents"
+    },
+    "config.clusters.affinity = 'a.npz' is not used: config.clusters.cost = 'snr'": {
+        "clusters__affinity": "a.npz"
+    },
+}
+
+
+@pytest.mark.parametrize("words", SURPRISES)
+def test_what_surprises_is_said_once(words):
+    (line,) = config_lib.surprises(changed(**SURPRISES[words]), training=True)
+    assert line.startswith(words)
+    drawing = any(word in words for word in ("clip_x0", "sample."))
+    assert len(config_lib.surprises(changed(**SURPRISES[words]), training=False)) == drawing
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_no_config_file_surprises(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    assert config_lib.surprises(config, training=True) == []
+
+
+UNJUDGEABLE = {
+    "config.evaluation.split = 'validation': config.data.name = 'digits', split = 'validation'": {
+        "evaluation__split": "validation"
+    },
+    "config.evaluation.features = 'inception' needs config.evaluation.inception = PATH": {
+        "evaluation__features": "inception"
+    },
+    "config.evaluation.inception = '~/none': there is no such file": {
+        "evaluation__features": "inception",
+        "evaluation__inception": "~/none",
+    },
+    "config.evaluation.features = 'digits' judges grey images of 8x8 pixels": {
+        "data__image_size": 16
+    },
+}
+
+
+@pytest.mark.parametrize("words", UNJUDGEABLE)
+def test_what_evaluation_will_refuse_is_said_before_training(words, caplog, tmp_path):
+    config = changed(**UNJUDGEABLE[words])
+    with pytest.raises(config_lib.ConfigError, match=re.escape(words)):
+        evaluate.evaluate(config, tmp_path / "no run")
+    train._look_ahead(config)
+    assert f"--mode evaluate will refuse this: {words}" in caplog.text
+    caplog.clear()
+    train._look_ahead(changed(evaluation__features="", evaluation__split=""))
+    train._look_ahead(changed())
+    assert not caplog.text
+
+
+HOSTILE = [
+    *(None, True, [1], {}, b"1", "", "3", "0,0", "nan", "~", "a\0b", "(", "\udc80", "x" * 9999),
+    *(-1, 0, 1, 2, 3, 7, 1000, 2**31, 2**32, 2**63, 2**64, 10**400),
+    *(-0.0, 0.5, 1.5, 1e-300, 1e39, 1e308, float("nan"), float("inf"), -float("inf")),
+    *((), (1,), (0, 1), (1, 2), (2**63,), (True,), ("1",), (float("nan"), 1), (1,) * 99),
+    *(np.int64(3), np.float32(0.5), np.float64(0.5), np.bool_(True), np.str_("dit")),
+]
+
+
+@pytest.mark.parametrize("name", config_lib.RULES)
+def test_any_value_is_refused_by_name_or_recorded_as_it_is(name):
+    # Few timesteps, so that clusters are found at once.
+    few = {"diffusion__timesteps": 20, "sample__num_steps": 10}
+    for value in HOSTILE:
+        config = changed(**few | {name.replace(".", "__"): value})
+        try:
+            config_lib.validate(config)
+            loaded = config_lib.from_json(json.loads(json.dumps(config.to_dict())))
+            assert loaded == config
+            config_lib.validate(loaded)
+            config_lib.surprises(config, training=True)
+            if not (config.autoencoder.name or config.clusters.cost == "gradient"):
+                pieces = experiment.build(config, 1, 10)
+                experiment.check_batch(config, pieces.method)
+        except config_lib.ConfigError as error:
+            # Perhaps by what it does not fit.
+            assert "config." in str(error) and "\n" not in str(error)
 
 
 FREE = {
@@ -403,6 +521,16 @@ MISFITS = {
         "autoencoder__name": "KL-f8",
         "autoencoder__weights": "vae.pt",
         "autoencoder__latents": "latents",
+    },
+    "config.sample.guidance_channels = 5 must not exceed the 1 channels": {
+        "sample__guidance_channels": 5
+    },
+    "config.data.batch_size = 120 images of 100000x100000x1 take": {"data__image_size": 100_000},
+    "config.sample.batch_size = 100000000000 images of 8x8x1 take": {"sample__batch_size": 10**11},
+    "config.diffusion.loss_weight = 'p2' has no weight that float32 can hold": {
+        "diffusion__loss_weight": "p2",
+        "diffusion__p2_k": 1e30,
+        "diffusion__p2_gamma": 5.0,
     },
     "config.optimizer.frozen = 'blocks' matches none of the parameters": {
         "optimizer__frozen": "blocks"

@@ -157,7 +157,7 @@ MISTAKES = {
     "--config: Attribute <class 'int'>.x does not exist": ["--config.num_steps.x=3"],
     "--config: Could not parse ''": ["--config.=3"],
     "--config.num_steps=1.5: invalid literal for int()": ["--config.num_steps=1.5"],
-    "config.num_steps must be an integer >= 1, got 0": ["--config.num_steps=0"],
+    "config.num_steps must be an integer >= 1 and <= 2147483647, got 0": ["--config.num_steps=0"],
     "ConfigError: --mode encode needs config.autoencoder.name": ["--mode=encode"],
     "--config=configs/digit.py: there is no such file; did you mean configs/digits.py?": [
         "--config=configs/digit.py"
