@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 from test_train import assert_same_state, lines
 
 from ant_jax import config as config_lib
-from ant_jax import experiment
+from ant_jax import evaluate, experiment
 from ant_jax.checkpoint import checkpoint_steps
 from experiments import presets
 
@@ -334,3 +335,98 @@ def test_a_data_worker_that_dies_is_reported(reference, tmp_path):
     assert re.search("^ExampleError: a process that prepares batches has failed.* -9", text, re.M)
     assert_gone(workers, 20)
     assert checkpoint_steps(workdir / "checkpoints")
+
+
+def start_mode(mode, workdir, log, **settings):
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in settings.items()]
+    with log.open("w") as stream:
+        return subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "ant_jax.main",
+                f"--workdir={workdir}",
+                f"--mode={mode}",
+                *flags,
+            ],
+            cwd=ROOT,
+            stderr=stream,
+        )
+
+
+def samples_of(path):
+    with np.load(path) as stored:
+        return stored["arr_0"]
+
+
+@pytest.mark.torture
+def test_drawings_at_once_never_mix_and_one_that_is_killed_goes_on(reference, tmp_path):
+    expected, _ = reference(SOME)
+    workdir = shutil.copytree(expected, tmp_path / "run")
+    settings = {"sample__num": 800, "sample__batch_size": 40, "sample__num_steps": 40}
+    pieces = lambda: len(list((workdir / "drawn").glob("*/*.npz")))
+
+    def drawing(log):
+        process = start_mode("sample", workdir, log, **settings)
+        before = pieces()
+        while pieces() == before and process.poll() is None:
+            time.sleep(0.01)
+        assert process.poll() is None, log.read_text()
+        return process
+
+    killed = drawing(tmp_path / "killed")
+    killed.kill()
+    killed.wait()
+    first = drawing(tmp_path / "first")
+    # While it lasts, none of the same and whoever wants of others.
+    first.send_signal(signal.SIGSTOP)
+    other = start_mode("sample", workdir, tmp_path / "other", **settings, sample__seed=1)
+    for mode in ("sample", "evaluate"):
+        second = start_mode(mode, workdir, tmp_path / "second", **settings)
+        assert second.wait(timeout=100) == 1
+        text = (tmp_path / "second").read_text()
+        told = f"ConfigError: process {first.pid} on .* is drawing the same samples, of step 60 in "
+        assert re.search(f"^{told}", text, re.M) and "Traceback" not in text
+    assert other.wait(timeout=200) == 0, (tmp_path / "other").read_text()
+    first.send_signal(signal.SIGCONT)
+    assert first.wait(timeout=200) == 0
+    assert re.search(r"\d+ of 800 samples were drawn before", (tmp_path / "first").read_text())
+    found = sorted((workdir / "samples").glob("*.npz"))
+    seeds = {}
+    for path in found:
+        said = json.loads(path.with_suffix(".json").read_text())["made_from"]
+        seeds[said["settings"]["sample.seed"]] = samples_of(path)
+    assert seeds.keys() == {0, 1} and (seeds[0] != seeds[1]).any()
+    assert not list((workdir / "drawn").iterdir())
+    # Killed or not, the samples are the same.
+    whole = shutil.copytree(expected, tmp_path / "whole")
+    assert start_mode("sample", whole, tmp_path / "log", **settings).wait(timeout=200) == 0
+    (path,) = (whole / "samples").glob("*.npz")
+    np.testing.assert_array_equal(samples_of(path), seeds[0])
+
+
+@pytest.mark.torture
+def test_a_run_is_sampled_evaluated_and_exported_while_it_goes_on(tmp_path):
+    case = SOME._replace(num_steps=10**6)
+    workdir = tmp_path / "run"
+    trainer = start(workdir, case, tmp_path / "log", **{"checkpoint.every": 2})
+    wait_for(trainer, "saved", workdir)
+    config = config_lib.load(workdir)
+    seen = []
+    for mode in ("sample", "evaluate", "export"):
+        log = tmp_path / mode
+        process = start_mode(mode, workdir, log, sample__num=20, evaluation__features="")
+        while process.poll() is None:
+            time.sleep(0.2)
+            # Over and over, what each of them does.
+            step, _, state = evaluate.restore_run(config, workdir)
+            assert int(state.step) == step
+            seen.append(step)
+        assert process.returncode == 0, log.read_text()
+    assert trainer.poll() is None, (tmp_path / "log").read_text()
+    trainer.terminate()
+    assert trainer.wait(timeout=100) == 0
+    print(f"{len(seen)} checkpoints, from step {seen[0]} to {seen[-1]}, of {len(set(seen))} steps")
+    assert seen == sorted(seen) and len(set(seen)) > 5
+    for folder, suffix in (("samples", "npz"), ("evaluation", "json"), ("weights", "safetensors")):
+        assert len(list((workdir / folder).glob(f"*.{suffix}"))) == 1
