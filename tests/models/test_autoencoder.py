@@ -76,17 +76,22 @@ def template(name):
     return shapes["params"]
 
 
+@functools.cache
+def compiled(name, method):
+    return jax.jit(functools.partial(MODELS[name].apply, method=method))
+
+
 @pytest.mark.parametrize("names", ["diffusers", "paper"])
 @pytest.mark.parametrize("name", ["kl", "vq"])
 def test_weights_of_others_give_their_numbers(name, names):
     recorded, state = load(name, names)
-    model, variables = MODELS[name], {"params": from_torch(state, template(name), AUTOENCODER)}
+    variables = {"params": from_torch(state, template(name), AUTOENCODER)}
     images = recorded["images"].transpose(0, 2, 3, 1)
-    latent = jax.jit(lambda v, x: model.apply(v, x, method="encode"))(variables, images)
+    latent = compiled(name, "encode")(variables, images)
     assert_close(latent.mean, recorded["mean"])
     assert_close(latent.std, recorded["std"])
     mean = recorded["mean"].transpose(0, 2, 3, 1)
-    decoded = jax.jit(lambda v, x: model.apply(v, x, method="decode"))(variables, mean)
+    decoded = compiled(name, "decode")(variables, mean)
     assert_close(decoded, recorded["decoded"])
 
 
