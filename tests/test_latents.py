@@ -34,10 +34,9 @@ def place(tmp_path_factory):
         path = root / "images" / f"class{i % 2}" / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (SIZE, SIZE + 2, 3), np.uint8)).save(path)
+    init = jax.jit(autoencoder("KL-f4-small").init)
     for seed in (0, 1):
-        params = jax.jit(autoencoder("KL-f4-small").init)(
-            jax.random.key(seed), jnp.zeros((1, 8, 8, 3))
-        )["params"]
+        params = init(jax.random.key(seed), jnp.zeros((1, 8, 8, 3)))["params"]
         state = interop.to_torch(jax.device_get(params), interop.AUTOENCODER)
         interop.write_state(root / f"weights{seed}.safetensors", state)
     return root
