@@ -174,6 +174,17 @@ def test_a_file_is_no_folder_for_the_output():
         task_affinity.main(["task_affinity"])
 
 
+def test_a_tilde_is_the_home_in_the_name_of_the_output(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with flagsaver.as_parsed(preset="smoke", out="~/here"):
+        assert runner.choose(["demo"], presets.PRESETS)[1] == tmp_path / "here"
+    with (
+        flagsaver.as_parsed(preset="smoke", out="~nobody-of-that-name/here"),
+        pytest.raises(app.UsageError, match=r"--out=~nobody-of-that-name/here: "),
+    ):
+        runner.choose(["demo"], presets.PRESETS)
+
+
 @pytest.mark.parametrize("preset", presets.PRESETS.values(), ids=presets.PRESETS)
 def test_every_planned_config_is_valid(preset, tmp_path):
     plans = [
