@@ -6,6 +6,7 @@
 
 The argument after the colon is METHOD or METHOD,CLUSTERS. Every option can be set on the command
 line as --config.NAME=VALUE. This file documents all of them; the other configs only change values.
+In paths, ~ is the home folder; config.json keeps them as they were written.
 Expected result: see the README.
 """
 
