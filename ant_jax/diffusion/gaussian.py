@@ -238,9 +238,9 @@ class GaussianDiffusion:
 
         All terms of the bound are exact and grow with the square of the distance between data and
         prediction, in standard deviations: :math:`L_0` is 881 nats at 42 of them, where the code of
-        the papers ends at 27.6, the logarithm of 1e-12. The gradient of :math:`L_0` by the
-        log-variance is exact up to there and stays at -27.6 beyond, where in the papers' code it is
-        0; that of the other terms is not bounded, as in their code.
+        the papers ends at 27.6, or -log(1e-12). The gradient of :math:`L_0` by the log-variance is
+        exact up to there and stays at -27.6 beyond, where in the papers' code it is 0; that of the
+        other terms is not bounded, as in their code.
 
         Args:
           apply_fn: The model, ``apply_fn(x_t, t, y)`` to (B, H, W, C), or to (B, H, W, 2C) with the
