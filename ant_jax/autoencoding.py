@@ -47,9 +47,11 @@ def _load(name, path):
     model = autoencoder(name)
     side = 2 * model.factor
     images = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
-    template = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     try:
-        params = interop.from_torch(interop.read_state(path), template, interop.AUTOENCODER)
+        # First, because a file that is not there costs no tracing of the network.
+        state = interop.read_state(path)
+        template = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        params = interop.from_torch(state, template, interop.AUTOENCODER)
     except (OSError, ValueError) as error:
         raise ConfigError(f"config.autoencoder.weights = {path!r}: {error}") from error
     placed = jax.device_put(params, replicated(jax.local_devices()))
