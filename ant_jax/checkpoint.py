@@ -104,6 +104,8 @@ class Checkpointer:
             self._place = self._open.enter_context(_plain_path(self.directory))
             self._orbax = self._open.enter_context(_open_orbax())
         arrays = collections.Counter(map(_kind, jax.tree.leaves(state)))
+        # Process 0 has had more to do for the one before.
+        processes.wait()
         self._orbax.save(self._place / f"{_PARTIAL}{step}", _to_global(state))
         partial = self.directory / f"{_PARTIAL}{step}"
         self._pending = self._executor.submit(self._commit, partial, step, arrays, record)
@@ -241,6 +243,7 @@ def restore(
         try:
             if not processes.seen(path):
                 raise CheckpointError(f"process 0 has seen a checkpoint {path}: it is not here")
+            processes.wait()
             with _plain_path(directory) as place, _open_orbax() as orbax:
                 state = orbax.restore(place / path.name, _to_global(template))
                 return chosen, _to_local(state, template)
@@ -370,7 +373,12 @@ def _open_orbax():
     # Imported where something is saved or restored: the first step need not wait for it.
     import orbax.checkpoint as ocp
 
-    return ocp.StandardCheckpointer()
+    # Named, they meet by messages; else by a collective, which on CPUs waits half a minute at most.
+    count = jax.process_count()
+    options = ocp.options.MultiprocessingOptions(
+        active_processes=set(range(count)) if count > 1 else None
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
 def _to_global(tree: Any) -> Any:

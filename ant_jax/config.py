@@ -224,6 +224,14 @@ def is_among(name: str, names: Collection[str]) -> bool:
     return name in names or f"{name.partition('.')[0]}." in names
 
 
+def is_of_a_process(name: str) -> bool:
+    """Whether each process of a run may have its own: where things lie there, and its workers.
+
+    What lies at the paths must be the same, and is compared where it is read.
+    """
+    return RULES.get(name) is _PATH or name == "data.num_workers"
+
+
 def validate(config: ConfigDict) -> None:
     """Checks every setting.
 

@@ -47,6 +47,13 @@ def encode(config: ConfigDict) -> Path:
     source = inputs.open_images(config, config.data.split)
     codec = autoencoding.load(config)
     directory = inputs.latents_folder(config, config.data.split)
+    processes.agree(
+        lambda: {
+            "number of images": len(source),
+            "number of classes": source.num_classes,
+            "encoder of config.autoencoder.weights": codec.encoder_digest,
+        }
+    )
     processes.check_shared(directory)
     with _alone(directory):
         _encode(config, source, codec, directory, shape)

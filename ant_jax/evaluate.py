@@ -236,6 +236,8 @@ def validation_losses(
 
 def _draw(config, place, step, pieces, state):
     """Draws the samples of the EMA that are not there yet."""
+    # Named by the parameters and the decoder.
+    processes.agree(lambda: {"parameters of the run and of config.autoencoder": place.name})
     num = config.sample.num
     apply_fn = experiment.denoiser(pieces, state.ema_params)
     draw = functools.partial(sampling.sample_batches, config, pieces, apply_fn, num)

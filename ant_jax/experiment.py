@@ -150,6 +150,11 @@ def _check_boundaries(config, boundaries):
         )
 
 
+def facts(pieces: Experiment, source: data.Source) -> dict[str, Any]:
+    """What a run finds out when it begins."""
+    return _facts_of_data(source) | {"boundaries": pieces.method.boundaries.tolist()}
+
+
 def save_facts(
     pieces: Experiment, source: data.Source, workdir: Path, run: str = ""
 ) -> dict[str, Any]:
@@ -161,9 +166,9 @@ def save_facts(
       workdir: of the run.
       run: its id; "" for one that has none.
     """
-    facts = _facts_of_data(source) | {"boundaries": pieces.method.boundaries.tolist()}
-    write_bytes(workdir / "facts.json", json.dumps({"id": run} | facts).encode())
-    return facts
+    found = facts(pieces, source)
+    write_bytes(workdir / "facts.json", json.dumps({"id": run} | found).encode())
+    return found
 
 
 def _facts_of_data(source):
@@ -351,22 +356,47 @@ def start_compiling(config: ConfigDict, pieces: Experiment) -> Callable:
     """The `training_step`, compiled from now on by a thread of its own.
 
     The first call waits for the thread and raises what went wrong in it. The thread ends with the
-    compilation, whether or not anybody waits, and the program not before. With several processes
-    the first call compiles, so that all do everything in the same order.
+    compilation, whether or not anybody waits, and the program not before.
+
+    With several processes compilation begins at the first call, because JAX then asks for arrays,
+    and all begin the first step together, however long each took: a collective on CPUs waits half a
+    minute and no longer. So there they begin every step together, whatever keeps one of them.
     """
-    if jax.process_count() > 1:
-        return training_step(config, pieces)
     step, own = _step_and_own(config, pieces)
+    if jax.process_count() > 1:
+        return _in_step(step, own)
     lowered = step.lower(abstract_state(config, pieces), _abstract_batch(config, pieces), own)
-    executor = ThreadPoolExecutor(1, thread_name_prefix="compiler")
-    compiling = executor.submit(lowered.compile)
-    executor.shutdown(wait=False)
+    compiling = _in_a_thread(lowered.compile)
 
     def run(state, batch):
         compiling.result()
         return step(state, batch, own)
 
     return run
+
+
+def _in_step(step, own):
+    on_cpus = jax.default_backend() == "cpu"
+    first = True
+
+    def run(state, batch):
+        nonlocal first
+        if first:
+            # In a thread, so that the main one hears of a signal.
+            _in_a_thread(step.lower(state, batch, own).compile).result()
+        if first or on_cpus:
+            processes.wait()
+        first = False
+        return step(state, batch, own)
+
+    return run
+
+
+def _in_a_thread(function):
+    executor = ThreadPoolExecutor(1, thread_name_prefix="compiler")
+    future = executor.submit(function)
+    executor.shutdown(wait=False)
+    return future
 
 
 def _step_and_own(config, pieces):

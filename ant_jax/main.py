@@ -1,17 +1,21 @@
 """Trains, samples, evaluates, encodes, exports: ``python -m ant_jax.main --config FILE``."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Without a word, until there is something to say: the imports below take their time.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ant_jax import config as config_lib
-from ant_jax import config_file, processes, programs
+from ant_jax import config_file, stopping
 from ant_jax.config import ConfigError
 from ant_jax.files import user_path
-from ant_jax.metrics import quiet_console
 
 # What ml_collections raises where an override fits no setting.
 _BAD_OVERRIDE = (AttributeError, KeyError, TypeError, ValueError)
@@ -73,18 +77,32 @@ flags.register_multi_flags_validator(
     message="it is for --mode sample, evaluate and export",
 )
 
+# What there is when a mode is asked to stop, and how to go on.
+_HOW = {
+    "train": "no step since the last checkpoint is lost; start again to go on",
+    "sample": "what was drawn is kept; start again to go on",
+    "evaluate": "what was drawn is kept; start again to go on",
+    "encode": "the shards that are made are kept; start again to go on",
+    "export": "nothing was written",
+}
+
 
 def main(argv: list[str]) -> None:
     """Dispatches to the mode."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; settings are --config.NAME=VALUE")
-    quiet_console()
-    _meet()
-    with processes.ending_together():
-        _run()
+    with stopping.ending_the_program(_HOW[_MODE.value]):
+        # Importing JAX takes its time.
+        from ant_jax import processes
+        from ant_jax.metrics import quiet_console
+
+        quiet_console()
+        _meet(processes.meet)
+        with processes.ending_together():
+            _run()
 
 
-def _meet():
+def _meet(meet):
     by_hand = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
     missing = [f"--{flag.name}" for flag in by_hand if flag.value is None]
     if 0 < len(missing) < len(by_hand):
@@ -94,17 +112,20 @@ def _meet():
         )
     if _DISTRIBUTED.value or not missing:
         try:
-            processes.meet(*(flag.value for flag in by_hand))
+            meet(*(flag.value for flag in by_hand))
         except ValueError as error:
             sys.exit(str(error))
 
 
 def _run():
-    programs.keep()
+    from ant_jax import processes, programs
+
     mode = _imported_mode()
     config = _CONFIG.value
     if _MODE.value == "encode":
         # Latents belong to no run.
+        _report_errors(processes.agree, lambda: _said(config))
+        programs.keep()
         _report_errors(mode, config)
         return
     workdir = _report_errors(_usable_workdir, _WORKDIR.value or default_workdir(config))
@@ -118,10 +139,12 @@ def _run():
         config = saved
         logging.info("settings: %s, and the command line", workdir / "config.json")
     logging.info("%s in %s", _MODE.value, workdir)
+    _report_errors(processes.agree, lambda: _said(config, workdir))
     _report_errors(config_lib.validate, config)
     if processes.is_first() and _MODE.value != "export":
         for line in config_lib.surprises(config, training=_MODE.value == "train"):
             logging.warning("%s", line)
+    programs.keep()
     _report_errors(processes.check_shared, workdir)
     of_a_step = () if _MODE.value == "train" else (_STEP.value,)
     _report_errors(mode, config, workdir, *of_a_step)
@@ -136,6 +159,24 @@ def _usable_workdir(name):
     if not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError(f"--workdir={name}: nothing can be written in {above}")
     return workdir
+
+
+def _said(config, workdir=None):
+    """What each process was told, which must be the same."""
+    from ant_jax import versions
+
+    settings = config_lib.flatten(config)
+    return {
+        "--mode": _MODE.value,
+        "--step": _STEP.value,
+        "--workdir": workdir and str(workdir.absolute()),
+        **{
+            f"config.{name}": value
+            for name, value in settings.items()
+            if not config_lib.is_of_a_process(name)
+        },
+        **versions.in_use(),
+    }
 
 
 def _imported_mode():
@@ -157,8 +198,10 @@ def _imported_mode():
 def _report_errors(function, *arguments):
     from ant_jax.checkpoint import CheckpointError
     from ant_jax.data import ExampleError
+    from ant_jax.processes import DisagreementError
 
     expected = (ConfigError, CheckpointError, ExampleError, OSError, FloatingPointError)
+    expected += (DisagreementError,)
     try:
         return function(*arguments)
     except expected as error:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 Step = Callable[..., tuple[Any, Any]]
@@ -25,7 +26,8 @@ def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
       ``(state, batch, *extra) -> (state, metrics)``, where ``batch`` is this process's part of the
       global batch, its size divisible by the number of devices, and ``extra`` the same on all
       devices. The state is donated; put the first one on the devices with `replicate`. Its
-      ``lower`` is that of `jax.jit`, of one process only; what it compiles, a later call finds.
+      ``lower`` is that of `jax.jit`; what it compiles, a later call finds. Of one of several
+      processes it takes arrays alone.
     """
     if jax.device_count() == 1 or (jax.process_count() == 1 and len(devices) == 1):
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(devices))
@@ -44,7 +46,9 @@ def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
         return mapped(state, split_batch(batch), extra)
 
     def lower(state, batch, *extra):
-        return mapped.lower(state, jax.eval_shape(split_batch, batch), extra)
+        abstract = jax.process_count() == 1
+        parts = jax.eval_shape(split_batch, batch) if abstract else split_batch(batch)
+        return mapped.lower(state, parts, extra)
 
     run.lower = lower
     return run
@@ -78,3 +82,29 @@ def split_over(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     """Puts a pytree on every one of these devices, unstacked."""
     return jax.device_put(tree, replicated(devices))
+
+
+def checksums(tree: Any) -> list[int]:
+    """What tells replicas apart: of each of this process's devices 32 bits, of all bits it holds.
+
+    Args:
+      tree: arrays that every one of the devices holds whole.
+    """
+    return [int(shard.data) for shard in _checksum(tree).addressable_shards]
+
+
+@jax.jit
+def _checksum(tree):
+    def of_leaf(leaf):
+        if leaf.dtype == bool:
+            leaf = leaf.astype(jnp.uint8)
+        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(jnp.ravel(leaf), unsigned)
+        # Odd factors that differ: a change anywhere, and a swap, changes the sum.
+        factors = jnp.uint32(2654435761) * jnp.arange(bits.size, dtype=jnp.uint32) | jnp.uint32(1)
+        return jnp.sum(bits.astype(jnp.uint32) * factors, dtype=jnp.uint32)
+
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(tree):
+        total = total * jnp.uint32(31) + of_leaf(leaf)
+    return total

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,10 +11,19 @@ import numpy as np
 import optax
 from absl import logging
 from clu import parameter_overview
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from ant_jax import checkpoint, data, experiment, inputs, metrics, processes, sampling
+from ant_jax import (
+    checkpoint,
+    data,
+    experiment,
+    inputs,
+    metrics,
+    parallel,
+    processes,
+    sampling,
+    stopping,
+)
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.files import locked
@@ -35,9 +43,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         ``samples/`` and ``checkpoints/``.
 
     Returns:
-      The state reached: the last one, or on SIGTERM the one that was saved.
+      The state reached: the last one, or on SIGTERM, SIGHUP or Ctrl-C the one that was saved.
 
     Raises:
+      KeyboardInterrupt: on one of these before the first step, when there is nothing to save yet,
+        or on a second one.
       ConfigError: for impossible settings, or a workdir of another config or in another's use.
       FloatingPointError: at the first loss or gradient that is not finite, or, where
         ``config.optimizer.nonfinite`` skips them, at the tenth in a row since the start.
@@ -54,8 +64,19 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         boundaries = before["facts"].get("boundaries")
     pieces = experiment.build(config, source.image_shape[-1], source.num_classes, boundaries)
     experiment.check_batch(config, pieces.method)
+    processes.agree(lambda: _found(pieces, source))
     with _alone(workdir) as check_alone:
         return _train(config, workdir, source, pieces, before, check_alone)
+
+
+def _found(pieces, source):
+    """What each of several processes finds for itself, which must be the same."""
+    devices = jax.local_devices()
+    return {
+        "devices of a process": len(devices),
+        "kind of device": devices[0].device_kind,
+        **experiment.facts(pieces, source),
+    }
 
 
 def _train(config, workdir, source, pieces, before, check_alone):
@@ -80,6 +101,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
     saved = None if restored is None else start
     # Of a checkpoint of an older version nothing is known.
     kept = kept["metrics"] if kept else {"interval": {}, "skipped": 0, "replaced": 0, "lines": None}
+    _check_same(start, state)
 
     # From here on the start can't be refused any more: what is written before is never regretted.
     checkpoints = checkpoint.Checkpointer(
@@ -102,6 +124,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
         num_workers=config.data.num_workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        stopped=stopping.asked,
     )
     progress = metrics.Progress(start, config.num_steps, config.data.batch_size)
     interval = metrics.Interval(kept["interval"])
@@ -114,7 +137,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
     def replaced_anywhere():
         if not config.data.replace_unreadable:
             return 0
-        return int(multihost_utils.process_allgather(np.array(replaced)).sum())
+        return sum(processes.gather(replaced))
 
     def collect():
         """Fetches the pending metrics and refuses to go on from a state that is not finite."""
@@ -134,11 +157,21 @@ def _train(config, workdir, source, pieces, before, check_alone):
                 values = jax.tree.map(lambda value: np.full_like(value, np.nan), values)
             interval.add(values)
 
+    def save(step):
+        nonlocal saved
+        collect()
+        _check_finite(step, state, saved, directory)
+        _check_same(step, state)
+        so_far = {"interval": interval.state(), "skipped": skipped}
+        so_far |= {"replaced": replaced_anywhere(), "lines": writer.written()}
+        checkpoints.save(step, state, record | {"metrics": so_far})
+        saved = step
+
     with (
+        stopping.saving() as stop,
         contextlib.closing(checkpoints),
         contextlib.closing(writer),
         contextlib.closing(batches),
-        _stop_signal() as stop_requested,
         _profiler(config, workdir, start) as profile,
     ):
         if start and _has_grid(config, start) and not _grid_path(workdir, start).exists():
@@ -148,11 +181,18 @@ def _train(config, workdir, source, pieces, before, check_alone):
         for step in range(start + 1, config.num_steps + 1):
             profile(step)
             # Read, and by the call below sent, while the devices work on the step before.
-            batch = next(batches)
+            batch = next(batches, None)
+            if batch is None:
+                logging.info("asked to stop while waiting for data: saving step %d", step - 1)
+                if saved != step - 1:
+                    save(step - 1)
+                break
             replaced += int(batch.pop("replaced", np.zeros(0)).sum())
             state, on_device = step_fn(state, batch)
             if step == start + 1:
                 progress.restart(start)
+                # From now on there is something to save.
+                stop.saving = True
             # Fetched while this step runs: the metrics of the one before it.
             collect()
             pending = (step, on_device)
@@ -160,7 +200,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
 
             log = step % config.log_every == 0
             last = step == config.num_steps
-            stopping = last or stop_requested(log)
+            ends = last or _stop_here(stop, log)
             # Where a run is stopped, what is to be reported waits in the checkpoint.
             if log or last:
                 collect()
@@ -173,14 +213,9 @@ def _train(config, workdir, source, pieces, before, check_alone):
                     report["skipped_steps"] = skipped
                     skipped = 0
                 writer.scalars(step, {**report, "steps_per_second": speed})
-            if step % config.checkpoint.every == 0 or stopping:
-                collect()
-                _check_finite(step, state, saved, directory)
-                so_far = {"interval": interval.state(), "skipped": skipped}
-                so_far |= {"replaced": replaced_anywhere(), "lines": writer.written()}
-                checkpoints.save(step, state, record | {"metrics": so_far})
-                saved = step
-            if stopping and not last:
+            if step % config.checkpoint.every == 0 or ends:
+                save(step)
+            if ends and not last:
                 # A picture that is due now is drawn at the next start.
                 logging.info("asked to stop: saving step %d, start again to go on", step)
                 break
@@ -255,6 +290,11 @@ def _check_finite(step, state, saved, directory):
         )
 
 
+def _check_same(step, state):
+    """A state that differs between processes or devices must not become a checkpoint."""
+    processes.agree(lambda: {f"the state after step {step}": parallel.checksums(state)})
+
+
 def _not_finite(step, values, saved, directory):
     return f"{_figures(step, values)}; {_advice(saved, directory)}"
 
@@ -316,30 +356,16 @@ def _alone(workdir: Path) -> Iterator[Callable[[], None]]:
             raise
 
 
-@contextlib.contextmanager
-def _stop_signal() -> Iterator:
-    """Yields a function that tells whether to stop because SIGTERM has come.
+def _stop_here(stop, waiting):
+    """Whether to stop after this step because a signal has come.
 
     All processes must stop at the same step, so many ask each other, and only where the loop waits
     for the device anyway.
     """
-    received = []
-
-    def stop_requested(waiting: bool) -> bool:
-        if jax.process_count() == 1:
-            return bool(received)
-        return waiting and bool(multihost_utils.process_allgather(np.array(bool(received))).any())
-
-    try:
-        before = signal.signal(signal.SIGTERM, lambda *_: received.append(True))
-    except ValueError:
-        # Only the main thread can listen.
-        yield stop_requested
-        return
-    try:
-        yield stop_requested
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    asked = stop.signum is not None
+    if jax.process_count() == 1:
+        return asked
+    return waiting and any(processes.gather(asked))
 
 
 @contextlib.contextmanager

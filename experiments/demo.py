@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import app
 
 from ant_jax import builders
 from ant_jax.files import write_bytes
@@ -135,4 +134,4 @@ def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runner.start(main)

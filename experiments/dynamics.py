@@ -10,7 +10,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import app, logging
+from absl import logging
 
 from ant_jax import experiment, inputs
 from ant_jax.files import write_bytes
@@ -155,4 +155,4 @@ def _draw(label, group, boundaries, pairs):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runner.start(main)

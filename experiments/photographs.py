@@ -18,7 +18,7 @@ import optax
 from absl import app, flags, logging
 from PIL import Image
 
-from ant_jax import data, interop
+from ant_jax import data, interop, stopping
 from ant_jax.files import user_path, write_bytes
 from ant_jax.metrics import duration, quiet_console
 from ant_jax.models.autoencoder import autoencoder
@@ -36,6 +36,7 @@ _LEARNING_RATE = 2e-3
 _KL_WEIGHT = 1e-4
 
 
+@stopping.ending_the_program("start again from the beginning")
 def main(argv: list[str]) -> None:
     """Makes the images, Inception's weights and the autoencoder."""
     quiet_console()

@@ -10,10 +10,11 @@ import json
 import math
 import multiprocessing
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ant_jax import config as config_lib
-from ant_jax import evaluate, experiment, inputs, judge, programs, train
+from ant_jax import evaluate, experiment, inputs, judge, programs, stopping, train
 from ant_jax.config import ConfigError
 from ant_jax.files import user_path, write_bytes
 from ant_jax.metrics import duration
@@ -53,6 +54,20 @@ class Run(NamedTuple):
 
 class Stopped(RuntimeError):
     """A run was asked to stop before its end; it has saved its state."""
+
+
+def start(main: Callable[[list[str]], None]) -> None:
+    """Runs a program of the command line, which ends in one line where it is asked to stop."""
+
+    def run(argv):
+        with stopping.ending_the_program("start again to go on") as stop:
+            try:
+                main(argv)
+            except Stopped as error:
+                print(error, file=sys.stderr)
+                sys.exit(stopping.status(stop.signum))
+
+    app.run(run)
 
 
 def choose(argv: Sequence[str], presets: dict[str, Preset]) -> tuple[Preset, Path]:
@@ -150,13 +165,12 @@ def execute(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[st
         with _progress(waiting, out, title):
             groups = _groups(waiting, _workers())
             if _workers() == 1 or sum(run.config.num_steps for run in waiting) < _WORTH_A_PROCESS:
-                # In the main thread, which SIGTERM can stop.
+                # In the main thread, which a signal can stop.
                 for group in groups:
                     _run_all(group, out)
             else:
-                with _processes(len(groups)) as submit:
-                    for future in as_completed([submit(_run_all, group, out) for group in groups]):
-                        future.result()
+                for _ in _in_processes(_run_all, [(group, out) for group in groups]):
+                    pass
     return [_result(run, out) for run in runs]
 
 
@@ -181,11 +195,8 @@ def parallel(function: Callable, arguments: Sequence[tuple], title: str) -> list
     bar = lambda each: tqdm(each, title, len(arguments))
     if _workers() == 1 or sum(run.config.num_steps for run, *_ in arguments) < _WORTH_A_PROCESS:
         return [function(*each) for each in bar(arguments)]
-    with _processes(len(arguments)) as submit:
-        futures = [submit(function, *each) for each in arguments]
-        for future in bar(as_completed(futures)):
-            future.result()
-    return [future.result() for future in futures]
+    results = dict(bar(_in_processes(function, arguments)))
+    return [results[number] for number in range(len(arguments))]
 
 
 def folder(run: Run, out: Path) -> Path:
@@ -309,20 +320,32 @@ def _workers():
     return len(_cores()) if jax.default_backend() == "cpu" else 1
 
 
-@contextlib.contextmanager
-def _processes(tasks: int) -> Iterator[Callable[..., Future]]:
-    """Yields ``submit`` of a pool with a core for each process."""
+def _in_processes(function: Callable, arguments: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
+    """Which call is done and what it has returned, as they end; a core for each process."""
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     for core in _cores():
         cores.put(core)
-    count = min(_workers(), tasks)
+    count = min(_workers(), len(arguments))
     pool = ProcessPoolExecutor(count, context, _start_worker, (cores, os.getpid()))
     try:
-        yield pool.submit
+        with stopping.deaf_children():
+            numbers = {pool.submit(_call, function, *each): i for i, each in enumerate(arguments)}
+        with stopping.saving() as stop:
+            stop.saving = True
+            waiting = set(numbers)
+            while waiting:
+                done, waiting = wait(waiting, 0.5, FIRST_COMPLETED)
+                if stop.signum is not None:
+                    # Each run saves its state.
+                    for process in pool._processes.values():
+                        process.terminate()
+                    pool.shutdown(cancel_futures=True)
+                    raise Stopped("the runs that were under way are saved: start again to go on")
+                for future in done:
+                    yield numbers[future], future.result()
     except BaseException:
-        # Not SIGTERM, which a run takes for a wish to be saved: its checkpoint is good.
-        for process in list(pool._processes.values()):
+        for process in (pool._processes or {}).values():
             process.kill()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
@@ -344,6 +367,15 @@ def _start_worker(cores, parent):
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _call(function, *arguments):
+    """In a worker: what is no run, or has no step yet, stops too."""
+    with stopping.listening():
+        try:
+            return function(*arguments)
+        except KeyboardInterrupt:
+            raise Stopped("asked to stop: start again to go on") from None
 
 
 def _run_all(runs: Sequence[Run], out: Path) -> None:

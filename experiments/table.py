@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import app, logging
+from absl import logging
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from ant_jax import data, experiment, inputs
@@ -372,4 +372,4 @@ def draw(
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runner.start(main)

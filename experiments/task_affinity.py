@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import app, logging
+from absl import logging
 
 from ant_jax import affinity, builders, clustering, evaluate, inputs
 from ant_jax.files import write_bytes
@@ -164,4 +164,4 @@ def _draw(config, process, matrix, grid, profiles, correlations):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runner.start(main)

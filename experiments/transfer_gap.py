@@ -12,7 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import app, logging
+from absl import logging
 
 from ant_jax import evaluate, evaluation, experiment, sampling
 from ant_jax.files import write_bytes
@@ -186,4 +186,4 @@ def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runner.start(main)

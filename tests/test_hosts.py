@@ -166,12 +166,27 @@ def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_p
 
 def test_one_that_fails_ends_the_other_with_its_reason(tmp_path):
     run = ["-m", "ant_jax.main", f"--workdir={tmp_path}"]
-    (first, told), (second, reason) = two(run, [*run, "--config.num_steps=0"])
+    (first, told), (second, reason) = two(run, [*run, "--config.data.num_workers=-1"])
     assert first == second == 1
-    message = "ConfigError: config.num_steps must be an integer >= 1, got 0"
+    message = "ConfigError: config.data.num_workers must be an integer >= 0 and <= 1024, got -1"
     assert message in reason
     assert re.search(f"process 1 on .* failed: {message}", told)
     assert "Traceback" not in told + reason
+
+
+def test_processes_with_other_settings_name_them_and_write_nothing(tmp_path):
+    run = ["-m", "ant_jax.main", f"--workdir={tmp_path / 'run'}"]
+    changes = ["--config.seed=1", "--config.checkpoint.every=7", "--config.data.num_workers=1"]
+    (first, told), (second, reason) = two(run, [*run, *changes])
+    assert first == second == 1
+    message = (
+        "DisagreementError: the processes of a run must have the same: "
+        "config.checkpoint.every: 500 in process 0, 7 in process 1; "
+        "config.seed: 0 in process 0, 1 in process 1\n"
+    )
+    assert message in told and message in reason
+    assert "Traceback" not in told + reason
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_meet_says_so(tmp_path):

@@ -21,9 +21,37 @@ def test_compiled_programs_are_kept_where_jax_knows_no_other_place(known, tmp_pa
     # As if on another CPU than Intel's, where nothing is kept.
     program = PROGRAM.replace("programs.keep()", "programs._cpu = lambda: 'CPU'; programs.keep()")
     command = [sys.executable, "-c", program]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100)
+    run = lambda: subprocess.run(
+        command, cwd=ROOT, env=environment, check=True, timeout=100, capture_output=True, text=True
+    )
+    run()
     kept = lambda folder: any(path.is_file() for path in (tmp_path / folder).rglob("*"))
     assert (kept("cache/ant_jax/programs"), kept("known")) == (not known, known)
+    if not known:
+        # What a kill or a bad disk has left: compiled again, said once, and whole from then on.
+        (path,) = [path for path in (tmp_path / "cache").rglob("*-sealed")]
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9])
+        assert "damaged and will be compiled again" in run().stderr
+        assert "damaged" not in run().stderr
+
+
+def test_a_damaged_program_is_not_run_and_is_replaced(tmp_path, caplog):
+    cache = programs._Sealed(tmp_path)
+    assert cache.get("key") is None
+    content = bytes(range(200))
+    for damage in (
+        lambda whole: whole[:-7],
+        lambda whole: whole[:20],
+        lambda whole: b"",
+        lambda whole: whole[:90] + bytes([whole[90] ^ 4]) + whole[91:],
+    ):
+        cache.put("key", content)
+        assert cache.get("key") == content
+        (path,) = tmp_path.iterdir()
+        path.write_bytes(damage(path.read_bytes()))
+        assert cache.get("key") is None and str(path) in caplog.records[-1].message
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_each_machine_has_a_folder_and_intel_s_cpus_none():

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from PIL import Image
+from test_hosts import two
 from test_train import assert_same_state, lines
 
 from ant_jax import config as config_lib
@@ -430,3 +432,142 @@ def test_a_run_is_sampled_evaluated_and_exported_while_it_goes_on(tmp_path):
     assert seen == sorted(seen) and len(set(seen)) > 5
     for folder, suffix in (("samples", "npz"), ("evaluation", "json"), ("weights", "safetensors")):
         assert len(list((workdir / folder).glob(f"*.{suffix}"))) == 1
+
+
+def stopped_by_ctrl_c(workdir, case, log, wait, **changes):
+    """Starts a trainer in a group of its own, as of a terminal, and tells the group to stop."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ant_jax.main", *arguments(workdir, case, **changes)],
+            cwd=ROOT,
+            stderr=stream,
+            start_new_session=True,
+        )
+    wait(process)
+    os.killpg(process.pid, signal.SIGINT)
+    begin = time.perf_counter()
+    code = process.wait(timeout=100)
+    return code, log.read_text(), time.perf_counter() - begin
+
+
+def seconds(number):
+    return lambda workdir: lambda process: time.sleep(number)
+
+
+def words(text):
+    def wait(workdir, process):
+        log = workdir.with_name("log")
+        while process.poll() is None and text not in log.read_text():
+            time.sleep(0.002)
+
+    return lambda workdir: lambda process: wait(workdir, process)
+
+
+def further(event):
+    return lambda workdir: lambda process: wait_for(process, event, workdir)
+
+
+INSTANTS = {
+    "starting": seconds(0.1),
+    "importing": seconds(1),
+    "compiling": words("compiling the step"),
+    "stepping": further("logged"),
+    "saving": further("saving"),
+    "saved": further("saved"),
+}
+
+
+@pytest.mark.torture
+def test_ctrl_c_at_any_instant_is_one_line_and_loses_nothing(reference, tmp_path):
+    case = Case("nash", 400, SMALL | {"data.num_workers": 1}, 1, ())
+    expected, _ = reference(case)
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    for name, instant in INSTANTS.items():
+        code, text, taken = stopped_by_ctrl_c(workdir, case, log, instant(workdir))
+        print(f"{name}: status {code} after {taken:.1f} s, checkpoints {saved_in(workdir)}")
+        assert "Traceback" not in text and "Error" not in text, text
+        assert code == 130 or (code, text) == (-signal.SIGINT, ""), text
+        if name in ("stepping", "saving", "saved"):
+            step = re.search(r"asked to stop: saving step (\d+)", text)
+            assert saved_in(workdir)[-1] == int(step[1])
+    code, text = finish(workdir, case, log)
+    assert code == 0, text
+    # Each stop saved a step between the others: not the same two checkpoints are the newest.
+    assert lines(workdir) == lines(expected)
+    config = config_lib.load(workdir)
+    pieces = experiment.build(config, **experiment.load_facts(workdir))
+    (_, state), (_, other) = (
+        experiment.restore(config, pieces, folder) for folder in (workdir, expected)
+    )
+    assert_same_state(state, other)
+
+
+def saved_in(workdir):
+    return checkpoint_steps(workdir / "checkpoints")
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    {
+        (
+            "--config.data.batch_size=80",
+        ): "config.data.batch_size: 40 in process 0, 80 in process 1",
+        ("--config.sample.every=3",): "config.sample.every: 0 in process 0, 3 in process 1",
+        ("--mode=sample",): "--mode: 'train' in process 0, 'sample' in process 1",
+        ("--workdir=elsewhere",): "--workdir: ",
+        ("--config.data.dir={other}",): "num_images: 8 in process 0, 9 in process 1",
+    }.items(),
+    ids=lambda value: str(value)[:30],
+)
+def test_mismatched_processes_end_and_name_what_differs(changes, named, tmp_path):
+    for name, count in (("one", 4), ("other", 5)):
+        for label, number in (("a", 4), ("b", count)):
+            (tmp_path / name / label).mkdir(parents=True)
+            for i in range(number):
+                image = np.full((8, 8, 3), 20 * i, np.uint8)
+                Image.fromarray(image).save(tmp_path / name / label / f"{i}.png")
+    settings = SMALL | {"data.name": "folder", "data.dir": tmp_path / "one", "data.split": ""}
+    settings |= {"evaluation.features": "", "data.crop": "center"}
+    run = ["-m", "ant_jax.main", *arguments(tmp_path / "run", SOME, **settings)]
+    changes = [change.format(other=tmp_path / "other") for change in changes]
+    for code, text in two(run, [*run, *changes]):
+        assert code == 1 and named in text and "Traceback" not in text, text
+    assert not saved_in(tmp_path / "run")
+
+
+LATE = {
+    "compiling": """
+compile = jax.stages.Lowered.compile
+jax.stages.Lowered.compile = lambda self, *a: (time.sleep(35), compile(self, *a))[1]
+""",
+    "reading": """
+from ant_jax import data
+batches = data.batches
+def late(*a, **k):
+    for i, batch in enumerate(batches(*a, **k)):
+        time.sleep(35 * (i == 3))
+        yield batch
+data.batches = late
+""",
+    "saving": """
+from ant_jax import checkpoint
+open_orbax = checkpoint._open_orbax
+checkpoint._open_orbax = lambda: (time.sleep(35 * checkpoint.late), open_orbax())[1]
+checkpoint.late = True
+""",
+}
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("what", LATE)
+def test_a_process_that_is_late_does_not_end_the_other(what, tmp_path):
+    """Gloo's collectives, of CPUs, wait half a minute."""
+    # Nash-MTL has a reduce-scatter, which takes that most seriously.
+    case = Case("nash", 8, SMALL, 8, ())
+    main = "runpy.run_module('ant_jax.main', run_name='__main__', alter_sys=True)"
+    late = f"import runpy, sys, time, jax\n{LATE[what]}\n{main}"
+    run = arguments(tmp_path / "run", case, **{"checkpoint.every": 8, "log_every": 2})
+    (first, text), (second, other) = two(["-m", "ant_jax.main", *run], ["-c", late, *run])
+    assert first == second == 0, text + other
+    assert saved_in(tmp_path / "run") == [8]

@@ -17,7 +17,7 @@ import optax
 import pytest
 from PIL import Image
 
-from ant_jax import affinity, builders, checkpoint, data, evaluate, experiment, parallel
+from ant_jax import affinity, builders, checkpoint, data, evaluate, experiment, parallel, stopping
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
@@ -158,6 +158,25 @@ def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(
     assert_same_state(state, expected)
     assert lines(tmp_path) == lines(whole)
     assert [row["step"] for row in lines(tmp_path)] == list(range(1, STEPS + 1))
+
+
+def test_a_signal_while_a_run_waits_for_data_saves_the_step_before(finished, tmp_path, monkeypatch):
+    config, whole, expected = finished
+
+    def hook(step, batch):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGHUP)
+            # As the pipeline does where it waits.
+            assert stopping.asked()
+            raise StopIteration
+        return batch
+
+    with monkeypatch.context() as patch:
+        before_batch(patch, hook)
+        assert int(trainer.train(config, tmp_path).step) == 3
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [2, 3]
+    assert_same_state(trainer.train(config, tmp_path), expected)
+    assert lines(tmp_path) == lines(whole)
 
 
 def test_a_finished_run_is_left_alone(finished, monkeypatch):
@@ -553,8 +572,7 @@ def test_damaged_images_of_a_folder_are_counted_or_named(tmp_path, monkeypatch):
     assert [row["replaced_images"] for row in lines(tmp_path / "replaced")] == [2, 2]
     with monkeypatch.context() as patch:
         # As if a second process had found three more.
-        two = lambda mine: np.stack([mine, mine + 3])
-        patch.setattr(trainer.multihost_utils, "process_allgather", two)
+        patch.setattr(trainer.processes, "gather", lambda mine: [mine, (mine or 0) + 3])
         trainer.train(tiny(**settings, data__replace_unreadable=True), tmp_path / "two")
     assert [row["replaced_images"] for row in lines(tmp_path / "two")] == [2 + 5, 2 + 5]
     with pytest.raises(RuntimeError, match=r"class1/15\.png: "):
