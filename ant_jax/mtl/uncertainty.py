@@ -8,6 +8,8 @@ import optax
 
 from ant_jax.mtl.weighting import Weighting, check_k
 
+_LEAST = -40.0
+
 
 class UncertaintyState(NamedTuple):
     """Log-variances s of the clusters, shape (k,), and their Adam states, one a cluster."""
@@ -23,7 +25,8 @@ def uncertainty(k: int, learning_rate: float = 0.025) -> Weighting:
     log-variances s (Kendall et al., *Multi-Task Learning Using Uncertainty to Weigh Losses*, CVPR
     2018, eq. 7, with the 1/k of the ANT reference code). Hence :math:`w_i = e^{-s_i} / (2k)` from
     the s before its update, and s moves along :math:`\frac12 (1 - e^{-s_i} L_i / k)` by Adam
-    without decay, from s = 0. An absent cluster's s and Adam state stay as they are.
+    without decay, from s = 0. An absent cluster's s and Adam state stay as they are. s ends at -40,
+    or the weight of a loss that is 0 would grow until it overflows.
 
     Args:
       k: number of clusters.
@@ -48,7 +51,8 @@ def uncertainty(k: int, learning_rate: float = 0.025) -> Weighting:
         grads = 0.5 * (1 - scale * losses / k)
         # One Adam a cluster, so that an absent one keeps its own step count for bias correction.
         updates, adam_state = jax.vmap(adam.update)(grads, state.adam)
-        moved = UncertaintyState(state.log_variance + updates, adam_state)
+        log_variance = jnp.maximum(state.log_variance + updates, _LEAST)
+        moved = UncertaintyState(log_variance, adam_state)
         state = jax.tree.map(lambda new, old: jnp.where(present, new, old), moved, state)
         return jnp.where(present, scale / (2 * k), 0.0), state
 

@@ -94,6 +94,17 @@ def test_methods_of_gradients_do_not_read_the_losses(method):
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+def test_uncertainty_stays_finite_for_a_loss_that_is_zero():
+    """Without an end it overflows after 3500 steps of 0.025; here after 35 of 2.5."""
+    weighting = mtl.uncertainty(2, 2.5)
+    weigh = jax.jit(weighting.weigh)
+    state = weighting.init()
+    for _ in range(50):
+        weights, state = weigh(jnp.array([0.0, 1.0]), None, jnp.ones(2, bool), state)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((weights, state)))
+    assert weights[0] > 1e15
+
+
 def test_linear_is_the_mean_over_the_present():
     weigh = mtl.linear(4).weigh
     for present in ([1, 1, 1, 1], [1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]):
