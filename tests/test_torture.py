@@ -317,18 +317,34 @@ def test_a_run_of_an_older_config_is_told_which_settings_differ(reference, tmp_p
     assert "config.optimizer.learning_rate" not in text
 
 
+WITH_WORKERS = SOME._replace(settings=SMALL | {"data.num_workers": 2}, num_steps=4000)
+
+
+def reading(process):
+    """The processes that prepare batches."""
+    found = []
+    for pid in workers_of(process):
+        with contextlib.suppress(FileNotFoundError):
+            if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
 @pytest.mark.torture
-def test_a_data_worker_that_dies_is_reported(reference, tmp_path):
-    case = SOME._replace(settings=SMALL | {"data.num_workers": 2}, num_steps=4000)
+@pytest.mark.parametrize("instant", ["starting", "saving"])
+def test_a_data_worker_that_dies_is_reported(instant, tmp_path):
     workdir, log = tmp_path / "run", tmp_path / "log"
-    process = start(workdir, case, log)
-    wait_for(process, "saving", workdir)
+    process = start(workdir, WITH_WORKERS, log)
+    if instant == "starting":
+        while not reading(process):
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.001)
+    else:
+        wait_for(process, "saving", workdir)
+        assert len(reading(process)) == 2
     workers = workers_of(process)
-    spawned = lambda pid: b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    reading = [pid for pid in workers if spawned(pid)]
-    assert len(reading) == 2
     begin = time.perf_counter()
-    os.kill(reading[0], signal.SIGKILL)
+    os.kill(reading(process)[0], signal.SIGKILL)
     assert process.wait(timeout=100) == 1
     seconds = time.perf_counter() - begin
     text = log.read_text()
@@ -336,7 +352,45 @@ def test_a_data_worker_that_dies_is_reported(reference, tmp_path):
     assert seconds < 30 and "Traceback" not in text
     assert re.search("^ExampleError: a process that prepares batches has failed.* -9", text, re.M)
     assert_gone(workers, 20)
-    assert checkpoint_steps(workdir / "checkpoints")
+    assert instant == "starting" or checkpoint_steps(workdir / "checkpoints")
+
+
+@pytest.mark.torture
+def test_a_run_whose_data_worker_is_stopped_saves_and_ends_when_asked(tmp_path):
+    workdir, log = tmp_path / "run", tmp_path / "log"
+    process = start(workdir, WITH_WORKERS, log)
+    wait_for(process, "saving", workdir)
+    workers = workers_of(process)
+    os.kill(reading(process)[0], signal.SIGSTOP)
+    before = -1
+    while (now := logged(workdir)) > before:
+        before = now
+        time.sleep(2)
+    begin = time.perf_counter()
+    process.terminate()
+    assert process.wait(timeout=100) == 0, log.read_text()
+    seconds = time.perf_counter() - begin
+    print(f"stopped in {seconds:.1f} s")
+    (step,) = re.findall(
+        r"asked to stop while waiting for data: saving step (\d+)", log.read_text()
+    )
+    assert seconds < 10 and checkpoint_steps(workdir / "checkpoints")[-1] == int(step)
+    assert_gone(workers, 5)
+
+
+@pytest.mark.torture
+def test_processes_killed_together_leave_nothing_in_shared_memory(tmp_path):
+    before = set(os.listdir("/dev/shm"))
+    process = start(tmp_path / "run", WITH_WORKERS, tmp_path / "log")
+    wait_for(process, "saving", tmp_path / "run")
+    everybody = [process.pid, *workers_of(process)]
+    assert len(everybody) >= 3
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in everybody:
+            os.kill(pid, number)
+    process.wait()
+    assert_gone(everybody, 20)
+    assert set(os.listdir("/dev/shm")) <= before
 
 
 def start_mode(mode, workdir, log, **settings):

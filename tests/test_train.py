@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -17,7 +18,7 @@ import optax
 import pytest
 from PIL import Image
 
-from ant_jax import affinity, builders, checkpoint, data, evaluate, experiment, parallel, stopping
+from ant_jax import affinity, builders, checkpoint, data, evaluate, experiment, parallel
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
@@ -160,22 +161,28 @@ def test_a_run_stopped_by_sigterm_goes_on_as_if_it_had_not_been(
     assert [row["step"] for row in lines(tmp_path)] == list(range(1, STEPS + 1))
 
 
-def test_a_signal_while_a_run_waits_for_data_saves_the_step_before(finished, tmp_path, monkeypatch):
-    config, whole, expected = finished
+def test_a_run_whose_data_do_not_come_can_be_stopped(reference, tmp_path, monkeypatch):
+    whole, expected = reference()
+    digits = data.digits("train")
+    hangs = dataclasses.make_dataclass("Hangs", [], bases=(type(digits),), frozen=True, eq=False)
+    released, seen = threading.Event(), []
 
-    def hook(step, batch):
-        if step == 4:
-            os.kill(os.getpid(), signal.SIGHUP)
-            # As the pipeline does where it waits.
-            assert stopping.asked()
-            raise StopIteration
-        return batch
+    def read(source, index):
+        seen.append(index)
+        if len(seen) == STOP * tiny().data.batch_size + 1:
+            threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGHUP]).start()
+            released.wait()
+        return type(digits).__getitem__(source, index)
 
+    hangs.__getitem__ = read
     with monkeypatch.context() as patch:
-        before_batch(patch, hook)
-        assert int(trainer.train(config, tmp_path).step) == 3
-    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [2, 3]
-    assert_same_state(trainer.train(config, tmp_path), expected)
+        patch.setattr(data, "load", lambda *_: hangs(**vars(digits)))
+        begin = time.perf_counter()
+        state = trainer.train(tiny(), tmp_path)
+    released.set()
+    assert int(state.step) == STOP and time.perf_counter() - begin < 60
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [4, STOP]
+    assert_same_state(trainer.train(tiny(), tmp_path), expected)
     assert lines(tmp_path) == lines(whole)
 
 
