@@ -130,12 +130,15 @@ def _run():
         return
     workdir = _report_errors(_usable_workdir, _WORKDIR.value or default_workdir(config))
     flag = flags.FLAGS["config"]
-    saved = config_lib.load(workdir)
-    if flag.using_default_value and saved is not None:
+    saved = _report_errors(config_lib.load, workdir) if flag.using_default_value else None
+    if saved is not None:
         # A workdir describes itself: without --config its own is meant.
-        with saved.ignore_type():
-            # A whole number in the file may be a fraction now.
-            saved.update_from_flattened_dict(config_flags.get_override_values(flag))
+        try:
+            with saved.ignore_type():
+                # A whole number in the file may be a fraction now.
+                saved.update_from_flattened_dict(config_flags.get_override_values(flag))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            sys.exit(f"{workdir / 'config.json'} does not have what is set by hand: {error}")
         config = saved
         logging.info("settings: %s, and the command line", workdir / "config.json")
     logging.info("%s in %s", _MODE.value, workdir)

@@ -94,7 +94,8 @@ class Writer:
         if not processes.is_first():
             return
         self._path = workdir / "metrics.jsonl"
-        kept, beyond, doubtful = _read_lines(self._path, start_step)
+        content = self._path.read_bytes() if self._path.exists() else b""
+        kept, beyond, doubtful = _sorted_lines(content, start_step)
         self._lines, self._digest = len(kept), hashlib.sha256(b"".join(kept))
         if written not in (None, self.written()):
             logging.warning(
@@ -181,14 +182,10 @@ class Writer:
             logging.log_first_n(logging.WARNING, "TensorBoard is off: %s", 1, error)
 
 
-def _read_lines(path: Path, start_step: int) -> tuple[list[bytes], list[bytes], list[bytes]]:
+def _sorted_lines(content: bytes, start_step: int) -> tuple[list[bytes], list[bytes], list[bytes]]:
     """The lines up to a step, those beyond it, and those that can't be read or are out of order."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return [], [], []
     *lines, torn = (line + b"\n" for line in content.split(b"\n"))
-    steps = [_step_of(line) for line in lines]
+    steps = [step_of(line) for line in lines]
     good = _ascending(steps)
     kept = [lines[i] for i in good if steps[i] <= start_step]
     beyond = [lines[i] for i in good if steps[i] > start_step]
@@ -196,7 +193,7 @@ def _read_lines(path: Path, start_step: int) -> tuple[list[bytes], list[bytes], 
     return kept, beyond, doubtful + [torn] * (torn != b"\n")
 
 
-def _step_of(line: bytes) -> int | None:
+def step_of(line: bytes) -> int | None:
     """The step of a line; None if it can't be read."""
     try:
         step = json.loads(line)["step"]
@@ -220,6 +217,14 @@ def _ascending(steps: list[int | None]) -> list[int]:
         chain.append(last)
         last = before[last]
     return chain[::-1]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; those that can't be read are said and left out."""
+    kept, _, doubtful = _sorted_lines(path.read_bytes(), sys.maxsize)
+    if doubtful:
+        logging.warning("%d lines of %s can't be read", len(doubtful), path)
+    return [json.loads(line) for line in kept]
 
 
 def _open_board(workdir: str):

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
+from ant_jax import metrics
 from ant_jax.files import write_bytes
 
 matplotlib.use("Agg")
@@ -57,7 +57,7 @@ def curves(workdir: Path) -> dict[str, np.ndarray]:
 
     Empty for a run that ended before its first line.
     """
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics.read(workdir / "metrics.jsonl")
     return {
         name: np.array([row[name] for row in rows], float) for name in (rows[0] if rows else ())
     }

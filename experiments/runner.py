@@ -25,10 +25,18 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ant_jax import config as config_lib
-from ant_jax import evaluate, experiment, inputs, judge, programs, stopping, train
+from ant_jax import (
+    evaluate,
+    experiment,
+    inputs,
+    judge,
+    metrics,
+    programs,
+    stopping,
+    train,
+)
 from ant_jax.config import ConfigError
 from ant_jax.files import user_path, write_bytes
-from ant_jax.metrics import duration
 from experiments.presets import Preset, make_config
 
 PRESET = flags.DEFINE_string("preset", "digits", "At which size the experiment runs.")
@@ -141,9 +149,11 @@ def print_plan(stages: dict[str, Sequence[Run]], out: Path, preset: Preset) -> N
         print(
             f"{title}: {len(runs)} runs, {len(waiting)} of them to do, "
             f"{sum(run.config.num_steps for run in waiting)} steps"
-            + (f", about {duration(seconds)}" if pace else "")
+            + (f", about {metrics.duration(seconds)}" if pace else "")
         )
-    estimate = f"about {duration(total)} in all" if pace else "no run of it has been timed yet"
+    estimate = (
+        f"about {metrics.duration(total)} in all" if pace else "no run of it has been timed yet"
+    )
     print(f"in {out}: {estimate}")
 
 
@@ -258,8 +268,9 @@ def _done(run, out):
         return run.config.num_steps
     path = folder(run, out) / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    whole = [line for line in lines[-2:] if line.endswith(b"\n")]
-    return min(json.loads(whole[-1])["step"], run.config.num_steps) if whole else 0
+    # The last one may not be written to its end.
+    steps = [metrics.step_of(line) or 0 for line in lines[-2:]]
+    return min(max(steps, default=0), run.config.num_steps)
 
 
 @contextlib.contextmanager
