@@ -86,6 +86,7 @@ _FIELDS = {
         "num_res_blocks",
         "attention_factors",
         "head_channels",
+        "num_heads",
         "scale_shift_norm",
         "resblock_updown",
     ),

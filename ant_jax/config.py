@@ -93,6 +93,11 @@ def _are_weights(text):
     return all(0 <= weight <= _LARGEST for weight in weights) and max(weights) >= _SMALLEST
 
 
+# What a file of weights doesn't tell.
+_INIT_FACT = re.compile(
+    r"(heads_first|qkv_first|no_null_row|(num_heads|head_channels|heads)=[1-9][0-9]{0,5})"
+)
+
 RULES = {
     # PCGrad adds 2**30 to it, on the device in 32 bits.
     "seed": _integer(0, 2**30 - 1),
@@ -132,14 +137,18 @@ RULES = {
         lambda factors: all(type(factor) is int and factor >= 1 for factor in factors),
         "integers >= 1 as '(2, 4)'",
     ),
-    "model.head_channels": _integer(1),
+    "model.head_channels": _integer(0),
+    "model.num_heads": _integer(0),
     "model.scale_shift_norm": _BOOL,
     "model.resblock_updown": _BOOL,
     "model.conditional": _BOOL,
     "model.dtype": _one_of("float32", "bfloat16"),
     "model.remat": _one_of("none", "blocks", "dots"),
     "model.attention": _one_of("xla", "cudnn"),
-    "autoencoder.name": _one_of("", "KL-f8", "VQ-f4", "KL-f4-small"),
+    "autoencoder.name": _one_of(
+        *("", "KL-f4", "KL-f8", "KL-f16", "KL-f32", "VQ-f4", "VQ-f4-noattn", "VQ-f8"),
+        *("VQ-f8-n256", "VQ-f16", "KL-f4-small"),
+    ),
     "autoencoder.weights": _PATH,
     "autoencoder.latents": _PATH,
     "autoencoder.scale": _number(0, above=True),
@@ -149,6 +158,12 @@ RULES = {
         "a power of 2 of at most 1024",
     ),
     "init_from": _PATH,
+    "init_facts": Rule(
+        (str,),
+        lambda text: not text or all(map(_INIT_FACT.fullmatch, text.split(","))),
+        "'' or heads_first, qkv_first, num_heads=N, head_channels=N, heads=N and no_null_row, "
+        "joined by commas",
+    ),
     "clusters.k": _integer(1),
     "clusters.cost": _one_of("snr", "timestep", "gradient", "random"),
     "clusters.affinity": _PATH,

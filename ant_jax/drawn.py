@@ -29,7 +29,8 @@ _PIECE = re.compile(r"([0-9]{8,})\.npz")
 # What samples don't depend on. Batches say themselves how large they are.
 _NO_MATTER = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "evaluation.")
 _NO_MATTER += ("data.num_workers", "data.dir", "sample.every", "sample.batch_size")
-_NO_MATTER += ("autoencoder.latents", "autoencoder.weights", "autoencoder.batch_size", "init_from")
+_NO_MATTER += ("autoencoder.latents", "autoencoder.weights", "autoencoder.batch_size")
+_NO_MATTER += ("init_from", "init_facts")
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:

@@ -261,9 +261,15 @@ def _save_grid(path, first):
 
 
 def restore_run(
-    config: ConfigDict, workdir: Path, step: int | None = None
+    config: ConfigDict, workdir: Path, step: int | None = None, *, draws: bool = True
 ) -> tuple[int, experiment.Experiment, TrainState]:
     """A run's step, what its config describes, and its state then.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      step: of the checkpoint; the newest by default.
+      draws: whether samples are to be drawn, which takes the autoencoder that the run has.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
@@ -273,7 +279,8 @@ def restore_run(
     if before is None:
         raise FileNotFoundError(f"no run in {workdir}: train first")
     config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
-    experiment.check_encoder(config, workdir)
+    if draws:
+        experiment.check_encoder(config, workdir)
     pieces = experiment.build(config, **experiment.load_facts(workdir))
     restored = experiment.restore(config, pieces, workdir, step)
     if restored is None:

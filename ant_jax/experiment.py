@@ -14,14 +14,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
-from jax.tree_util import Partial, keystr
+from jax.tree_util import Partial
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ant_jax import autoencoding, builders, checkpoint, data, interop, processes
+from ant_jax import autoencoding, builders, checkpoint, data, processes
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import GaussianDiffusion
-from ant_jax.files import user_path, write_bytes
+from ant_jax.files import write_bytes
 from ant_jax.parallel import compiler_options, parallel_step, replicate, replicated
 from ant_jax.train_step import TrainState, check_step, init_state, train_step
 
@@ -122,7 +122,8 @@ def _check_memory(config, name, image_shape):
 
 
 def _check_frozen(pattern, model, image_shape):
-    names = jax.tree.leaves(builders.frozen(_abstract_params(model, image_shape), pattern))
+    params = jax.eval_shape(lambda: builders.init_params(model, image_shape, 0))
+    names = jax.tree.leaves(builders.frozen(params, pattern))
     if not any(names) or all(names):
         raise ConfigError(
             f"config.optimizer.frozen = {pattern!r} matches {'all' if any(names) else 'none'} of "
@@ -130,8 +131,9 @@ def _check_frozen(pattern, model, image_shape):
         )
 
 
-def _abstract_params(model, image_shape):
-    return jax.eval_shape(lambda: builders.init_params(model, image_shape, 0))
+def abstract_params(pieces: Experiment) -> dict:
+    """The shapes and types of the network's parameters."""
+    return jax.eval_shape(lambda: builders.init_params(pieces.model, pieces.image_shape, 0))
 
 
 def _check_boundaries(config, boundaries):
@@ -434,7 +436,7 @@ def _shared(config):
     shared = ConfigDict(config.to_dict())
     for group in ("data", "sample", "checkpoint", "evaluation", "clusters", "autoencoder"):
         del shared[group]
-    for name in ("log_every", "tensorboard", "profile_steps", "init_from"):
+    for name in ("log_every", "tensorboard", "profile_steps", "init_from", "init_facts"):
         del shared[name]
     if shared.optimizer.schedule == "constant":
         del shared["num_steps"]
@@ -521,71 +523,19 @@ def check_batch(config: ConfigDict, method: builders.Method) -> None:
         ) from None
 
 
-def new_state(config: ConfigDict, experiment: Experiment) -> TrainState:
+def new_state(config: ConfigDict, experiment: Experiment, params: dict | None = None) -> TrainState:
     """The state before the first step, on this process's devices.
 
-    Raises:
-      ConfigError: if the parameters of ``config.init_from`` can't be read or don't fit the network.
+    Args:
+      config: the run's config.
+      experiment: what it describes.
+      params: to begin with instead of fresh ones; see `init_from.initial_params`.
     """
     state = _first_state_of(config, experiment)(np.int32(config.seed))
-    if not config.init_from:
+    if params is None:
         return state
-    params = _params_from(config, state.params)
     place = lambda: replicate(params, jax.local_devices())
     return state._replace(params=place(), ema_params=place())
-
-
-def weight_names(config: ConfigDict) -> interop.Names:
-    """What others call the parameters of the network that a config names."""
-    settings = config.model
-    return interop.dit_names(settings.patch) if settings.name == "dit" else interop.UNET
-
-
-def _params_from(config, template):
-    """The parameters of another run, or of others' weights, as NumPy arrays."""
-    path = user_path(config.init_from)
-    try:
-        if path.is_dir():
-            return _ema_of_run(path, template, config)
-        return interop.from_torch(interop.read_state(path), template, weight_names(config))
-    except (OSError, ValueError, checkpoint.CheckpointError) as error:
-        raise ConfigError(f"config.init_from = {config.init_from!r}: {error}") from error
-
-
-def _ema_of_run(workdir, template, wanted):
-    config = config_lib.load(workdir)
-    if config is None:
-        raise FileNotFoundError("it is a folder without a run")
-    theirs, ours = (config_lib.flatten(each) for each in (config, wanted))
-    differing = [
-        f"config.{name}: {theirs.get(name, 'not set')!r} there, {ours[name]!r} here"
-        for name in builders.meaning_of_params(wanted)
-        if theirs.get(name) != ours[name]
-    ]
-    if differing:
-        raise ValueError("its parameters mean something else: " + "; ".join(differing))
-    # Its own config, because a checkpoint is restored as a whole.
-    restored = restore(config, build(config, **load_facts(workdir)), workdir)
-    if restored is None:
-        raise FileNotFoundError("the run has no checkpoint yet")
-    step, state = restored
-    shapes = lambda tree: {
-        keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-    theirs, ours = shapes(state.ema_params), shapes(template)
-    differing = [
-        f"{name}: {theirs.get(name, 'none')} there, {ours.get(name, 'none')} here"
-        for name in sorted(theirs.keys() | ours.keys())
-        if theirs.get(name) != ours.get(name)
-    ]
-    if differing:
-        raise ValueError(
-            f"{len(differing)} of its parameters don't fit config.model: "
-            + "; ".join(differing[:5])
-        )
-    logging.info("beginning with the EMA of step %d of %s", step, workdir)
-    return jax.device_get(state.ema_params)
 
 
 def abstract_state(config: ConfigDict, experiment: Experiment) -> TrainState:

@@ -6,20 +6,22 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from ant_jax import evaluate, experiment, interop, processes
+from ant_jax import evaluate, init_from, interop, processes
 
 
 def export(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
     """Writes the EMA of a checkpoint as ``.safetensors``, by the names of the papers' code.
 
+    The file also says what its shapes don't tell, such as the number of attention heads.
+
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config.
     """
-    step, _, state = evaluate.restore_run(config, workdir, step)
+    step, _, state = evaluate.restore_run(config, workdir, step, draws=False)
     path = workdir / "weights" / f"{step:08d}.safetensors"
-    names = experiment.weight_names(config)
     if processes.is_first():
-        interop.write_state(path, interop.to_torch(jax.device_get(state.ema_params), names))
+        weights = interop.to_torch(jax.device_get(state.ema_params), init_from.export_names(config))
+        interop.write_state(path, weights, init_from.export_metadata(config))
     logging.info("the EMA of step %d: %s", step, path)
     return path

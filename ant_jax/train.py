@@ -17,6 +17,7 @@ from ant_jax import (
     checkpoint,
     data,
     experiment,
+    init_from,
     inputs,
     metrics,
     parallel,
@@ -83,6 +84,9 @@ def _train(config, workdir, source, pieces, before, check_alone):
     if processes.is_first() and experiment.recorded(workdir) != before:
         raise ConfigError(f"another run has begun in {workdir} just now: start again")
     directory = (workdir / "checkpoints").absolute()
+    # Before anything is written or compiled: what can't be read is an error at once.
+    begun = processes.decide(lambda: bool(checkpoint.checkpoint_steps(directory)))
+    params = None if begun else init_from.initial_params(config, pieces)
     if max(checkpoint.checkpoint_steps(directory), default=0) < config.num_steps:
         logging.info("compiling the step ...")
         step_fn = experiment.start_compiling(config, pieces)
@@ -92,7 +96,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
     restored = experiment.restore(config, pieces, workdir)
     kept = None
     if restored is None:
-        start, state = 0, experiment.new_state(config, pieces)
+        start, state = 0, experiment.new_state(config, pieces, params)
         _log_overview(config, pieces, state, len(source))
     else:
         start, state = restored

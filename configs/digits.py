@@ -51,12 +51,13 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     model.depth = 4  # of "dit", as the next two: blocks
     model.heads = 4
     model.patch = 4  # 1, 2, 4 or 8
-    # Of "unet", as the next five: channels of each level as multiples of the width. Each level but
+    # Of "unet", as the next six: channels of each level as multiples of the width. Each level but
     # the first has half the resolution of the one before.
     model.channel_mult = (1, 2)
     model.num_res_blocks = 2  # of each level
     model.attention_factors = (2,)  # attention where the image is so many times smaller
-    model.head_channels = 32
+    model.head_channels = 32  # of an attention head; 0 where num_heads is given instead
+    model.num_heads = 0  # wherever attention is, as in ADM for 128 x 128; 0 by head_channels
     model.scale_shift_norm = True  # True and True for ADM, False and False for LDM
     model.resblock_updown = True
     model.conditional = True  # on the class label
@@ -69,7 +70,9 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     # Diffusion in the latents of an autoencoder. --mode encode makes latents of the images that
     # config.data describes; training reads them; samples are decoded.
     config.autoencoder = autoencoder = ml_collections.ConfigDict()
-    autoencoder.name = ""  # "KL-f8", "VQ-f4" or "KL-f4-small"; "" for diffusion in pixels
+    # LDM's "KL-f4", "KL-f8", "KL-f16", "KL-f32", "VQ-f4", "VQ-f4-noattn", "VQ-f8", "VQ-f8-n256" or
+    # "VQ-f16", or "KL-f4-small" for trying out; "" for diffusion in pixels.
+    autoencoder.name = ""
     autoencoder.weights = ""  # its .safetensors, .pt, .pth or .ckpt file
     autoencoder.latents = ""  # the folder of the latents
     autoencoder.scale = 1.0  # factor that gives them about unit variance: 0.18215 for KL-f8
@@ -78,6 +81,11 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     # Parameters to begin with: the EMA of another run's workdir, or a .safetensors, .pt, .pth or
     # .ckpt file of DiT, ADM or LDM. "" for fresh ones.
     config.init_from = ""
+    # What such a file doesn't tell, unless --mode export wrote it: of a UNet the order of the
+    # channels of its attention, "heads_first" or "qkv_first" (ADM's use_new_attention_order), and
+    # "num_heads=N" or "head_channels=N"; of a DiT of no published size "heads=N", and of any
+    # "no_null_row" if no labels were dropped in its training. Joined by commas.
+    config.init_facts = ""
 
     config.clusters = ml_collections.ConfigDict()
     config.clusters.k = 5

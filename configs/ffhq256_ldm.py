@@ -18,6 +18,7 @@ timesteps) are those of Rombach et al., *High-Resolution Image Synthesis with La
 Models* (CVPR 2022) for FFHQ; the batch is 40 where they have 42, which five clusters can't share.
 The ANT paper's figures are in its table 1; ours are not known yet.
 To begin with LDM's own weights: --config.init_from=FFHQ-LDM.ckpt
+--config.init_facts=heads_first,head_channels=32
 """
 
 from ant_jax.models.unet import VARIANTS

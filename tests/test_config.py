@@ -10,6 +10,7 @@ import pytest
 
 from ant_jax import autoencoding, builders, config_file, evaluate, experiment, inputs, judge, train
 from ant_jax import config as config_lib
+from ant_jax.init_from import initial_params
 from ant_jax.models.autoencoder import VARIANTS
 from configs import digits
 
@@ -239,7 +240,7 @@ OPENERS = {
     "data.dir": lambda config: inputs.open_images(config, ""),
     "autoencoder.weights": autoencoding.load,
     "autoencoder.latents": lambda config: inputs.open_latents(config, ""),
-    "init_from": lambda config: experiment._params_from(config, {}),
+    "init_from": lambda config: initial_params(config, None),
     "clusters.affinity": lambda config: builders.build_method(config, np.zeros(1000)),
     "evaluation.inception": judge.build,
     "evaluation.reference": lambda config: judge._reference(config, None),

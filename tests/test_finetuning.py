@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from ant_jax import builders, checkpoint, experiment, export, interop, train
+from ant_jax import builders, checkpoint, experiment, export, init_from, interop, train
 from ant_jax.config import ConfigError
+from ant_jax.models import dit
 from configs import digits
 
 TINY = {
@@ -64,7 +65,8 @@ def begun(tmp_path_factory, one_device):
 
 
 def state_of(config):
-    return experiment.new_state(config, experiment.build(config, 1, 10))
+    pieces = experiment.build(config, 1, 10)
+    return experiment.new_state(config, pieces, init_from.initial_params(config, pieces))
 
 
 def test_a_run_begins_with_the_moving_average_of_another(begun, tmp_path):
@@ -95,12 +97,13 @@ def test_a_run_begins_with_the_weights_of_others(begun, tmp_path):
     assert "blocks.0.attn.qkv.weight" in interop.read_state(exported)
     assert_same(state_of(tiny(init_from=str(exported))).params, before.ema_params)
     path = tmp_path / "unet.safetensors"
-    unet = tiny(**{name.replace(".", "__"): value for name, value in UNET.items()})
-    other = state_of(unet)
+    config = tiny(**{name.replace(".", "__"): value for name, value in UNET.items()})
+    other = state_of(config)
     random = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.5, other.params)
-    interop.write_state(path, interop.to_torch(random, interop.UNET))
-    unet.init_from = str(path)
-    assert_same(state_of(unet).params, random)
+    interop.write_state(path, interop.to_torch(random, interop.unet_names("heads_first")))
+    config.init_from = str(path)
+    config.init_facts = "heads_first,head_channels=32"
+    assert_same(state_of(config).params, random)
 
 
 def test_weights_that_do_not_fit_are_named(begun, tmp_path):
@@ -119,6 +122,228 @@ def test_weights_that_do_not_fit_are_named(begun, tmp_path):
     interop.write_state(tmp_path / "w.safetensors", {"a.weight": np.zeros((2, 2), np.float32)})
     with pytest.raises(ConfigError, match=r"(?s)w.safetensors.*a\.weight"):
         state_of(tiny(init_from=str(tmp_path / "w.safetensors")))
+
+
+def parameters_of(config, num_classes=10):
+    return init_from.initial_params(config, experiment.build(config, 1, num_classes))
+
+
+def random_params(config, num_classes=10):
+    rng = np.random.default_rng(0)
+    shapes = experiment.abstract_params(experiment.build(config, 1, num_classes))
+    return jax.tree.map(lambda leaf: np.float32(rng.normal(size=leaf.shape)), shapes)
+
+
+HEADS = {"model.head_channels": 0, "model.num_heads": 4}
+LAID_OUT = {
+    "heads_first,head_channels=16": {"model.head_channels": 16},
+    "qkv_first,head_channels=16": {"model.head_channels": 16},
+    "num_heads=4,heads_first": HEADS,
+    "qkv_first,num_heads=4": HEADS,
+}
+
+
+@pytest.fixture
+def unet_file(tmp_path):
+    """A config of a UNet and the file that it begins with, of others, by what is said of it."""
+
+    def make(facts, said=None, **settings):
+        settings = (
+            UNET | LAID_OUT[facts] | {"init_from": str(tmp_path / "x.safetensors")} | settings
+        )
+        config = tiny(**{name.replace(".", "__"): value for name, value in settings.items()})
+        order = "qkv_first" if "qkv_first" in facts else "heads_first"
+        heads = {"head_channels": config.model.head_channels, "num_heads": config.model.num_heads}
+        params = random_params(config)
+        state = interop.to_torch(params, interop.unet_names(order, **heads))
+        interop.write_state(config.init_from, state)
+        config.init_facts = facts if said is None else said
+        return config, params
+
+    return make
+
+
+@pytest.mark.parametrize("facts", LAID_OUT)
+def test_a_unet_of_others_is_read_by_what_is_said_of_its_attention(unet_file, facts):
+    config, params = unet_file(facts)
+    assert_same(parameters_of(config), params)
+
+
+@pytest.mark.parametrize(
+    "said, fault",
+    [
+        (
+            "",
+            "how the attention of a UNet is laid out: say it by config.init_facts = 'ORDER,HEADS'",
+        ),
+        ("qkv_first", "how the attention of a UNet is laid out"),
+        ("num_heads=4", "how the attention of a UNet is laid out"),
+        ("qkv_first,heads_first,num_heads=4", "how the attention of a UNet is laid out"),
+        ("qkv_first,num_heads=8", "model.num_heads: 8 there, 4 here"),
+        ("qkv_first,head_channels=8", "head_channels: 8 there, 0 here; .*num_heads: 0 there, 4 he"),
+        ("qkv_first,num_heads=4,num_heads=8", "of a unet it may say .*, each once"),
+        (
+            "qkv_first,heads=4",
+            "of a unet it may say head_channels, heads_first, num_heads, qkv_first",
+        ),
+    ],
+)
+def test_a_unet_of_which_too_little_or_something_else_is_said_is_refused(unet_file, said, fault):
+    config, _ = unet_file("qkv_first,num_heads=4", said)
+    with pytest.raises(ConfigError, match=f"^config.init_from = .*x.safetensors': .*{fault}"):
+        parameters_of(config)
+
+
+def test_what_is_known_of_a_published_unet_is_told(unet_file, monkeypatch, caplog):
+    monkeypatch.setattr(interop, "published_unet", lambda _: ("a network", "qkv_first,num_heads=4"))
+    config, params = unet_file("qkv_first,num_heads=4", "")
+    with pytest.raises(ConfigError, match=r"; a network, of this size, is said to be 'qkv_first,"):
+        parameters_of(config)
+    config.init_facts = "num_heads=4,qkv_first"
+    assert_same(parameters_of(config), params)
+    assert not caplog.records
+    config.init_facts = "num_heads=4,heads_first"
+    parameters_of(config)
+    assert "a network, of this size, is said to be 'qkv_first,num_heads=4'" in caplog.text
+
+
+def test_latents_of_another_scale_are_refused(unet_file):
+    config, params = unet_file("qkv_first,num_heads=4")
+    state = interop.read_state(config.init_from) | {"scale_factor": np.float32(0.5)}
+    network = {f"model.diffusion_model.{name}": value for name, value in state.items()}
+    network["scale_factor"] = network.pop("model.diffusion_model.scale_factor")
+    interop.write_state(config.init_from, network)
+    assert_same(parameters_of(config), params)
+    pieces = experiment.build(config, 1, 10)
+    config.autoencoder.name = "KL-f8"
+    with pytest.raises(ConfigError, match=r"are scaled by 0.5, .*config.autoencoder.scale = 1$"):
+        init_from.initial_params(config, pieces)
+    config.autoencoder.scale = 0.5
+    assert_same(init_from.initial_params(config, pieces), params)
+
+
+@pytest.fixture
+def dit_file(tmp_path, monkeypatch):
+    """A config of a DiT and the file that it begins with, of others."""
+    monkeypatch.setitem(dit.SIZES, "S", dict(depth=1, width=8, heads=2))
+    config = tiny(init_from=str(tmp_path / "x.safetensors"), init_facts="heads=1")
+    params = random_params(config)
+    state = interop.to_torch(params, interop.dit_names(4))
+    interop.write_state(config.init_from, state)
+    return config, params, state
+
+
+def test_the_heads_of_a_dit_are_those_of_its_published_size_or_are_said(dit_file, monkeypatch):
+    config, params, _ = dit_file
+    assert_same(parameters_of(config), params)
+    config.init_facts = ""
+    with pytest.raises(ConfigError, match=r"else: config.model.heads: 2 there, 1 here"):
+        parameters_of(config)
+    config.model.heads = 2
+    assert_same(parameters_of(config), params)
+    config.model.heads, config.init_facts = 1, "heads=4"
+    with pytest.raises(ConfigError, match=r"else: config.model.heads: 4 there, 1 here"):
+        parameters_of(config)
+    monkeypatch.setitem(dit.SIZES, "S", dict(depth=2, width=8, heads=2))
+    config.init_facts = ""
+    with pytest.raises(
+        ConfigError, match=r"no published size: say them by .*init_facts = 'heads=N'"
+    ):
+        parameters_of(config)
+
+
+def test_a_dit_of_diffusers_own_is_refused(dit_file):
+    config, _, state = dit_file
+    name = "t_embedder.mlp.2.bias"
+    theirs = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2.bias"
+    interop.write_state(config.init_from, {theirs: state.pop(name)} | state)
+    with pytest.raises(ConfigError, match="diffusers' own DiT encodes timesteps otherwise"):
+        parameters_of(config)
+
+
+def test_another_position_encoding_is_refused(dit_file):
+    config, params, state = dit_file
+    ours = np.float32(dit.positions(2, 2, 8))[None]
+    interop.write_state(config.init_from, state | {"pos_embed": ours})
+    assert_same(parameters_of(config), params)
+    interop.write_state(config.init_from, state | {"pos_embed": ours + np.float32(0.01)})
+    with pytest.raises(ConfigError, match=r"pos_embed differs by up to 0.01 from the fixed sines"):
+        parameters_of(config)
+    config.data.image_size = 16
+    config.data.crop = "center"
+    with pytest.raises(ConfigError, match=r"pos_embed is of 4 positions, .* here has 16: .* size"):
+        parameters_of(config)
+
+
+def test_a_table_without_a_row_for_the_null_class_must_be_said_to_be_one(dit_file, caplog):
+    config, params, state = dit_file
+    table = "y_embedder.embedding_table.weight"
+    interop.write_state(config.init_from, state | {table: state[table][:-1]})
+    # It could be of 9 classes with a null class.
+    with pytest.raises(
+        ConfigError, match=r"label table has 10 rows, .* by no_null_row in config.in"
+    ):
+        parameters_of(config)
+    config.init_facts = "no_null_row,heads=1"
+    params["label_embedding"]["embedding"][-1] = 0
+    assert_same(parameters_of(config), params)
+    assert "has no row for the null class" in caplog.text
+    config.optimizer.frozen = "embedding"
+    with pytest.raises(
+        ConfigError, match=r"no row for the null class, and config.optimizer.frozen"
+    ):
+        parameters_of(config)
+    config.label_dropout = 0.0
+    assert_same(parameters_of(config), params)
+
+
+def test_an_export_says_what_it_is(begun):
+    workdir, before = begun
+    exported = str(export.export(tiny(), workdir))
+    config = tiny(init_from=exported)
+    assert_same(parameters_of(config), before.ema_params)
+    for setting, value in (("model__heads", 2), ("diffusion__prediction", "v")):
+        name = setting.replace("__", ".")
+        with pytest.raises(
+            ConfigError, match=f"something else: config.{name}: .* there, '?{value}"
+        ):
+            parameters_of(tiny(init_from=exported, **{setting: value}))
+    for source in (exported, str(workdir)):
+        with pytest.raises(
+            ConfigError, match=r"says itself what it is: leave config.init_facts empty"
+        ):
+            parameters_of(tiny(init_from=source, init_facts="heads=1"))
+    state = interop.read_state(exported)
+    for metadata in ("{", "[1]", "3", "{}"):
+        interop.write_state(exported, state, {"ant_jax": metadata})
+        with pytest.raises(ConfigError, match=r"of itself is damaged|'not set' there"):
+            parameters_of(config)
+
+
+def test_weights_that_are_not_finite_are_refused_before_anything_is_written_or_compiled(
+    begun, dit_file, tmp_path, monkeypatch
+):
+    def never(*_):
+        raise AssertionError("compiling")
+
+    monkeypatch.setattr(experiment, "start_compiling", never)
+    config, _, state = dit_file
+    state["final_layer.linear.bias"][2] = np.nan
+    interop.write_state(config.init_from, state)
+    with pytest.raises(
+        ConfigError, match=r"1 of the 16 values of final_layer\.linear\.bias are NaN"
+    ):
+        train.train(config, tmp_path / "run")
+    workdir, before = begun
+    damaged = jax.tree.map(np.array, before.ema_params)
+    damaged["output"]["bias"][2] = np.inf
+    found = (4, before._replace(ema_params=damaged))
+    monkeypatch.setattr(experiment, "restore", lambda *_: found)
+    with pytest.raises(
+        ConfigError, match="its parameter output/bias has values that are NaN or inf"
+    ):
+        train.train(tiny(init_from=str(workdir)), tmp_path / "run")
+    assert {path.name for path in tmp_path.glob("run/*")} <= {".lock"}
 
 
 def test_frozen_parameters_stay_and_count_for_nothing(begun, tmp_path):

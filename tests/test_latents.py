@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ant_jax import autoencoding, data, drawn, encode, evaluate, inputs, interop, train
+from ant_jax import autoencoding, data, drawn, encode, evaluate, export, inputs, interop, train
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.data.latents import LatentFacts, as_kept, complete, shard_path, write_shard
@@ -407,6 +407,10 @@ def test_training_sampling_and_decoding(place, encoded, tmp_path):
     other = settings(place, autoencoder__weights=str(place / "weights1.safetensors"))
     with pytest.raises(ConfigError, match="learned latents of another encoder"):
         evaluate.sample(other, tmp_path)
+    # Not needed for the weights of the network alone.
+    gone = settings(place, autoencoder__weights=str(place / "gone.safetensors"))
+    exported = interop.read_state(export.export(gone, tmp_path))
+    assert exported["final_layer.linear.weight"].shape == (2 * 2 * 4, 8)
 
 
 def test_another_decoder_of_the_same_encoder_fits_the_latents(place, encoded, tmp_path):

@@ -11,6 +11,7 @@ from ant_jax.interop.weights import Names, Place
 _OFFICIAL = (
     (r"^$", "quantize.embedding"),
     (r"\.(down|up)_(\d+)_block_(\d+)\.", r".\1.\2.block.\3."),
+    (r"\.(down|up)_(\d+)_attention_(\d+)\.", r".\1.\2.attn.\3."),
     (r"\.(down|up)_(\d+)_(down|up)sample$", r".\1.\2.\3sample.conv"),
     (r"\.mid_block_(\d+)\.", r".mid.block_\1."),
     (r"\.mid_attention\.", ".mid.attn_1."),
@@ -20,6 +21,7 @@ _OFFICIAL = (
 # Names of diffusers as those of the paper's code, but for the order of the decoder's levels.
 _DIFFUSERS = (
     (r"\.(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r".\1.\2.block.\3."),
+    (r"\.(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", r".\1.\2.attn.\3."),
     (r"\.(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.", r".\1.\2.\3sample."),
     (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
     (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),

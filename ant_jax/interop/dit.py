@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Mapping, Set
 
+import ml_dtypes
 import numpy as np
 
 from ant_jax.interop.weights import Names, Place, WeightsError
@@ -11,10 +12,10 @@ from ant_jax.interop.weights import Names, Place, WeightsError
 _OUTSIDE = {
     "timestep_hidden": "t_embedder.mlp.0",
     "timestep_embedding": "t_embedder.mlp.2",
-    "label_embedding": "y_embedder.embedding_table",
     "modulation": "final_layer.adaLN_modulation.1",
     "output": "final_layer.linear",
 }
+_LABELS = "y_embedder.embedding_table"
 _IN_BLOCK = {
     "modulation": "adaLN_modulation.1",
     "qkv": "attn.qkv",
@@ -22,6 +23,8 @@ _IN_BLOCK = {
     "mlp_hidden": "mlp.fc1",
     "mlp_output": "mlp.fc2",
 }
+
+_POSITIONS = ("pos_embed", "pos_embed.pos_embed")  # the second is diffusers'
 
 # Names of diffusers' `DiTTransformer2DModel` as those of the paper's code.
 _DIFFUSERS = (
@@ -39,7 +42,14 @@ _DIFFUSERS = (
 )
 
 
-def dit_names(patch: int = 2) -> Names:
+# The network of these names spaces the frequencies of the timestep encoding otherwise.
+_OF_DIFFUSERS = "transformer_blocks."
+# Of sines and cosines of some hundred radians in float32.
+_ROUNDING = 1e-4
+_SMALLER = (np.float16, ml_dtypes.bfloat16)
+
+
+def dit_names(patch: int = 2, positions: np.ndarray | None = None, null_row: bool = True) -> Names:
     """The names of `ant_jax.models.dit.DiT`.
 
     Read are the names of the paper's code and those of diffusers, of which each block has a copy of
@@ -47,19 +57,38 @@ def dit_names(patch: int = 2) -> Names:
     the timestep encoding a little wider than the paper's code does, so that the same weights give
     other outputs there; here they give those of the paper's code.
 
-    Written are the names of the paper's code, less its constant position encoding `pos_embed`,
-    which depends on the size of the image and which that code makes itself: load by
-    `load_state_dict(state, strict=False)`.
+    The position encoding `pos_embed` is no weight: it must be that of the network here. A label
+    table of one row for an unconditional network, as of the paper's code with one class, is added
+    to the bias of the timestep embedding, which is the same network.
+
+    Written are the names of the paper's code, less `pos_embed`, which depends on the size of the
+    image and which that code makes itself: load by `load_state_dict(state, strict=False)`.
 
     Args:
       patch: side p of a patch in pixels. The patch embedding is a convolution of p x p there.
+      positions: (N, width), what `ant_jax.models.dit.positions` returns for the size of the image,
+        to compare `pos_embed` with; None for state dicts that have none.
+      null_row: whether the label table there has a row for the null class, as it has where the
+        network was trained with labels dropped. Without, a row of zeros is added on reading: the
+        network without any label, which it never was trained as.
     """
-    return Names(f"DiT with patches of {patch}x{patch}", functools.partial(_place, patch), _select)
+    return Names(
+        f"DiT with patches of {patch}x{patch}",
+        functools.partial(_place, patch, null_row),
+        functools.partial(_select, positions),
+    )
 
 
-def _place(patch: int, module: str) -> Place | None:
+def names_of_diffusers(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether a state dict is by the names of diffusers' DiT."""
+    return any(name.startswith(_OF_DIFFUSERS) for name in state)
+
+
+def _place(patch: int, null_row: bool, module: str) -> Place | None:
     if module == "patch_embedding":
         return Place("x_embedder.proj", spatial=(patch, patch))
+    if module == "label_embedding":
+        return Place(_LABELS, null_row=not null_row)
     if module in _OUTSIDE:
         return Place(_OUTSIDE[module])
     block = re.fullmatch(r"block_(\d+)\.(\w+)", module)
@@ -68,7 +97,9 @@ def _place(patch: int, module: str) -> Place | None:
     return None
 
 
-def _select(state: Mapping[str, np.ndarray], _: Set[str]) -> dict[str, np.ndarray]:
+def _select(
+    positions: np.ndarray | None, state: Mapping[str, np.ndarray], wanted: Set[str]
+) -> dict[str, np.ndarray]:
     selected: dict[str, np.ndarray] = {}
     for name, value in state.items():
         for pattern, replacement in _DIFFUSERS:
@@ -78,13 +109,36 @@ def _select(state: Mapping[str, np.ndarray], _: Set[str]) -> dict[str, np.ndarra
                 f"{name} is not the same for all blocks in the state dict; a DiT here has one."
             )
         selected[name] = value
-    selected.pop("pos_embed", None)
+    for name in [name for name in _POSITIONS if name in selected]:
+        _check_positions(selected.pop(name), positions)
     for name in [name for name in selected if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in selected for part in parts):
             joined = np.concatenate([selected.pop(part) for part in parts])
             selected[name.replace(".attn.q.", ".attn.qkv.")] = joined
+    table, bias = f"{_LABELS}.weight", "t_embedder.mlp.2.bias"
+    rows = len(selected[table]) if table in selected and selected[table].ndim else 0
+    if rows == 1 and table not in wanted and bias in selected:
+        selected[bias] = np.float32(selected[bias]) + np.float32(selected.pop(table)[0])
     return selected
 
 
-DIT = dit_names()
+def _check_positions(theirs: np.ndarray, ours: np.ndarray | None) -> None:
+    if ours is None:
+        raise WeightsError("pos_embed can't be compared with that of a network of unknown size.")
+    if theirs.shape[-2:] != ours.shape or theirs.size != ours.size:
+        raise WeightsError(
+            f"pos_embed is of {theirs.shape[-2] if theirs.ndim > 1 else 0} positions, and the "
+            f"network here has {len(ours)}: it is of a network for images of another size."
+        )
+    theirs = np.float32(theirs).reshape(ours.shape)
+    difference = np.abs(theirs - ours).max()
+    # Whatever type they have now, they may have been rounded to a smaller one before.
+    before = [kind for kind in _SMALLER if np.array_equal(theirs.astype(kind), theirs)]
+    rounding = max([_ROUNDING, *(float(ml_dtypes.finfo(kind).eps) for kind in before)])
+    # NaN is no rounding either.
+    if not difference < rounding:
+        raise WeightsError(
+            f"pos_embed differs by up to {difference:.2g} from the fixed sines and cosines that a "
+            "DiT here has: it was learned, or is that of another code."
+        )

@@ -22,6 +22,17 @@ class Global:
     name: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Unread:
+    """An object that is neither plain nor built here; what the pickle says of it is dropped.
+
+    Attributes:
+      name: Module and name of the class or function that would have made it.
+    """
+
+    name: str
+
+
 # Deeper keys would be hashed recursively in C, which overflows the stack.
 _KEYS = (str, int, float, bool, bytes, type(None), Global)
 _LITERALS = {
@@ -44,19 +55,20 @@ def load(
     Args:
       stream: The pickle, with `read`, `readline` and `tell`; left behind its end. `read(n)` must
         not allocate more than there is.
-      builders: What takes the place of the functions and classes that may be called, by module and
+      builders: What takes the place of the functions and classes that are known, by module and
         name. It gets the arguments in the file, and raises ValueError or TypeError if they don't
-        fit.
+        fit. The objects of all others stay `Unread`.
       set_state: Gets an object and the state that the file has for it; raises ValueError for
         objects that have none.
       persistent: Returns the object of a persistent id, or raises ValueError.
 
     Returns:
       Nested dict, list, tuple, set, str, int, float, bool, None and bytes, with what builders and
-      `persistent` returned, and a `Global` for each class or function mentioned but not called.
+      `persistent` returned, a `Global` for each class or function mentioned but not called, and an
+      `Unread` for each object of another class. Dicts and sets lack what has such a key.
 
     Raises:
-      ValueError: If the pickle is damaged, or makes anything that is not as above.
+      ValueError: If the pickle is damaged, or has instructions that no plain object needs.
     """
     stack, outer, memo = [], [], {}
 
@@ -80,6 +92,11 @@ def load(
                     stack.append([])
                 case "EMPTY_SET":
                     stack.append(set())
+                case "FROZENSET":
+                    to_mark()
+                    stack.append(Unread("builtins.frozenset"))
+                case "BYTEARRAY8":
+                    stack.append(Unread("builtins.bytearray"))
                 case name if name in _TUPLES:
                     items = [stack.pop() for _ in range(_TUPLES[name])]
                     stack.append(tuple(reversed(items)))
@@ -131,16 +148,20 @@ def load(
                     stack.append(_build(builders, function, arguments))
                 case "NEWOBJ_EX":
                     keywords, arguments, function = stack.pop(), stack.pop(), stack.pop()
-                    if type(keywords) is not dict or keywords:
-                        raise refusal(function)
-                    stack.append(_build(builders, function, arguments))
+                    if type(keywords) is not dict:
+                        raise ValueError("a damaged pickle: keywords that are no dict")
+                    # No builder takes keywords.
+                    stack.append(_build({} if keywords else builders, function, arguments))
                 case "INST":
-                    raise refusal(Global(arg.replace(" ", ".", 1)))
+                    to_mark()
+                    stack.append(Unread(arg.replace(" ", ".", 1)))
                 case "OBJ":
-                    raise refusal(to_mark()[0])
+                    items = to_mark()
+                    stack.append(_build({}, items[0], ()))
                 case "BUILD":
                     state = stack.pop()
-                    set_state(stack[-1], state)
+                    if type(stack[-1]) is not Unread:
+                        set_state(stack[-1], state)
                 case "STOP":
                     return stack.pop()
                 case name:
@@ -148,15 +169,6 @@ def load(
     except (IndexError, KeyError) as error:
         raise ValueError(f"a damaged pickle, before byte {stream.tell()}") from error
     raise AssertionError("genops ends with STOP or raises")
-
-
-def refusal(what: Any) -> ValueError:
-    """Returns the error for what is neither plain nor allowed; `what` is most often a `Global`."""
-    name = what.name if type(what) is Global else f"a {type(what).__name__}"
-    return ValueError(
-        f"it uses {name} to make something other than a tensor or plain container. Nothing was "
-        "run. If you trust the file, load it with torch and save its state_dict alone"
-    )
 
 
 def is_key(value: Any) -> bool:
@@ -167,38 +179,51 @@ def is_key(value: Any) -> bool:
 
 
 def _build(builders, function, arguments):
-    if type(function) is not Global or function.name not in builders:
-        raise refusal(function)
+    if type(function) not in (Global, Unread):
+        raise ValueError(f"a damaged pickle: a call of a {type(function).__name__}")
     if type(arguments) is not tuple:
         raise ValueError(f"arguments of {function.name} that are no tuple")
+    if type(function) is Unread or function.name not in builders:
+        return Unread(function.name)
     try:
         return builders[function.name](*arguments)
     except TypeError as error:
         raise ValueError(f"unfit arguments of {function.name}: {error}") from error
 
 
+# What a class derived from dict, list or set holds comes after it: dropped where it is unread.
+
+
 def _update(target, items):
+    if type(target) is Unread:
+        return
     if type(target) is not dict or len(items) % 2:
         raise ValueError("a damaged pickle: keys and values without a dict")
-    keys = items[::2]
-    _check_keys(keys)
-    target.update(zip(keys, items[1::2], strict=True))
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if type(key) is not Unread:
+            _check_key(key)
+            target[key] = value
 
 
 def _extend(target, items):
+    if type(target) is Unread:
+        return
     if type(target) is not list:
         raise ValueError("a damaged pickle: elements without a list")
     target.extend(items)
 
 
 def _add(target, items):
+    if type(target) is Unread:
+        return
     if type(target) is not set:
         raise ValueError("a damaged pickle: elements without a set")
-    _check_keys(items)
-    target.update(items)
+    for item in items:
+        if type(item) is not Unread:
+            _check_key(item)
+            target.add(item)
 
 
-def _check_keys(keys):
-    for key in keys:
-        if not is_key(key):
-            raise ValueError(f"a {type(key).__name__} that is not plain as a key")
+def _check_key(key):
+    if not is_key(key):
+        raise ValueError(f"a {type(key).__name__} that is not plain as a key")

@@ -1,6 +1,8 @@
 """State dicts in files, of safetensors or PyTorch."""
 
-from collections.abc import Mapping
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,21 +13,26 @@ import safetensors
 import safetensors.numpy
 
 from ant_jax import files
+from ant_jax.interop.plain_pickle import Unread
 from ant_jax.interop.torch_file import read
 from ant_jax.interop.weights import WeightsError
 
 # Where checkpoints keep a state dict, the best first: DiT's have the moving average beside the
 # network, those of PyTorch Lightning have one state dict with everything.
-_CONTAINERS = ("ema", "state_dict", "model")
-_PARALLEL = "module."
+_CONTAINERS = ("ema", "state_dict", "model_state_dict", "model")
+# What PyTorch puts before the names of what it wraps: torch.compile and FSDP anywhere in a name,
+# DataParallel and its kin before all names; PyTorch Lightning's modules call their network "model".
+_WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_PREFIXES = ("module.", "model.")
 
 
 def read_state(path: str | Path) -> dict[str, np.ndarray]:
     """Reads the state dict of a safetensors file or of a file of PyTorch.
 
     The kind of file is seen from its content. A state dict within a checkpoint is found under
-    "ema", "state_dict" or "model", in this order; the prefix "module.", which PyTorch's parallel
-    networks put before all names, is cut off.
+    "ema", "state_dict", "model_state_dict" or "model", in this order. What is no tensor in it, such
+    as a number, is left out. The names lose what PyTorch's compiler and parallel networks put into
+    them, and "module." and "model." where all begin so.
 
     Args:
       path: The file. Nothing in it is run (see `read`).
@@ -35,30 +42,57 @@ def read_state(path: str | Path) -> dict[str, np.ndarray]:
 
     Raises:
       FileNotFoundError: If there is no such file.
-      WeightsError: If the file has no state dict, or is a damaged safetensors file.
+      WeightsError: If the file has no state dict, one of which two weights would have one name or
+        a tensor is of a kind that is not read, or is a damaged safetensors file.
       ValueError: If it is no file of either kind, or a damaged one of PyTorch.
     """
     path = Path(path)
     tree = _read_safetensors(path) if _is_safetensors(path) else read(path)
     within = [tree.get(key) for key in _CONTAINERS] if isinstance(tree, dict) else []
     for state in (*within, tree):
+        if isinstance(state, Unread):
+            raise WeightsError(
+                f"{path} holds its weights as an object of {state.name}, which is not read: save "
+                "the state_dict of it alone"
+            )
         if _is_state(state):
-            parallel = all(name.startswith(_PARALLEL) for name in state)
-            return {name.removeprefix(_PARALLEL * parallel): state[name] for name in state}
+            _check_tensors(state, path)
+            arrays = {name: value for name, value in state.items() if type(value) is np.ndarray}
+            return _unwrapped(arrays, path)
     held = f"a dict with the keys {list(tree)[:5]}" if isinstance(tree, dict) else type(tree)
     raise WeightsError(f"{path} has no state dict, a dict of arrays by name. It holds {held}")
 
 
-def write_state(path: str | Path, state: Mapping[str, np.ndarray]) -> None:
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file says of itself, as `write_state` has written it; {} of other files.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      WeightsError: If it is a damaged safetensors file.
+    """
+    path = Path(path)
+    if not _is_safetensors(path):
+        return {}
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+def write_state(
+    path: str | Path,
+    state: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes a state dict as a safetensors file, which is whole or not there.
 
     Args:
       path: The file; the folders above it are made.
       state: Arrays by name, such as `to_torch` returns.
+      metadata: What the file says of itself beside them.
     """
     # The package takes the memory of an array for that of one in C's order.
     arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
-    files.write_bytes(Path(path), safetensors.numpy.save(arrays))
+    content = safetensors.numpy.save(arrays, metadata and dict(metadata))
+    files.write_bytes(Path(path), content)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -71,18 +105,57 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            yield file
     # The last two for types that NumPy doesn't have.
     except (safetensors.SafetensorError, AttributeError, TypeError) as error:
         raise WeightsError(f"cannot read {path}: {error}") from error
 
 
 def _is_state(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(name, str) for name in value)
-        and all(isinstance(array, np.ndarray) for array in value.values())
-    )
+    """Whether a value is a dict by names with arrays in it, and no arrays further inside."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        return False
+    arrays = [array for array in value.values() if isinstance(array, np.ndarray)]
+    others = [other for other in value.values() if not isinstance(other, np.ndarray)]
+    return bool(arrays) and not _holds_arrays(others)
+
+
+def _check_tensors(state: dict[str, Any], path: Path) -> None:
+    """Left out, a tensor of a kind that is not read could be a part of the network."""
+    for name, value in state.items():
+        if isinstance(value, Unread) and value.name.startswith("torch."):
+            raise WeightsError(f"{path}: {name} is made by {value.name}, which is not read")
+
+
+def _holds_arrays(values: list) -> bool:
+    # Without recursion, and each container once: a file may nest them deep, or in a circle.
+    seen, left = set(), [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, np.ndarray):
+            return True
+        if isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, dict) else value)
+    return False
+
+
+def _unwrapped(state: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+    unwrapped: dict[str, np.ndarray] = {}
+    for name, value in state.items():
+        bare = _WRAPPERS.sub("", name)
+        if bare in unwrapped:
+            raise WeightsError(f"{path} has two weights of the name {bare}, one of them wrapped")
+        unwrapped[bare] = value
+    for prefix in (*_PREFIXES, *_PREFIXES):
+        if all(name.startswith(prefix) for name in unwrapped):
+            unwrapped = {name.removeprefix(prefix): value for name, value in unwrapped.items()}
+    return unwrapped

@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from ant_jax.interop import plain_pickle
-from ant_jax.interop.plain_pickle import Global
+from ant_jax.interop.plain_pickle import Global, Unread
 
 _DTYPES = {
     "torch.DoubleStorage": np.float64,
@@ -26,6 +26,8 @@ _DTYPES = {
     "torch.CharStorage": np.int8,
     "torch.ByteStorage": np.uint8,
     "torch.BoolStorage": np.bool_,
+    "torch.ComplexFloatStorage": np.complex64,
+    "torch.ComplexDoubleStorage": np.complex128,
     "torch.storage.UntypedStorage": np.uint8,
 }
 _SCALARS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
@@ -43,10 +45,9 @@ def read(path: str | Path) -> Any:
 
     Tensors and plain containers are read, and nothing else is: whatever the file names is neither
     imported nor called, and PyTorch is not needed. A class that is only mentioned, such as a
-    callback of PyTorch Lightning as a key, becomes a `Global`; a file that makes an object of such
-    a class is refused as a whole. Public checkpoints (ADM, DiT, LDM, Stable Diffusion, Inception)
-    need no more than that, except that DiT's training script adds an argparse.Namespace, which is
-    read as a dict of its attributes.
+    callback of PyTorch Lightning as a key, becomes a `Global`; an object of such a class, such as a
+    config or a path beside the tensors, becomes an `Unread`, which has the name of its class alone.
+    An argparse.Namespace, which DiT's training script adds, is read as a dict of its attributes.
 
     Each storage is read once, and the tensors on it are views of it. In a zipped file its checksum
     is verified. The formats are those of torch/serialization.py in PyTorch 2.13.
@@ -57,14 +58,14 @@ def read(path: str | Path) -> Any:
     Returns:
       What was saved, most often a dict, of: dict (also for an OrderedDict, less its attributes),
       list, tuple (also for a torch.Size), set, str (also for a torch.device), int, float, bool
-      (also for NumPy's scalars), None, bytes, np.dtype, `Global` (also for a torch.dtype), and
-      tensors and parameters as read-only NumPy arrays of the same shape and type, bfloat16 being
-      that of ml_dtypes. A storage by itself is a one-dimensional array.
+      (also for NumPy's scalars), None, bytes, np.dtype, `Global` (also for a torch.dtype),
+      `Unread`, and tensors and parameters as read-only NumPy arrays of the same shape and type,
+      bfloat16 being that of ml_dtypes. A storage by itself is a one-dimensional array.
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If the file is no checkpoint, is damaged, was written on a big-endian machine or
-        holds anything but the above. The message names the file and the cause.
+      ValueError: If the file is no checkpoint, is damaged or was written on a big-endian machine.
+        The message names the file and the cause.
     """
     path = Path(path)
     if path.is_dir():
@@ -75,6 +76,7 @@ def read(path: str | Path) -> Any:
         # The other types are what zipfile raises for damaged archives.
         except (
             ValueError,
+            OSError,
             EOFError,
             NotImplementedError,
             OverflowError,
@@ -205,7 +207,7 @@ def _unpickle(stream: BinaryIO, raw_of: _RawOf) -> Any:
             if type(state) is not tuple or state[1] not in ("<", "|", "="):
                 raise ValueError("a big-endian or unknown NumPy type")
         elif type(target) is not dict or type(state) is not dict:
-            raise plain_pickle.refusal(target)
+            raise ValueError(f"a damaged pickle: a state of a {type(target).__name__}")
         elif id(target) in namespaces:
             target.update(state)
 
@@ -213,14 +215,15 @@ def _unpickle(stream: BinaryIO, raw_of: _RawOf) -> Any:
     return plain_pickle.load(stream, builders, set_state, lambda id: _storage(id, raw_of))
 
 
-def _storage(persistent_id: Any, raw_of: _RawOf) -> np.ndarray:
+def _storage(persistent_id: Any, raw_of: _RawOf) -> np.ndarray | Global:
     match persistent_id:
         case ("storage", Global(name), str(key), _, int(numel)):
             view = None
         case ("storage", Global(name), str(key), _, int(numel), view):
             pass
+        # Of whole modules, with their source, in the format before 1.6.
         case ("module", Global() as what, *_):
-            raise plain_pickle.refusal(what)
+            return what
         case _:
             raise ValueError("a reference to neither a storage nor a module")
     if name not in _DTYPES:
@@ -269,7 +272,7 @@ def _tensor_v2(storage, offset, size, strides, requires_grad, hooks, metadata=No
 
 
 def _parameter(data, requires_grad, hooks):
-    if type(data) is not np.ndarray:
+    if type(data) not in (np.ndarray, Unread):
         raise ValueError("a parameter without a tensor")
     return data
 
@@ -277,13 +280,16 @@ def _parameter(data, requires_grad, hooks):
 def _ordered_dict(pairs=()):
     result = {}
     for key, value in pairs:
+        if type(key) is Unread:
+            continue
         if not plain_pickle.is_key(key):
             raise ValueError(f"a {type(key).__name__} as a key")
         result[key] = value
     return result
 
 
-def _set(elements):
+def _set(elements=()):
+    elements = [element for element in elements if type(element) is not Unread]
     if not all(plain_pickle.is_key(element) for element in elements):
         raise ValueError("a set of more than plain values")
     return set(elements)
@@ -309,12 +315,14 @@ def _encode(text, encoding):
 
 
 def _dtype(code, align, copy):
-    if type(code) is not str or code not in _SCALARS:
-        raise ValueError("a NumPy type that is no number")
-    return np.dtype(code)
+    if type(code) is not str:
+        raise ValueError("a NumPy type without a name")
+    return np.dtype(code) if code in _SCALARS else Unread("numpy.dtype")
 
 
 def _scalar(dtype, data):
+    if type(dtype) is Unread:
+        return Unread("numpy.scalar")
     if not isinstance(dtype, np.dtype) or type(data) is not bytes or len(data) != dtype.itemsize:
         raise ValueError("a NumPy scalar that is not of its type's size")
     return np.frombuffer(data, dtype)[0].item()
@@ -327,6 +335,7 @@ _BUILDERS = {
     "torch.Size": _size_of,
     "torch.device": _device,
     "collections.OrderedDict": _ordered_dict,
+    "collections.defaultdict": lambda *_: {},
     "builtins.set": _set,
     "__builtin__.set": _set,
     "__builtin__.bytes": lambda: b"",

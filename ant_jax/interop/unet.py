@@ -6,6 +6,7 @@ openai/guided-diffusion, `unet.py`, and CompVis/latent-diffusion, `openaimodel.p
 import functools
 import re
 from collections.abc import Mapping, Set
+from typing import Any
 
 import numpy as np
 
@@ -35,11 +36,26 @@ _INSIDE = {
 # Blocks that are a convolution to another resolution.
 _RESAMPLING = {"input": ".op", "output": ".conv"}
 
-_NETWORK = "model.diffusion_model."
+# Of a whole checkpoint of latent-diffusion; "model." is gone where the file has nothing else.
+_NETWORK = re.compile(r"(?:model\.)?diffusion_model\.")
 _AVERAGE = "model_ema.diffusion_model"
 
+ORDERS = ("heads_first", "qkv_first")
 
-def unet_names(new_order_head_channels: int | None = None) -> Names:
+# What the repositories of ADM and LDM say of their checkpoints that the files don't: README.md of
+# openai/guided-diffusion at 22e0df8, models/ldm of CompVis/latent-diffusion at a506df5. By the
+# number of weights without label table.
+_PUBLISHED = {
+    295_136_454: ("ADM's for 64 x 64", "qkv_first,head_channels=64"),
+    420_505_606: ("ADM's for 128 x 128", "heads_first,num_heads=4"),
+    552_814_086: ("ADM's for 256 x 256", "heads_first,head_channels=64"),
+    557_973_638: ("ADM's for 512 x 512", "heads_first,head_channels=64"),
+    274_056_163: ("LDM's for FFHQ, CelebA-HQ and LSUN bedrooms", "heads_first,head_channels=32"),
+    294_966_916: ("LDM's for LSUN churches", "heads_first,num_heads=8"),
+}
+
+
+def unet_names(order: str, num_heads: int = 0, head_channels: int = 0) -> Names:
     """The names of `ant_jax.models.unet.UNet`.
 
     Read are state dicts of the UNet alone and whole checkpoints of latent-diffusion; where such a
@@ -51,14 +67,43 @@ def unet_names(new_order_head_channels: int | None = None) -> Names:
     the network there with one class more.
 
     Args:
-      new_order_head_channels: channels of an attention head if the weights are for
-        `use_new_attention_order`, as ADM's for ImageNet 64 x 64, which order the channels of `qkv`
-        by query, key and value first; None otherwise.
+      order: how the channels of `qkv` are ordered there, which no file tells: "heads_first", the
+        default of the papers' code, or "qkv_first", by query, key and value first, which it has by
+        `use_new_attention_order`, as ADM's network for 64 x 64.
+      num_heads: attention heads wherever attention is; for "qkv_first", of which one of the two is
+        needed.
+      head_channels: channels of a head, the other way to say it.
     """
-    return Names("UNet", functools.partial(_place, new_order_head_channels), _select)
+    if order not in ORDERS:
+        raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}.")
+    heads = None
+    if order == "qkv_first":
+        if bool(num_heads) == bool(head_channels):
+            raise ValueError("qkv_first needs either num_heads or head_channels.")
+        heads = (num_heads or -1, head_channels or -1)
+    return Names("UNet", functools.partial(_place, heads), _select)
 
 
-def _place(new_order_head_channels: int | None, module: str) -> Place | None:
+def published_unet(params: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The published network that has so many weights, and what its authors say of it.
+
+    Args:
+      params: a nested dict of anything with a `size`.
+
+    Returns:
+      Its name, and the facts as ``config.init_facts`` takes them; None if there is none.
+    """
+    network = (tree for name, tree in params.items() if name != "label_embedding")
+    return _PUBLISHED.get(sum(leaf.size for tree in network for leaf in _sized(tree)))
+
+
+def _sized(tree: Any) -> list[Any]:
+    if not isinstance(tree, Mapping):
+        return [tree]
+    return [leaf for inner in tree.values() for leaf in _sized(inner)]
+
+
+def _place(heads: tuple[int, int] | None, module: str) -> Place | None:
     if module in _OUTSIDE:
         return _OUTSIDE[module]
     block = _BLOCK.fullmatch(module)
@@ -67,8 +112,8 @@ def _place(new_order_head_channels: int | None, module: str) -> Place | None:
     name = f"{block[1]}_block{'' if block[1] == 'middle' else 's'}{block[2].replace('_', '.')}"
     if block[3]:
         inside = _INSIDE[block[3]]
-        order = new_order_head_channels if block[3] == "qkv" else None
-        return inside._replace(module=f"{name}.{inside.module}", head_channels=order)
+        order = heads if block[3] == "qkv" else None
+        return inside._replace(module=f"{name}.{inside.module}", heads=order)
     return Place(name if module == "input_0_0" else name + _RESAMPLING[block[1]])
 
 
@@ -79,11 +124,8 @@ def _select(state: Mapping[str, np.ndarray], wanted: Set[str]) -> dict[str, np.n
         dotted = {_AVERAGE + name.replace(".", ""): name for name in wanted}
         return {dotted.get(name, name): value for name, value in averages.items()}
     network = {
-        name.removeprefix(_NETWORK): value
+        name[found.end() :]: value
         for name, value in state.items()
-        if name.startswith(_NETWORK)
+        if (found := _NETWORK.match(name))
     }
     return network or dict(state)
-
-
-UNET = unet_names()

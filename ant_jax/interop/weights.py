@@ -23,14 +23,15 @@ class Place(NamedTuple):
       module: Its name there, such as "blocks.0.attn.qkv".
       spatial: The positions that a kernel of two dimensions here sees there: (1, 1) for a
         convolution of 1 x 1, (p, p) for patches of p x p pixels, () for a linear layer.
-      head_channels: Channels of an attention head if the outputs are ordered by query, key and
-        value first there, and by head first here; None if the order is the same.
+      heads: Number of attention heads and channels of one, -1 for whichever follows, if the outputs
+        are ordered by query, key and value first there, and by head first here; None if the order
+        is the same.
       null_row: Whether a table may have one row less there: that of the null class.
     """
 
     module: str
     spatial: tuple[int, ...] = ()
-    head_channels: int | None = None
+    heads: tuple[int, int] | None = None
     null_row: bool = False
 
 
@@ -60,6 +61,7 @@ _KINDS = {
     "mean": "running_mean",
     "var": "running_var",
 }
+_TYPES = ("float16", "bfloat16", "float32", "float64")
 _LISTED = 5
 
 
@@ -83,16 +85,16 @@ def from_torch(
       state: arrays by name, as `read_state` returns them, in any floating type.
       template: the parameters that the network has: a nested dict of anything with a `shape`, such
         as `jax.eval_shape(model.init, ...)["params"]`.
-      names: the family of the network: `DIT`, `UNET`, `AUTOENCODER`, `INCEPTION`, or what
-        `dit_names` or `unet_names` returns.
+      names: the family of the network: `AUTOENCODER`, `INCEPTION`, or what `dit_names` or
+        `unet_names` returns.
 
     Returns:
       A nested dict of float32 arrays with the keys and shapes of the template. They may be
       read-only and share memory with the state dict.
 
     Raises:
-      WeightsError: If a weight is missing, of another shape, or not of this network, or if the
-        template is not of the family.
+      WeightsError: If a weight is missing, of another shape, or not of this network, if it is no
+        floating-point number, NaN or infinite, or if the template is not of the family.
     """
     leaves = {leaf.name: leaf for leaf in _leaves(template, names)}
     found = names.select(state, leaves.keys())
@@ -120,8 +122,23 @@ def from_torch(
         node = params
         for module in modules:
             node = node.setdefault(module, {})
-        node[kind] = _here(np.asarray(found[name], np.float32), leaf)
+        node[kind] = _here(_numbers(found[name], name), leaf)
     return params
+
+
+def _numbers(value: np.ndarray, name: str) -> np.ndarray:
+    # Integers are most often a quantised network's, whose scales are elsewhere.
+    if value.dtype.name not in _TYPES:
+        raise WeightsError(f"{name} is of the type {value.dtype.name}, not of a floating one.")
+    with np.errstate(over="ignore"):
+        numbers = np.asarray(value, np.float32)
+    bad = numbers.size - np.count_nonzero(np.isfinite(numbers))
+    if bad:
+        raise WeightsError(
+            f"{bad} of the {numbers.size} values of {name} are NaN, infinite or beyond float32: "
+            "the weights are damaged."
+        )
+    return numbers
 
 
 def to_torch(params: Mapping[str, Any], names: Names) -> dict[str, np.ndarray]:
@@ -163,11 +180,11 @@ def _flat(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple
 
 
 def _shape_there(shape: tuple[int, ...], kind: str, place: Place) -> tuple[int, ...]:
-    heads = 3 * (place.head_channels or 1)
-    if place.head_channels and shape[-1] % heads:
+    if place.heads and shape[-1] % (3 * max(place.heads)):
+        number, channels = place.heads
+        heads = f"heads of {channels} channels" if number < 0 else f"{number} heads"
         raise WeightsError(
-            f"the {shape[-1]} channels of {place.module} are not three times those of heads of "
-            f"{place.head_channels} channels."
+            f"the {shape[-1]} channels of {place.module} are not three times those of {heads}."
         )
     if kind != "kernel":
         return shape
@@ -196,8 +213,8 @@ def _pointwise(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _here(value: np.ndarray, leaf: _Leaf) -> np.ndarray:
-    if leaf.place.head_channels:
-        value = _reordered(value, (3, -1, leaf.place.head_channels))
+    if leaf.place.heads:
+        value = _reordered(value, (3, *leaf.place.heads))
     if leaf.path[-1] == "kernel":
         value = np.moveaxis(value, (1, 0), (-2, -1))
     elif leaf.place.null_row:
@@ -210,8 +227,9 @@ def _there(leaf: _Leaf) -> np.ndarray:
     if leaf.path[-1] == "kernel":
         value = value.reshape(*_spatial(leaf.here, leaf.place), -1, leaf.here[-1])
         value = np.moveaxis(value, (-1, -2), (0, 1))
-    if leaf.place.head_channels:
-        value = _reordered(value, (-1, 3, leaf.place.head_channels))
+    if leaf.place.heads:
+        number, channels = leaf.place.heads
+        value = _reordered(value, (number, 3, channels))
     return value
 
 

@@ -19,11 +19,27 @@ from ant_jax.models.norms import GroupNorm
 _GroupNorm = functools.partial(GroupNorm, num_groups=32, epsilon=1e-6, dtype=jnp.float32)
 
 
-# The first is Stable Diffusion's, which DiT uses, the second LDM's for FFHQ and CelebA-HQ. The
-# third is nobody's: small enough to try things out on a laptop.
+# Those of the model zoo of CompVis/latent-diffusion (models/first_stage_models); KL-f8 is also
+# Stable Diffusion's, which DiT uses, and VQ-f4 LDM's for FFHQ and CelebA-HQ. The last is nobody's:
+# small enough to try things out on a laptop.
 VARIANTS = {
+    "KL-f4": dict(multipliers=(1, 2, 4), latent_channels=3),
     "KL-f8": dict(),
+    "KL-f16": dict(multipliers=(1, 1, 2, 2, 4), attention_factors=(16,), latent_channels=16),
+    "KL-f32": dict(multipliers=(1, 1, 2, 2, 4, 4), attention_factors=(16, 32), latent_channels=64),
     "VQ-f4": dict(multipliers=(1, 2, 4), latent_channels=3, codebook=8192),
+    "VQ-f4-noattn": dict(
+        multipliers=(1, 2, 4), latent_channels=3, codebook=8192, middle_attention=False
+    ),
+    "VQ-f8": dict(
+        multipliers=(1, 2, 2, 4), attention_factors=(8,), latent_channels=4, codebook=16384
+    ),
+    "VQ-f8-n256": dict(
+        multipliers=(1, 2, 2, 4), attention_factors=(8,), latent_channels=4, codebook=256
+    ),
+    "VQ-f16": dict(
+        multipliers=(1, 1, 2, 2, 4), attention_factors=(16,), latent_channels=8, codebook=16384
+    ),
     "KL-f4-small": dict(width=32, multipliers=(1, 2, 2), blocks=1),
 }
 
@@ -61,13 +77,19 @@ class Autoencoder(nn.Module):
       multipliers: Features of each level as multiples of the width; each level but the first has
         half the resolution of the one before.
       blocks: Residual blocks of each level of the encoder; the decoder has one more.
+      attention_factors: The downsampling factors, powers of 2, at which attention follows each
+        residual block: 16 is at 16 x 16 for an image of 256 x 256.
+      middle_attention: Whether attention is also in the middle of encoder and decoder.
       latent_channels: Channels c of the latent.
+      inner_channels: Channels that the encoder and the decoder have where the latent is between
+        them; 0 for those of the latent.
       codebook: Number of vectors that a latent's pixels are quantised to; 0 for the KL form.
       channels: Channels C of the images.
       dtype: Type of the activations. Parameters, normalisation and results are float32.
 
     Raises:
-      ValueError: On construction, if the width is not a multiple of 32.
+      ValueError: On construction, if the width is not a multiple of 32, or if attention is at no
+        level.
     """
 
     width: int = 128
@@ -77,10 +99,17 @@ class Autoencoder(nn.Module):
     codebook: int = 0
     channels: int = 3
     dtype: Any = jnp.float32
+    attention_factors: tuple[int, ...] = ()
+    middle_attention: bool = True
+    inner_channels: int = 0
 
     def __post_init__(self):
         if self.width % 32:
             raise ValueError(f"width must be a multiple of 32, not {self.width}.")
+        factors = [2**level for level in range(len(self.multipliers))]
+        for factor in self.attention_factors:
+            if factor not in factors:
+                raise ValueError(f"attention_factors must be among {factors}, not {factor}.")
         super().__post_init__()
 
     @property
@@ -90,11 +119,17 @@ class Autoencoder(nn.Module):
 
     def setup(self) -> None:
         """Makes the four parts."""
-        shared = (self.width, self.multipliers, self.blocks, self.dtype)
-        numbers = self.latent_channels if self.codebook else 2 * self.latent_channels
-        self.encoder = _Encoder(*shared, numbers)
-        self.quant_conv = nn.Dense(numbers, dtype=self.dtype)
-        self.post_quant_conv = nn.Dense(self.latent_channels, dtype=self.dtype)
+        attends = tuple(2**i in self.attention_factors for i in range(len(self.multipliers)))
+        shared = (
+            *(self.width, self.multipliers, self.blocks, self.dtype),
+            *(attends, self.middle_attention),
+        )
+        inner = self.inner_channels or self.latent_channels
+        # Means and logarithms of variances.
+        kinds = 1 if self.codebook else 2
+        self.encoder = _Encoder(*shared, kinds * inner)
+        self.quant_conv = nn.Dense(kinds * self.latent_channels, dtype=self.dtype)
+        self.post_quant_conv = nn.Dense(inner, dtype=self.dtype)
         self.decoder = _Decoder(*shared, self.channels)
         if self.codebook:
             scale = 1 / self.codebook
@@ -145,6 +180,8 @@ class _Encoder(nn.Module):
     multipliers: tuple[int, ...]
     blocks: int
     dtype: Any
+    attends: tuple[bool, ...]
+    middle_attention: bool
     numbers: int
 
     @nn.compact
@@ -155,11 +192,13 @@ class _Encoder(nn.Module):
             for i in range(self.blocks):
                 features = multiplier * self.width
                 x = _Block(features, self.dtype, name=f"down_{level}_block_{i}")(x)
+                if self.attends[level]:
+                    x = _Attention(self.dtype, name=f"down_{level}_attention_{i}")(x)
             if level < len(self.multipliers) - 1:
                 # Padded on one side alone, as in the paper's code.
                 down = functools.partial(conv, strides=2, padding=((0, 1), (0, 1)))
                 x = down(x.shape[-1], name=f"down_{level}_downsample")(x)
-        x = _middle(x, self.dtype)
+        x = _middle(x, self.dtype, self.middle_attention)
         x = nn.silu(_GroupNorm(name="norm_out")(x)).astype(self.dtype)
         return conv(self.numbers, name="conv_out")(x)
 
@@ -171,17 +210,21 @@ class _Decoder(nn.Module):
     multipliers: tuple[int, ...]
     blocks: int
     dtype: Any
+    attends: tuple[bool, ...]
+    middle_attention: bool
     channels: int
 
     @nn.compact
     def __call__(self, x):
         conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, dtype=self.dtype)
         x = conv(self.multipliers[-1] * self.width, name="conv_in")(x)
-        x = _middle(x, self.dtype)
+        x = _middle(x, self.dtype, self.middle_attention)
         for level in reversed(range(len(self.multipliers))):
             features = self.multipliers[level] * self.width
             for i in range(self.blocks + 1):
                 x = _Block(features, self.dtype, name=f"up_{level}_block_{i}")(x)
+                if self.attends[level]:
+                    x = _Attention(self.dtype, name=f"up_{level}_attention_{i}")(x)
             if level:
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = conv(features, name=f"up_{level}_upsample")(x)
@@ -189,9 +232,10 @@ class _Decoder(nn.Module):
         return conv(self.channels, name="conv_out")(x)
 
 
-def _middle(x, dtype):
+def _middle(x, dtype, attends):
     x = _Block(x.shape[-1], dtype, name="mid_block_1")(x)
-    x = _Attention(dtype, name="mid_attention")(x)
+    if attends:
+        x = _Attention(dtype, name="mid_attention")(x)
     return _Block(x.shape[-1], dtype, name="mid_block_2")(x)
 
 

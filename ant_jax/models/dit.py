@@ -132,7 +132,7 @@ class DiT(nn.Module):
         x = x.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
         x = x.reshape(batch, rows * columns, p * p * channels)
         x = _Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
-        x += _positions(rows, columns, self.width).astype(x.dtype)
+        x += positions(rows, columns, self.width).astype(x.dtype)
 
         embedding = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
         features = timestep_features(t, TIMESTEP_FEATURES)
@@ -197,8 +197,17 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
-def _positions(rows: int, columns: int, width: int) -> np.ndarray:
-    """Fixed 2-D encoding (rows * columns, width): the column in the first half, then the row."""
+def positions(rows: int, columns: int, width: int) -> np.ndarray:
+    """The fixed 2-D encoding of the positions of tokens.
+
+    Args:
+      rows: of tokens.
+      columns: of tokens.
+      width: features of a token, a multiple of 4.
+
+    Returns:
+      (rows * columns, width) float64: sines and cosines of the column, then of the row.
+    """
     quarter = width // 4
     frequencies = MAX_PERIOD ** (-np.arange(quarter) / quarter)
     row, column = np.divmod(np.arange(rows * columns), columns)

@@ -35,11 +35,26 @@ VARIANTS = {
         attention_factors=(2, 4, 8),
         head_channels=64,
     ),
+    "ADM-128": dict(
+        width=256,
+        channel_mult=(1, 1, 2, 3, 4),
+        num_res_blocks=2,
+        attention_factors=(4, 8, 16),
+        head_channels=0,
+        num_heads=4,
+    ),
     "ADM-256": dict(
         width=256,
         channel_mult=(1, 1, 2, 2, 4, 4),
         num_res_blocks=2,
         attention_factors=(8, 16, 32),
+        head_channels=64,
+    ),
+    "ADM-512": dict(
+        width=256,
+        channel_mult=(0.5, 1, 1, 2, 2, 4, 4),
+        num_res_blocks=2,
+        attention_factors=(16, 32, 64),
         head_channels=64,
     ),
     "ADM-light-256": dict(
@@ -77,7 +92,7 @@ def unet(variant: str, **fields: Any) -> "UNet":
     """Builds a UNet of a published architecture, e.g. `unet("LDM-4", channels=3)`.
 
     Args:
-      variant: A key of `VARIANTS`: "ADM-64", "ADM-256", "ADM-light-256" or "LDM-4".
+      variant: A key of `VARIANTS`, such as "ADM-64" or "LDM-4".
       **fields: The other fields of `UNet`, or replacements of the variant's.
 
     Returns:
@@ -106,7 +121,8 @@ class UNet(nn.Module):
       num_res_blocks: Residual blocks a level on the way down; there is one more on the way up.
       attention_factors: The downsampling factors, powers of 2, at which attention follows each
         residual block: 8 is at 32 x 32 for an image of 256 x 256. Always in the middle as well.
-      head_channels: Channels of an attention head; divides the channels wherever attention is.
+      head_channels: Channels of an attention head; divides the channels wherever attention is. 0
+        where `num_heads` is given instead.
       channels: Channels C of the input.
       num_classes: Number of classes; 0 makes an unconditional model, without label table.
       learned_variance: Whether to return C further channels that parametrise the variance.
@@ -119,6 +135,8 @@ class UNet(nn.Module):
         of time for memory that changes neither parameters nor values: see
         `ant_jax.models.remat.rematerialised`.
       attention: "xla" or "cudnn": see `ant_jax.models.attention.check_attention`.
+      num_heads: Attention heads wherever attention is, as in ADM for 128 x 128; 0 where
+        `head_channels` is given instead.
 
     Raises:
       ValueError: On construction, if a field is not as above.
@@ -137,6 +155,7 @@ class UNet(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     attention: str = "xla"
+    num_heads: int = 0
 
     def __post_init__(self):
         if self.width < 1 or self.width % 2:
@@ -145,6 +164,14 @@ class UNet(nn.Module):
             raise ValueError("channel_mult must have at least one level.")
         if self.num_res_blocks < 1:
             raise ValueError(f"num_res_blocks must be at least 1, not {self.num_res_blocks}.")
+        heads, value = max(
+            ("head_channels", self.head_channels), ("num_heads", self.num_heads), key=lambda x: x[1]
+        )
+        if value < 1 or min(self.head_channels, self.num_heads) != 0:
+            raise ValueError(
+                "one of head_channels and num_heads must be positive and the other 0, not "
+                f"{self.head_channels} and {self.num_heads}."
+            )
         factors = [2**level for level in range(len(self.channel_mult))]
         for factor in self.attention_factors:
             if factor not in factors:
@@ -157,13 +184,15 @@ class UNet(nn.Module):
                     f"norm, not {self.width} * {mult}."
                 )
             attends = factor in self.attention_factors or factor == factors[-1]
-            if attends and (self.head_channels < 1 or channels % self.head_channels):
+            if attends and channels % value:
                 raise ValueError(
-                    f"head_channels must divide the {channels} channels at the downsampling factor "
-                    f"{factor}, where attention is, not {self.head_channels}."
+                    f"{heads} must divide the {channels} channels at the downsampling factor "
+                    f"{factor}, where attention is, not {value}."
                 )
+            if attends:
+                head = int(channels // self.num_heads) if self.num_heads else self.head_channels
+                check_attention(self.attention, head, self.dtype)
         check_remat(self.remat)
-        check_attention(self.attention, self.head_channels, self.dtype)
         super().__post_init__()
 
     @nn.compact
@@ -218,6 +247,7 @@ class UNet(nn.Module):
         )
         attention = functools.partial(
             rematerialised(_Attention, self.remat),
+            num_heads=self.num_heads,
             head_channels=self.head_channels,
             dtype=self.dtype,
             attention=self.attention,
@@ -300,6 +330,7 @@ class _ResidualBlock(nn.Module):
 class _Attention(nn.Module):
     """Self-attention over all positions of (B, H, W, C), added to the input."""
 
+    num_heads: int
     head_channels: int
     dtype: Any
     attention: str
@@ -307,10 +338,10 @@ class _Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         batch, height, width, channels = x.shape
-        heads = channels // self.head_channels
+        heads = self.num_heads or channels // self.head_channels
         h = _GroupNorm(dtype=self.dtype, name="norm")(x)
         h = _Dense(3 * channels, dtype=self.dtype, name="qkv")(h)
-        h = h.reshape(batch, height * width, heads, 3, self.head_channels)
+        h = h.reshape(batch, height * width, heads, 3, channels // heads)
         h = jax.nn.dot_product_attention(*jnp.unstack(h, axis=3), implementation=self.attention)
         return x + _ZeroDense(channels, dtype=self.dtype, name="output")(h.reshape(x.shape))
 

@@ -4,9 +4,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from torch_writers import literal, running, storage, tensor, write_legacy, write_zip
+from torch_writers import call, literal, running, storage, tensor, write_legacy, write_zip
 
-from ant_jax.interop import WeightsError, read_state, write_state
+from ant_jax.interop import WeightsError, read_metadata, read_state, write_state
 
 RECORDED = Path(__file__).parents[1] / "data" / "torch"
 RECORDS = {"0": np.arange(4, dtype="<f4").tobytes(), "1": np.ones(4, "<f4").tobytes()}
@@ -22,6 +22,8 @@ def module(**values):
     return items(**{f"module.{key}": value for key, value in values.items()})
 
 
+# An object of a class that is no tensor.
+PATH = call("pathlib.PosixPath", literal("x"))
 HOLDING_THE_RANGE = {
     "alone": items(w=RANGE),
     "lightning": items(epoch=literal(3), state_dict=items(w=RANGE)),
@@ -29,6 +31,16 @@ HOLDING_THE_RANGE = {
     "average of another kind": items(ema=items(decay=literal(0.5)), model=items(w=RANGE)),
     "parallel": module(w=RANGE),
     "parallel within": items(model=module(w=RANGE)),
+    "model_state_dict": items(model_state_dict=items(w=RANGE), epoch=literal(3)),
+    "compiled": items(**{"_orig_mod.w": RANGE}),
+    "compiled, then parallel": items(**{"module._orig_mod.w": RANGE}),
+    "parallel, then compiled": items(**{"_orig_mod.module.w": RANGE}),
+    "lightning's network": items(state_dict=items(**{"model._orig_mod.w": RANGE})),
+    "sharded": items(model=items(**{"module.model._fsdp_wrapped_module.w": RANGE})),
+    "numbers": items(w=RANGE, epoch=literal(3), name=literal("x"), lr=literal([0.1, {"a": 1}])),
+    "config": items(state_dict=items(w=RANGE), hyper_parameters=PATH, args=items(p=PATH)),
+    "config among them": items(w=RANGE, config=PATH),
+    "average of many": items(ema=items(decay=ONES, shadow=items(w=ONES)), model=items(w=RANGE)),
 }
 
 
@@ -58,7 +70,7 @@ def test_files_of_torch_itself():
         (items(epoch=literal(3)), r"a dict with the keys \['epoch'\]"),
         (items(network=items(w=RANGE)), r"a dict with the keys \['network'\]"),
         (items(state_dict=items()), r"a dict with the keys \['state_dict'\]"),
-        (items(w=RANGE, epoch=literal(3)), r"a dict with the keys \['w', 'epoch'\]"),
+        (items(w=RANGE, opt=items(m=ONES)), r"a dict with the keys \['w', 'opt'\]"),
         (b"]" + RANGE + b"a", "<class 'list'>"),
         (RANGE, "<class 'numpy.ndarray'>"),
     ],
@@ -69,12 +81,41 @@ def test_no_state_dict(tmp_path, code, held):
         read_state(path)
 
 
+@pytest.mark.parametrize(
+    "code, fault",
+    [
+        (PATH, r"as an object of pathlib\.PosixPath, which is not read"),
+        # Not the network instead of its moving average.
+        (items(ema=PATH, model=items(w=RANGE)), r"as an object of pathlib\.PosixPath"),
+        (items(w=RANGE, v=call("torch._utils._rebuild_qtensor")), r"v is made by torch\._utils\."),
+        (items(w=RANGE, **{"_orig_mod.w": ONES}), "two weights of the name w"),
+    ],
+)
+def test_what_may_be_a_part_of_the_network_is_not_left_out(tmp_path, code, fault):
+    with pytest.raises(WeightsError, match=f"x.pt.* {fault}"):
+        read_state(write_zip(tmp_path / "x.pt", code, RECORDS))
+
+
+def test_a_circle_of_containers_ends(tmp_path):
+    # A dict that has itself in a list, and 20 000 lists in each other.
+    code = b"}r\x01\x00\x00\x00" + literal("w") + RANGE + b"s" + literal("x")
+    code += b"]j\x01\x00\x00\x00a" + b"]" * 20_000 + b"a" * 20_000 + b"s"
+    path = write_zip(tmp_path / "x.pt", code, RECORDS)
+    with pytest.raises(WeightsError, match="no state dict"):
+        read_state(path)
+    deep = b"}" + literal("w") + RANGE + b"s" + literal("x")
+    deep += b"]" * 20_000 + b"a" * 19_999 + b"s"
+    assert list(read_state(write_zip(tmp_path / "deep.pt", deep, RECORDS))) == ["w"]
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("write", [write_zip, write_legacy])
 def test_nothing_is_run(tmp_path, write, suffix):
     marker = tmp_path / "marker"
-    path = write(tmp_path / f"x{suffix}", running(marker)["value"][0])
-    with pytest.raises(ValueError, match=r"it uses posix\.system "):
+    path = write(tmp_path / f"x{suffix}", items(w=tensor(), x=running(marker)["reduce"][0]))
+    assert list(read_state(path)) == ["w"]
+    path = write(tmp_path / f"y{suffix}", items(w=tensor(), ema=running(marker)["reduce"][0]))
+    with pytest.raises(WeightsError, match=r"an object of posix\.system"):
         read_state(path)
     assert not marker.exists()
 
@@ -110,6 +151,14 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
         write_state(path, {"w": np.arange(5)})
         assert reader.read() == before
     assert read_state(path)["w"].shape == (5,)
+
+
+def test_what_a_file_says_of_itself(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_state(path, {"w": np.arange(4)}, {"a": "b"})
+    assert read_metadata(path) == {"a": "b"} and list(read_state(path)) == ["w"]
+    write_state(path, {"w": np.arange(4)})
+    assert read_metadata(path) == read_metadata(RECORDED / "zip.pt") == {}
 
 
 def safetensors_header(header, size=None):

@@ -8,22 +8,25 @@ import numpy as np
 import pytest
 
 from ant_jax.interop import (
-    DIT,
     INCEPTION,
-    UNET,
     WeightsError,
     dit_names,
     from_torch,
     read_state,
     to_torch,
+    unet_names,
     write_state,
 )
-from ant_jax.models.dit import DiT
+from ant_jax.models.dit import DiT, positions
 
 RECORDED = Path(__file__).parents[1] / "data" / "dit"
 _spec = importlib.util.spec_from_file_location("record_dit", RECORDED / "record.py")
 record = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(record)
+
+# Images of 8 x 8 pixels have 4 x 4 patches.
+DIT = dit_names(2, positions(4, 4, 16))
+UNET = unet_names("heads_first")
 
 # The settings of tests/data/dit/record.py.
 MODEL = DiT(width=16, depth=2, heads=2, patch=2, channels=3, num_classes=5, learned_variance=True)
@@ -47,8 +50,7 @@ def diffusers_state():
 def paper_state():
     """The same by the names of the paper's code, in the order of its state dict."""
     theirs = diffusers_state()
-    # The position encoding is no weight, and nothing is read from it.
-    state = {"pos_embed": np.zeros((1, 16, 16), np.float32)}
+    state = {"pos_embed": np.float32(positions(4, 4, 16))[None]}
 
     def take(name, *sources):
         for kind in ("weight", "bias"):
@@ -108,6 +110,50 @@ def test_an_embedding_that_differs_between_blocks_is_refused():
     state[name] = state[name] + 1
     with pytest.raises(WeightsError, match=r"t_embedder\.mlp\.2\.bias is not the same for all"):
         from_torch(state, template(), DIT)
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "pos_embed.pos_embed"])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_the_position_encoding_is_compared(name, dtype):
+    state = paper_state()
+    ours = state.pop("pos_embed")
+    # Rounded to a smaller type once, and stored as float32.
+    for theirs in (ours.astype(dtype), ours.astype(dtype).astype(np.float32)):
+        from_torch(state | {name: theirs}, template(), DIT)
+    others = [ours + 1e-3, np.roll(ours, 1, axis=1), 0 * ours, ours[:, ::-1], ours * np.nan]
+    for theirs in others:
+        with pytest.raises(WeightsError, match=r"pos_embed differs by up to .* was learned, or is"):
+            from_torch(state | {name: np.float32(theirs)}, template(), DIT)
+    for theirs in (ours[:, :9], np.zeros((1, 17, 16)), np.zeros((1, 16, 8)), np.zeros(16)):
+        with pytest.raises(WeightsError, match=r"positions, .* 16: .* of another size"):
+            from_torch(state | {name: theirs}, template(), DIT)
+    with pytest.raises(WeightsError, match="can't be compared with that of a network of unknown"):
+        from_torch(state | {name: ours}, template(), dit_names())
+
+
+def test_one_class_is_none():
+    state = paper_state()
+    name, bias = "y_embedder.embedding_table.weight", "t_embedder.mlp.2.bias"
+    unlabelled = template(MODEL.clone(num_classes=0))
+    rows = state.pop(name)
+    params = from_torch(state | {name: rows[:1]}, unlabelled, DIT)
+    moved = state | {bias: state[bias] + rows[0]}
+    assert_equal_trees(params, from_torch(moved, unlabelled, DIT))
+    # One class and a null class, or two classes.
+    with pytest.raises(WeightsError, match=f"1 unexpected: {name}"):
+        from_torch(state | {name: rows[:2]}, unlabelled, DIT)
+
+
+def test_a_table_without_null_class():
+    state = paper_state()
+    name = "y_embedder.embedding_table.weight"
+    fewer = state | {name: state[name][:5]}
+    with pytest.raises(WeightsError, match="5x16 there and 6x16 here"):
+        from_torch(fewer, template(), DIT)
+    without = dit_names(2, positions(4, 4, 16), null_row=False)
+    table = from_torch(fewer, template(), without)["label_embedding"]["embedding"]
+    np.testing.assert_array_equal(table[:5], state[name][:5])
+    assert table.shape == (6, 16) and not table[5].any()
 
 
 def test_weights_go_back_to_where_they_came_from(tmp_path):

@@ -67,7 +67,7 @@ class Payload:
 
 
 def running(marker):
-    """Instructions by which Python's own unpickler writes the marker, and what they use for it."""
+    """Instructions by which Python's own unpickler writes the marker, and what they call for it."""
     command = f"touch {marker}"
     code = f"open({str(marker)!r}, 'w')"
     dump = lambda *reduced: pickle.dumps(Payload(*reduced), 2)[2:-1]
@@ -78,7 +78,7 @@ def running(marker):
         # Without the 11 bytes of protocol and frame.
         "stack": (pickle.dumps(Payload(os.system, (command,)), 4)[11:-1], "posix.system"),
         "eval": (dump(eval, (code,)), "__builtin__.eval"),
-        "getattr": (getter + b"(" + literal(command) + b"tR", "__builtin__.__import__"),
+        "getattr": (getter + b"(" + literal(command) + b"tR", "__builtin__.getattr"),
         "value": (b"}" + literal("a") + system + b"s", "posix.system"),
         "inst": (b"(" + literal(command) + b"iposix\nsystem\n", "posix.system"),
         "obj": (b"(" + name("posix.system") + literal(command) + b"o", "posix.system"),

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ant_jax.interop import (
-    UNET,
     WeightsError,
     from_torch,
+    published_unet,
     read_state,
     to_torch,
     unet_names,
@@ -20,6 +20,7 @@ from ant_jax.interop import (
 from ant_jax.models.remat import REMAT
 from ant_jax.models.unet import UNet, unet
 
+UNET = unet_names("heads_first")
 RECORDS = Path(__file__).parents[1] / "data" / "unet"
 COMMON = dict(num_res_blocks=1, attention_factors=(2,), head_channels=16, channels=3)
 # The settings of tests/data/unet/record.py.
@@ -28,7 +29,15 @@ MODELS = {
     "ldm": UNet(
         width=32, channel_mult=(1, 2), scale_shift_norm=False, resblock_updown=False, **COMMON
     ),
+    "new": UNet(
+        width=32,
+        channel_mult=(1, 2),
+        scale_shift_norm=False,
+        resblock_updown=False,
+        **COMMON | dict(attention_factors=(1,), head_channels=0, num_heads=4),
+    ),
 }
+NAMES = {name: UNET for name in MODELS} | {"new": unet_names("qkv_first", num_heads=4)}
 # The least that has every kind of module.
 TINY = dict(COMMON, width=32, channel_mult=(1, 1), attention_factors=(1,))
 KEY = jax.random.key(0)
@@ -47,7 +56,7 @@ def _record(name):
 
 @functools.cache
 def _params(name):
-    return from_torch(_record(name)[0], _template(name), UNET)
+    return from_torch(_record(name)[0], _template(name), NAMES[name])
 
 
 @functools.cache
@@ -89,12 +98,12 @@ def test_weights_go_back_to_where_they_came_from(tmp_path, name):
     if name == "adm":
         null_row = np.zeros((1, 4 * MODELS[name].width))
         state["label_emb.weight"] = np.concatenate([state["label_emb.weight"], null_row])
-    write_state(tmp_path / "x.safetensors", to_torch(_params(name), UNET))
+    write_state(tmp_path / "x.safetensors", to_torch(_params(name), NAMES[name]))
     written = read_state(tmp_path / "x.safetensors")
     assert set(written) == set(state)
     for key, value in written.items():
         np.testing.assert_array_equal(value, state[key].astype(np.float32), strict=True)
-    again = from_torch(written, _template(name), UNET)
+    again = from_torch(written, _template(name), NAMES[name])
     jax.tree.map(np.testing.assert_array_equal, again, _params(name))
 
 
@@ -103,6 +112,8 @@ def test_weights_go_back_to_where_they_came_from(tmp_path, name):
     [
         # Dhariwal & Nichol 2021, table 11; their label tables have no null class.
         ("ADM-64", 64, 1000, True, 295_904_454 + 4 * 192, 296),
+        ("ADM-128", 128, 1000, True, 421_529_606 + 4 * 256, 422),
+        ("ADM-512", 512, 1000, True, 558_997_638 + 4 * 256, 559),
         ("ADM-256", 256, 1000, True, 553_838_086 + 4 * 256, 554),
         # README of github.com/jychoi118/P2-weighting.
         ("ADM-light-256", 256, 0, True, 93_563_910, 93),
@@ -119,6 +130,18 @@ def test_published_parameter_counts(
     assert sum(p.size for p in jax.tree.leaves(params)) == exact
     # Some round to the nearest million, some down.
     assert abs(exact / 1e6 - published_millions) < 1
+    # What the authors say of their checkpoints of this size is what the variant is.
+    known = published_unet(params["params"])
+    if variant == "ADM-light-256":
+        assert known is None
+    else:
+        heads = (
+            ("num_heads", model.num_heads)
+            if model.num_heads
+            else ("head_channels", model.head_channels)
+        )
+        order = "qkv_first" if variant == "ADM-64" else "heads_first"
+        assert known[1] == f"{order},{heads[0]}={heads[1]}"
 
 
 def test_the_other_order_of_attention_channels():
@@ -131,7 +154,7 @@ def test_the_other_order_of_attention_channels():
             reordered[name] = np.concatenate(
                 [parts[head, part] for part in range(3) for head in range(heads)]
             )
-    names = unet_names(new_order_head_channels=16)
+    names = unet_names("qkv_first", head_channels=16)
     params = from_torch(reordered, _template("adm"), names)
     jax.tree.map(np.testing.assert_array_equal, params, _params("adm"))
     plain = from_torch(reordered, _template("adm"), UNET)["middle_1"]["qkv"]["kernel"]
@@ -141,7 +164,15 @@ def test_the_other_order_of_attention_channels():
         if "qkv" in name:
             np.testing.assert_array_equal(written[name], weight)
     with pytest.raises(WeightsError, match=r"96 channels of .*qkv .* heads of 48 channels"):
-        from_torch(reordered, _template("adm"), unet_names(new_order_head_channels=48))
+        from_torch(reordered, _template("adm"), unet_names("qkv_first", head_channels=48))
+
+
+def test_what_cannot_be_an_order():
+    with pytest.raises(ValueError, match="order must be one of heads_first, qkv_first, not 'new'"):
+        unet_names("new")
+    for heads in ({}, dict(num_heads=4, head_channels=16)):
+        with pytest.raises(ValueError, match="qkv_first needs either num_heads or head_channels"):
+            unet_names("qkv_first", **heads)
 
 
 def test_the_moving_average_of_a_checkpoint_of_ldm_comes_first():
@@ -295,7 +326,9 @@ def test_bad_input_shape(shape):
         (dict(attention_factors=(4,)), r"attention_factors must be among \[1, 2\], not 4"),
         (dict(head_channels=24), "head_channels must divide the 32 channels at .* factor 1"),
         (dict(head_channels=24, attention_factors=()), "32 channels at .* factor 2"),
-        (dict(head_channels=0), "head_channels must divide"),
+        (dict(head_channels=0), "one of head_channels and num_heads must be .* not 0 and 0"),
+        (dict(num_heads=4), "one of head_channels and num_heads must be .* not 16 and 4"),
+        (dict(head_channels=0, num_heads=5), "num_heads must divide the 32 channels"),
     ],
 )
 def test_bad_fields(fields, match):
@@ -304,5 +337,5 @@ def test_bad_fields(fields, match):
 
 
 def test_unknown_variant():
-    with pytest.raises(ValueError, match="variant must be one of ADM-64, ADM-256,"):
+    with pytest.raises(ValueError, match="variant must be one of ADM-64, ADM-128,"):
         unet("ADM-1024", channels=3)

@@ -1,7 +1,8 @@
 """Records latents and images of tiny autoencoders of diffusers for `test_autoencoder.py`.
 
 Usage: python record.py FOLDER, with torch 2.13.0 and diffusers as recorded in the files; FOLDER
-receives kl.npz and vq.npz. Weights are not stored: `weight` makes them from their names.
+receives kl.npz, vq.npz and attention.npz. Weights are not stored: `weight` makes them from their
+names.
 """
 
 import sys
@@ -16,6 +17,10 @@ SETTINGS = dict(
     up_block_types=("UpDecoderBlock2D",) * 3,
     layers_per_block=1,
     norm_num_groups=32,
+)
+ATTENTION = dict(
+    down_block_types=("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",),
+    up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 2,
 )
 
 
@@ -40,6 +45,15 @@ def main(folder):
         "kl": diffusers.AutoencoderKL(**SETTINGS, latent_channels=4),
         "vq": diffusers.VQModel(
             **SETTINGS, latent_channels=3, num_vq_embeddings=50, mid_block_add_attention=True
+        ),
+        # Attention at the last level instead of in the middle, and a latent of other channels than
+        # the encoder and the decoder have there.
+        "attention": diffusers.VQModel(
+            **SETTINGS | ATTENTION,
+            latent_channels=6,
+            vq_embed_dim=3,
+            num_vq_embeddings=50,
+            mid_block_add_attention=False,
         ),
     }
     for name, model in models.items():

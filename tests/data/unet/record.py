@@ -3,7 +3,7 @@
 Usage: python record.py CLONE FOLDER
 
 CLONE is a clone of https://github.com/openai/guided-diffusion (MIT licence). FOLDER receives
-adm.npz and ldm.npz: the state dict by its own names, x (B, C, H, W), t, y and the output.
+adm.npz, ldm.npz and new.npz: the state dict by its own names, x (B, C, H, W), t, y and the output.
 
 The files here were recorded with torch 2.13.0, not from a clone but from the text of
 `guided_diffusion/unet.py` at commit 18ff408c2d27cd385fa2735c655daa0e3c1e48ef and `nn.py` at
@@ -24,12 +24,12 @@ COMMON = dict(
     image_size=8,
     in_channels=3,
     num_res_blocks=1,
-    attention_resolutions=(2,),
-    num_head_channels=16,
 )
 SETTINGS = {
     "adm": dict(
         COMMON,
+        attention_resolutions=(2,),
+        num_head_channels=16,
         model_channels=16,
         out_channels=6,
         channel_mult=(2, 2),
@@ -37,7 +37,24 @@ SETTINGS = {
         use_scale_shift_norm=True,
         resblock_updown=True,
     ),
-    "ldm": dict(COMMON, model_channels=32, out_channels=3, channel_mult=(1, 2)),
+    "ldm": dict(
+        COMMON,
+        attention_resolutions=(2,),
+        num_head_channels=16,
+        model_channels=32,
+        out_channels=3,
+        channel_mult=(1, 2),
+    ),
+    # The other order of attention channels, and a number of heads that is the same at each level.
+    "new": dict(
+        COMMON,
+        attention_resolutions=(1,),
+        num_heads=4,
+        use_new_attention_order=True,
+        model_channels=32,
+        out_channels=3,
+        channel_mult=(1, 2),
+    ),
 }
 
 
