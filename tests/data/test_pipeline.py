@@ -3,9 +3,11 @@ import itertools
 import logging
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +167,11 @@ def test_a_dying_worker_raises():
         _take(1, Numbered(12, deadly=True), batch_size=4, seed=0, num_workers=1)
 
 
+def _shared(pid):
+    """Names of the shared memory of a process."""
+    return set(re.findall(r"/dev/shm/\S+$", Path(f"/proc/{pid}/maps").read_text(), re.M))
+
+
 def _workers():
     return multiprocessing.active_children()
 
@@ -194,10 +201,11 @@ def test_a_wait_ends_where_asked_and_names_the_worker_that_is_stopped(monkeypatc
         Numbered(12), batch_size=4, seed=0, num_workers=2, stopped=lambda: bool(asked)
     )
     expected = _take(20, Numbered(12), batch_size=4, seed=0)
-    shared = set(os.listdir("/dev/shm"))
-    _assert_equal([next(batches) for _ in range(4)], expected[:4])
+    before = _shared(os.getpid())
+    taken = [next(batches) for _ in range(4)]
+    _assert_equal(taken, expected[:4])
     # Nothing of a batch has a name that could outlive its processes.
-    assert set(os.listdir("/dev/shm")) == shared
+    assert _shared(os.getpid()).union(*(_shared(each.pid) for each in _workers())) <= before
     workers = _workers()
     for worker in workers:
         # The group's processes get the trainer's signals, of which they must not die.
