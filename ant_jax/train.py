@@ -97,6 +97,8 @@ def _train(config, workdir, source, pieces, before, check_alone):
     kept = None
     if restored is None:
         start, state = 0, experiment.new_state(config, pieces, params)
+        # On the devices now; the host's copy would stay as long as the training.
+        del params
         _log_overview(config, pieces, state, len(source))
     else:
         start, state = restored
