@@ -596,21 +596,21 @@ def test_mismatched_processes_end_and_name_what_differs(changes, named, tmp_path
 LATE = {
     "compiling": """
 compile = jax.stages.Lowered.compile
-jax.stages.Lowered.compile = lambda self, *a: (time.sleep(35), compile(self, *a))[1]
+jax.stages.Lowered.compile = lambda self, *a: (time.sleep(45), compile(self, *a))[1]
 """,
     "reading": """
 from ant_jax import data
 batches = data.batches
 def late(*a, **k):
     for i, batch in enumerate(batches(*a, **k)):
-        time.sleep(35 * (i == 3))
+        time.sleep(45 * (i == 3))
         yield batch
 data.batches = late
 """,
     "saving": """
 from ant_jax import checkpoint
 open_orbax = checkpoint._open_orbax
-checkpoint._open_orbax = lambda: (time.sleep(35 * checkpoint.late), open_orbax())[1]
+checkpoint._open_orbax = lambda: (time.sleep(45 * checkpoint.late), open_orbax())[1]
 checkpoint.late = True
 """,
 }
