@@ -68,7 +68,8 @@ def arguments(workdir, case, **changes):
         **case.settings,
         "num_steps": case.num_steps,
         "checkpoint.every": EVERY,
-        "log_every": 5,
+        # Does not divide what is between checkpoints.
+        "log_every": 7,
         **changes,
     }
     flags = [f"--config.{name}={value}" for name, value in settings.items()]
