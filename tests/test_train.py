@@ -939,3 +939,17 @@ def test_a_run_does_not_go_on_from_a_checkpoint_of_another(copied, tmp_path, cap
         shutil.rmtree(other / "checkpoints" / str(step))
     with pytest.raises(checkpoint.CheckpointError, match="is of another run"):
         trainer.train(tiny(num_steps=4), other)
+
+
+def test_a_picture_that_is_not_finite_is_said_and_does_not_end_training(tmp_path, monkeypatch):
+    def samples(*_):
+        raise FloatingPointError("8 of 8 samples have numbers that are not finite")
+        yield
+
+    said = []
+    monkeypatch.setattr(trainer.sampling, "sample_batches", samples)
+    monkeypatch.setattr(trainer.experiment, "denoiser", lambda *_: None)
+    monkeypatch.setattr(trainer.logging, "warning", lambda form, *args: said.append(form % args))
+    trainer._write_grid(tiny(), None, {}, tmp_path, None, 7)
+    assert said == ["no picture of step 7: 8 of 8 samples have numbers that are not finite"]
+    assert list(tmp_path.iterdir()) == []
