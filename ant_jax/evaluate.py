@@ -39,7 +39,7 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
       FloatingPointError: if samples have numbers that are not finite.
     """
     step, pieces, state = restore_run(config, workdir, step)
-    made_from, num = drawn.origin(config, step, state.ema_params), config.sample.num
+    made_from, num = _origin(config, workdir, step, state), config.sample.num
     with drawn.folder(workdir, made_from) as place:
         logging.info("drawing %d samples from step %d", num, step)
         _draw(config, place, step, pieces, state)
@@ -88,7 +88,7 @@ def evaluate(
     if config.evaluation.samples:
         return _of_file(config, workdir) if processes.is_first() else None
     step, pieces, state = restore_run(config, workdir, step)
-    made_from = drawn.origin(config, step, state.ema_params)
+    made_from = _origin(config, workdir, step, state)
     if not config.evaluation.features:
         if not processes.is_first():
             return None
@@ -140,6 +140,11 @@ def _of_file(config, workdir):
     made_from = _with_evaluation(made_from, config) | judging.made_from
     _report(figures, made_from, config, workdir, first)
     return figures
+
+
+def _origin(config, workdir, step, state):
+    run = {"run": experiment.recorded(workdir)["id"]}
+    return run | drawn.origin(config, step, state.ema_params)
 
 
 def _validation(config, step, pieces, state):

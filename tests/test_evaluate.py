@@ -252,7 +252,7 @@ def test_figures_of_other_settings_have_another_name(workdir, tmp_path):
     first = folder / "00000005.json"
     assert said(first).items() > figures.items()
     made_from = said(first)["made_from"]
-    assert made_from["step"] == 5 and made_from["inception"] == "digest"
+    assert made_from["step"] == 5 and made_from["inception"] == "digest" and "run" in made_from
     every = {"sample.sampler", "sample.num_steps", "sample.eta", "sample.guidance", "sample.seed"}
     every |= {"sample.num", "sample.guidance_channels", "diffusion.clip_x0"}
     every |= {"evaluation.features", "evaluation.reference", "evaluation.split"}
