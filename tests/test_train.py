@@ -323,9 +323,13 @@ def test_a_run_that_fails_early_leaves_no_thread_behind(tmp_path, monkeypatch):
         threads.append(threading.current_thread())
         return lower(self)
 
+    def refused(*_):
+        raise ConfigError("refused")
+
     monkeypatch.setattr(jax.stages.Lowered, "compile", compiling)
-    with pytest.raises(ConfigError, match="init_from"):
-        trainer.train(tiny(init_from=str(tmp_path / "missing")), tmp_path / "run")
+    monkeypatch.setattr(experiment, "restore", refused)
+    with pytest.raises(ConfigError, match="refused"):
+        trainer.train(tiny(), tmp_path / "run")
     (thread,) = threads
     thread.join(timeout=60)
     assert not thread.is_alive()
