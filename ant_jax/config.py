@@ -222,6 +222,14 @@ _FREE += ("data.num_workers", "data.dir", "diffusion.clip_x0", "clusters.affinit
 _FREE += ("optimizer.nonfinite", "model.remat", "model.attention")
 _FREE += ("autoencoder.weights", "autoencoder.latents", "autoencoder.batch_size")
 
+# What a run did that was begun before there was such a setting.
+_BEFORE = {
+    "data.exif": "ignore",
+    "model.num_heads": 0,
+    "init_facts": "",
+    "sample.spacing": "even",
+}
+
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings as {"group.name": value}."""
@@ -453,10 +461,20 @@ def load(workdir: str | os.PathLike) -> ConfigDict | None:
 
 
 def from_json(settings: Mapping[str, Any]) -> ConfigDict:
-    """The config that `ConfigDict.to_dict` and JSON have made a mapping of lists."""
+    """The config that `ConfigDict.to_dict` and JSON have made a mapping of lists.
+
+    Settings that were not there yet when it was written are set to what was done then.
+    """
     if not isinstance(settings, Mapping):
         raise TypeError(f"{type(settings).__name__} instead of settings by name")
-    return ConfigDict(_with_tuples(settings))
+    config = ConfigDict(_with_tuples(settings))
+    for name, value in _BEFORE.items():
+        group, _, leaf = name.rpartition(".")
+        place = config.get(group) if group else config
+        # Of a damaged file a group may be missing, or be none: `validate` says so.
+        if isinstance(place, ConfigDict) and leaf not in place:
+            place[leaf] = value
+    return config
 
 
 def _with_tuples(value):

@@ -504,6 +504,17 @@ def test_a_workdir_describes_itself(tmp_path):
     config_lib.check_same(loaded, config, tmp_path)
 
 
+def test_a_run_of_an_older_version_goes_on_as_it_began():
+    """A setting that is newer than this file needs a line in `config._BEFORE`."""
+    settings = json.loads((Path(__file__).parent / "data" / "config.json").read_text())
+    read = config_lib.from_json(settings)
+    config_lib.validate(read)
+    config_lib.check_same(read, digits.get_config(), "w")
+    # What is there is left as it is.
+    settings["data"]["exif"] = "apply"
+    assert config_lib.from_json(settings).data.exif == "apply"
+
+
 MISFITS = {
     "config.model: width must be a multiple of heads (5)": {"model__heads": 5},
     "config.data.image_size = 10 gives the network sides of 10, which must be divisible by 4": {
