@@ -85,6 +85,8 @@ def start(workdir, case, log, **changes):
             # The last of equal flags counts.
             env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + flag},
             stderr=stream,
+            # As a terminal does with what is started in it.
+            process_group=0,
         )
 
 
@@ -494,13 +496,7 @@ def test_a_run_is_sampled_evaluated_and_exported_while_it_goes_on(tmp_path):
 
 def stopped_by_ctrl_c(workdir, case, log, wait, **changes):
     """Starts a trainer in a group of its own, as of a terminal, and tells the group to stop."""
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "ant_jax.main", *arguments(workdir, case, **changes)],
-            cwd=ROOT,
-            stderr=stream,
-            start_new_session=True,
-        )
+    process = start(workdir, case, log, **changes)
     wait(process)
     os.killpg(process.pid, signal.SIGINT)
     begin = time.perf_counter()
