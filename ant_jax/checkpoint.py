@@ -313,7 +313,8 @@ def _newest_intact(directory: Path, step: int | None, run: str) -> int | None:
                 if candidate not in checkpoint_steps(directory):
                     # Removed meanwhile, because there is a newer one.
                     break
-                hint = "" if step is not None else "; trying the one before it"
+                is_last = step is not None or candidate == steps[0]
+                hint = "" if is_last else "; trying the one before it"
                 logging.error("%s%s", error, hint)
                 problems.append(str(error))
             else:
@@ -474,7 +475,9 @@ def _record(path: Path) -> dict[str, Any] | None:
         return None
     try:
         content = (path / _RECORD).read_bytes()
-    except FileNotFoundError:
+    except PermissionError:
+        raise
+    except OSError:
         content = b""
     if hashlib.sha256(content).hexdigest() != digest:
         raise CorruptCheckpointError(f"checkpoint {path} is corrupt: {_RECORD}")

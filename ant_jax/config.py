@@ -456,8 +456,15 @@ def load(workdir: str | os.PathLike) -> ConfigDict | None:
         return from_json(json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is damaged ({error}): remove it, for checkpoints hold what it says"
+            f"{path} is damaged ({error}): {way_out(workdir)}"
         ) from error
+
+
+def way_out(workdir: str | os.PathLike) -> str:
+    """What to do about a damaged file in which a workdir describes itself."""
+    if checkpoint.read_record(Path(workdir) / "checkpoints") is None:
+        return "mend it or bring it back, for no checkpoint holds what it says"
+    return "remove it, for checkpoints hold what it says"
 
 
 def from_json(settings: Mapping[str, Any]) -> ConfigDict:

@@ -212,7 +212,7 @@ def _read_facts(workdir):
         return {}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(
-            f"{path} is damaged ({error}): remove it, for checkpoints hold what it says"
+            f"{path} is damaged ({error}): {config_lib.way_out(workdir)}"
         ) from error
     return facts
 
@@ -349,8 +349,14 @@ def training_step(config: ConfigDict, pieces: Experiment) -> Callable:
     Returns:
       ``(state, batch) -> (state, metrics)``; see `train_step`. The state is donated. On CPUs not
       to be called inside another `jax.jit`, because it is compiled with options of its own.
+
+    Several processes begin the first step together, however long each of them has compiled: a
+    collective on CPUs waits half a minute and no longer. So there they begin every step together,
+    whatever keeps one of them.
     """
     step, own = _step_and_own(config, pieces)
+    if jax.process_count() > 1:
+        return _in_step(step, own)
     return lambda state, batch: step(state, batch, own)
 
 
@@ -360,13 +366,12 @@ def start_compiling(config: ConfigDict, pieces: Experiment) -> Callable:
     The first call waits for the thread and raises what went wrong in it. The thread ends with the
     compilation, whether or not anybody waits, and the program not before.
 
-    With several processes compilation begins at the first call, because JAX then asks for arrays,
-    and all begin the first step together, however long each took: a collective on CPUs waits half a
-    minute and no longer. So there they begin every step together, whatever keeps one of them.
+    With several processes it is the `training_step`, compiled at its first call, because JAX then
+    asks for arrays.
     """
-    step, own = _step_and_own(config, pieces)
     if jax.process_count() > 1:
-        return _in_step(step, own)
+        return training_step(config, pieces)
+    step, own = _step_and_own(config, pieces)
     lowered = step.lower(abstract_state(config, pieces), _abstract_batch(config, pieces), own)
     compiling = _in_a_thread(lowered.compile)
 

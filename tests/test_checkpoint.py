@@ -550,6 +550,7 @@ def test_a_checkpoint_tells_what_it_is_of(tmp_path, caplog):
     assert "checkpoint" in caplog.text and "is of another run" in caplog.text
     flip_byte(directory / "3" / "run.json")
     (directory / "4" / "run.json").unlink()
+    (directory / "4" / "run.json").mkdir()
     assert read_record(directory) == of_a
     assert restore(directory, make_state(0))[0] == 2
     assert restore(directory, make_state(0), run="c")[0] == 1

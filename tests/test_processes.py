@@ -164,8 +164,11 @@ def test_a_process_of_a_slice_that_was_started_alone_says_how(tmp_path, monkeypa
         processes.check_shared(tmp_path)
 
 
+@pytest.mark.parametrize("make", [experiment.training_step, experiment.start_compiling])
 @pytest.mark.parametrize(("backend", "waits"), [("cpu", 3), ("tpu", 1)])
-def test_all_meet_when_each_has_compiled_and_on_cpus_before_every_step(backend, waits, monkeypatch):
+def test_all_meet_when_each_has_compiled_and_on_cpus_before_every_step(
+    backend, waits, make, monkeypatch
+):
     done = []
 
     class Step:
@@ -180,7 +183,9 @@ def test_all_meet_when_each_has_compiled_and_on_cpus_before_every_step(backend, 
 
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(processes, "wait", lambda: done.append("met"))
-    run = experiment._in_step(Step(), None)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(experiment, "_step_and_own", lambda *_: (Step(), None))
+    run = make(None, None)
     for _ in range(3):
         run(None, None)
     assert done[:3] == ["compiled", "met", "stepped"]

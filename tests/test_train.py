@@ -880,6 +880,9 @@ def test_a_run_of_an_older_version_goes_on(finished, copied):
     assert_same_state(trainer.train(config, workdir), expected)
     assert lines(workdir) == lines(whole)
     as_of_an_older_version(workdir)
+    (workdir / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"config.json is damaged .*: mend it or bring it back"):
+        trainer.train(config, workdir)
     (workdir / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"has checkpoints and no config.json: bring it back"):
         trainer.train(config, workdir)
