@@ -455,9 +455,7 @@ def load(workdir: str | os.PathLike) -> ConfigDict | None:
     try:
         return from_json(json.loads(path.read_bytes()))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}): {way_out(workdir)}"
-        ) from error
+        raise ConfigError(f"{path} is damaged ({error}): {way_out(workdir)}") from error
 
 
 def way_out(workdir: str | os.PathLike) -> str:

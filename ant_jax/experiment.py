@@ -211,9 +211,7 @@ def _read_facts(workdir):
     except FileNotFoundError:
         return {}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({error}): {config_lib.way_out(workdir)}"
-        ) from error
+        raise ConfigError(f"{path} is damaged ({error}): {config_lib.way_out(workdir)}") from error
     return facts
 
 

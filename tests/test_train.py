@@ -739,7 +739,7 @@ REFUSED = {
     ),
     "no intact checkpoint is left": ({}, spoil_all),
     r"facts.json is damaged .*: remove it": ({}, lambda w: (w / "facts.json").write_text("{")),
-    r"config.json is damaged .*: remove it": (
+    r"config.json is damaged .*: mend it or bring it back": (
         {},
         lambda w: [(w / "config.json").write_text("["), shutil.rmtree(w / "checkpoints")],
     ),
