@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -152,7 +151,7 @@ def _can_listen(address, port):
 
 def _give_up(coordinator):
     where = coordinator or "process 0"
-    _say(
+    stopping.say(
         f"the processes have not come together at {where} within {_MEETING_SECONDS} s: does every "
         "one of them run, with the same number of processes, and reach that address?"
     )
@@ -349,7 +348,7 @@ def _watch(done):
     while not done.wait(_WATCH_SECONDS):
         reason = _reason()
         if reason is not None:
-            _say(reason)
+            stopping.say(reason)
             _leave()
 
 
@@ -371,8 +370,8 @@ def _fail(error):
         # Another one failed first, and this is what came of it; or nobody is left to tell.
         reason = _reason() or reason
     elif not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-    _say(reason)
+        stopping.say("".join(traceback.format_exception(error)))
+    stopping.say(reason)
     _leave()
 
 
@@ -411,7 +410,3 @@ def _leave():
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(1)
-
-
-def _say(message):
-    print(message, file=sys.stderr, flush=True)

@@ -165,7 +165,7 @@ def _watch(ears, stop, how):
             _end_now(stop, signum, "at once, as it came again")
         elif stop.saving and not warned:
             warned = True
-            _say(f"{name(signum)}: a step is finished and saved first; again ends at once")
+            say(f"{name(signum)}: a step is finished and saved first; again ends at once")
         elif not stop.saving:
             late = threading.Timer(_UNWIND_SECONDS, _end_now, [stop, signum, how])
             late.daemon = True
@@ -179,7 +179,7 @@ def _end_now(stop, signum, how):
 
 
 def _end(signum, how):
-    _say(f"{name(signum)}: stopped; {how}")
+    say(f"{name(signum)}: stopped; {how}")
     # They would outlive this process, or wait for it.
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -187,5 +187,7 @@ def _end(signum, how):
     os._exit(status(signum))
 
 
-def _say(message):
-    print(message, file=sys.stderr, flush=True)
+def say(message: str) -> None:
+    """Prints on stderr; a terminal that has been closed is no error."""
+    with contextlib.suppress(OSError):
+        print(message, file=sys.stderr, flush=True)

@@ -84,6 +84,14 @@ def test_what_has_something_to_save_saves_it_although_one_wish_came_twice(number
     assert first.startswith(f"{number.name}: a step is finished and saved first")
 
 
+@pytest.mark.parametrize("what", ["waits", "computes"])
+def test_where_the_terminal_is_gone_it_ends_all_the_same(what):
+    with program(what) as process:
+        process.stderr.close()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 128 + signal.SIGHUP
+
+
 def test_a_second_signal_ends_at_once():
     with program("saves long") as process:
         process.send_signal(signal.SIGTERM)
