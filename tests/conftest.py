@@ -6,7 +6,7 @@ import shutil
 import tempfile
 
 # Nearly all of the tests' time is compilation; these make it several times shorter. Every core has
-# its own tests, so a program need not be compiled in 32 parts side by side, which takes a quarter
+# its own tests, so a program need not be compiled in 32 parts side by side, which takes a sixth
 # more. XLA stops at a flag that it does not know, as a later release may not.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 _FLAGS = ["--xla_force_host_platform_device_count=8"]
