@@ -33,8 +33,9 @@ class _ConfigFileParser(flags.ArgumentParser):
 def _refuse(error):
     # An AttributeError of ml_collections has a KeyError in it, which would print as a literal.
     cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    kind = "no such setting: " if isinstance(cause, KeyError) else ""
     message = " ".join(" ".join(map(str, cause.args)).split())
-    sys.exit(f"--config: {message}; configs/digits.py has every setting")
+    sys.exit(f"--config: {kind}{message} (configs/digits.py has every setting)")
 
 
 _CONFIG = config_flags.DEFINE_config_file(

@@ -153,8 +153,12 @@ def test_a_workdir_s_weights_are_exported(modes):
 # Command lines by what is said of them; FOLDER is an empty one.
 MISTAKES = {
     "did you mean": ["--config.num_step=3"],
-    "--config: 'nme'; configs/digits.py has every setting": ["--config.optimizer.nme=x"],
-    "--config: Attribute <class 'int'>.x does not exist": ["--config.num_steps.x=3"],
+    "--config: no such setting: 'nme' (configs/digits.py has every setting)": [
+        "--config.optimizer.nme=x"
+    ],
+    "--config: no such setting: Attribute <class 'int'>.x does not exist": [
+        "--config.num_steps.x=3"
+    ],
     "--config: Could not parse ''": ["--config.=3"],
     "--config.num_steps=1.5: invalid literal for int()": ["--config.num_steps=1.5"],
     "config.num_steps must be an integer >= 1 and <= 2147483647, got 0": ["--config.num_steps=0"],
