@@ -27,7 +27,7 @@ import numpy as np
 from absl import logging
 
 from ant_jax import processes
-from ant_jax.files import write_bytes
+from ant_jax.files import sync, write_bytes
 
 _CHECKSUMS = "checksums.json"
 _RECORD = "run.json"
@@ -51,8 +51,8 @@ class Checkpointer:
     by the next call of `save`, `check` or `close`.
 
     Attributes:
-      directory: where the checkpoints lie, one subdirectory a step. A file beside it, of its name
-        and ``.json``, tells what the newest is, so that a directory that is gone is missed.
+      directory: where the checkpoints lie, one subdirectory a step. A file beside it, named like
+        it with ``.json``, records the newest step, so that a directory that is gone is noticed.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Checkpointer:
         (partial / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
         for path in (*partial.rglob("*"), partial):
             if path.is_dir() or not _is_foreign(path.relative_to(partial)):
-                _sync(path)
+                sync(path)
         self._guard()
         for later in checkpoint_steps(self.directory):
             if later >= step:
@@ -184,12 +184,15 @@ class Checkpointer:
         if os.path.lexists(self.directory / str(step)):
             self._rename(step, f"corrupt-{step}")
         partial.rename(self.directory / str(step))
-        _sync(self.directory)
+        sync(self.directory)
         write_bytes(_note(self.directory), json.dumps({"newest": step}).encode())
         self.prune(step)
 
     def _rename(self, step: int, name: str, then: Callable[[Path], None] = lambda path: None):
-        """Renames what has a step's name, in the place of what had the new name if that goes."""
+        """Renames a step's directory, which replaces what had the new name.
+
+        What can't be removed keeps that name, and the directory gets a number after its own.
+        """
         for number in itertools.count():
             path = self.directory / (f"{name}.{number}" if number else name)
             _remove(path)
@@ -515,11 +518,3 @@ def _remove(path: Path):
     else:
         with contextlib.suppress(OSError):
             path.unlink()
-
-
-def _sync(path: Path):
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

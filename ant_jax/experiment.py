@@ -270,8 +270,8 @@ def _facts(workdir):
 def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> None:
     """Checks that a run goes on with what it has learned from.
 
-    Another number of images in the same classes is a warning: who adds images to a run means it,
-    and the labels mean the same. But its batches are others from then on.
+    Another number of images in the same classes is a warning: images are added on purpose, and the
+    labels mean the same. But the batches are others from then on.
 
     Args:
       before: facts of the run.

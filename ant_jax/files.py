@@ -114,7 +114,7 @@ def naming(path: Path) -> Iterator[None]:
 def locked(path: Path) -> Iterator[Callable[[], bool]]:
     """Holds a lock that ends with this process, however it ends; makes the folders above it.
 
-    Who holds it may remove the file at the end.
+    The holder may remove the file at the end.
 
     Yields:
       A function that tells whether the file is still that of the lock: where it was removed,
@@ -127,7 +127,7 @@ def locked(path: Path) -> Iterator[Callable[[], bool]]:
     with contextlib.ExitStack() as stack:
         is_held = lambda: False
         while not is_held():
-            # Again where who held it before has removed it after we had opened it.
+            # Again if its last holder has removed the file since it was opened here.
             file = stack.enter_context(path.open("a+"))
             _lock(file, path)
             is_held = functools.partial(_is_named, file, path)

@@ -37,7 +37,7 @@ _LISTED = 8  # differences that are named
 
 _FAILED = "ant_jax/failed"
 _names = itertools.count()
-_read: list[str] = []  # what all have read as soon as they say something new
+_read: list[str] = []  # decisions, which a process has read when it comes to the next `gather`
 
 
 class DisagreementError(RuntimeError):
@@ -199,7 +199,7 @@ def gather(value: Any) -> list[Any]:
 
     def everything():
         values = [json.loads(_get(f"{name}/{process}")) for process in range(state.num_processes)]
-        # Who has come here has read what was decided before: runs are long, and it adds up.
+        # All are here, so all have read these; in a long run they would add up.
         while _read:
             state.client.key_value_delete(_read.pop())
         state.client.key_value_delete(name)

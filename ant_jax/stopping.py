@@ -23,9 +23,9 @@ class Stop:
 
     Attributes:
       signum: of the first signal; None before.
-      saving: whether the signal is left to who reads `signum`, because there is something to save.
-        Otherwise it raises a KeyboardInterrupt of its number.
-      watched: whether a thread ends the program at the second signal, which else raises too.
+      saving: whether there is something to save, so that a signal only sets `signum`, which the
+        code that saves reads. Otherwise it raises a KeyboardInterrupt of its number.
+      watched: whether a thread ends the program at the second signal, which otherwise raises too.
       raised: whether a signal has raised; then whatever is raised comes of it.
       last_words: what is called with the name of a signal before it ends the program at once.
     """
@@ -102,7 +102,7 @@ def saving() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def deaf_children() -> Iterator[None]:
-    """What processes are started here hear neither the terminal's Ctrl-C nor that it is closed.
+    """Processes that are started here hear neither the terminal's Ctrl-C nor that it is closed.
 
     Both come to every process of the terminal; the one that started them tells them to stop.
     """

@@ -109,11 +109,11 @@ def _train(config, workdir, source, pieces, before, check_alone):
     kept = kept["metrics"] if kept else {"interval": {}, "skipped": 0, "replaced": 0, "lines": None}
     _check_same(start, state)
 
-    # From here on the start can't be refused any more: what is written before is never regretted.
+    # Until here a start can be refused, and so nothing but the lock is written before.
     checkpoints = checkpoint.Checkpointer(
         directory, config.checkpoint.keep, config.checkpoint.keep_period, check_alone
     )
-    # As after its save, between which and its pruning a kill may have come.
+    # A kill may have come between the save and the pruning that follows it.
     checkpoints.prune(start)
     record = {"id": (before or {}).get("id") or uuid.uuid4().hex, "config": config.to_dict()}
     if processes.is_first():
@@ -137,7 +137,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
     pending = None
     # Steps that were not finite: in a row, and since the last report.
     in_a_row, skipped = 0, kept["skipped"]
-    # Each process knows of its own part of the batches alone.
+    # Each process counts in its own part of the batches.
     replaced = kept["replaced"] if processes.is_first() else 0
 
     def replaced_anywhere():
@@ -186,7 +186,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
             processes.wait()
         for step in range(start + 1, config.num_steps + 1):
             profile(step)
-            # Read, and by the call below sent, while the devices work on the step before.
+            # Read while the devices work on the step before; the call below sends it to them.
             batch = next(batches, None)
             if batch is None:
                 logging.info("asked to stop while waiting for data: saving step %d", step - 1)
@@ -207,7 +207,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
             log = step % config.log_every == 0
             last = step == config.num_steps
             ends = last or _stop_here(stop, log)
-            # Where a run is stopped, what is to be reported waits in the checkpoint.
+            # Between two reports a run that stops keeps its numbers in the checkpoint.
             if log or last:
                 collect()
                 report = interval.report()
