@@ -127,7 +127,7 @@ class _Batches:
         reader = self._readers[(self._step - self._start) % len(self._readers)]
         # Counted, and not read from a clock, which goes on while all of a job is stopped.
         waited, warn_at = 0.0, _WARN_SECONDS
-        while (batch := reader.receive(_LOOK_SECONDS)) is None:
+        while (made := reader.receive(_LOOK_SECONDS)) is None:
             waited += _LOOK_SECONDS
             if self._stopped():
                 if self._alone:
@@ -141,7 +141,10 @@ class _Batches:
                 logging.warning("%s", self._waits(waited))
         self._step += 1
         self._ask(self._step + _AHEAD * self._num_workers)
-        return batch
+        # Or what comes after it would pass for the batch of this step.
+        if isinstance(made, BaseException):
+            raise made
+        return made
 
     def _ask(self, end):
         """Asks for the batches before a step that have not been asked for."""

@@ -1,7 +1,9 @@
 """Who makes batches: a thread of this process, or processes. Nobody waits for them without end.
 
 A process gives a batch away in a file in memory that has no name, so nothing of it is left behind
-however its processes end.
+however its processes end. The pool of `concurrent.futures` would leave semaphores there, and wait
+without end for a process that a signal has stopped, also at the end of the program. A pipe of
+`multiprocessing` would need a third less code, but deliver a third fewer images of 256x256 pixels.
 """
 
 import contextlib
@@ -54,19 +56,17 @@ class ThreadReader:
         """Asks for the batch of a step; returns at once."""
         self._steps.put(step)
 
-    def receive(self, seconds: float) -> Batch | None:
-        """Returns the next batch asked for; None if it is not there after so many seconds.
+    def receive(self, seconds: float) -> Batch | BaseException | None:
+        """Waits for the batch of the first step asked for that has not been received.
 
-        Raises:
-          Exception: Whatever kept it from being made.
+        Returns:
+          The batch, or what kept it from being made; None if neither is there after so many
+          seconds.
         """
         try:
-            made = self._made.get(timeout=seconds)
+            return self._made.get(timeout=seconds)
         except queue.Empty:
             return None
-        if isinstance(made, BaseException):
-            raise made
-        return made
 
     def state(self) -> str:
         """What it is doing, as "process 123 runs"."""
@@ -126,12 +126,8 @@ class ProcessReader:
         with contextlib.suppress(BrokenPipeError):
             self._socket.sendall(_STEP.pack(step))
 
-    def receive(self, seconds: float) -> Batch | None:
-        """Returns the next batch asked for; None if it is not there after so many seconds.
-
-        Raises:
-          ExampleError: With the words of whatever kept it from being made.
-        """
+    def receive(self, seconds: float) -> Batch | ExampleError | None:
+        """As that of `ThreadReader`; what keeps a batch from being made becomes an ExampleError."""
         both = [self._socket, self._process.sentinel]
         ready = multiprocessing.connection.wait(both, seconds)
         if not ready:
@@ -145,7 +141,7 @@ class ProcessReader:
                 )
         if not descriptors:
             self._process.join(_END_SECONDS)
-            raise ExampleError(
+            return ExampleError(
                 "a process that prepares batches has failed (killed? out of memory?): process "
                 f"{self._process.pid}, exit code {self._process.exitcode}"
             )
@@ -153,7 +149,7 @@ class ProcessReader:
             content = mmap.mmap(file.fileno(), 0)
         answer = pickle.loads(memoryview(content)[_ANSWER.unpack(message)[0] :])
         if isinstance(answer, str):
-            raise ExampleError(answer)
+            return ExampleError(answer)
         return {
             name: np.frombuffer(content, dtype, int(np.prod(shape)), offset).reshape(shape)
             for name, (dtype, shape, offset) in answer.items()

@@ -162,6 +162,24 @@ def test_an_unreadable_image_is_named():
         _take(3, Numbered(12, broken=7), batch_size=4, seed=0)
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_batch_that_cannot_be_made_costs_no_other(num_workers):
+    expected = _take(6, Numbered(12), batch_size=4, seed=0)
+    broken = data.batches(Numbered(12, broken=7), batch_size=4, seed=0, num_workers=num_workers)
+    errors = 0
+    for step in range(6):
+        try:
+            batch = next(broken)
+        except data.ExampleError:
+            errors += 1
+            assert 7 in _values(expected[step : step + 1])
+        else:
+            _assert_equal([batch], expected[step : step + 1])
+    broken.close()
+    # One of each epoch.
+    assert errors == 2
+
+
 def test_a_dying_worker_raises():
     with pytest.raises(data.ExampleError, match=r"prepares batches has failed.*exit code 3"):
         _take(1, Numbered(12, deadly=True), batch_size=4, seed=0, num_workers=1)
@@ -256,7 +274,9 @@ def test_a_read_that_hangs_in_this_process_is_reported_and_can_be_left(monkeypat
     assert time.perf_counter() - begin < 20
 
 
-def test_a_stop_does_not_cost_a_batch_that_is_there():
+def test_a_stop_does_not_cost_a_batch_that_is_there(monkeypatch):
+    # However late a busy machine lets the thread run.
+    monkeypatch.setattr(pipeline, "_LOOK_SECONDS", 60)
     assert len(_take(5, Numbered(12), batch_size=4, seed=0, stopped=lambda: True)) == 5
 
 
