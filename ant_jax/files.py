@@ -83,7 +83,8 @@ def write_new(path: Path, content: bytes) -> bool:
 
     Of several at once one does.
     """
-    source = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    # After a kill a later writer of the path removes it, as other partial files.
+    source = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
     write_bytes(source, content)
     try:
         os.link(source, path)
