@@ -17,6 +17,10 @@ from ml_collections import ConfigDict
 from ant_jax import checkpoint, clustering
 from ant_jax.diffusion import spaced_timesteps
 from ant_jax.files import user_path, write_bytes
+from ant_jax.models import autoencoder
+from ant_jax.models.attention import ATTENTION
+from ant_jax.models.remat import REMAT
+from ant_jax.train_step import GRADIENT_FORMS, TIMESTEP_DRAWS
 
 
 class ConfigError(ValueError):
@@ -143,12 +147,9 @@ RULES = {
     "model.resblock_updown": _BOOL,
     "model.conditional": _BOOL,
     "model.dtype": _one_of("float32", "bfloat16"),
-    "model.remat": _one_of("none", "blocks", "dots"),
-    "model.attention": _one_of("xla", "cudnn"),
-    "autoencoder.name": _one_of(
-        *("", "KL-f4", "KL-f8", "KL-f16", "KL-f32", "VQ-f4", "VQ-f4-noattn", "VQ-f8"),
-        *("VQ-f8-n256", "VQ-f16", "KL-f4-small"),
-    ),
+    "model.remat": _one_of(*REMAT),
+    "model.attention": _one_of(*ATTENTION),
+    "autoencoder.name": _one_of("", *autoencoder.VARIANTS),
     "autoencoder.weights": _PATH,
     "autoencoder.latents": _PATH,
     "autoencoder.scale": _number(0, above=True),
@@ -177,8 +178,8 @@ RULES = {
     "method.nash_max_norm": _number(0, above=True),
     "method.share_weighted": _BOOL,
     "method.cosines": _BOOL,
-    "method.timesteps": _one_of("stratified", "uniform"),
-    "method.gradient_form": _one_of("vmap", "scan", "masked"),
+    "method.timesteps": _one_of(*TIMESTEP_DRAWS),
+    "method.gradient_form": _one_of(*GRADIENT_FORMS),
     "optimizer.learning_rate": _number(0, above=True),
     "optimizer.warmup_steps": _integer(0, _LARGEST_COUNT),
     "optimizer.schedule": _one_of("constant", "cosine"),

@@ -11,7 +11,6 @@ import pytest
 from ant_jax import autoencoding, builders, config_file, evaluate, experiment, inputs, judge, train
 from ant_jax import config as config_lib
 from ant_jax.init_from import initial_params
-from ant_jax.models.autoencoder import VARIANTS
 from configs import digits
 
 CONFIGS = sorted(
@@ -76,11 +75,6 @@ def test_the_argument_chooses_method_and_clusters(method, clusters):
     config_lib.validate(config)
     assert config.method.name == method
     assert config.clusters.cost == (clusters[1:] or "snr")
-
-
-def test_the_autoencoders_are_those_of_the_models():
-    allowed = config_lib.RULES["autoencoder.name"].allowed
-    assert re.findall("'(.*?)'", allowed) == ["", *VARIANTS]
 
 
 def test_the_default_config_has_every_setting_and_explains_its_choices():
