@@ -99,7 +99,7 @@ def _are_weights(text):
 
 # What a file of weights doesn't tell.
 _INIT_FACT = re.compile(
-    r"(heads_first|qkv_first|no_null_row|(num_heads|head_channels|heads)=[1-9][0-9]{0,5})"
+    r"(heads_first|qkv_first|no_null_row|no_pos_embed|(num_heads|head_channels|heads)=[1-9][0-9]{0,5})"
 )
 
 RULES = {
@@ -162,8 +162,8 @@ RULES = {
     "init_facts": Rule(
         (str,),
         lambda text: not text or all(map(_INIT_FACT.fullmatch, text.split(","))),
-        "'' or heads_first, qkv_first, num_heads=N, head_channels=N, heads=N and no_null_row, "
-        "joined by commas",
+        "'' or heads_first, qkv_first, num_heads=N, head_channels=N, heads=N, no_null_row and "
+        "no_pos_embed, joined by commas",
     ),
     "clusters.k": _integer(1),
     "clusters.cost": _one_of("snr", "timestep", "gradient", "random"),

@@ -72,7 +72,7 @@ def _of_file(path, config, pieces):
             raise ValueError("the file says itself what it is: leave config.init_facts empty")
         try:
             settings = dict(json.loads(metadata))
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError("what the file says of itself is damaged") from error
         _check_meaning(settings, config)
         return interop.from_torch(state, template, export_names(config))
@@ -88,7 +88,7 @@ def _facts(config):
     parts = [part for part in config.init_facts.split(",") if part]
     facts = dict(part.partition("=")[::2] for part in parts)
     known = {
-        "dit": {"heads", "no_null_row"},
+        "dit": {"heads", "no_null_row", "no_pos_embed"},
         "unet": {*interop.ORDERS, "num_heads", "head_channels"},
     }[config.model.name]
     if not facts.keys() <= known or len(facts) < len(parts):
@@ -101,11 +101,20 @@ def _facts(config):
 
 def _dit(state, template, facts, config, pieces):
     settings = config.model
+    of_diffusers = interop.names_of_diffusers(state)
+    # Diffusers leaves it out of its files.
+    if not (of_diffusers or interop.has_positions(state) or "no_pos_embed" in facts):
+        raise ValueError(
+            "it has no pos_embed, which files of the paper's code have, so how its network knows "
+            "positions is not known: if by the same sines and cosines, say so by no_pos_embed in "
+            "config.init_facts"
+        )
     rows, columns = (side // settings.patch for side in pieces.image_shape[:2])
     positions = dit.positions(rows, columns, settings.width)
-    rows = [len(table) for name, table in state.items() if name.endswith("embedding_table.weight")]
+    tables = [table for name, table in state.items() if name.endswith("embedding_table.weight")]
     classes = pieces.model.num_classes
-    if classes and set(rows) == {classes} and "no_null_row" not in facts:
+    without_null = classes and {table.shape[:1] for table in tables} == {(classes,)}
+    if without_null and "no_null_row" not in facts:
         raise ValueError(
             f"its label table has {classes} rows, one less than classes and null class here: if it "
             f"is of these {classes} classes and none were dropped in its training, say so by "
@@ -115,7 +124,7 @@ def _dit(state, template, facts, config, pieces):
     params = interop.from_torch(state, template, names)
     sizes = {(size["width"], size["depth"]): name for name, size in dit.SIZES.items()}
     size = sizes.get((settings.width, settings.depth))
-    if interop.names_of_diffusers(state) and size != _CONVERTED:
+    if of_diffusers and size != _CONVERTED:
         raise ValueError(
             "diffusers' own DiT encodes timesteps otherwise than the paper's code and this one do; "
             f"known to be converted from that code is DiT-{_CONVERTED} alone"
@@ -155,7 +164,7 @@ def _unet(state, template, facts, config, pieces):
     # LDM's, of latents that were scaled by their own deviation.
     scale = state.get("scale_factor")
     if config.autoencoder.name and scale is not None and scale.size == 1:
-        theirs, ours = float(scale.item()), config.autoencoder.scale
+        theirs, ours = scale.item(), config.autoencoder.scale
         if not abs(theirs - ours) < 1e-3 * ours:
             raise ValueError(
                 f"its latents are scaled by {theirs:.5g}, those here by config.autoencoder.scale = "

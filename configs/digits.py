@@ -84,7 +84,8 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     # What such a file doesn't tell, unless --mode export wrote it: of a UNet the order of the
     # channels of its attention, "heads_first" or "qkv_first" (ADM's use_new_attention_order), and
     # "num_heads=N" or "head_channels=N"; of a DiT of no published size "heads=N", and of any
-    # "no_null_row" if no labels were dropped in its training. Joined by commas.
+    # "no_null_row" if no labels were dropped in its training, and "no_pos_embed" if the file lacks
+    # the position encoding and it is that of the paper. Joined by commas.
     config.init_facts = ""
 
     config.clusters = ml_collections.ConfigDict()

@@ -229,6 +229,7 @@ def dit_file(tmp_path, monkeypatch):
     config = tiny(init_from=str(tmp_path / "x.safetensors"), init_facts="heads=1")
     params = random_params(config)
     state = interop.to_torch(params, interop.dit_names(4))
+    state["pos_embed"] = np.float32(dit.positions(2, 2, 8))[None]
     interop.write_state(config.init_from, state)
     return config, params, state
 
@@ -262,16 +263,32 @@ def test_a_dit_of_diffusers_own_is_refused(dit_file):
 
 
 def test_another_position_encoding_is_refused(dit_file):
-    config, params, state = dit_file
-    ours = np.float32(dit.positions(2, 2, 8))[None]
-    interop.write_state(config.init_from, state | {"pos_embed": ours})
-    assert_same(parameters_of(config), params)
-    interop.write_state(config.init_from, state | {"pos_embed": ours + np.float32(0.01)})
+    config, _, state = dit_file
+    state["pos_embed"] += np.float32(0.01)
+    interop.write_state(config.init_from, state)
     with pytest.raises(ConfigError, match=r"pos_embed differs by up to 0.01 from the fixed sines"):
         parameters_of(config)
     config.data.image_size = 16
     config.data.crop = "center"
     with pytest.raises(ConfigError, match=r"pos_embed is of 4 positions, .* here has 16: .* size"):
+        parameters_of(config)
+
+
+def test_a_dit_without_position_encoding_must_be_said_to_be_one(dit_file):
+    config, params, state = dit_file
+    del state["pos_embed"]
+    interop.write_state(config.init_from, state)
+    with pytest.raises(ConfigError, match=r"it has no pos_embed, .* by no_pos_embed in config.in"):
+        parameters_of(config)
+    config.init_facts += ",no_pos_embed"
+    assert_same(parameters_of(config), params)
+
+
+def test_a_label_table_that_is_none_is_named(dit_file):
+    config, _, state = dit_file
+    state["y_embedder.embedding_table.weight"] = np.float32(1)
+    interop.write_state(config.init_from, state)
+    with pytest.raises(ConfigError, match=r"embedding_table.weight is a scalar there and 11x8"):
         parameters_of(config)
 
 
@@ -314,7 +331,7 @@ def test_an_export_says_what_it_is(begun):
         ):
             parameters_of(tiny(init_from=source, init_facts="heads=1"))
     state = interop.read_state(exported)
-    for metadata in ("{", "[1]", "3", "{}"):
+    for metadata in ("{", "[1]", "3", "{}", "[" * 100_000):
         interop.write_state(exported, state, {"ant_jax": metadata})
         with pytest.raises(ConfigError, match=r"of itself is damaged|'not set' there"):
             parameters_of(config)

@@ -1,7 +1,7 @@
 """What others have written, read without running it: PyTorch's files and published weights."""
 
 from ant_jax.interop.autoencoder import AUTOENCODER
-from ant_jax.interop.dit import dit_names, names_of_diffusers
+from ant_jax.interop.dit import dit_names, has_positions, names_of_diffusers
 from ant_jax.interop.inception import INCEPTION
 from ant_jax.interop.plain_pickle import Global, Unread
 from ant_jax.interop.state_file import read_metadata, read_state, write_state
@@ -19,6 +19,7 @@ __all__ = [
     "WeightsError",
     "dit_names",
     "from_torch",
+    "has_positions",
     "names_of_diffusers",
     "published_unet",
     "read",

@@ -84,6 +84,11 @@ def names_of_diffusers(state: Mapping[str, np.ndarray]) -> bool:
     return any(name.startswith(_OF_DIFFUSERS) for name in state)
 
 
+def has_positions(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether a state dict has a position encoding, which `dit_names` compares."""
+    return any(name in state for name in _POSITIONS)
+
+
 def _place(patch: int, null_row: bool, module: str) -> Place | None:
     if module == "patch_embedding":
         return Place("x_embedder.proj", spatial=(patch, patch))

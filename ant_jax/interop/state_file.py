@@ -24,6 +24,8 @@ _CONTAINERS = ("ema", "state_dict", "model_state_dict", "model")
 # DataParallel and its kin before all names; PyTorch Lightning's modules call their network "model".
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PREFIXES = ("module.", "model.")
+# Where the makers of PyTorch's other tensors are, and those of arrays in NumPy 1 and 2.
+_MAKE_TENSORS = ("torch.", "numpy.core.", "numpy._core.")
 
 
 def read_state(path: str | Path) -> dict[str, np.ndarray]:
@@ -131,7 +133,7 @@ def _is_state(value: Any) -> bool:
 def _check_tensors(state: dict[str, Any], path: Path) -> None:
     """Left out, a tensor of a kind that is not read could be a part of the network."""
     for name, value in state.items():
-        if isinstance(value, Unread) and value.name.startswith("torch."):
+        if isinstance(value, Unread) and value.name.startswith(_MAKE_TENSORS):
             raise WeightsError(f"{path}: {name} is made by {value.name}, which is not read")
 
 
