@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from ant_jax import checkpoint, clustering
 from ant_jax.diffusion import spaced_timesteps
 from ant_jax.files import user_path, write_bytes
+from ant_jax.interop import ORDERS
 from ant_jax.models import autoencoder
 from ant_jax.models.attention import ATTENTION
 from ant_jax.models.remat import REMAT
@@ -97,10 +98,13 @@ def _are_weights(text):
     return all(0 <= weight <= _LARGEST for weight in weights) and max(weights) >= _SMALLEST
 
 
-# What a file of weights doesn't tell.
-_INIT_FACT = re.compile(
-    r"(heads_first|qkv_first|no_null_row|no_pos_embed|(num_heads|head_channels|heads)=[1-9][0-9]{0,5})"
-)
+# What a file of weights of a network doesn't tell.
+INIT_FACTS = {
+    "dit": ("heads=N", "no_null_row", "no_pos_embed"),
+    "unet": (*ORDERS, "num_heads=N", "head_channels=N"),
+}
+_INIT_FACTS = [fact for facts in INIT_FACTS.values() for fact in facts]
+_INIT_FACT = re.compile("|".join(_INIT_FACTS).replace("=N", "=[1-9][0-9]{0,5}"))
 
 RULES = {
     # PCGrad adds 2**30 to it, on the device in 32 bits.
@@ -162,8 +166,7 @@ RULES = {
     "init_facts": Rule(
         (str,),
         lambda text: not text or all(map(_INIT_FACT.fullmatch, text.split(","))),
-        "'' or heads_first, qkv_first, num_heads=N, head_channels=N, heads=N, no_null_row and "
-        "no_pos_embed, joined by commas",
+        f"'' or some of {', '.join(_INIT_FACTS)}, joined by commas",
     ),
     "clusters.k": _integer(1),
     "clusters.cost": _one_of("snr", "timestep", "gradient", "random"),

@@ -87,11 +87,8 @@ def _facts(config):
     """What ``config.init_facts`` says, such as {"qkv_first": "", "num_heads": "4"}."""
     parts = [part for part in config.init_facts.split(",") if part]
     facts = dict(part.partition("=")[::2] for part in parts)
-    known = {
-        "dit": {"heads", "no_null_row", "no_pos_embed"},
-        "unet": {*interop.ORDERS, "num_heads", "head_channels"},
-    }[config.model.name]
-    if not facts.keys() <= known or len(facts) < len(parts):
+    known = config_lib.INIT_FACTS[config.model.name]
+    if not facts.keys() <= {fact.removesuffix("=N") for fact in known} or len(facts) < len(parts):
         raise ValueError(
             f"config.init_facts = {config.init_facts!r}: of a {config.model.name} it may say "
             f"{', '.join(sorted(known))}, each once"
@@ -101,14 +98,6 @@ def _facts(config):
 
 def _dit(state, template, facts, config, pieces):
     settings = config.model
-    of_diffusers = interop.names_of_diffusers(state)
-    # Diffusers leaves it out of its files.
-    if not (of_diffusers or interop.has_positions(state) or "no_pos_embed" in facts):
-        raise ValueError(
-            "it has no pos_embed, which files of the paper's code have, so how its network knows "
-            "positions is not known: if by the same sines and cosines, say so by no_pos_embed in "
-            "config.init_facts"
-        )
     rows, columns = (side // settings.patch for side in pieces.image_shape[:2])
     positions = dit.positions(rows, columns, settings.width)
     tables = [table for name, table in state.items() if name.endswith("embedding_table.weight")]
@@ -122,6 +111,13 @@ def _dit(state, template, facts, config, pieces):
         )
     names = interop.dit_names(settings.patch, positions, "no_null_row" not in facts)
     params = interop.from_torch(state, template, names)
+    of_diffusers = interop.names_of_diffusers(state)
+    # Diffusers leaves it out of its files.
+    if not (of_diffusers or interop.has_positions(state) or "no_pos_embed" in facts):
+        raise ValueError(
+            "it has no pos_embed, which files of the paper's code have: if its network has the "
+            "same sines and cosines, say so by no_pos_embed in config.init_facts"
+        )
     sizes = {(size["width"], size["depth"]): name for name, size in dit.SIZES.items()}
     size = sizes.get((settings.width, settings.depth))
     if of_diffusers and size != _CONVERTED:

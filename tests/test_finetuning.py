@@ -184,7 +184,7 @@ def test_a_unet_of_others_is_read_by_what_is_said_of_its_attention(unet_file, fa
         ("qkv_first,num_heads=4,num_heads=8", "of a unet it may say .*, each once"),
         (
             "qkv_first,heads=4",
-            "of a unet it may say head_channels, heads_first, num_heads, qkv_first",
+            "of a unet it may say head_channels=N, heads_first, num_heads=N, qkv_first",
         ),
     ],
 )
