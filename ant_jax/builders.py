@@ -116,13 +116,9 @@ def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Modul
 
 
 def meaning_of_params(config: ConfigDict) -> list[str]:
-    """Names of the settings that decide what the network's parameters are and what they do."""
+    """Names of the settings that decide what the network's parameters do, whatever their shapes."""
     fields = [name for name in _FIELDS[config.model.name] if name not in _HOW_FIELDS]
-    return [
-        *(f"model.{name}" for name in ("name", *fields)),
-        "diffusion.prediction",
-        "diffusion.variance",
-    ]
+    return [*(f"model.{name}" for name in ("name", *fields)), "diffusion.prediction"]
 
 
 def input_multiple(config: ConfigDict) -> int:

@@ -72,7 +72,8 @@ def state_of(config):
 def test_a_run_begins_with_the_moving_average_of_another(begun, tmp_path):
     workdir, before = begun
     # Another method, optimizer and number of clusters: only the network has to be the same.
-    changes = dict(clusters__k=4, optimizer__clip_norm=1.0, init_from=str(workdir))
+    changes = dict(clusters__k=4, optimizer__clip_norm=1.0, diffusion__variance="fixed_small")
+    changes["init_from"] = str(workdir)
     config = tiny("uncertainty", **changes)
     state = state_of(config)
     assert int(state.step) == 0
@@ -112,6 +113,10 @@ def test_weights_that_do_not_fit_are_named(begun, tmp_path):
     wrong = dict(init_from=str(workdir), model__heads=2, diffusion__prediction="v")
     with pytest.raises(ConfigError, match=r"model.heads: 1 there, 2 here; .*prediction: 'epsilon'"):
         state_of(tiny(**wrong))
+    with pytest.raises(
+        ConfigError, match=r"2 of its parameters don't fit .*: output/bias: \(16,\)"
+    ):
+        state_of(tiny(init_from=str(workdir), diffusion__variance="learned_range"))
     unlabelled = tiny(init_from=str(workdir), model__conditional=False)
     with pytest.raises(ConfigError, match=r"1 of its parameters don't fit .*: label_embedding/emb"):
         state_of(unlabelled)
