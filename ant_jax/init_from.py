@@ -2,8 +2,8 @@
 
 A file of weights determines the shapes of a network, not what it computes: the same shapes may have
 other attention heads, or another order of the channels of query, key and value. So a file is used
-if it says what it is, as our exports do, if its network is one of a few that there is only one of,
-or if ``config.init_facts`` says what the file does not.
+if it says what it is, as our exports do, if its network is a DiT of a published size, or if
+``config.init_facts`` says what the file does not.
 """
 
 import json
@@ -141,7 +141,7 @@ def _dit(state, template, facts, config, pieces):
 def _unet(state, template, facts, config, pieces):
     orders = [name for name in interop.ORDERS if name in facts]
     heads = {name: int(facts[name]) for name in ("num_heads", "head_channels") if name in facts}
-    # Before the question what it is: whether it fits at all.
+    # First whether it fits at all, then what it is.
     first = interop.from_torch(state, template, interop.unet_names("heads_first"))
     published = interop.published_unet(template)
     hint = published and "; {}, of this size, is said to be {!r}".format(*published)
@@ -157,7 +157,7 @@ def _unet(state, template, facts, config, pieces):
     _check_meaning(_with_given(config, stated), config)
     if published and set(published[1].split(",")) != set(config.init_facts.split(",")):
         logging.warning("config.init_facts = %r%s", config.init_facts, hint)
-    # LDM's, of latents that were scaled by their own deviation.
+    # LDM stores it where it scales latents by their own standard deviation.
     scale = state.get("scale_factor")
     if config.autoencoder.name and scale is not None and scale.size == 1:
         theirs, ours = scale.item(), config.autoencoder.scale

@@ -8,8 +8,9 @@ DIR holds JPEG, PNG or WebP files. If they lie in a subfolder for each class, ad
 DIR/train/CLASS/*.jpg, add --config.data.split=train. As in ADM, photographs are not turned as their
 cameras noted: that needs --config.data.exif=apply. What is transparent gets the colour stored below
 it, often black: put such images on a background first. Images of more than 134 million pixels are
-refused. Hardware: one GPU; a step takes
-seconds on CPUs.
+refused.
+
+Hardware: one GPU; a step takes seconds on CPUs.
 The settings are a starting point, not tuned: no result to expect.
 """
 

@@ -44,8 +44,8 @@ class GaussianDiffusion:
       loss_weight: (T,) factors of the mean squared error of the prediction; None means ones.
       timestep_map: (T,) timesteps under which the model was trained, for a process that uses only
         some of them (see ``respace``); None means 0 .. T - 1.
-      last_alpha_bar: Signal fraction at which the reverse process ends, above all others. 1, for
-        data without noise, but for LDM's sampler (see ``respace``).
+      last_alpha_bar: Signal fraction at which the reverse process ends, above all others: 1, which
+        is data without noise, or less in LDM's sampler (see ``respace``).
 
     Raises:
       ValueError: If an array has the wrong shape, ``alphas_bar`` is not strictly decreasing in
@@ -109,9 +109,9 @@ class GaussianDiffusion:
 
     @functools.cached_property
     def posterior_log_variance_clipped(self) -> np.ndarray:
-        r"""(T,) :math:`\log \tilde\beta_t`, where t = 0, if its variance is 0, borrows from t = 1.
+        r"""(T,) :math:`\log \tilde\beta_t`; at t = 0 that of t = 1 where the variance is 0.
 
-        If T = 1 it borrows :math:`\beta_0`.
+        If T = 1 it is :math:`\log \beta_0` there.
         """
         variance = self.posterior_variance
         if not variance[0]:

@@ -88,8 +88,8 @@ class Autoencoder(nn.Module):
       dtype: Type of the activations. Parameters, normalisation and results are float32.
 
     Raises:
-      ValueError: On construction, if the width is not a multiple of 32, or if attention is at no
-        level.
+      ValueError: On construction, if the width is not a multiple of 32, or if an attention factor
+        is that of no level.
     """
 
     width: int = 128

@@ -25,8 +25,8 @@ def uncertainty(k: int, learning_rate: float = 0.025) -> Weighting:
     log-variances s (Kendall et al., *Multi-Task Learning Using Uncertainty to Weigh Losses*, CVPR
     2018, eq. 7, with the 1/k of the ANT reference code). Hence :math:`w_i = e^{-s_i} / (2k)` from
     the s before its update, and s moves along :math:`\frac12 (1 - e^{-s_i} L_i / k)` by Adam
-    without decay, from s = 0. An absent cluster's s and Adam state stay as they are. s ends at -40,
-    or the weight of a loss that is 0 would grow until it overflows.
+    without decay, from s = 0. An absent cluster's s and Adam state stay as they are. s stays
+    at -40 or above: the weight of a loss that is 0 would grow until it overflows.
 
     Args:
       k: number of clusters.
