@@ -85,8 +85,8 @@ def folder(workdir: Path, made_from: dict[str, Any]) -> Iterator[Path]:
     ]
     if others:
         logging.info(
-            "%s: other samples that are being drawn, or were until a kill; remove what is not to "
-            "go on",
+            "%s: other samples that are being drawn, or were when their job ended; remove those "
+            "that nobody needs",
             ", ".join(map(str, sorted(others))),
         )
     lock = place.with_name(f"{place.name}.lock")

@@ -25,10 +25,10 @@ _VALIDATION_IMAGES = 1000
 def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
     """Draws ``config.sample.num`` samples from the EMA into an ``.npz``.
 
-    Beside it are a grid of the first ones and a JSON file that says what they were made from. They
-    are called by their step, and by a key too where that name has samples of other settings, or the
-    trainer's picture of them. What an earlier call has drawn before it was killed is not drawn
-    again. Several processes share the drawing; the files are made by process 0.
+    Beside it are a grid of the first ones and a JSON file that says what they were made from. Their
+    name is the step; a key follows where samples of other settings, or the trainer's picture of
+    them, have that name. What an earlier call has drawn before it was killed is not drawn again.
+    Several processes share the drawing; the files are made by process 0.
 
     Returns:
       The ``.npz`` file.
@@ -69,8 +69,8 @@ def evaluate(
     With ``config.evaluation.samples`` it measures the samples of that file and nothing else; then
     the workdir needs no run, and the result has no step.
 
-    The JSON file has the figures and, as ``made_from``, what they depend on. It is called by its
-    step or its file of samples, and by a key too where that name has figures of something else.
+    The JSON file has the figures and, as ``made_from``, what they depend on. Its name is
+    the step, or that of the file of samples; a key follows where figures of something else have it.
 
     Several processes share the drawing; process 0 measures, and the others return None.
 

@@ -21,7 +21,7 @@ _DEAD_SECONDS = 24 * 3600  # without a write, after which no process writes a pa
 def writing(path: Path) -> Iterator[BinaryIO]:
     """Gives a file beside its place, renamed at the end; makes the folders above it.
 
-    However many write one file at once, its place never holds but a whole one, the last.
+    However many write it at once, its place holds a whole file at any time: that of the last.
     """
     with partial_beside(path) as partial, naming(path), partial.open("wb") as file:
         yield file

@@ -35,7 +35,7 @@ _WEIGHTS = (
 
 
 def check(config: ConfigDict) -> None:
-    """Checks what can be before a run is restored and samples are drawn.
+    """Checks what can be checked before a run is restored and samples are drawn.
 
     Raises:
       ConfigError: If there is nothing to measure, or what it would be measured by is not named, or

@@ -71,11 +71,11 @@ def batches(
     Returns:
       An iterator over {"image": uint8 (B/H, height, width, channels), "label": int32 (B/H,)}, where
       the image of a `LatentSource` is a latent, float32 and drawn anew each time; with
-      replace_unreadable also "replaced": bool (B/H,). It ends only where `stopped` says so; where
-      there are several hosts, of which one can't end alone, that is an ExampleError after half a
-      minute. It raises ExampleError, naming the source and the index, where an image cannot be
-      read, where a worker dies, and where one is waited for that has been stopped for 10 minutes.
-      Before that, and for as long as a disk is slow, it warns.
+      replace_unreadable also "replaced": bool (B/H,). It ends only where `stopped` says so. One
+      of several hosts can't end alone: there that is an ExampleError after half a minute.
+      An image that cannot be read is an ExampleError that names the source and the index; after it
+      comes the batch of the next step. A worker that dies is an ExampleError too, and so is one
+      that a signal has stopped, after 10 minutes of waiting. Any long wait is a warning.
 
     Raises:
       ValueError: If the source is empty, a number is out of range, B is not divisible by H, or

@@ -38,7 +38,7 @@ _ANSWER = struct.Struct("q")
 # Arrays begin where JAX on CPUs need not copy them.
 _ALIGNMENT = 64
 _END_SECONDS = 5
-# With the group of the trainer's processes they get its signals; it is the trainer that ends them.
+# A terminal sends these to all processes of a job; it is the trainer that ends its readers.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STATES = {"R": "runs", "S": "sleeps", "D": "waits for a disk"}
 

@@ -95,8 +95,8 @@ def _window(picture, side, top, left, size):
     width, height = picture.size
     short = min(width, height)
     if max(width, height) > _LONGEST * short:
-        # Resized whole, 2 x 20000 pixels would become 256 x 2560000. The squares beyond those
-        # around the window don't touch it, but that the whole length is rounded to pixels.
+        # Resized whole, 2 x 20000 pixels would become 256 x 2560000. Squares farther from the
+        # window don't change it, except that the whole length is rounded to pixels.
         first = max(0, (left if width > height else top) // side - _MARGIN)
         begin, end = first * short, (first + 2 + 2 * _MARGIN) * short
         if width > height:

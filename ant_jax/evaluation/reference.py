@@ -259,7 +259,7 @@ class _Header(NamedTuple):
 def _member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[BinaryIO, _Header]]:
     """The file of an array, at the first of its numbers, and what its header says.
 
-    That fits the size that the archive says, so that who has checked the shape may read.
+    Its shape fits the size that the archive states: whoever has checked the shape may read.
     """
     if f"{name}.npy" not in archive.namelist():
         raise ValueError(f"it has no {name!r} but {_shortened(archive.namelist())}")
