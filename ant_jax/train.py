@@ -5,6 +5,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -133,43 +134,13 @@ def _train(config, workdir, source, pieces, before, check_alone):
         stopped=stopping.asked,
     )
     progress = metrics.Progress(start, config.num_steps, config.data.batch_size)
-    interval = metrics.Interval(kept["interval"])
-    pending = None
-    # Steps that were not finite: in a row, and since the last report.
-    in_a_row, skipped = 0, kept["skipped"]
-    # Each process counts in its own part of the batches.
-    replaced = kept["replaced"] if processes.is_first() else 0
-
-    def replaced_anywhere():
-        if not config.data.replace_unreadable:
-            return 0
-        return sum(processes.gather(replaced))
-
-    def collect():
-        """Fetches the pending metrics and refuses to go on from a state that is not finite."""
-        nonlocal pending, in_a_row, skipped
-        if pending is not None:
-            step, on_device = pending
-            pending = None
-            values = jax.device_get(on_device)
-            finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
-            in_a_row = 0 if finite else in_a_row + 1
-            if in_a_row > (_PATIENCE if config.optimizer.nonfinite == "skip" else 0):
-                raise FloatingPointError(_not_finite(step, values, saved, directory))
-            if not finite:
-                logging.warning("%s; the update is skipped", _figures(step, values))
-                skipped += 1
-                # No part of a mean.
-                values = jax.tree.map(lambda value: np.full_like(value, np.nan), values)
-            interval.add(values)
+    measured = _Measured(config, kept, lambda: _advice(saved, directory))
 
     def save(step):
         nonlocal saved
-        collect()
+        so_far = measured.state() | {"lines": writer.written()}
         _check_finite(step, state, saved, directory)
         _check_same(step, state)
-        so_far = {"interval": interval.state(), "skipped": skipped}
-        so_far |= {"replaced": replaced_anywhere(), "lines": writer.written()}
         checkpoints.save(step, state, record | {"metrics": so_far})
         saved = step
 
@@ -193,15 +164,13 @@ def _train(config, workdir, source, pieces, before, check_alone):
                 if saved != step - 1:
                     save(step - 1)
                 break
-            replaced += int(batch.pop("replaced", np.zeros(0)).sum())
+            measured.replaced += int(batch.pop("replaced", np.zeros(0)).sum())
             state, on_device = step_fn(state, batch)
             if step == start + 1:
                 progress.restart(start)
                 # From now on there is something to save.
                 stop.saving = True
-            # Fetched while this step runs: the metrics of the one before it.
-            collect()
-            pending = (step, on_device)
+            measured.add(step, on_device)
             checkpoints.check()
 
             log = step % config.log_every == 0
@@ -209,15 +178,8 @@ def _train(config, workdir, source, pieces, before, check_alone):
             ends = last or _stop_here(stop, log)
             # Between two reports a run that stops keeps its numbers in the checkpoint.
             if log or last:
-                collect()
-                report = interval.report()
+                report = measured.report()
                 speed = progress.line(step, np.nan if report["loss"] is None else report["loss"])
-                if config.data.replace_unreadable:
-                    report["replaced_images"] = replaced_anywhere()
-                    replaced = 0
-                if config.optimizer.nonfinite == "skip":
-                    report["skipped_steps"] = skipped
-                    skipped = 0
                 writer.scalars(step, {**report, "steps_per_second": speed})
             if step % config.checkpoint.every == 0 or ends:
                 save(step)
@@ -232,6 +194,74 @@ def _train(config, workdir, source, pieces, before, check_alone):
                 processes.wait()
                 progress.restart(step)
     return state
+
+
+class _Measured:
+    """What the steps since the last report have measured; a checkpoint keeps it.
+
+    Attributes:
+      replaced: number of images that this process has replaced.
+    """
+
+    def __init__(self, config: ConfigDict, kept: dict[str, Any], advice: Callable[[], str]):
+        """Starts from what `state` gave; see `_advice`."""
+        self._replaces = config.data.replace_unreadable
+        self._skips = config.optimizer.nonfinite == "skip"
+        self._advice = advice
+        self._interval = metrics.Interval(kept["interval"])
+        self._pending = None
+        self._in_a_row, self._skipped = 0, kept["skipped"]
+        # Each process counts in its own part of the batches.
+        self.replaced = kept["replaced"] if processes.is_first() else 0
+
+    def add(self, step: int, on_device: dict[str, jax.Array]) -> None:
+        """Takes a step's metrics, and fetches those of the one before, while this one runs.
+
+        Raises:
+          FloatingPointError: if those are not finite, and steps are not skipped or too many were.
+        """
+        self._fetch()
+        self._pending = step, on_device
+
+    def state(self) -> dict[str, Any]:
+        """All that was measured, as JSON can hold it; raises what `add` does."""
+        self._fetch()
+        return {
+            "interval": self._interval.state(),
+            "skipped": self._skipped,
+            "replaced": self._replaced_anywhere(),
+        }
+
+    def report(self) -> dict[str, Any]:
+        """What a line of ``metrics.jsonl`` says; starts anew; raises what `add` does."""
+        self._fetch()
+        report = self._interval.report()
+        if self._replaces:
+            report["replaced_images"] = self._replaced_anywhere()
+            self.replaced = 0
+        if self._skips:
+            report["skipped_steps"] = self._skipped
+            self._skipped = 0
+        return report
+
+    def _replaced_anywhere(self):
+        return sum(processes.gather(self.replaced)) if self._replaces else 0
+
+    def _fetch(self):
+        if self._pending is None:
+            return
+        (step, on_device), self._pending = self._pending, None
+        values = jax.device_get(on_device)
+        finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
+        self._in_a_row = 0 if finite else self._in_a_row + 1
+        if self._in_a_row > (_PATIENCE if self._skips else 0):
+            raise FloatingPointError(f"{_figures(step, values)}; {self._advice()}")
+        if not finite:
+            logging.warning("%s; the update is skipped", _figures(step, values))
+            self._skipped += 1
+            # No part of a mean.
+            values = jax.tree.map(lambda value: np.full_like(value, np.nan), values)
+        self._interval.add(values)
 
 
 def _has_grid(config, step):
@@ -299,10 +329,6 @@ def _check_finite(step, state, saved, directory):
 def _check_same(step, state):
     """A state that differs between processes or devices must not become a checkpoint."""
     processes.agree(lambda: {f"the state after step {step}": parallel.checksums(state)})
-
-
-def _not_finite(step, values, saved, directory):
-    return f"{_figures(step, values)}; {_advice(saved, directory)}"
 
 
 def _figures(step, values):
