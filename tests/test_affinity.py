@@ -376,6 +376,20 @@ def test_saving_is_atomic(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         af.save(path, 2 * np.eye(2), [0, 1], 2)
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_may_save_at_once(tmp_path, monkeypatch):
+    path, savez = tmp_path / "a.npz", np.savez
+
+    def slow(file, **arrays):
+        monkeypatch.setattr(np, "savez", savez)
+        af.save(path, 2 * np.eye(2), [0, 1], 2)
+        savez(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", slow)
+    af.save(path, np.eye(2), [0, 1], 2)
+    np.testing.assert_array_equal(af.load(path, 2), np.eye(2))
 
 
 def npz(**arrays):

@@ -2,6 +2,7 @@
 
 import io
 import math
+import secrets
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -96,11 +97,15 @@ def save(path: str | Path, affinity: np.ndarray, timesteps: np.ndarray, num_time
     affinity, timesteps = _check_grid(affinity, timesteps, num_timesteps)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    # Opened here, because np.savez adds a suffix to names.
-    with partial.open("wb") as file:
-        np.savez(file, affinity=affinity, timesteps=timesteps, num_timesteps=num_timesteps)
-    partial.replace(path)
+    # Of this call alone: another may write the same file at the same time.
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        # Opened here, because np.savez adds a suffix to names.
+        with partial.open("wb") as file:
+            np.savez(file, affinity=affinity, timesteps=timesteps, num_timesteps=num_timesteps)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path, num_timesteps: int) -> np.ndarray:
