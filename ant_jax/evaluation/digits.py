@@ -6,7 +6,6 @@ split alone, so that its accuracy on the held-out images is an honest one.
 
 import os
 import pathlib
-import tempfile
 from typing import NamedTuple
 
 import numpy as np
@@ -117,13 +116,5 @@ def _write(path: pathlib.Path, classifier: DigitsClassifier) -> None:
     arrays = {"test_accuracy": np.float64(classifier.test_accuracy)}
     for i, (weight, bias) in enumerate(zip(classifier.weights, classifier.biases, strict=True)):
         arrays |= {f"weight{i}": weight, f"bias{i}": bias}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Renaming is atomic: processes that start together never read half a file.
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-        try:
-            np.savez(file, **arrays)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    with files.writing(path) as file:
+        np.savez(file, **arrays)
