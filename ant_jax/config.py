@@ -101,7 +101,7 @@ def _are_weights(text):
 # What a file of weights of a network doesn't tell.
 INIT_FACTS = {
     "dit": ("heads=N", "no_null_row", "no_pos_embed"),
-    "unet": (*ORDERS, "num_heads=N", "head_channels=N"),
+    "unet": (*ORDERS, "num_heads=N", "head_channels=N", "null_row"),
 }
 _INIT_FACTS = [fact for facts in INIT_FACTS.values() for fact in facts]
 _INIT_FACT = re.compile("|".join(_INIT_FACTS).replace("=N", "=[1-9][0-9]{0,5}"))

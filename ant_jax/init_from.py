@@ -155,7 +155,8 @@ def _unet(state, template, facts, config, pieces):
     stated = {"model.num_heads": 0, "model.head_channels": 0}
     stated |= {f"model.{name}": number for name, number in heads.items()}
     _check_meaning(_with_given(config, stated), config)
-    if published and set(published[1].split(",")) != set(config.init_facts.split(",")):
+    _check_last_row(state, facts, pieces.model.num_classes)
+    if published and not set(published[1].split(",")) <= set(config.init_facts.split(",")):
         logging.warning("config.init_facts = %r%s", config.init_facts, hint)
     # LDM stores it where it scales latents by their own standard deviation.
     scale = state.get("scale_factor")
@@ -169,6 +170,23 @@ def _unet(state, template, facts, config, pieces):
     if orders == ["heads_first"]:
         return first
     return interop.from_torch(state, template, interop.unet_names("qkv_first", **heads))
+
+
+def _check_last_row(state, facts, classes):
+    """The papers' code of UNets has no null class, but with one class more it can be given one."""
+    # The second is the name in LDM's moving average.
+    names = ("label_emb.weight", "label_embweight")
+    rows = {table.shape[:1] for name, table in state.items() if name.endswith(names)}
+    longer = bool(classes) and rows == {(classes + 1,)}
+    if longer and "null_row" not in facts:
+        raise ValueError(
+            f"its label table has {classes + 1} rows, one more than classes here: if the last is "
+            "that of a null class, say so by null_row in config.init_facts"
+        )
+    if "null_row" in facts and not longer:
+        raise ValueError(
+            "null_row in config.init_facts is of a label table with one row more than classes"
+        )
 
 
 def _with_given(config, given):

@@ -81,11 +81,12 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     # Parameters to begin with: the EMA of another run's workdir, or a .safetensors, .pt, .pth or
     # .ckpt file of DiT, ADM or LDM. "" for fresh ones.
     config.init_from = ""
-    # What such a file doesn't tell, unless --mode export wrote it: of a UNet the order of the
-    # channels of its attention, "heads_first" or "qkv_first" (ADM's use_new_attention_order), and
-    # "num_heads=N" or "head_channels=N"; of a DiT of no published size "heads=N", and of any
-    # "no_null_row" if no labels were dropped in its training, and "no_pos_embed" if the file lacks
-    # the position encoding and it is that of the paper. Joined by commas.
+    # What such a file doesn't tell, unless --mode export wrote it, joined by commas. Of a UNet: the
+    # order of its attention's channels, "heads_first" or "qkv_first" (ADM's
+    # use_new_attention_order); "num_heads=N" or "head_channels=N"; and "null_row" if the last row
+    # of its label table is that of a null class. Of a DiT: "heads=N" if its size is not a published
+    # one; "no_null_row" if no labels were dropped in its training; and "no_pos_embed" if the file
+    # lacks the position encoding and it is the paper's.
     config.init_facts = ""
 
     config.clusters = ml_collections.ConfigDict()

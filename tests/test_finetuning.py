@@ -34,6 +34,7 @@ UNET = {
     "model.channel_mult": (1,),
     "model.num_res_blocks": 1,
     "model.attention_factors": (),
+    "model.conditional": False,
     "diffusion.variance": "learned_range",
 }
 
@@ -174,6 +175,27 @@ def test_a_unet_of_others_is_read_by_what_is_said_of_its_attention(unet_file, fa
     assert_same(parameters_of(config), params)
 
 
+def test_the_last_row_of_a_label_table_must_be_said_to_be_of_the_null_class(unet_file):
+    facts = "qkv_first,num_heads=4"
+    config, params = unet_file(facts, **{"model.conditional": True})
+    # It could be of 11 classes.
+    with pytest.raises(
+        ConfigError, match=r"has 11 rows, one more than .* by null_row in config.in"
+    ):
+        parameters_of(config)
+    config.init_facts = f"{facts},null_row"
+    assert_same(parameters_of(config), params)
+    state = interop.read_state(config.init_from)
+    interop.write_state(
+        config.init_from, state | {"label_emb.weight": state["label_emb.weight"][:-1]}
+    )
+    with pytest.raises(ConfigError, match=r"null_row .* is of a label table with one row more"):
+        parameters_of(config)
+    config.init_facts = facts
+    params["label_embedding"]["embedding"][-1] = 0
+    assert_same(parameters_of(config), params)
+
+
 @pytest.mark.parametrize(
     "said, fault",
     [
@@ -189,7 +211,7 @@ def test_a_unet_of_others_is_read_by_what_is_said_of_its_attention(unet_file, fa
         ("qkv_first,num_heads=4,num_heads=8", "of a unet it may say .*, each once"),
         (
             "qkv_first,heads=4",
-            "of a unet it may say head_channels=N, heads_first, num_heads=N, qkv_first",
+            "of a unet it may say head_channels=N, heads_first, null_row, num_heads=N, qkv_first",
         ),
     ],
 )
