@@ -102,7 +102,11 @@ def _dit(state, template, facts, config, pieces):
     positions = dit.positions(rows, columns, settings.width)
     tables = [table for name, table in state.items() if name.endswith("embedding_table.weight")]
     classes = pieces.model.num_classes
-    without_null = classes and {table.shape[:1] for table in tables} == {(classes,)}
+    without_null = bool(classes) and {table.shape[:1] for table in tables} == {(classes,)}
+    if "no_null_row" in facts and not without_null:
+        raise ValueError(
+            "no_null_row in config.init_facts is of a label table with as many rows as classes"
+        )
     if without_null and "no_null_row" not in facts:
         raise ValueError(
             f"its label table has {classes} rows, one less than classes and null class here: if it "

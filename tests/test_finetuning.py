@@ -322,6 +322,10 @@ def test_a_label_table_that_is_none_is_named(dit_file):
 def test_a_table_without_a_row_for_the_null_class_must_be_said_to_be_one(dit_file, caplog):
     config, params, state = dit_file
     table = "y_embedder.embedding_table.weight"
+    config.init_facts = "no_null_row,heads=1"
+    with pytest.raises(ConfigError, match=r"no_null_row .* is of a label table with as many rows"):
+        parameters_of(config)
+    config.init_facts = "heads=1"
     interop.write_state(config.init_from, state | {table: state[table][:-1]})
     # It could be of 9 classes with a null class.
     with pytest.raises(
