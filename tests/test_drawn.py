@@ -107,10 +107,10 @@ def test_files_of_others_beside_the_samples_do_not_matter(tmp_path, caplog):
         (place.parent / name).write_bytes(b"")
         (place / name).write_bytes(b"")
     (place / "00000004.npz").mkdir()
-    with caplog.at_level(logging.INFO), drawn.folder(tmp_path, MADE_FROM):
+    with caplog.at_level(logging.INFO, "absl"), drawn.folder(tmp_path, MADE_FROM):
         assert drawn._missing(place, NUM, BATCH) == [(0, 4), (4, 8), (8, 10)]
     assert "other samples" not in caplog.text
-    with caplog.at_level(logging.INFO), drawn.folder(tmp_path, OTHER):
+    with caplog.at_level(logging.INFO, "absl"), drawn.folder(tmp_path, OTHER):
         pass
     assert f"{place}: other samples that are being drawn" in caplog.text
 
