@@ -139,7 +139,7 @@ def _plan(config, directory, codec, num_images):
         },
     }
     path = directory / "plan.json"
-    if path.exists():
+    if path.is_file():
         try:
             # Those begun before there was a choice.
             before = {"data.exif": "ignore"} | json.loads(path.read_text())

@@ -203,6 +203,9 @@ def _write_result(path, content, config, workdir):
 
 def _made_from(path):
     """What a result was made from; None if there is none that says it."""
+    if not path.is_file():
+        # A pipe would be waited for.
+        return None
     try:
         return json.loads(path.read_text())["made_from"]
     # What isn't ours surfaces as almost any type of error.

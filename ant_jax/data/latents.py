@@ -134,7 +134,7 @@ def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
     """
     directory = Path(directory).expanduser()
     path = directory / _FACTS
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(
             f"{directory} has no latents, or not all of them yet: run --mode encode"
         )
