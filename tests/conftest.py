@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 
 # Nearly all of the tests' time is compilation; these make it several times shorter. Every core has
@@ -27,6 +28,17 @@ if _OURS:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_CACHE, "jax")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["XDG_CACHE_HOME"] = _CACHE
+
+
+# Tests send these to programs, which leave them ignored where they find them so, as under nohup and
+# in the background of a script.
+for _signal, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+    (signal.SIGTERM, signal.SIG_DFL),
+):
+    if signal.getsignal(_signal) is signal.SIG_IGN:
+        signal.signal(_signal, _handler)
 
 
 def pytest_unconfigure():
