@@ -30,11 +30,12 @@ from experiments import presets
 
 ROOT = Path(__file__).parents[1]
 EVERY = 20  # steps between checkpoints
+PICTURES = 300  # steps between pictures
 SMALL = presets.PRESETS["smoke"].settings | {"tensorboard": False, "sample.every": 0}
 
 
 class Case(NamedTuple):
-    """A run, and when it is killed: while saving, soon after, or at any instant of its life."""
+    """A run, and when it is killed: while drawing or saving, soon after, or at any instant."""
 
     argument: str
     num_steps: int
@@ -47,10 +48,10 @@ CASES = {
     "short": Case("nash", 240, SMALL, 1, ("saving", "stepping")),
     "nash": Case(
         "nash",
-        1200,
-        {"sample.every": 300, "sample.num_steps": 3, "method.nash_update_every": 7},
+        1500,
+        {"sample.every": PICTURES, "sample.num_steps": 100, "method.nash_update_every": 7},
         1,
-        ("saving", "any instant", "stepping") * 6,
+        ("drawing", "drawing") + ("saving", "any instant", "stepping") * 6,
     ),
     "uncertainty": Case(
         "uncertainty",
@@ -126,8 +127,16 @@ def logged(workdir):
     return 0
 
 
+def drawing(workdir):
+    """The step of the newest checkpoint where its picture is due and not there yet, or else 0."""
+    step = max(checkpoint_steps(workdir / "checkpoints"), default=0)
+    there = (workdir / "samples" / f"{step:08d}.png").exists()
+    return 0 if step % PICTURES or there else step
+
+
 EVENTS = {
     "logged": logged,
+    "drawing": drawing,
     "saving": lambda workdir: len(partial_checkpoints(workdir)),
     "saved": lambda workdir: max(checkpoint_steps(workdir / "checkpoints"), default=0),
 }
@@ -192,11 +201,13 @@ def test_a_run_killed_at_random_instants_ends_as_if_it_had_not_been(name, refere
     expected, seconds = reference(case)
     workdir, log = tmp_path / "run", tmp_path / "log"
     rng = np.random.default_rng(len(name))
-    left_behind, saved = [], []
+    left_behind, saved, lost = [], [], []
     for instant in case.kills:
         process = start(workdir, case, log)
         if instant == "any instant":
             time.sleep(rng.uniform(0, 1.2 * seconds))
+        elif instant == "drawing":
+            wait_for(process, "drawing", workdir)
         else:
             wait_for(process, "saved", workdir)
             if instant == "saving":
@@ -207,6 +218,8 @@ def test_a_run_killed_at_random_instants_ends_as_if_it_had_not_been(name, refere
         process.kill()
         process.wait()
         assert_gone(workers, 20)
+        if instant == "drawing":
+            lost.append(drawing(workdir))
 
         # It went on from the newest checkpoint that the life before had finished.
         resumed = re.search(r"resuming from step (\d+)", log.read_text())
@@ -215,6 +228,7 @@ def test_a_run_killed_at_random_instants_ends_as_if_it_had_not_been(name, refere
         left_behind += [path.name for path in partial_checkpoints(workdir)]
         print(f"{instant}: {logged(workdir)} lines, checkpoints {saved}, partial {left_behind}")
     assert len(left_behind) >= case.kills.count("saving") / 2
+    assert len(set(lost)) == case.kills.count("drawing") and all(lost)
 
     code, text = finish(workdir, case, log)
     assert code == 0, text
@@ -252,19 +266,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, refere
 def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoint(reference, tmp_path):
     expected, _ = reference(SOME)
     workdir, log = tmp_path / "run", tmp_path / "log"
-    assert finish(workdir, SOME, log, num_steps=EVERY)[0] == 0
+    # A run reports its last step: here one that the longer run reports too.
+    last = EVERY + 1
+    assert finish(workdir, SOME, log, num_steps=last)[0] == 0
     # A limit on the size of files is the nearest thing to a full disk that needs no privileges.
     process = start(workdir, SOME, log)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
     code = process.wait(timeout=200)
     text = log.read_text()
     assert code == 1
-    last = text.splitlines()[-1]
-    assert last.startswith(f"CheckpointError: saving a checkpoint in {workdir}/checkpoints failed:")
-    assert last.endswith(f"newest complete checkpoint: step {EVERY}") and "Traceback" not in text
-    assert checkpoint_steps(workdir / "checkpoints") == [EVERY]
+    line = text.splitlines()[-1]
+    assert line.startswith(f"CheckpointError: saving a checkpoint in {workdir}/checkpoints failed:")
+    assert line.endswith(f"newest complete checkpoint: step {last}") and "Traceback" not in text
+    assert checkpoint_steps(workdir / "checkpoints") == [EVERY, last]
     assert finish(workdir, SOME, log)[0] == 0
-    assert f"resuming from step {EVERY} " in log.read_text()
+    assert f"resuming from step {last} " in log.read_text()
     assert_same_run(workdir, expected, SOME)
 
 
