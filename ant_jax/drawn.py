@@ -26,11 +26,11 @@ Batch = tuple[np.ndarray, np.ndarray | None]
 _FOLDER = re.compile(r"[0-9]{8,}-[0-9a-f]{16}")
 _PIECE = re.compile(r"([0-9]{8,})\.npz")
 
-# What samples don't depend on. Batches say themselves how large they are.
+# What samples of given parameters don't depend on. Batches say themselves how large they are.
 _NO_MATTER = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "evaluation.")
 _NO_MATTER += ("data.num_workers", "data.dir", "sample.every", "sample.batch_size")
 _NO_MATTER += ("autoencoder.latents", "autoencoder.weights", "autoencoder.batch_size")
-_NO_MATTER += ("init_from", "init_facts")
+_NO_MATTER += ("init_from", "init_facts", "num_steps")
 
 
 def settings(config: ConfigDict) -> dict[str, Any]:

@@ -103,7 +103,15 @@ def _train(config, workdir, source, pieces, before, check_alone):
         _log_overview(config, pieces, state, len(source))
     else:
         start, state = restored
-        logging.info("resuming from step %d of %s", start, directory)
+        if start < config.num_steps:
+            logging.info("resuming from step %d of %s", start, directory)
+        else:
+            logging.info(
+                "%s is at step %d already, and config.num_steps = %d: raise it to train on",
+                workdir,
+                start,
+                config.num_steps,
+            )
         kept = processes.decide(lambda: checkpoint.read_record(directory, start))
     saved = None if restored is None else start
     # Of a checkpoint of an older version nothing is known.

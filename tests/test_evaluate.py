@@ -209,7 +209,7 @@ def test_the_key_is_that_of_what_samples_depend_on(tmp_path):
         drawn.origin(configured(tmp_path, **settings), step, params)
     )
     assert place() == place()
-    same = {"log_every": 7, "sample__batch_size": 99, "evaluation__split": "test"}
+    same = {"log_every": 7, "sample__batch_size": 99, "evaluation__split": "test", "num_steps": 99}
     assert place(**same) == place()
     others = [
         place(step=4),

@@ -186,13 +186,15 @@ def test_a_run_whose_data_do_not_come_can_be_stopped(reference, tmp_path, monkey
     assert lines(tmp_path) == lines(whole)
 
 
-def test_a_finished_run_is_left_alone(finished, monkeypatch):
+def test_a_finished_run_is_left_alone(finished, monkeypatch, caplog):
     config, workdir, expected = finished
     content = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     before_batch(monkeypatch, lambda step, batch: pytest.fail("took a step"))
     free = tiny(log_every=3, sample__num=5, checkpoint__keep=4)
-    for again in (config, free):
-        assert_same_state(trainer.train(again, workdir), expected)
+    with caplog.at_level("INFO", logger="absl"):
+        for again in (config, free):
+            assert_same_state(trainer.train(again, workdir), expected)
+    assert caplog.text.count(f"is at step {STEPS} already, and config.num_steps = {STEPS}") == 2
     after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     for path in content.keys() - {workdir / "config.json"}:
         assert after[path] == content[path], path
