@@ -196,7 +196,11 @@ def _write_result(path, content, config, workdir):
     others |= path.with_suffix(".png").exists() and not _looks_own(config, workdir)
     if not others and write_new(path, encoded):
         return path
-    logging.info("%s is of other settings; made_from in the two says which: %s", path, keyed)
+    logging.info(
+        "%s stays, for it is of other settings; this result is %s (made_from in each says of what)",
+        path,
+        keyed,
+    )
     write_bytes(keyed, encoded)
     return keyed
 
@@ -285,7 +289,7 @@ def restore_run(
     """
     before = experiment.recorded(workdir)
     if before is None:
-        raise FileNotFoundError(f"no run in {workdir}: train first")
+        raise FileNotFoundError(f"no run in {workdir}: give its --workdir, or train first")
     config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
     if draws:
         experiment.check_encoder(config, workdir)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 from absl import logging
 from ml_collections import ConfigDict
 
-from ant_jax import config as config_lib
 from ant_jax import data, evaluation, inputs
 from ant_jax.config import ConfigError
 from ant_jax.drawn import Batch
@@ -43,10 +42,10 @@ def check(config: ConfigDict) -> None:
     """
     settings = config.evaluation
     if not settings.features and (settings.samples or not settings.split):
-        allowed = config_lib.RULES["evaluation.features"].allowed
-        what = "" if settings.samples else ", or config.evaluation.split held-out images"
+        split = "" if settings.samples else "; or config.evaluation.split the held-out images"
         raise ConfigError(
-            f"config.evaluation.features must name what to measure by, {allowed}{what}"
+            "there is nothing to measure by: config.evaluation.features must be 'inception', or "
+            f"'digits' for those{split}"
         )
     files = ["samples"]
     if settings.features == "inception":

@@ -454,12 +454,12 @@ MISTAKES = {
     r"config.evaluation.samples: a covariance needs at least 2 samples": {
         "evaluation__samples": "single.npz"
     },
-    r"config.evaluation.features must name what to measure by, one of 'digits', 'inception', ''$": {
+    r"config.evaluation.features must be 'inception', or 'digits' for those$": {
         "evaluation__features": "",
         "evaluation__samples": "single.npz",
     },
     "config.sample.num = 1: figures need 2 samples": {"sample__num": 1},
-    r"config.evaluation.features must name .*, or config.evaluation.split held-out": {
+    r"config.evaluation.features must be .*; or config.evaluation.split the held-out": {
         "evaluation__features": ""
     },
 }

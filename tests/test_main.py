@@ -220,6 +220,6 @@ def test_a_mistake_is_one_clear_line(message, refusals):
 @pytest.mark.parametrize("mode", [evaluate.sample, evaluate.evaluate])
 def test_a_workdir_without_a_run_is_named(mode, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "extractor", lambda name: None)
-    with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path}: train first"):
+    with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path}: give its --workdir, or"):
         mode(digits.get_config(), tmp_path)
     assert os.listdir(tmp_path) == []
