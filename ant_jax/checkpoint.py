@@ -1,10 +1,10 @@
 """Checkpoints by orbax: asynchronous, atomic, proved, checksummed.
 
-A checkpoint is written beside its place, is looked through for every array, gets a checksum of
-every file, and is then renamed into place, so that a directory with a step's name is always whole.
-Orbax notices truncated files but not flipped bytes; the checksums notice both. Beside the arrays
-lies ``run.json``, by which a checkpoint says whose it is. Files that are not ours, as file browsers
-and network disks leave them, don't count.
+A checkpoint is written beside its place. Every array in it is looked for and read, every file gets
+a checksum, and then it is renamed into place: a directory with a step's name is always whole. Orbax
+notices truncated files but not flipped bytes; the checksums notice both. Beside the arrays
+lies ``run.json``, which says of which run the checkpoint is. Files that file browsers and network
+disks leave there don't count.
 """
 
 import collections
@@ -111,9 +111,11 @@ class Checkpointer:
         self._pending = self._executor.submit(self._commit, partial, step, arrays, record)
 
     def prune(self, step: int) -> None:
-        """Removes what is not to be kept where a checkpoint is the newest that is intact.
+        """Removes older checkpoints than the settings keep.
 
-        Later ones, which `restore` has passed over, stay until the run is there again.
+        Args:
+          step: of the newest intact checkpoint. Later ones, which `restore` has passed over, stay
+            until the run saves their steps again.
         """
         if not processes.is_first():
             return

@@ -227,7 +227,7 @@ _FREE += ("optimizer.nonfinite", "model.remat", "model.attention")
 _FREE += ("autoencoder.weights", "autoencoder.latents", "autoencoder.batch_size")
 
 # What a run did that was begun before there was such a setting.
-_BEFORE = {
+BEFORE = {
     "data.exif": "ignore",
     "model.num_heads": 0,
     "init_facts": "",
@@ -477,7 +477,7 @@ def from_json(settings: Mapping[str, Any]) -> ConfigDict:
     if not isinstance(settings, Mapping):
         raise TypeError(f"{type(settings).__name__} instead of settings by name")
     config = ConfigDict(_with_tuples(settings))
-    for name, value in _BEFORE.items():
+    for name, value in BEFORE.items():
         group, _, leaf = name.rpartition(".")
         place = config.get(group) if group else config
         # Of a damaged file a group may be missing, or be none: `validate` says so.

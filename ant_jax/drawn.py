@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 
 from ant_jax import autoencoding, evaluation, processes
 from ant_jax import config as config_lib
-from ant_jax.config import ConfigError
-from ant_jax.files import locked
+from ant_jax.exclusive import exclusive
 from ant_jax.fingerprint import fingerprint
 from ant_jax.metrics import with_time_left
 
@@ -90,15 +89,11 @@ def folder(workdir: Path, made_from: dict[str, Any]) -> Iterator[Path]:
             ", ".join(map(str, sorted(others))),
         )
     lock = place.with_name(f"{place.name}.lock")
-    with contextlib.ExitStack() as stack:
-        try:
-            stack.enter_context(locked(lock))
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{error} is drawing the same samples, of step {made_from['step']} in {workdir}: "
-                "wait for it or stop it. If its machine is gone and the network disk still keeps "
-                f"its lock, remove {lock}"
-            ) from None
+    with exclusive(
+        lock,
+        f"is drawing the same samples, of step {made_from['step']} in {workdir}",
+        "wait for it or stop it",
+    ):
         try:
             yield place
         finally:

@@ -16,7 +16,8 @@ from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.data.latents import LatentFacts, as_kept, complete, shard_path, write_shard
 from ant_jax.data.pipeline import epoch_order
-from ant_jax.files import locked, write_bytes
+from ant_jax.exclusive import exclusive
+from ant_jax.files import write_bytes
 from ant_jax.metrics import with_time_left
 
 # Images of a shard: what a kill can cost, and 33 MB of KL-f8 latents of 256 x 256 pixels.
@@ -55,25 +56,13 @@ def encode(config: ConfigDict) -> Path:
         }
     )
     processes.check_shared(directory)
-    with _alone(directory):
+    with exclusive(
+        directory / ".lock",
+        f"is encoding into {directory}",
+        "wait for it, stop it, or choose another config.autoencoder.latents",
+    ):
         _encode(config, source, codec, directory, shape)
     return directory
-
-
-@contextlib.contextmanager
-def _alone(directory):
-    """Keeps other encodings out of a folder while this one, of however many processes, is at it."""
-    with contextlib.ExitStack() as stack:
-        if processes.is_first():
-            try:
-                stack.enter_context(locked(directory / ".lock"))
-            except BlockingIOError as error:
-                raise ConfigError(
-                    f"{error} is encoding into {directory}: wait for it, stop it, or choose "
-                    "another config.autoencoder.latents. If its machine is gone and the network "
-                    "disk still keeps its lock, remove .lock there"
-                ) from None
-        yield
 
 
 def _encode(config, source, codec, directory, shape):
@@ -141,8 +130,7 @@ def _plan(config, directory, codec, num_images):
     path = directory / "plan.json"
     if path.is_file():
         try:
-            # Those begun before there was a choice.
-            before = {"data.exif": "ignore"} | json.loads(path.read_text())
+            before = config_lib.BEFORE | json.loads(path.read_text())
         # Lists in lists without end are a RecursionError.
         except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(

@@ -191,9 +191,10 @@ def _write_result(path, content, config, workdir):
     if _made_from(path) == made_from:
         write_bytes(path, encoded)
         return path
-    # Samples that say nothing, or a picture of the trainer's.
+    # Samples that say nothing, or a picture of the trainer's, which may still be to come.
     others = path.with_suffix(".npz").exists()
-    others |= path.with_suffix(".png").exists() and not _looks_own(config, workdir)
+    picture = path.with_suffix(".png").exists() or _is_picture(path, workdir)
+    others |= picture and not _looks_own(config, workdir)
     if not others and write_new(path, encoded):
         return path
     logging.info(
@@ -215,6 +216,16 @@ def _made_from(path):
     # What isn't ours surfaces as almost any type of error.
     except Exception:
         return None
+
+
+def _is_picture(path, workdir):
+    """Whether the trainer draws a picture of this name."""
+    saved = config_lib.load(workdir)
+    return (
+        saved is not None
+        and path.parent.name == "samples"
+        and sampling.grid_is_due(saved, int(path.stem))
+    )
 
 
 def _looks_own(config, workdir):

@@ -29,9 +29,9 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def partial_beside(path: Path) -> Iterator[Path]:
-    """Gives a name beside a place for whatever writes a file there; renames it at the end.
+    """Gives a path to write a file to, beside its place; at the end renames it into its place.
 
-    The name is this call's alone. What writers that were killed have left there is removed.
+    No other call gets the same path. Files that killed writers have left are removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)

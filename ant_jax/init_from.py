@@ -25,7 +25,6 @@ from ant_jax.models import dit
 _METADATA = "ant_jax"
 # The network whose weights diffusers has taken over from the paper's authors.
 _CONVERTED = "XL"
-_DIFFERENT = "its parameters mean something else: "
 
 
 def initial_params(config: ConfigDict, pieces: experiment.Experiment) -> dict | None:
@@ -57,7 +56,7 @@ def export_names(config: ConfigDict) -> interop.Names:
 
 
 def export_metadata(config: ConfigDict) -> dict[str, str]:
-    """What an exported file says of itself: the settings that its parameters mean something by."""
+    """What an exported file says of itself: the settings that decide what its parameters do."""
     settings = config_lib.flatten(config)
     meaning = {name: settings[name] for name in builders.meaning_of_params(config)}
     return {_METADATA: json.dumps(meaning)}
@@ -194,7 +193,7 @@ def _check_last_row(state, facts, classes):
 
 
 def _with_given(config, given):
-    """The settings that parameters mean something by, as here but for those given."""
+    """The settings that decide what parameters do: those given, and the others as they are here."""
     settings = config_lib.flatten(config)
     return {name: settings[name] for name in builders.meaning_of_params(config)} | given
 
@@ -209,7 +208,9 @@ def _check_meaning(theirs, config):
         if plain(theirs.get(name)) != plain(ours[name])
     ]
     if differing:
-        raise ValueError(_DIFFERENT + "; ".join(differing))
+        raise ValueError(
+            f"its parameters mean something else: {'; '.join(differing)}; set them as there"
+        )
 
 
 def _check_null_row(params, config):

@@ -82,7 +82,8 @@ class Writer:
 
         Lines of a killed run beyond ``start_step`` are dropped, for they will be written again.
         Lines that can't be read, or are not in the order of their steps, go into
-        ``metrics-damaged.jsonl``; so do all that are dropped, if those left are not as written.
+        ``metrics-damaged.jsonl``. So do the dropped lines where the lines up to ``start_step`` are
+        not those that were written.
 
         Args:
           workdir: where the files are.

@@ -22,6 +22,12 @@ _SAMPLE_STREAM = 1 << 30
 GRID = 100  # samples in a grid
 
 
+def grid_is_due(config: ConfigDict, step: int) -> bool:
+    """Whether training draws a grid of samples after a step."""
+    every = config.sample.every
+    return bool(every) and (step % every == 0 or step == config.num_steps)
+
+
 def sample_batches(
     config: ConfigDict,
     pieces: Experiment,

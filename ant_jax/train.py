@@ -28,7 +28,7 @@ from ant_jax import (
 )
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
-from ant_jax.files import locked
+from ant_jax.exclusive import exclusive
 from ant_jax.train_step import TrainState
 
 _PROFILE_START = 10
@@ -159,7 +159,11 @@ def _train(config, workdir, source, pieces, before, check_alone):
         contextlib.closing(batches),
         _profiler(config, workdir, start) as profile,
     ):
-        if start and _has_grid(config, start) and not _grid_path(workdir, start).exists():
+        if (
+            start
+            and sampling.grid_is_due(config, start)
+            and not _grid_path(workdir, start).exists()
+        ):
             # A kill came between the checkpoint and its picture.
             _write_grid(config, pieces, state.ema_params, workdir, writer, start)
             processes.wait()
@@ -195,7 +199,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
                 # A picture that is due now is drawn at the next start.
                 logging.info("asked to stop: saving step %d, start again to go on", step)
                 break
-            if _has_grid(config, step):
+            if sampling.grid_is_due(config, step):
                 check_alone()
                 _write_grid(config, pieces, state.ema_params, workdir, writer, step)
                 # In a collective on CPUs the others would not wait longer than half a minute.
@@ -270,11 +274,6 @@ class _Measured:
             # No part of a mean.
             values = jax.tree.map(lambda value: np.full_like(value, np.nan), values)
         self._interval.add(values)
-
-
-def _has_grid(config, step):
-    every = config.sample.every
-    return bool(every) and (step % every == 0 or step == config.num_steps)
 
 
 def _grid_path(workdir, step):
@@ -363,19 +362,12 @@ def _alone(workdir: Path) -> Iterator[Callable[[], None]]:
       A function that raises a CheckpointError once the workdir is no longer the one that was
       locked.
     """
-    if not processes.is_first():
-        yield lambda: None
-        return
     new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    with contextlib.ExitStack() as stack:
-        try:
-            is_held = stack.enter_context(locked(workdir / ".lock"))
-        except BlockingIOError as error:
-            raise ConfigError(
-                f"{error} is training in {workdir}: wait for it, stop it, or choose another "
-                "--workdir. If its machine is gone and the network disk still keeps its lock, "
-                "remove .lock there"
-            ) from None
+    with exclusive(
+        workdir / ".lock",
+        f"is training in {workdir}",
+        "wait for it, stop it, or choose another --workdir",
+    ) as is_held:
 
         def check():
             if not is_held():
@@ -389,7 +381,7 @@ def _alone(workdir: Path) -> Iterator[Callable[[], None]]:
         except BaseException:
             # A start that is refused leaves nothing.
             with contextlib.suppress(OSError):
-                if is_held() and os.listdir(workdir) == [".lock"]:
+                if processes.is_first() and is_held() and os.listdir(workdir) == [".lock"]:
                     (workdir / ".lock").unlink()
                     for folder in new:
                         folder.rmdir()

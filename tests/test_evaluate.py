@@ -280,6 +280,14 @@ def test_a_picture_of_the_trainer_is_not_replaced_by_another(workdir, tmp_path):
     assert evaluate.sample(configured(tmp_path, sample__num=16), workdir).name == "00000005.npz"
 
 
+def test_a_picture_that_the_trainer_is_still_to_draw_keeps_its_name(workdir, tmp_path):
+    config = config_lib.load(workdir)
+    config.sample.every = 5
+    config_lib.save(config, workdir)
+    assert evaluate.sample(configured(tmp_path, sample__seed=1), workdir).name != "00000005.npz"
+    assert evaluate.sample(configured(tmp_path), workdir).name == "00000005.npz"
+
+
 def test_a_result_of_unknown_settings_is_left_alone(workdir, tmp_path):
     unknown = {
         workdir / "evaluation" / "00000005.json": b"{}",

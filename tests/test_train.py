@@ -404,7 +404,8 @@ def test_a_workdir_has_one_trainer(tmp_path, monkeypatch):
     def hook(step, batch):
         if step == 3:
             with pytest.raises(
-                ConfigError, match=f"process {os.getpid()} on .* is training in .* remove .lock"
+                ConfigError,
+                match=rf"process {os.getpid()} on .* is training in .* remove .*/\.lock",
             ):
                 trainer.train(tiny(), tmp_path)
             refused.append(step)

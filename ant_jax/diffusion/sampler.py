@@ -62,20 +62,9 @@ def ddpm_sample(
         wrong shape.
     """
     step = Partial(_ddpm_step)
-    if guidance_channels is not None:
-        guidance = _by_channel(guidance, guidance_channels, shape[-1])
+    guidance = _by_channel(guidance, guidance_channels, shape[-1])
     return _sample(
-        step,
-        apply_fn,
-        shape,
-        key,
-        diffusion,
-        num_steps,
-        spacing,
-        y,
-        null_label,
-        guidance,
-        clip_x0,
+        step, apply_fn, shape, key, diffusion, num_steps, spacing, y, null_label, guidance, clip_x0
     )
 
 
@@ -123,25 +112,16 @@ def ddim_sample(
     if not 0 <= eta <= 1:
         raise ValueError(f"eta must be in [0, 1], got {eta}")
     step = Partial(_ddim_step, jnp.float32(eta))
-    if guidance_channels is not None:
-        guidance = _by_channel(guidance, guidance_channels, shape[-1])
+    guidance = _by_channel(guidance, guidance_channels, shape[-1])
     return _sample(
-        step,
-        apply_fn,
-        shape,
-        key,
-        diffusion,
-        num_steps,
-        spacing,
-        y,
-        null_label,
-        guidance,
-        clip_x0,
+        step, apply_fn, shape, key, diffusion, num_steps, spacing, y, null_label, guidance, clip_x0
     )
 
 
-def _by_channel(guidance: float, guided: int, channels: int) -> np.ndarray:
-    """(C,) scales of guidance."""
+def _by_channel(guidance: float, guided: int | None, channels: int) -> float | np.ndarray:
+    """(C,) scales of guidance; one for all where all channels are guided."""
+    if guided is None:
+        return guidance
     if not 1 <= guided <= channels:
         raise ValueError(f"guidance_channels must be in 1 .. {channels}, got {guided}")
     return np.where(np.arange(channels) < guided, guidance, 1.0)
