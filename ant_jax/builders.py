@@ -13,11 +13,12 @@ import optax
 from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
-from ant_jax import affinity, clustering, diffusion, mtl
+from ant_jax import diffusion, mtl
 from ant_jax.diffusion import loss_weights
-from ant_jax.files import user_path
 from ant_jax.models.dit import DiT
 from ant_jax.models.unet import UNet
+from ant_jax.runtime.files import user_path
+from ant_jax.tasks import affinity, clustering
 
 # Keeps PCGrad's random orders apart from the draws of the train step, which use the bare seed.
 _ORDER_STREAM = 1 << 30

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from ant_jax import checkpoint, clustering
 from ant_jax.diffusion import spaced_timesteps
-from ant_jax.files import user_path, write_bytes
 from ant_jax.interop import ORDERS
 from ant_jax.models import autoencoder
 from ant_jax.models.attention import ATTENTION
 from ant_jax.models.remat import REMAT
+from ant_jax.runtime import checkpoint
+from ant_jax.runtime.files import user_path, write_bytes
+from ant_jax.tasks import clustering
 from ant_jax.train_step import GRADIENT_FORMS, TIMESTEP_DRAWS
 
 

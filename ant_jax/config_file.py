@@ -11,7 +11,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ant_jax.config import ConfigError
-from ant_jax.files import user_path
+from ant_jax.runtime.files import user_path
 
 # Where `configs` is, on which other configs build.
 _ROOT = Path(__file__).resolve().parents[1]

@@ -13,10 +13,14 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import drawn, evaluation, experiment, inputs, judge, processes, sampling
+from ant_jax import evaluation, experiment, sampling
 from ant_jax.config import ConfigError
-from ant_jax.files import user_path, write_bytes, write_new
-from ant_jax.metrics import with_time_left
+from ant_jax.evaluation import evaluator
+from ant_jax.latents import dataset
+from ant_jax.runtime import processes
+from ant_jax.runtime.files import user_path, write_bytes, write_new
+from ant_jax.runtime.progress import with_time_left
+from ant_jax.sampling import cache
 from ant_jax.train_step import TrainState
 
 _VALIDATION_IMAGES = 1000
@@ -40,16 +44,16 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
     """
     step, pieces, state = restore_run(config, workdir, step)
     made_from, num = _origin(config, workdir, step, state), config.sample.num
-    with drawn.folder(workdir, made_from) as place:
+    with cache.folder(workdir, made_from) as place:
         logging.info("drawing %d samples from step %d", num, step)
         _draw(config, place, step, pieces, state)
         plain = workdir / "samples" / f"{step:08d}.npz"
         content = {"num_samples": num, "made_from": made_from}
         place_of = lambda: _write_result(plain.with_suffix(".json"), content, config, workdir).stem
-        path = plain.with_stem(processes.decide(place_of))
+        path = plain.with_stem(processes.broadcast_from_first(place_of))
         if processes.is_first():
             first = []
-            evaluation.write_samples(path, _watched(drawn.read(place, num), first), num)
+            evaluation.write_samples(path, _watched(cache.read(place, num), first), num)
             _save_grid(path, first)
             shutil.rmtree(place, ignore_errors=True)
     logging.info("%d samples: %s, .png and .json", num, path)
@@ -84,7 +88,7 @@ def evaluate(
       FloatingPointError: if samples or the validation loss are not finite.
     """
     config_lib.validate(config)
-    judge.check(config)
+    evaluator.check(config)
     if config.evaluation.samples:
         return _of_file(config, workdir) if processes.is_first() else None
     step, pieces, state = restore_run(config, workdir, step)
@@ -95,16 +99,16 @@ def evaluate(
         figures = {"step": step} | _validation(config, step, pieces, state)
         _report(figures, _with_evaluation(made_from, config), config, workdir, [])
         return figures
-    with drawn.folder(workdir, made_from) as place:
+    with cache.folder(workdir, made_from) as place:
         if not processes.is_first():
             _draw(config, place, step, pieces, state)
             return None
         # Before the samples: held-out images that are not there must not cost hours of drawing.
         validation = _validation(config, step, pieces, state)
-        judging = judge.build(config)
+        judging = evaluator.build(config)
         _draw(config, place, step, pieces, state)
         first = []
-        batches = _watched(drawn.read(place, config.sample.num), first)
+        batches = _watched(cache.read(place, config.sample.num), first)
         try:
             figures = {"step": step} | judging.measure(batches) | validation
         except ValueError as error:
@@ -120,7 +124,7 @@ def _of_file(config, workdir):
     first = []
     try:
         num = evaluation.num_samples(samples)
-        judging = judge.build(config)
+        judging = evaluator.build(config)
         batches = evaluation.read_samples(samples, config.sample.batch_size)
         figures = judging.measure(_watched(with_time_left(batches, num, "samples judged"), first))
     except ConfigError:
@@ -133,7 +137,7 @@ def _of_file(config, workdir):
         # Of the reference, where it is the training images.
         "settings": {
             name: value
-            for name, value in drawn.settings(config).items()
+            for name, value in cache.settings(config).items()
             if name.startswith("data.")
         },
     }
@@ -144,7 +148,7 @@ def _of_file(config, workdir):
 
 def _origin(config, workdir, step, state):
     run = {"run": experiment.recorded(workdir)["id"]}
-    return run | drawn.origin(config, step, state.ema_params)
+    return run | cache.origin(config, step, state.ema_params)
 
 
 def _validation(config, step, pieces, state):
@@ -179,7 +183,7 @@ def _report(figures, made_from, config, workdir, first):
     for name, value in figures.items():
         logging.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
     if "fid" in figures:
-        logging.info("%s", judge.table(figures))
+        logging.info("%s", evaluator.table(figures))
     logging.info("%s", path)
 
 
@@ -187,7 +191,7 @@ def _write_result(path, content, config, workdir):
     """Writes the JSON file of a result: at its place, or by a key where that has another's."""
     made_from = json.loads(json.dumps(content["made_from"]))
     encoded = (json.dumps(content, indent=1) + "\n").encode()
-    keyed = path.with_stem(f"{path.stem}-{drawn.key(made_from)[:8]}")
+    keyed = path.with_stem(f"{path.stem}-{cache.key(made_from)[:8]}")
     if _made_from(path) == made_from:
         write_bytes(path, encoded)
         return path
@@ -224,7 +228,7 @@ def _is_picture(path, workdir):
     return (
         saved is not None
         and path.parent.name == "samples"
-        and sampling.grid_is_due(saved, int(path.stem))
+        and sampling.grid_is_due(int(path.stem), saved.sample.every, saved.num_steps)
     )
 
 
@@ -233,7 +237,7 @@ def _looks_own(config, workdir):
     saved = config_lib.load(workdir)
     if saved is None or saved.autoencoder.weights != config.autoencoder.weights:
         return False
-    there, now = drawn.settings(saved), drawn.settings(config)
+    there, now = cache.settings(saved), cache.settings(config)
     return all(there.get(name) == now[name] for name in now if name != "sample.num")
 
 
@@ -245,7 +249,7 @@ def validation_losses(
     timesteps_each: int,
 ) -> np.ndarray:
     """(k,) mean loss of each interval on held-out images; see `evaluation.interval_losses`."""
-    x0, labels = inputs.images(config, config.evaluation.split, _VALIDATION_IMAGES)
+    x0, labels = dataset.images(config, config.evaluation.split, _VALIDATION_IMAGES)
     return evaluation.interval_losses(
         apply_fn,
         pieces.process,
@@ -260,12 +264,12 @@ def validation_losses(
 def _draw(config, place, step, pieces, state):
     """Draws the samples of the EMA that are not there yet."""
     # Named by the parameters and the decoder.
-    processes.agree(lambda: {"parameters of the run and of config.autoencoder": place.name})
+    processes.assert_equal(lambda: {"parameters of the run and of config.autoencoder": place.name})
     num = config.sample.num
     apply_fn = experiment.denoiser(pieces, state.ema_params)
     draw = functools.partial(sampling.sample_batches, config, pieces, apply_fn, num)
     try:
-        drawn.draw_missing(place, num, sampling.batch_size(config, num), draw)
+        cache.draw_missing(place, num, sampling.batch_size(config, num), draw)
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}") from error
 

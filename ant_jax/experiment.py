@@ -17,12 +17,15 @@ from absl import logging
 from jax.tree_util import Partial
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ant_jax import autoencoding, builders, checkpoint, data, processes
+from ant_jax import builders, data
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import GaussianDiffusion
-from ant_jax.files import write_bytes
-from ant_jax.parallel import compiler_options, parallel_step, replicate, replicated
+from ant_jax.latents import codec as codec_lib
+from ant_jax.latents.shards import LatentSource
+from ant_jax.runtime import checkpoint, processes
+from ant_jax.runtime.devices import compiler_options, parallel_step, replicate, replicated
+from ant_jax.runtime.files import write_bytes
 from ant_jax.train_step import TrainState, check_step, init_state, train_step
 
 
@@ -75,7 +78,7 @@ def build(
     _check_loss_weight(config, process)
     size = config.data.image_size
     if config.autoencoder.name:
-        size, _, _ = autoencoding.latent_shape(config)
+        size, _, _ = codec_lib.latent_shape(config)
     multiple = builders.input_multiple(config)
     if boundaries is not None:
         _check_boundaries(config, boundaries)
@@ -181,7 +184,7 @@ def _facts_of_data(source):
     }
     if isinstance(source, data.FolderSource):
         facts["classes"] = list(source.classes)
-    if isinstance(source, data.LatentSource):
+    if isinstance(source, LatentSource):
         facts["encoder"] = source.facts.digest
     return facts
 
@@ -325,7 +328,7 @@ def check_encoder(config: ConfigDict, workdir: Path) -> None:
     if not config.autoencoder.name:
         return
     there = _facts(workdir).get("encoder")
-    now = autoencoding.load(config).encoder_digest
+    now = codec_lib.load(config).encoder_digest
     if there != now:
         raise ConfigError(
             f"config.autoencoder.weights = {config.autoencoder.weights!r}: the run in {workdir} "
@@ -390,7 +393,7 @@ def _in_step(step, own):
             # In a thread, so that the main one hears of a signal.
             _in_a_thread(step.lower(state, batch, own).compile).result()
         if first or on_cpus:
-            processes.wait()
+            processes.barrier()
         first = False
         return step(state, batch, own)
 
@@ -578,7 +581,9 @@ def restore(
     run = _read_facts(workdir).get("id", "") if processes.is_first() else ""
     restored = checkpoint.restore(directory, template, step, run)
     if restored is not None:
-        record = processes.decide(lambda: checkpoint.read_record(directory, restored[0]))
+        record = processes.broadcast_from_first(
+            lambda: checkpoint.read_record(directory, restored[0])
+        )
         if record is not None:
             there = config_lib.from_json(record["config"])
             config_lib.check_same(there, config, directory / str(restored[0]))

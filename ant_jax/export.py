@@ -6,7 +6,8 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from ant_jax import evaluate, init_from, interop, processes
+from ant_jax import evaluate, init_from, interop
+from ant_jax.runtime import processes
 
 
 def export(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:

@@ -15,11 +15,12 @@ from absl import logging
 from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
-from ant_jax import builders, checkpoint, experiment, interop
+from ant_jax import builders, experiment, interop
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
-from ant_jax.files import user_path
 from ant_jax.models import dit
+from ant_jax.runtime import checkpoint
+from ant_jax.runtime.files import user_path
 
 # Of a safetensors file, where our exports say what they are.
 _METADATA = "ant_jax"

@@ -13,9 +13,10 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from ant_jax import config as config_lib
-from ant_jax import config_file, stopping
+from ant_jax import config_file
 from ant_jax.config import ConfigError
-from ant_jax.files import user_path
+from ant_jax.runtime import signals
+from ant_jax.runtime.files import user_path
 
 # What ml_collections raises where an override fits no setting.
 _BAD_OVERRIDE = (AttributeError, KeyError, TypeError, ValueError)
@@ -92,14 +93,14 @@ def main(argv: list[str]) -> None:
     """Dispatches to the mode."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; settings are --config.NAME=VALUE")
-    with stopping.ending_the_program(_HOW[_MODE.value]):
+    with signals.ending_the_program(_HOW[_MODE.value]):
         # Importing JAX takes its time.
-        from ant_jax import processes
-        from ant_jax.metrics import quiet_console
+        from ant_jax.runtime import processes
+        from ant_jax.runtime.logs import quiet_console
 
         quiet_console()
-        _meet(processes.meet)
-        with processes.ending_together():
+        _meet(processes.initialize)
+        with processes.exit_all_on_error():
             _run()
 
 
@@ -119,14 +120,14 @@ def _meet(meet):
 
 
 def _run():
-    from ant_jax import processes, programs
+    from ant_jax.runtime import compilation_cache, processes
 
     mode = _imported_mode()
     config = _CONFIG.value
     if _MODE.value == "encode":
         # Latents belong to no run.
-        _report_errors(processes.agree, lambda: _said(config))
-        programs.keep()
+        _report_errors(processes.assert_equal, lambda: _said(config))
+        compilation_cache.enable()
         _report_errors(mode, config)
         return
     workdir = _report_errors(_usable_workdir, _WORKDIR.value or default_workdir(config))
@@ -143,12 +144,12 @@ def _run():
         config = saved
         logging.info("settings: %s, and the command line", workdir / "config.json")
     logging.info("%s in %s", _MODE.value, workdir)
-    _report_errors(processes.agree, lambda: _said(config, workdir))
+    _report_errors(processes.assert_equal, lambda: _said(config, workdir))
     _report_errors(config_lib.validate, config)
     if processes.is_first() and _MODE.value != "export":
         for line in config_lib.surprises(config, training=_MODE.value == "train"):
             logging.warning("%s", line)
-    programs.keep()
+    compilation_cache.enable()
     _report_errors(processes.check_shared, workdir)
     of_a_step = () if _MODE.value == "train" else (_STEP.value,)
     _report_errors(mode, config, workdir, *of_a_step)
@@ -167,7 +168,7 @@ def _usable_workdir(name):
 
 def _said(config, workdir=None):
     """What each process was told, which must be the same."""
-    from ant_jax import versions
+    from ant_jax.runtime import versions
 
     settings = config_lib.flatten(config)
     return {
@@ -193,16 +194,16 @@ def _imported_mode():
     elif _MODE.value == "evaluate":
         from ant_jax.evaluate import evaluate as mode
     elif _MODE.value == "encode":
-        from ant_jax.encode import encode as mode
+        from ant_jax.latents.encode import encode as mode
     else:
         from ant_jax.export import export as mode
     return mode
 
 
 def _report_errors(function, *arguments):
-    from ant_jax.checkpoint import CheckpointError
     from ant_jax.data import ExampleError
-    from ant_jax.processes import DisagreementError
+    from ant_jax.runtime.checkpoint import CheckpointError
+    from ant_jax.runtime.processes import DisagreementError
 
     expected = (ConfigError, CheckpointError, ExampleError, OSError, FloatingPointError)
     expected += (DisagreementError,)

@@ -14,21 +14,13 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from ant_jax import (
-    checkpoint,
-    data,
-    experiment,
-    init_from,
-    inputs,
-    metrics,
-    parallel,
-    processes,
-    sampling,
-    stopping,
-)
 from ant_jax import config as config_lib
+from ant_jax import data, experiment, init_from, sampling
 from ant_jax.config import ConfigError
-from ant_jax.exclusive import exclusive
+from ant_jax.latents import dataset
+from ant_jax.runtime import checkpoint, logs, processes, progress, signals
+from ant_jax.runtime import devices as devices_lib
+from ant_jax.runtime.lock import job_lock
 from ant_jax.train_step import TrainState
 
 _PROFILE_START = 10
@@ -56,9 +48,9 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     """
     workdir = Path(workdir)
     config_lib.validate(config)
-    source = inputs.open_data(config)
+    source = dataset.open_data(config)
     # Process 0's: another may see the disk a little later.
-    before = processes.decide(lambda: experiment.recorded(workdir))
+    before = processes.broadcast_from_first(lambda: experiment.recorded(workdir))
     boundaries = None
     if before is not None:
         config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
@@ -66,7 +58,7 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
         boundaries = before["facts"].get("boundaries")
     pieces = experiment.build(config, source.image_shape[-1], source.num_classes, boundaries)
     experiment.check_batch(config, pieces.method)
-    processes.agree(lambda: _found(pieces, source))
+    processes.assert_equal(lambda: _found(pieces, source))
     with _alone(workdir) as check_alone:
         return _train(config, workdir, source, pieces, before, check_alone)
 
@@ -86,7 +78,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
         raise ConfigError(f"another run has begun in {workdir} just now: start again")
     directory = (workdir / "checkpoints").absolute()
     # Before anything is written or compiled: what can't be read is an error at once.
-    begun = processes.decide(lambda: bool(checkpoint.checkpoint_steps(directory)))
+    begun = processes.broadcast_from_first(lambda: bool(checkpoint.checkpoint_steps(directory)))
     params = None if begun else init_from.initial_params(config, pieces)
     if max(checkpoint.checkpoint_steps(directory), default=0) < config.num_steps:
         logging.info("compiling the step ...")
@@ -112,7 +104,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
                 start,
                 config.num_steps,
             )
-        kept = processes.decide(lambda: checkpoint.read_record(directory, start))
+        kept = processes.broadcast_from_first(lambda: checkpoint.read_record(directory, start))
     saved = None if restored is None else start
     # Of a checkpoint of an older version nothing is known.
     kept = kept["metrics"] if kept else {"interval": {}, "skipped": 0, "replaced": 0, "lines": None}
@@ -128,20 +120,21 @@ def _train(config, workdir, source, pieces, before, check_alone):
     if processes.is_first():
         record["facts"] = experiment.save_facts(pieces, source, workdir, record["id"])
         config_lib.save(config, workdir)
-    writer = metrics.Writer(workdir, start, config.tensorboard, kept["lines"])
+    writer = logs.MetricWriter(workdir, start, config.tensorboard, kept["lines"])
     batches = data.batches(
         source,
         batch_size=config.data.batch_size,
         seed=config.seed,
         start_step=start,
         flip=config.data.flip,
-        **inputs.pipeline_settings(config),
+        **dataset.pipeline_settings(config),
         num_workers=config.data.num_workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        stopped=stopping.asked,
+        stopped=signals.asked,
     )
-    progress = metrics.Progress(start, config.num_steps, config.data.batch_size)
+    grid_is_due = lambda step: sampling.grid_is_due(step, config.sample.every, config.num_steps)
+    speedometer = progress.Progress(start, config.num_steps, config.data.batch_size)
     measured = _Measured(config, kept, lambda: _advice(saved, directory))
 
     def save(step):
@@ -153,20 +146,16 @@ def _train(config, workdir, source, pieces, before, check_alone):
         saved = step
 
     with (
-        stopping.saving() as stop,
+        signals.saving() as stop,
         contextlib.closing(checkpoints),
         contextlib.closing(writer),
         contextlib.closing(batches),
         _profiler(config, workdir, start) as profile,
     ):
-        if (
-            start
-            and sampling.grid_is_due(config, start)
-            and not _grid_path(workdir, start).exists()
-        ):
+        if start and grid_is_due(start) and not _grid_path(workdir, start).exists():
             # A kill came between the checkpoint and its picture.
             _write_grid(config, pieces, state.ema_params, workdir, writer, start)
-            processes.wait()
+            processes.barrier()
         for step in range(start + 1, config.num_steps + 1):
             profile(step)
             # Read while the devices work on the step before; the call below sends it to them.
@@ -179,7 +168,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
             measured.replaced += int(batch.pop("replaced", np.zeros(0)).sum())
             state, on_device = step_fn(state, batch)
             if step == start + 1:
-                progress.restart(start)
+                speedometer.restart(start)
                 # From now on there is something to save.
                 stop.saving = True
             measured.add(step, on_device)
@@ -191,7 +180,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
             # Between two reports a run that stops keeps its numbers in the checkpoint.
             if log or last:
                 report = measured.report()
-                speed = progress.line(step, np.nan if report["loss"] is None else report["loss"])
+                speed = speedometer.line(step, np.nan if report["loss"] is None else report["loss"])
                 writer.scalars(step, {**report, "steps_per_second": speed})
             if step % config.checkpoint.every == 0 or ends:
                 save(step)
@@ -199,12 +188,12 @@ def _train(config, workdir, source, pieces, before, check_alone):
                 # A picture that is due now is drawn at the next start.
                 logging.info("asked to stop: saving step %d, start again to go on", step)
                 break
-            if sampling.grid_is_due(config, step):
+            if grid_is_due(step):
                 check_alone()
                 _write_grid(config, pieces, state.ema_params, workdir, writer, step)
                 # In a collective on CPUs the others would not wait longer than half a minute.
-                processes.wait()
-                progress.restart(step)
+                processes.barrier()
+                speedometer.restart(step)
     return state
 
 
@@ -220,7 +209,7 @@ class _Measured:
         self._replaces = config.data.replace_unreadable
         self._skips = config.optimizer.nonfinite == "skip"
         self._advice = advice
-        self._interval = metrics.Interval(kept["interval"])
+        self._interval = logs.MeanMetrics(kept["interval"])
         self._pending = None
         self._in_a_row, self._skipped = 0, kept["skipped"]
         # Each process counts in its own part of the batches.
@@ -257,7 +246,7 @@ class _Measured:
         return report
 
     def _replaced_anywhere(self):
-        return sum(processes.gather(self.replaced)) if self._replaces else 0
+        return sum(processes.all_gather(self.replaced)) if self._replaces else 0
 
     def _fetch(self):
         if self._pending is None:
@@ -300,11 +289,11 @@ def _write_grid(config, pieces, ema_params, workdir, writer, step):
 def _look_ahead(config):
     """Says what --mode evaluate would refuse, before the hours of training and not after."""
     # Beside the compilation, because nothing else here needs it.
-    from ant_jax import judge
+    from ant_jax.evaluation import evaluator
 
     if processes.is_first() and (config.evaluation.features or config.evaluation.split):
         try:
-            judge.check(config)
+            evaluator.check(config)
         except ConfigError as error:
             logging.warning("--mode evaluate will refuse this: %s", error)
 
@@ -335,7 +324,7 @@ def _check_finite(step, state, saved, directory):
 
 def _check_same(step, state):
     """A state that differs between processes or devices must not become a checkpoint."""
-    processes.agree(lambda: {f"the state after step {step}": parallel.checksums(state)})
+    processes.assert_equal(lambda: {f"the state after step {step}": devices_lib.checksums(state)})
 
 
 def _figures(step, values):
@@ -363,7 +352,7 @@ def _alone(workdir: Path) -> Iterator[Callable[[], None]]:
       locked.
     """
     new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    with exclusive(
+    with job_lock(
         workdir / ".lock",
         f"is training in {workdir}",
         "wait for it, stop it, or choose another --workdir",
@@ -397,7 +386,7 @@ def _stop_here(stop, waiting):
     asked = stop.signum is not None
     if jax.process_count() == 1:
         return asked
-    return waiting and any(processes.gather(asked))
+    return waiting and any(processes.all_gather(asked))
 
 
 @contextlib.contextmanager

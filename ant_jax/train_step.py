@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from ant_jax import mtl
-from ant_jax.clustering import assign_clusters
 from ant_jax.diffusion import GaussianDiffusion
+from ant_jax.tasks.clustering import assign_clusters
 
 GRADIENT_FORMS = ("vmap", "scan", "masked")
 TIMESTEP_DRAWS = ("stratified", "uniform")

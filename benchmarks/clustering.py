@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 
-from ant_jax import clustering
+from ant_jax.tasks import clustering
 
 
 def main():

@@ -13,9 +13,10 @@ import numpy as np
 import optax
 from jax.experimental import topologies
 
-from ant_jax import clustering, mtl
+from ant_jax import mtl
 from ant_jax.diffusion import GaussianDiffusion
-from ant_jax.parallel import parallel_step, replicated
+from ant_jax.runtime.devices import parallel_step, replicated
+from ant_jax.tasks import clustering
 from ant_jax.train_step import TrainState, init_state, train_step
 
 METHODS = {

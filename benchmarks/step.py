@@ -31,7 +31,7 @@ from ant_jax import diffusion
 from ant_jax.models.attention import ATTENTION
 from ant_jax.models.dit import DiT
 from ant_jax.models.remat import REMAT
-from ant_jax.parallel import replicate, replicated
+from ant_jax.runtime.devices import replicate, replicated
 from benchmarks import flops, programs
 
 MODELS = ("S/2", "B/2", "L/2", "XL/2")

@@ -12,9 +12,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import experiment, inputs
-from ant_jax.files import write_bytes
-from ant_jax.metrics import quiet_console
+from ant_jax import experiment
+from ant_jax.latents import dataset
+from ant_jax.runtime.files import write_bytes
+from ant_jax.runtime.logs import quiet_console
 from experiments import report, runner
 from experiments.presets import PRESETS, Preset
 from experiments.runner import Run
@@ -38,7 +39,7 @@ def main(argv):
         for label, group in runs.items()
     }
     config = next(iter(runs.values()))[0].config
-    source = inputs.open_data(config)
+    source = dataset.open_data(config)
     pieces = experiment.build(config, source.image_shape[-1], source.num_classes)
     boundaries = pieces.method.boundaries
     for curves in logged[VANILLA]:

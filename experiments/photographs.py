@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags, logging
+from ant_jax.runtime.progress import duration
 from PIL import Image
 
-from ant_jax import data, interop, stopping
-from ant_jax.files import user_path, write_bytes
-from ant_jax.metrics import duration, quiet_console
+from ant_jax import data, interop
 from ant_jax.models.autoencoder import autoencoder
 from ant_jax.models.inception import InceptionV3
+from ant_jax.runtime import signals
+from ant_jax.runtime.files import user_path, write_bytes
+from ant_jax.runtime.logs import quiet_console
 
 _OUT = flags.DEFINE_string("out", "photographs", "Folder for the images and the autoencoder.")
 _STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of the autoencoder.")
@@ -36,7 +38,7 @@ _LEARNING_RATE = 2e-3
 _KL_WEIGHT = 1e-4
 
 
-@stopping.ending_the_program("start again from the beginning")
+@signals.ending_the_program("start again from the beginning")
 def main(argv: list[str]) -> None:
     """Makes the images, Inception's weights and the autoencoder."""
     quiet_console()

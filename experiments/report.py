@@ -9,8 +9,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from ant_jax import metrics
-from ant_jax.files import write_bytes
+from ant_jax.runtime import logs
+from ant_jax.runtime.files import write_bytes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -57,7 +57,7 @@ def curves(workdir: Path) -> dict[str, np.ndarray]:
 
     Empty for a run that ended before its first line.
     """
-    rows = metrics.read(workdir / "metrics.jsonl")
+    rows = logs.read(workdir / "metrics.jsonl")
     return {
         name: np.array([row[name] for row in rows], float) for name in (rows[0] if rows else ())
     }

@@ -25,18 +25,12 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ant_jax import config as config_lib
-from ant_jax import (
-    evaluate,
-    experiment,
-    inputs,
-    judge,
-    metrics,
-    programs,
-    stopping,
-    train,
-)
+from ant_jax import evaluate, experiment, train
 from ant_jax.config import ConfigError
-from ant_jax.files import user_path, write_bytes
+from ant_jax.evaluation import evaluator
+from ant_jax.latents import dataset
+from ant_jax.runtime import compilation_cache, logs, progress, signals
+from ant_jax.runtime.files import user_path, write_bytes
 from experiments.presets import Preset, make_config
 
 PRESET = flags.DEFINE_string("preset", "digits", "At which size the experiment runs.")
@@ -68,12 +62,12 @@ def start(main: Callable[[list[str]], None]) -> None:
     """Runs a program of the command line, which ends in one line where it is asked to stop."""
 
     def run(argv):
-        with stopping.ending_the_program("start again to go on") as stop:
+        with signals.ending_the_program("start again to go on") as stop:
             try:
                 main(argv)
             except Stopped as error:
                 print(error, file=sys.stderr)
-                sys.exit(stopping.status(stop.signum))
+                sys.exit(signals.status(stop.signum))
 
     app.run(run)
 
@@ -149,10 +143,10 @@ def print_plan(stages: dict[str, Sequence[Run]], out: Path, preset: Preset) -> N
         print(
             f"{title}: {len(runs)} runs, {len(waiting)} of them to do, "
             f"{sum(run.config.num_steps for run in waiting)} steps"
-            + (f", about {metrics.duration(seconds)}" if pace else "")
+            + (f", about {progress.duration(seconds)}" if pace else "")
         )
     estimate = (
-        f"about {metrics.duration(total)} in all" if pace else "no run of it has been timed yet"
+        f"about {progress.duration(total)} in all" if pace else "no run of it has been timed yet"
     )
     print(f"in {out}: {estimate}")
 
@@ -237,8 +231,8 @@ def kept(path: Path, source: Any, make: Callable[[], Any]) -> Any:
 
 def _check(runs):
     """What can fail fails before the first run, and not hours later."""
-    source = inputs.open_data(runs[0].config)
-    judge.check(runs[0].config)
+    source = dataset.open_data(runs[0].config)
+    evaluator.check(runs[0].config)
     for run in runs:
         try:
             pieces = experiment.build(run.config, source.image_shape[-1], source.num_classes)
@@ -269,7 +263,7 @@ def _done(run, out):
     path = folder(run, out) / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     # The last one may not be written to its end.
-    steps = [metrics.step_of(line) or 0 for line in lines[-2:]]
+    steps = [logs.step_of(line) or 0 for line in lines[-2:]]
     return min(max(steps, default=0), run.config.num_steps)
 
 
@@ -340,9 +334,9 @@ def _in_processes(function: Callable, arguments: Sequence[tuple]) -> Iterator[tu
     count = min(_workers(), len(arguments))
     pool = ProcessPoolExecutor(count, context, _start_worker, (cores, os.getpid()))
     try:
-        with stopping.deaf_children():
+        with signals.deaf_children():
             numbers = {pool.submit(_call, function, *each): i for i, each in enumerate(arguments)}
-        with stopping.saving() as stop:
+        with signals.saving() as stop:
             stop.saving = True
             waiting = set(numbers)
             while waiting:
@@ -369,7 +363,7 @@ def _start_worker(cores, parent):
         os.sched_setaffinity(0, {cores.get()})
     # NumPy counted the cores when it was imported; its threads would wait for each other on one.
     threadpool_limits(1)
-    programs.keep()
+    compilation_cache.enable()
     logging.set_verbosity(logging.WARNING)
 
     def watch():
@@ -382,7 +376,7 @@ def _start_worker(cores, parent):
 
 def _call(function, *arguments):
     """In a worker: what is no run, or has no step yet, stops too."""
-    with stopping.listening():
+    with signals.listening():
         try:
             return function(*arguments)
         except KeyboardInterrupt:

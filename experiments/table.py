@@ -20,9 +20,10 @@ import numpy as np
 from absl import logging
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ant_jax import data, experiment, inputs
-from ant_jax.files import write_bytes
-from ant_jax.metrics import quiet_console
+from ant_jax import data, experiment
+from ant_jax.latents import dataset
+from ant_jax.runtime.files import write_bytes
+from ant_jax.runtime.logs import quiet_console
 from experiments import report, runner, task_affinity
 from experiments.comparisons import (
     CHANGED_METHODS,
@@ -145,7 +146,7 @@ def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, 
 
     def make():
         logging.info("timing %d kinds of steps", len(runs))
-        source = inputs.open_data(next(iter(runs.values())).config)
+        source = dataset.open_data(next(iter(runs.values())).config)
         steps, states, times = {}, {}, {}
         for kind, run in runs.items():
             pieces = experiment.build(run.config, source.image_shape[-1], source.num_classes)

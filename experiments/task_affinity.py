@@ -13,9 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import affinity, builders, clustering, evaluate, inputs
-from ant_jax.files import write_bytes
-from ant_jax.metrics import quiet_console
+from ant_jax import builders, evaluate
+from ant_jax.latents import dataset
+from ant_jax.runtime.files import write_bytes
+from ant_jax.runtime.logs import quiet_console
+from ant_jax.tasks import affinity, clustering
 from experiments import report, runner
 from experiments.presets import PRESETS, Preset
 from experiments.runner import Run
@@ -58,7 +60,7 @@ def _of_run(run, preset, out):
     grid = affinity.timestep_grid(run.config.diffusion.timesteps, preset.affinity_grid)
 
     def make():
-        x0, labels = inputs.images(run.config, run.config.data.split, preset.affinity_images)
+        x0, labels = dataset.images(run.config, run.config.data.split, preset.affinity_images)
         matrices = []
         for step in run.steps:
             _, pieces, state = evaluate.restore_run(run.config, runner.folder(run, out), step)

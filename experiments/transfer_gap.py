@@ -15,9 +15,9 @@ import numpy as np
 from absl import logging
 
 from ant_jax import evaluate, evaluation, experiment, sampling
-from ant_jax.files import write_bytes
-from ant_jax.metrics import quiet_console
-from ant_jax.transfer_gap import transfer_gap
+from ant_jax.runtime.files import write_bytes
+from ant_jax.runtime.logs import quiet_console
+from ant_jax.tasks.transfer_gap import transfer_gap
 from experiments import report, runner
 from experiments.presets import PRESETS, Preset
 from experiments.runner import Run

@@ -111,7 +111,8 @@ def make_latents(folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from ant_jax import encode, interop
+    from ant_jax import interop
+    from ant_jax.latents import encode
     from ant_jax.models.autoencoder import autoencoder
 
     rng = np.random.default_rng(0)

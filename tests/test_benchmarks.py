@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ant_jax import parallel
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
 from ant_jax.models.dit import DiT, dit
+from ant_jax.runtime import devices as devices_lib
 from benchmarks import flops, programs, step
 
 K = 5
@@ -123,10 +123,10 @@ def memory(size, variant):
 def test_what_is_compiled_ahead_runs(count, monkeypatch):
     # Under the flags of these tests programs have no options of their own.
     options = {"xla_backend_optimization_level": 2}
-    monkeypatch.setattr(parallel, "compiler_options", lambda devices: options)
+    monkeypatch.setattr(devices_lib, "compiler_options", lambda devices: options)
     task, devices = programs.Task(Layers(), (4, 4, 1), PROCESS, K), jax.devices()[:count]
     program = programs.compile_step(task, "uncertainty", 2 * K, devices)
-    state = parallel.replicate(programs.first_state(task, "uncertainty"), devices)
+    state = devices_lib.replicate(programs.first_state(task, "uncertainty"), devices)
     state, metrics = program.compiled(state, programs.first_batch(task, 2 * K))
     assert int(state.step) == 1 and metrics["loss"] > 0
 

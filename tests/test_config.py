@@ -8,9 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from ant_jax import autoencoding, builders, config_file, evaluate, experiment, inputs, judge, train
+from ant_jax import builders, config_file, evaluate, experiment, train
 from ant_jax import config as config_lib
+from ant_jax.evaluation import evaluator
 from ant_jax.init_from import initial_params
+from ant_jax.latents import codec as codec_lib
+from ant_jax.latents import dataset
 from configs import digits
 
 CONFIGS = sorted(
@@ -231,13 +234,13 @@ def test_what_works_is_allowed(method, settings):
 
 # How what a path setting names is opened.
 OPENERS = {
-    "data.dir": lambda config: inputs.open_images(config, ""),
-    "autoencoder.weights": autoencoding.load,
-    "autoencoder.latents": lambda config: inputs.open_latents(config, ""),
+    "data.dir": lambda config: dataset.open_images(config, ""),
+    "autoencoder.weights": codec_lib.load,
+    "autoencoder.latents": lambda config: dataset.open_latents(config, ""),
     "init_from": lambda config: initial_params(config, None),
     "clusters.affinity": lambda config: builders.build_method(config, np.zeros(1000)),
-    "evaluation.inception": judge.build,
-    "evaluation.reference": lambda config: judge._reference(config, None),
+    "evaluation.inception": evaluator.build,
+    "evaluation.reference": lambda config: evaluator._reference(config, None),
     "evaluation.samples": lambda config: evaluate._of_file(config, Path()),
 }
 

@@ -9,21 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax import (
-    builders,
-    checkpoint,
-    data,
-    drawn,
-    evaluate,
-    evaluation,
-    experiment,
-    inputs,
-    judge,
-    metrics,
-)
+from ant_jax import builders, data, evaluate, evaluation, experiment
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
+from ant_jax.evaluation import evaluator
+from ant_jax.latents import dataset
 from ant_jax.models.inception import Features
+from ant_jax.runtime import checkpoint, progress
+from ant_jax.sampling import cache
 from configs import digits
 
 SMALL = {
@@ -44,8 +37,8 @@ class Model(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, y):
-        inputs = [x.reshape(len(x), -1), jnp.sin(t[:, None] / 9), jax.nn.one_hot(y, 11)]
-        return nn.Dense(x[0].size)(jnp.concatenate(inputs, 1)).reshape(x.shape)
+        features = [x.reshape(len(x), -1), jnp.sin(t[:, None] / 9), jax.nn.one_hot(y, 11)]
+        return nn.Dense(x[0].size)(jnp.concatenate(features, 1)).reshape(x.shape)
 
 
 # Compiled samplers are found again by the identity of the model.
@@ -87,7 +80,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builders, "build_model", lambda *_: MODEL)
         config = configured(workdir.parent)
-        source = inputs.open_data(config)
+        source = dataset.open_data(config)
         pieces = experiment.build(config, 1, 10)
         config_lib.save(config, workdir)
         experiment.save_facts(pieces, source, workdir)
@@ -205,8 +198,8 @@ def test_samples_of_another_step_are_not_used(workdir, draws, tmp_path):
 
 def test_the_key_is_that_of_what_samples_depend_on(tmp_path):
     params = {"a": np.ones(3)}
-    place = lambda params=params, step=3, **settings: drawn.key(
-        drawn.origin(configured(tmp_path, **settings), step, params)
+    place = lambda params=params, step=3, **settings: cache.key(
+        cache.origin(configured(tmp_path, **settings), step, params)
     )
     assert place() == place()
     same = {"log_every": 7, "sample__batch_size": 99, "evaluation__split": "test", "num_steps": 99}
@@ -306,7 +299,7 @@ def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
     do, workdir, draws, tmp_path, monkeypatch
 ):
     config = configured(tmp_path)
-    build = judge.build
+    build = evaluator.build
 
     def at_once(config):
         # In the middle of an evaluation.
@@ -319,10 +312,10 @@ def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
         assert draws == [0, 8, 16]
         return build(config)
 
-    monkeypatch.setattr(judge, "build", at_once)
+    monkeypatch.setattr(evaluator, "build", at_once)
     figures = evaluate.evaluate(config, workdir)
     assert len(draws) == 6
-    monkeypatch.setattr(judge, "build", build)
+    monkeypatch.setattr(evaluator, "build", build)
     assert evaluate.evaluate(config, workdir) == figures
 
 
@@ -395,7 +388,7 @@ def test_training_data_are_cropped_in_the_centre_and_each_counts_once(tmp_path, 
         lambda name, images, network, key: counted.extend((key, *images())),
     )
     config = configured(tmp_path, data__crop="random", data__flip=True, sample__batch_size=600)
-    judge.build(config)
+    evaluator.build(config)
     settings, key = seen[0], counted[0]
     assert settings["crop"] == "center" == key["crop"] and "flip" not in settings
     assert key["num"] == 1497 and key["exif"] == "ignore"
@@ -489,10 +482,10 @@ def test_a_mistake_is_named_before_anything_is_drawn(message, run, draws, tmp_pa
 
 def test_the_time_left_is_logged(monkeypatch):
     clock = iter([100, 104, 111, 112, 122])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
     logged = []
-    monkeypatch.setattr(metrics.logging, "info", lambda form, *args: logged.append(form % args))
+    monkeypatch.setattr(progress.logging, "info", lambda form, *args: logged.append(form % args))
     batches = [(np.zeros(5),)] * 5
-    assert list(metrics.with_time_left(batches, 30, "things")) == batches
+    assert list(progress.with_time_left(batches, 30, "things")) == batches
     # 10 took 11 s after the first 5, which compiled; 15 are left.
     assert logged == ["15/30 things  ETA 16s", "25/30 things  ETA 6s"]

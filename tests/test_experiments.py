@@ -12,9 +12,9 @@ from absl import app
 from absl.testing import flagsaver
 from PIL import Image
 
-from ant_jax import affinity
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
+from ant_jax.tasks import affinity
 from ant_jax.train_step import TrainState
 from experiments import (
     comparisons,

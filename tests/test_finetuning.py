@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
-from ant_jax import builders, checkpoint, experiment, export, init_from, interop, train
+from ant_jax import builders, experiment, export, init_from, interop, train
 from ant_jax.config import ConfigError
 from ant_jax.models import dit
+from ant_jax.runtime import checkpoint
 from configs import digits
 
 TINY = {

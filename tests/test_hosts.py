@@ -16,8 +16,9 @@ from host_program import record
 from PIL import Image
 from test_train import STEPS, TINY, lines, tiny, use_small_model
 
-from ant_jax import checkpoint, evaluate, experiment, processes
+from ant_jax import evaluate, experiment
 from ant_jax import train as trainer
+from ant_jax.runtime import checkpoint, processes
 
 ROOT = Path(__file__).parents[1]
 STOP = 5
@@ -199,14 +200,14 @@ def test_what_cannot_meet_says_so(tmp_path):
         ("localhost:1", 2, 2): "--process_id=2 must be from 0",
     }.items():
         with pytest.raises(ValueError, match=message):
-            processes.meet(*arguments)
+            processes.initialize(*arguments)
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port} of this machine: .*in use"):
-            processes.meet(f"localhost:{port}", 2, 0)
+            processes.initialize(f"localhost:{port}", 2, 0)
     program = (
-        "from ant_jax import processes; processes._MEETING_SECONDS = 1;"
-        "processes.meet('localhost:1', 2, 1)"
+        "from ant_jax.runtime import processes; processes._MEETING_SECONDS = 1;"
+        "processes.initialize('localhost:1', 2, 1)"
     )
     alone = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100

@@ -12,14 +12,12 @@ PACKAGE = ROOT / "ant_jax"
 CORE = {"jax", "flax", "optax", "numpy"}
 # A layer imports from those named, and from itself.
 LAYERS = {
-    "clustering": {"numpy"},
-    "affinity": CORE | {"ant_jax.diffusion", "ant_jax.clustering"},
     "mtl": CORE,
     "diffusion": CORE,
     "models": CORE,
-    "interop": {"numpy", "ml_dtypes", "safetensors", "ant_jax.files"},
-    "transfer_gap": CORE | {"ant_jax.diffusion"},
-    "train_step": CORE | {"ant_jax.mtl", "ant_jax.diffusion", "ant_jax.clustering"},
+    "interop": {"numpy", "ml_dtypes", "safetensors", "ant_jax.runtime"},
+    "tasks": CORE | {"ant_jax.diffusion"},
+    "train_step": CORE | {"ant_jax.mtl", "ant_jax.diffusion", "ant_jax.tasks"},
 }
 # Not absl and scipy, which jax and optax import themselves.
 EDGES = [

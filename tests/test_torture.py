@@ -25,7 +25,7 @@ from test_train import assert_same_state, lines
 
 from ant_jax import config as config_lib
 from ant_jax import evaluate, experiment
-from ant_jax.checkpoint import checkpoint_steps
+from ant_jax.runtime.checkpoint import checkpoint_steps
 from experiments import presets
 
 ROOT = Path(__file__).parents[1]
@@ -621,7 +621,7 @@ def late(*a, **k):
 data.batches = late
 """,
     "saving": """
-from ant_jax import checkpoint
+from ant_jax.runtime import checkpoint
 open_orbax = checkpoint._open_orbax
 checkpoint._open_orbax = lambda: (time.sleep(45 * checkpoint.late), open_orbax())[1]
 checkpoint.late = True

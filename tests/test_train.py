@@ -18,10 +18,13 @@ import optax
 import pytest
 from PIL import Image
 
-from ant_jax import affinity, builders, checkpoint, data, evaluate, experiment, parallel
+from ant_jax import builders, data, evaluate, experiment
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
+from ant_jax.runtime import checkpoint
+from ant_jax.runtime import devices as devices_lib
+from ant_jax.tasks import affinity
 from configs import digits
 
 STEPS, STOP = 8, 5
@@ -253,7 +256,7 @@ def test_what_is_compiled_with_options_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: one)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     options = {"xla_backend_optimization_level": 0}
-    for module in (parallel, experiment):
+    for module in (devices_lib, experiment):
         monkeypatch.setattr(module, "compiler_options", lambda devices: options)
     # No other test has this decay: their programs would be taken.
     assert trainer.train(tiny(ema_decay=0.91, num_steps=2), tmp_path).step == 2
@@ -586,7 +589,7 @@ def test_damaged_images_of_a_folder_are_counted_or_named(tmp_path, monkeypatch):
     assert [row["replaced_images"] for row in lines(tmp_path / "replaced")] == [2, 2]
     with monkeypatch.context() as patch:
         # As if a second process had found three more.
-        patch.setattr(trainer.processes, "gather", lambda mine: [mine, (mine or 0) + 3])
+        patch.setattr(trainer.processes, "all_gather", lambda mine: [mine, (mine or 0) + 3])
         trainer.train(tiny(**settings, data__replace_unreadable=True), tmp_path / "two")
     assert [row["replaced_images"] for row in lines(tmp_path / "two")] == [2 + 5, 2 + 5]
     with pytest.raises(RuntimeError, match=r"class1/15\.png: "):

@@ -12,7 +12,7 @@ from ant_jax import mtl
 from ant_jax import train_step as ts
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
 from ant_jax.models.dit import DiT
-from ant_jax.parallel import parallel_step, replicate
+from ant_jax.runtime.devices import parallel_step, replicate
 
 T, K, BATCH, CLASSES = 100, 4, 32, 3
 BOUNDARIES = np.array([0, 7, 30, 71, T])

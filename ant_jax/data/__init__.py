@@ -2,20 +2,17 @@
 
 from ant_jax.data.catalogue import load
 from ant_jax.data.folder import FolderSource, folder
-from ant_jax.data.latents import LatentSource, latents
 from ant_jax.data.pipeline import batches, check_crop
 from ant_jax.data.sources import ExampleError, Source, UnreadableImageError, digits
 
 __all__ = [
     "ExampleError",
     "FolderSource",
-    "LatentSource",
     "Source",
     "UnreadableImageError",
     "batches",
     "check_crop",
     "digits",
     "folder",
-    "latents",
     "load",
 ]

@@ -1,13 +1,13 @@
 """Judging samples: feature extractors, metrics of their features, label accuracy and copies."""
 
-from ant_jax.evaluation.frechet import Moments, covariance, frechet_distance, merge, moments
+from ant_jax.evaluation.features.inception import Network, load_inception
 from ant_jax.evaluation.image_metrics import image_metrics
 from ant_jax.evaluation.image_reference import Reference, data_reference, read_reference
-from ant_jax.evaluation.inception import Network, load_inception
-from ant_jax.evaluation.inception_score import inception_score
-from ant_jax.evaluation.losses import interval_losses
-from ant_jax.evaluation.nearest import nearest_distances
-from ant_jax.evaluation.precision_recall import PrecisionRecall, precision_recall
+from ant_jax.evaluation.metrics.frechet import Moments, covariance, frechet_distance, merge, moments
+from ant_jax.evaluation.metrics.inception_score import inception_score
+from ant_jax.evaluation.metrics.losses import interval_losses
+from ant_jax.evaluation.metrics.nearest import nearest_distances
+from ant_jax.evaluation.metrics.precision_recall import PrecisionRecall, precision_recall
 from ant_jax.evaluation.reference import (
     Gaussian,
     Statistics,

@@ -4,11 +4,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ant_jax.evaluation.frechet import frechet_distance
+from ant_jax.evaluation.features.inception import Network
 from ant_jax.evaluation.image_reference import Reference
-from ant_jax.evaluation.inception import Network
-from ant_jax.evaluation.inception_score import inception_score
-from ant_jax.evaluation.precision_recall import precision_recall
+from ant_jax.evaluation.metrics.frechet import frechet_distance
+from ant_jax.evaluation.metrics.inception_score import inception_score
+from ant_jax.evaluation.metrics.precision_recall import precision_recall
 from ant_jax.evaluation.summary import summarise
 
 _NEIGHBOURS = 3

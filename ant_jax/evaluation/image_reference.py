@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
-from ant_jax import files
-from ant_jax.evaluation.inception import Network
+from ant_jax.evaluation.features.inception import Network
 from ant_jax.evaluation.reference import (
     Statistics,
     has_images,
@@ -20,8 +19,9 @@ from ant_jax.evaluation.reference import (
     write_statistics,
 )
 from ant_jax.evaluation.summary import summarise
-from ant_jax.fingerprint import fingerprint
-from ant_jax.metrics import with_time_left
+from ant_jax.runtime import files
+from ant_jax.runtime.progress import with_time_left
+from ant_jax.runtime.tree_hash import tree_hash
 
 # Of the training images; as many as the reference batches of ADM have.
 _IMAGES = 10_000
@@ -90,7 +90,7 @@ def data_reference(
     Raises:
       ValueError: If there are fewer than two images.
     """
-    digest = fingerprint({"images": key, "weights": network.digest})
+    digest = tree_hash({"images": key, "weights": network.digest})
     cache_dir = cache_dir or files.user_cache()
     path = cache_dir and cache_dir / f"reference_v{_VERSION}_{digest[:24]}.npz"
     if path is not None and os.path.exists(path):

@@ -17,7 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from ant_jax import files
+from ant_jax.runtime import files
 
 _IMAGES = "arr_0"
 _LABELS = "arr_1"

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ant_jax.data import sources
-from ant_jax.evaluation import digits
-from ant_jax.evaluation.frechet import Moments, covariance, frechet_distance, merge, moments
-from ant_jax.evaluation.nearest import nearest_distances
+from ant_jax.evaluation.features import digits
+from ant_jax.evaluation.metrics.frechet import Moments, covariance, frechet_distance, merge, moments
+from ant_jax.evaluation.metrics.nearest import nearest_distances
 
 
 class Extractor(NamedTuple):

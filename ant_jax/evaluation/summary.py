@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ant_jax.evaluation.frechet import Moments, covariance, merge, moments
+from ant_jax.evaluation.metrics.frechet import Moments, covariance, merge, moments
 from ant_jax.evaluation.reference import Gaussian, Statistics
 from ant_jax.models.inception import Features
 

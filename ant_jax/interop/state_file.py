@@ -12,10 +12,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from ant_jax import files
 from ant_jax.interop.plain_pickle import Unread
 from ant_jax.interop.torch_file import read
 from ant_jax.interop.weights import WeightsError
+from ant_jax.runtime import files
 
 # Where checkpoints keep a state dict, the best first: DiT's have the moving average beside the
 # network, those of PyTorch Lightning have one state dict with everything.

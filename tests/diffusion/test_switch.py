@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from ant_jax import clustering, diffusion
+from ant_jax import diffusion
 from ant_jax.diffusion import GaussianDiffusion, ddim_sample, ddpm_sample, switch_by_timestep
 from ant_jax.models.dit import DiT
+from ant_jax.tasks import clustering
 
 T = 40
 PROCESS = GaussianDiffusion(diffusion.alphas_bar("cosine", T), "learned_range")

@@ -1,6 +1,6 @@
 import pytest
 
-from ant_jax.evaluation import digits
+from ant_jax.evaluation.features import digits
 
 
 @pytest.fixture(scope="session")

@@ -7,14 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.interop import (
-    AUTOENCODER,
-    WeightsError,
-    from_torch,
-    read_state,
-    to_torch,
-    write_state,
-)
+from ant_jax.interop import AUTOENCODER, WeightsError, from_torch, read_state, to_torch, write_state
 from ant_jax.models.autoencoder import Autoencoder, autoencoder
 
 RECORDED = Path(__file__).parents[1] / "data" / "autoencoder"

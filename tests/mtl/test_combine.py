@@ -6,7 +6,8 @@ import numpy as np
 import optax
 import pytest
 
-from ant_jax import checkpoint, mtl
+from ant_jax import mtl
+from ant_jax.runtime import checkpoint
 
 METHODS = {
     "linear": mtl.linear,

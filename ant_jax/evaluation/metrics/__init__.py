@@ -1,0 +1,1 @@
+"""Figures of samples: distances, scores, precision and recall, losses."""

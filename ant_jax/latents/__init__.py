@@ -1,0 +1,1 @@
+"""Diffusion in the latents of an autoencoder: the autoencoder, encoding, and latents as data."""

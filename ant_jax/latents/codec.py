@@ -1,0 +1,144 @@
+"""Images to latents and back, over this process's devices."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ant_jax import interop
+from ant_jax.config import ConfigError
+from ant_jax.models.autoencoder import Autoencoder, Latent, autoencoder
+from ant_jax.runtime.devices import replicated, split_over
+from ant_jax.runtime.files import user_path
+from ant_jax.runtime.tree_hash import tree_hash
+
+
+class Codec(NamedTuple):
+    """An autoencoder with its weights.
+
+    Attributes:
+      model: The network.
+      params: Its parameters, on this process's devices.
+      digest: Of the parameters, whatever the file they came from.
+      encoder_digest: Of those that make latents: decoders may be tuned without new latents.
+    """
+
+    model: Autoencoder
+    params: Any
+    digest: str
+    encoder_digest: str
+
+
+def load(config: ConfigDict) -> Codec:
+    """The autoencoder that a config names; read once.
+
+    Raises:
+      ConfigError: if its weights can't be read or are those of another network.
+    """
+    settings = config.autoencoder
+    return _load(settings.name, str(user_path(settings.weights)))
+
+
+@functools.lru_cache(maxsize=1)
+def _load(name, path):
+    model = autoencoder(name)
+    side = 2 * model.factor
+    images = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
+    try:
+        # First, because a file that is not there costs no tracing of the network.
+        state = interop.read_state(path)
+        template = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+        params = interop.from_torch(state, template, interop.AUTOENCODER)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"config.autoencoder.weights = {path!r}: {error}") from error
+    placed = jax.device_put(params, replicated(jax.local_devices()))
+    encoder = {name: params[name] for name in ("encoder", "quant_conv")}
+    return Codec(model, placed, tree_hash(params)[:16], tree_hash(encoder)[:16])
+
+
+def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """(h, w, c) of the latent of an image of ``config.data.image_size``.
+
+    Raises:
+      ConfigError: if the autoencoder can't make one of it.
+    """
+    model, size = autoencoder(config.autoencoder.name), config.data.image_size
+    if size % model.factor:
+        raise ConfigError(
+            f"config.data.image_size = {size} must be divisible by {model.factor}, the factor of "
+            f"config.autoencoder.name = {config.autoencoder.name!r}"
+        )
+    side = size // model.factor
+    return side, side, model.latent_channels
+
+
+def encode(codec: Codec, images: np.ndarray) -> Latent:
+    """The latents of uint8 images (B, H, W, C), B divisible by the number of local devices."""
+    over_devices = split_over(jax.local_devices())
+    return _encode(codec.params, jax.device_put(images, over_devices), model=codec.model)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _encode(params, images, *, model):
+    return model.apply({"params": params}, jnp.float32(images) / 127.5 - 1, method="encode")
+
+
+def decode(codec: Codec, latents: jax.Array, batch_size: int) -> np.ndarray:
+    """Images of latents, some at a time.
+
+    Args:
+      codec: from `load`.
+      latents: (B, h, w, c), the scale taken off.
+      batch_size: how many at a time, rounded up to a multiple of the number of local devices.
+
+    Returns:
+      uint8 (B, H, W, C).
+
+    Raises:
+      FloatingPointError: if an image has numbers that are not finite.
+    """
+    devices = jax.local_devices()
+    batch_size += -batch_size % len(devices)
+    latents = np.asarray(latents)
+    images, finite = [], []
+    for first in range(0, len(latents), batch_size):
+        part = latents[first : first + batch_size]
+        padded = np.pad(part, ((0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)))
+        decoded = _decode(
+            codec.params, jax.device_put(padded, split_over(devices)), model=codec.model
+        )
+        for parts, values in zip((images, finite), decoded, strict=True):
+            parts.append(np.asarray(values)[: len(part)])
+    check_finite(np.concatenate(finite), "images that config.autoencoder.weights make of latents")
+    return np.concatenate(images)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _decode(params, latents, *, model):
+    return finite_pixels(model.apply({"params": params}, latents, method="decode"))
+
+
+def check_finite(finite: np.ndarray, what: str, first: int = 0) -> None:
+    """Raises a FloatingPointError that says how many things, and which, have numbers that are not.
+
+    Args:
+      finite: bool (B,), whether all numbers of each are.
+      what: the plural.
+      first: number of the first of them.
+    """
+    if not finite.all():
+        wrong = np.flatnonzero(~finite)
+        raise FloatingPointError(
+            f"{len(wrong)} of {len(finite)} {what} have numbers that are not finite, such as "
+            f"number {first + wrong[0]}"
+        )
+
+
+@jax.jit
+def finite_pixels(images: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Images in [-1, 1] as uint8, clipped and rounded; and which, bool (B,), are finite numbers."""
+    pixels = jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
+    return pixels, jnp.isfinite(images).all((1, 2, 3))

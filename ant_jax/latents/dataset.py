@@ -1,0 +1,117 @@
+"""What a config's network learns from: images or their latents."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from ant_jax import data
+from ant_jax.config import ConfigError
+from ant_jax.latents import codec as codec_lib
+from ant_jax.latents.shards import LatentSource, latents
+from ant_jax.runtime.files import user_path
+
+
+def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
+    """What the model learns from: the training images or their latents, or those of another split.
+
+    Raises:
+      ConfigError: naming the setting, if they can't be opened, or are latents of something else.
+    """
+    split = config.data.split if split is None else split
+    return open_latents(config, split) if config.autoencoder.name else open_images(config, split)
+
+
+def latents_folder(config: ConfigDict, split: str) -> Path:
+    """Where the latents of a split are."""
+    return user_path(config.autoencoder.latents) / (quote(split, safe="") or "_")
+
+
+def open_latents(config: ConfigDict, split: str) -> LatentSource:
+    """The latents of a split; see `open_data`."""
+    settings = config.autoencoder
+    directory = latents_folder(config, split)
+    try:
+        source = latents(directory, settings.scale)
+    except (ValueError, FileNotFoundError) as error:
+        # Encoding makes the latents of one split.
+        hint = "" if split == config.data.split else f" with config.data.split = {split!r}"
+        raise ConfigError(
+            f"config.autoencoder.latents = {settings.latents!r}: {error}{hint}"
+        ) from error
+    facts = source.facts
+    for name, there, now in (
+        ("autoencoder.name", facts.autoencoder, settings.name),
+        ("data.name", facts.data, config.data.name),
+        ("data.crop", facts.crop, config.data.crop),
+        ("data.exif", facts.exif, config.data.exif),
+        ("data.image_size", facts.image_size, config.data.image_size),
+        ("autoencoder.name, shape of latents", facts.shape, codec_lib.latent_shape(config)),
+        ("autoencoder.weights, encoder", facts.digest, codec_lib.load(config).encoder_digest),
+    ):
+        if there != now:
+            raise ConfigError(
+                f"the latents in {directory} were made with config.{name} {there!r}, not {now!r}"
+            )
+    std = facts.std * settings.scale
+    if not 0.5 < std < 2:
+        logging.warning(
+            "config.autoencoder.scale = %g gives the latents a standard deviation of %.2g; "
+            "%.3g would make it 1, for which noise schedules are made",
+            settings.scale,
+            std,
+            1 / facts.std,
+        )
+    return source
+
+
+def pipeline_settings(config: ConfigDict) -> dict[str, Any]:
+    """How `data.batches` makes what the model sees of what `open_data` gives."""
+    settings = config.data
+    if config.autoencoder.name:
+        return {"replace_unreadable": settings.replace_unreadable}
+    return {
+        "image_size": settings.image_size,
+        "crop": settings.crop,
+        "replace_unreadable": settings.replace_unreadable,
+    }
+
+
+def open_images(config: ConfigDict, split: str) -> data.Source:
+    """The images of a split, pixels whether or not the model learns from latents.
+
+    Raises:
+      ConfigError: naming the setting, if they can't be opened.
+    """
+    settings = config.data
+    try:
+        place = str(user_path(settings.dir)) if settings.dir else None
+        source = data.load(settings.name, split, place, settings.exif)
+        data.check_crop(source, settings.crop, settings.image_size)
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(
+            f"config.data.name = {settings.name!r}, split = {split!r}, "
+            f"config.data.dir = {settings.dir!r}: {error}"
+        ) from error
+    return source
+
+
+def images(config: ConfigDict, split: str, num: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first images or latents of a fixed shuffle of a split, or all if there are fewer.
+
+    Returns:
+      float32 (num, H, W, C), in [-1, 1] if they are pixels, and int32 labels (num,).
+
+    Raises:
+      ConfigError: naming the setting, if they can't be opened.
+    """
+    source = open_data(config, split)
+    batches = data.batches(
+        source, batch_size=min(num, len(source)), seed=0, **pipeline_settings(config)
+    )
+    batch = next(batches)
+    x0 = batch["image"]
+    return np.float32(x0) / 127.5 - 1 if x0.dtype == np.uint8 else x0, batch["label"]

@@ -1,0 +1,284 @@
+"""Latents of images on disk: ArrayRecord shards, and what they are in a JSON file beside them.
+
+A folder of latents has `latents.json`, which is `LatentFacts`, and `00000.array_record`, ... A
+record is the label, int32, and then float16 numbers (views, parts, h, w, c): the views are the
+image and its mirror image, the parts the mean and the standard deviation of each number, or the
+mean alone where the standard deviations are zero. Numbers are little-endian.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ant_jax.data.sources import Example, UnreadableImageError
+from ant_jax.runtime.files import partial_beside, write_bytes
+
+_FACTS = "latents.json"
+_SHARD_NAME = re.compile(r"[0-9]{5,}\.array_record")
+_LABEL_BYTES = 4
+_SPREAD_IMAGES = 1000
+
+
+class LatentFacts(NamedTuple):
+    """What a folder of latents holds.
+
+    Attributes:
+      autoencoder: its name.
+      digest: of its encoder's weights.
+      image_size: side of the images in pixels.
+      shape: (h, w, c) of a latent.
+      parts: 2 for mean and standard deviation, 1 for the mean alone.
+      num_images: how many.
+      num_classes: number of labels; 0 where there are none.
+      std: standard deviation of all numbers of the latents.
+      data: `config.data.name` of the images.
+      crop: how they were brought to their size.
+      origin: where the images come from, for the reader.
+      exif: whether they were turned as their cameras noted.
+    """
+
+    autoencoder: str
+    digest: str
+    image_size: int
+    shape: tuple[int, int, int]
+    parts: int
+    num_images: int
+    num_classes: int
+    std: float
+    data: str
+    crop: str
+    origin: str
+    # Latents made before there was a choice.
+    exif: str = "ignore"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentSource:
+    """Latents that are read when they are asked for, times a scale.
+
+    Attributes:
+      name: The folder, as error messages call it.
+      facts: What it holds.
+      scale: Factor of means and standard deviations.
+      records: The records of all shards, in order.
+    """
+
+    name: str
+    facts: LatentFacts = dataclasses.field(repr=False)
+    scale: float
+    records: Sequence[bytes] = dataclasses.field(repr=False)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, c)."""
+        return self.facts.shape
+
+    @property
+    def num_classes(self) -> int:
+        """Number of labels."""
+        return self.facts.num_classes
+
+    def __len__(self) -> int:
+        return self.facts.num_images
+
+    def __getitem__(self, index: int) -> Example:
+        """Returns {"mean", "std": float32 (2, h, w, c), "label": int32 ()}; see the module.
+
+        Raises:
+          UnreadableImageError: If the record is damaged, its numbers are not finite, or its label
+            is that of no class.
+        """
+        shape = (2, self.facts.parts, *self.facts.shape)
+        try:
+            record = self.records[index]
+            numbers = np.frombuffer(record, "<f2", offset=_LABEL_BYTES).reshape(shape)
+        # Damaged bytes surface as almost any type of error.
+        except Exception as error:
+            raise UnreadableImageError(f"latent {index} of {self.name}: {error}") from error
+        scaled = np.float32(numbers) * np.float32(self.scale)
+        label = np.frombuffer(record, "<i4", count=1)[0]
+        # In training either would be a loss that is not finite, and blamed on the training.
+        if not np.isfinite(scaled).all():
+            raise UnreadableImageError(
+                f"latent {index} of {self.name} has numbers that are not finite: encode into "
+                "another folder"
+            )
+        if not 0 <= label < max(self.num_classes, 1):
+            raise UnreadableImageError(
+                f"latent {index} of {self.name} has label {label} of {self.num_classes} classes"
+            )
+        mean, *std = np.moveaxis(scaled, 1, 0)
+        return {"mean": mean, "std": std[0] if std else np.zeros_like(mean), "label": label}
+
+
+def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
+    """Opens a folder of latents.
+
+    Args:
+      directory: The folder.
+      scale: Factor that brings them to about unit variance.
+
+    Returns:
+      The source.
+
+    Raises:
+      FileNotFoundError: If there are no latents, or not all of them yet.
+      ValueError: If its description or a shard is damaged, or a shard is missing or one too many.
+    """
+    directory = Path(directory).expanduser()
+    path = directory / _FACTS
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{directory} has no latents, or not all of them yet: run --mode encode"
+        )
+    try:
+        facts = _checked(LatentFacts(**json.loads(path.read_text())))
+    # Lists in lists without end are a RecursionError.
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}; --mode encode writes it anew") from error
+    return _open(directory, facts, scale)
+
+
+def _checked(facts):
+    """The facts, if they are what they can be."""
+    number = lambda value, low: type(value) is int and value >= low
+    allowed = {
+        "image_size": number(facts.image_size, 1),
+        "shape": len(facts.shape) == 3 and all(number(size, 1) for size in facts.shape),
+        "parts": facts.parts in (1, 2),
+        "num_images": number(facts.num_images, 1),
+        "num_classes": number(facts.num_classes, 0),
+        "std": type(facts.std) in (int, float) and 0 < facts.std < math.inf,
+    }
+    for name, fits in allowed.items():
+        if not fits:
+            raise ValueError(f"{name!r} can't be {getattr(facts, name)!r}")
+    return facts._replace(shape=tuple(facts.shape))
+
+
+def complete(directory: Path, facts: LatentFacts) -> LatentFacts:
+    """Writes what a folder holds once all its shards are there.
+
+    Args:
+      directory: The folder.
+      facts: Of its latents; the standard deviation is found out here, from some of them.
+
+    Returns:
+      The facts as written.
+
+    Raises:
+      ValueError: If a shard is damaged, they hold another number of latents, or all numbers of the
+        latents are the same.
+      UnreadableImageError: If one of them can't be used; see `LatentSource`.
+    """
+    facts = facts._replace(std=_spread(_open(directory, facts, 1.0)))
+    if facts.std == 0:
+        raise ValueError(f"all numbers of the latents in {directory} are the same")
+    write_bytes(directory / _FACTS, (json.dumps(facts._asdict(), indent=1) + "\n").encode())
+    return facts
+
+
+def _open(directory, facts, scale):
+    # Not what Finder and network disks leave beside them, such as ._00000.array_record.
+    shards = [path for path in directory.iterdir() if _SHARD_NAME.fullmatch(path.name)]
+    shards.sort(key=lambda path: int(path.stem))
+    records = _records(shards) if shards else []
+    if len(records) != facts.num_images:
+        missing = len(records) < facts.num_images
+        advice = "run --mode encode, which makes missing shards" if missing else "encode them again"
+        raise ValueError(
+            f"{directory} has {len(records)} latents in {len(shards)} shards instead of "
+            f"{facts.num_images}: {advice}{'' if missing else ' into an empty folder'}"
+        )
+    return LatentSource(str(directory), facts, scale, records)
+
+
+def _records(shards):
+    from grain.sources import ArrayRecordDataSource
+
+    try:
+        return ArrayRecordDataSource([str(shard) for shard in shards])
+    except RuntimeError:
+        # The message does not say which one it is.
+        for shard in shards:
+            try:
+                ArrayRecordDataSource(str(shard))
+            except RuntimeError as error:
+                raise ValueError(
+                    f"{shard} is damaged: remove it and run --mode encode, which makes missing "
+                    f"shards ({error})"
+                ) from error
+        raise
+
+
+def _spread(source):
+    """Standard deviation of all numbers of latents, drawn anew each time, from some of them."""
+    squares = total = count = 0.0
+    for index in range(min(_SPREAD_IMAGES, len(source))):
+        mean, std = (np.float64(source[index][part]) for part in ("mean", "std"))
+        squares += np.sum(mean**2 + std**2)
+        total += np.sum(mean)
+        count += mean.size
+    return float(np.sqrt(squares / count - (total / count) ** 2))
+
+
+def shard_path(directory: Path, shard: int) -> Path:
+    """Where a shard lies."""
+    return directory / f"{shard:05d}.array_record"
+
+
+def as_kept(mean: np.ndarray, std: np.ndarray | None) -> np.ndarray:
+    """The numbers of a record.
+
+    Args:
+      mean: (2, h, w, c), of an image and its mirror image.
+      std: The standard deviations of the same shape, or None where they are zero.
+
+    Returns:
+      Little-endian float16 (2, parts, h, w, c).
+
+    Raises:
+      FloatingPointError: If one is not finite, or is not in half precision.
+    """
+    numbers = np.stack([mean] if std is None else [mean, std], axis=1)
+    with np.errstate(over="ignore"):
+        kept = numbers.astype("<f2")
+    wrong = numbers[~np.isfinite(kept)]
+    if wrong.size:
+        raise FloatingPointError(
+            f"{wrong.size} of the {numbers.size} numbers of its latent can't be kept in half "
+            f"precision, which ends at {np.finfo(np.float16).max:.0f}, such as {wrong[0]:.5g}"
+        )
+    return kept
+
+
+def write_shard(path: Path, examples: Iterable[tuple[np.ndarray, int | np.integer]]) -> None:
+    """Writes a shard, whole or not at all.
+
+    Args:
+      path: See `shard_path`.
+      examples: Numbers by `as_kept`, and the label.
+
+    Raises:
+      OSError: If it cannot be written.
+    """
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    with partial_beside(path) as partial:
+        # One record a group: they are read in any order.
+        writer = ArrayRecordWriter(str(partial), "group_size:1")
+        try:
+            for numbers, label in examples:
+                writer.write(np.array(label, "<i4").tobytes() + numbers.tobytes())
+        finally:
+            try:
+                writer.close()
+            except RuntimeError as error:
+                raise OSError(f"cannot write {partial}: {error} (disk full?)") from error

@@ -1,0 +1,522 @@
+"""Checkpoints by orbax: asynchronous, atomic, proved, checksummed.
+
+A checkpoint is written beside its place. Every array in it is looked for and read, every file gets
+a checksum, and then it is renamed into place: a directory with a step's name is always whole. Orbax
+notices truncated files but not flipped bytes; the checksums notice both. Beside the arrays
+lies ``run.json``, which says of which run the checkpoint is. Files that file browsers and network
+disks leave there don't count.
+"""
+
+import collections
+import contextlib
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from ant_jax.runtime import processes
+from ant_jax.runtime.files import sync, write_bytes
+
+_CHECKSUMS = "checksums.json"
+_RECORD = "run.json"
+_MANIFEST = "manifest.ocdbt"  # by which orbax finds all arrays
+_PARTIAL = "partial-"
+_LAST_STEP = 2**31 - 1  # that a state can count to
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written or read."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checkpoint's files are not those that were written."""
+
+
+class Checkpointer:
+    """Writes and reads the checkpoints of one run.
+
+    Saving copies the state off the device, then writes in the background; an error there is raised
+    by the next call of `save`, `check` or `close`.
+
+    Attributes:
+      directory: where the checkpoints lie, one subdirectory a step. A file beside it, named like
+        it with ``.json``, records the newest step, so that a directory that is gone is noticed.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike,
+        keep: int = 2,
+        keep_period: int = 0,
+        guard: Callable[[], None] = lambda: None,
+    ):
+        """Opens the directory for writing and removes what an interrupted save left there.
+
+        Args:
+          directory: made if missing.
+          keep: how many of the newest checkpoints to keep, at least 1.
+          keep_period: checkpoints at multiples of this step are kept for good; 0 for none.
+          guard: called in process 0 before a checkpoint is begun and before it takes its name;
+            raises a CheckpointError where the directory has become another's.
+        """
+        self.directory = Path(directory).absolute()
+        self._keep = keep
+        self._keep_period = keep_period
+        self._guard = guard
+        self._open = contextlib.ExitStack()
+        self._place = None
+        self._orbax = None
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future | None = None
+        if processes.is_first():
+            self.directory.mkdir(parents=True, exist_ok=True)
+            for path in self.directory.glob(f"{_PARTIAL}*"):
+                _remove(path)
+
+    def save(self, step: int, state: Any, record: dict[str, Any] | None = None) -> None:
+        """Starts saving a pytree of arrays as the checkpoint of a step.
+
+        Args:
+          step: its number.
+          state: the pytree.
+          record: what else the checkpoint is to hold, as JSON can; its "id" tells whose it is.
+
+        Raises:
+          CheckpointError: if the one before could not be saved, or the disk has no room for this.
+        """
+        self._finish()
+        if processes.is_first():
+            self._guard()
+        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        if self._orbax is None:
+            self._place = self._open.enter_context(_plain_path(self.directory))
+            self._orbax = self._open.enter_context(_open_orbax())
+        arrays = collections.Counter(map(_kind, jax.tree.leaves(state)))
+        # Process 0 has had more to do for the one before.
+        processes.barrier()
+        self._orbax.save(self._place / f"{_PARTIAL}{step}", _to_global(state))
+        partial = self.directory / f"{_PARTIAL}{step}"
+        self._pending = self._executor.submit(self._commit, partial, step, arrays, record)
+
+    def prune(self, step: int) -> None:
+        """Removes older checkpoints than the settings keep.
+
+        Args:
+          step: of the newest intact checkpoint. Later ones, which `restore` has passed over, stay
+            until the run saves their steps again.
+        """
+        if not processes.is_first():
+            return
+        steps = [each for each in checkpoint_steps(self.directory) if each <= step]
+        for old in steps[: -self._keep]:
+            if not self._keep_period or old % self._keep_period:
+                # Renamed first: a directory with a step's name is always whole. What a reader or a
+                # network disk still holds is removed at the next start.
+                self._rename(old, f"{_PARTIAL}old-{old}", _remove)
+
+    def check(self) -> None:
+        """Raises the error of a save that has failed in the background, if any."""
+        if self._pending is not None and self._pending.done():
+            self._finish()
+
+    def close(self) -> None:
+        """Waits for the last save."""
+        try:
+            self._finish()
+        finally:
+            self._executor.shutdown()
+            self._open.close()
+
+    def _check_room(self, needed):
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"no room for a checkpoint in {self.directory}: it takes {needed / 1e9:.3g} GB, "
+                f"{free / 1e9:.3g} GB are free; newest complete checkpoint: {self._newest()}"
+            )
+
+    def _newest(self):
+        steps = checkpoint_steps(self.directory)
+        return f"step {steps[-1]}" if steps else "none"
+
+    def _finish(self):
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            try:
+                pending.result()
+            except CheckpointError:
+                raise
+            except Exception as error:
+                if processes.is_first():
+                    self._guard()
+                raise CheckpointError(
+                    f"saving a checkpoint in {self.directory} failed: {error} "
+                    f"(disk full? not writable?); newest complete checkpoint: {self._newest()}"
+                ) from error
+
+    def _commit(self, partial: Path, step: int, arrays: collections.Counter, record: Any):
+        self._orbax.wait_until_finished()
+        if not processes.is_first():
+            return
+        _prove(self._place / partial.name, arrays)
+        if record is not None:
+            (partial / _RECORD).write_text(json.dumps(record, indent=1))
+        sums = _checksums(partial)
+        (partial / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
+        for path in (*partial.rglob("*"), partial):
+            if path.is_dir() or not _is_foreign(path.relative_to(partial)):
+                sync(path)
+        self._guard()
+        for later in checkpoint_steps(self.directory):
+            if later >= step:
+                # Passed over by `restore`, or the run would not be at this step again.
+                self._rename(later, f"corrupt-{later}")
+        if os.path.lexists(self.directory / str(step)):
+            self._rename(step, f"corrupt-{step}")
+        partial.rename(self.directory / str(step))
+        sync(self.directory)
+        write_bytes(_note(self.directory), json.dumps({"newest": step}).encode())
+        self.prune(step)
+
+    def _rename(self, step: int, name: str, then: Callable[[Path], None] = lambda path: None):
+        """Renames a step's directory, which replaces what had the new name.
+
+        What can't be removed keeps that name, and the directory gets a number after its own.
+        """
+        for number in itertools.count():
+            path = self.directory / (f"{name}.{number}" if number else name)
+            _remove(path)
+            if not os.path.lexists(path):
+                break
+        (self.directory / str(step)).rename(path)
+        then(path)
+
+
+def checkpoint_steps(directory: str | os.PathLike) -> list[int]:
+    """Steps of the checkpoints in a directory, ascending; empty if there is no such directory."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as there:
+        names = [entry.name for entry in there if entry.is_dir()]
+        # As we write them: neither 007 nor what else Python takes for a number.
+        steps = [int(name) for name in names if re.fullmatch("[1-9][0-9]{0,9}", name)]
+        return sorted(step for step in steps if step <= _LAST_STEP)
+    return []
+
+
+def restore(
+    directory: str | os.PathLike, template: Any, step: int | None = None, run: str = ""
+) -> tuple[int, Any] | None:
+    """Reads the newest intact checkpoint; a corrupt one is named in the log and passed over.
+
+    Where the run goes on meanwhile and removes the checkpoint, the newest is looked for again.
+
+    Args:
+      directory: of a `Checkpointer`.
+      template: pytree of arrays or `jax.ShapeDtypeStruct` with shardings, as it was saved; the
+        result is placed like it, on whatever devices it names.
+      step: read this step's checkpoint and no other.
+      run: pass over checkpoints whose record has another "id"; "" for none.
+
+    Returns:
+      (step, state), or None if there is no checkpoint at all.
+
+    Raises:
+      CorruptCheckpointError: if there are checkpoints but none of them is intact.
+      FileNotFoundError: if the step asked for has no checkpoint.
+      CheckpointError: if a checkpoint is intact but not of the template's structure, or if there
+        were checkpoints and they are gone.
+    """
+    directory = Path(directory).absolute()
+    while True:
+        # Process 0 chooses: others may see the disk a little later, and once is enough to read it
+        # all.
+        chosen = processes.broadcast_from_first(lambda: _newest_intact(directory, step, run))
+        if chosen is None:
+            return None
+        path = directory / str(chosen)
+        try:
+            if not processes.wait_for_file(path):
+                raise CheckpointError(f"process 0 has seen a checkpoint {path}: it is not here")
+            processes.barrier()
+            with _plain_path(directory) as place, _open_orbax() as orbax:
+                state = orbax.restore(place / path.name, _to_global(template))
+                return chosen, _to_local(state, template)
+        # What is removed while it is read surfaces as almost any type of error.
+        except Exception as error:
+            if chosen not in checkpoint_steps(directory):
+                if jax.process_count() > 1:
+                    # Some may have read all of it.
+                    raise CheckpointError(
+                        f"checkpoint {path} was removed while it was read: start again"
+                    ) from error
+                logging.info("checkpoint %s was removed while it was read: looking again", path)
+            elif isinstance(error, ValueError):
+                raise CheckpointError(
+                    f"checkpoint {path} does not fit this config: {error}"
+                ) from error
+            else:
+                raise
+
+
+def read_record(
+    directory: str | os.PathLike, step: int | None = None, run: str = ""
+) -> dict[str, Any] | None:
+    """What a checkpoint holds beside the arrays: the newest that has something, or a step's.
+
+    Args:
+      directory: of a `Checkpointer`.
+      step: of this checkpoint and no other.
+      run: pass over records with another "id"; "" for none.
+
+    Returns:
+      The record given to `Checkpointer.save`, or None where there is none that can be read.
+    """
+    directory = Path(directory).absolute()
+    while True:
+        steps = checkpoint_steps(directory)
+        for candidate in reversed(steps):
+            if step in (None, candidate):
+                with contextlib.suppress(CorruptCheckpointError):
+                    record = _record(directory / str(candidate))
+                    if record is not None and not _is_of_another(record, run):
+                        return record
+        # Otherwise the run has gone on meanwhile and removed some.
+        if checkpoint_steps(directory) == steps:
+            return None
+
+
+def _newest_intact(directory: Path, step: int | None, run: str) -> int | None:
+    while True:
+        steps = checkpoint_steps(directory)
+        if step is None or not steps:
+            _check_none_gone(directory, steps)
+        if step is not None and step not in steps:
+            raise FileNotFoundError(f"no checkpoint of step {step} in {directory}, only {steps}")
+        if not steps:
+            return None
+        problems = []
+        for candidate in [step] if step is not None else reversed(steps):
+            path = directory / str(candidate)
+            try:
+                _verify(path)
+                if _is_of_another(_record(path) or {}, run):
+                    raise CorruptCheckpointError(
+                        f"checkpoint {path} is of another run than {directory.parent}/facts.json"
+                    )
+            except CorruptCheckpointError as error:
+                if candidate not in checkpoint_steps(directory):
+                    # Removed meanwhile, because there is a newer one.
+                    break
+                is_last = step is not None or candidate == steps[0]
+                hint = "" if is_last else "; trying the one before it"
+                logging.error("%s%s", error, hint)
+                problems.append(str(error))
+            else:
+                return candidate
+        else:
+            raise CorruptCheckpointError("no intact checkpoint is left: " + "; ".join(problems))
+
+
+def _check_none_gone(directory: Path, steps: list[int]):
+    note = _note(directory)
+    try:
+        newest = json.loads(note.read_text())["newest"]
+    except FileNotFoundError:
+        return
+    except (ValueError, TypeError, KeyError, RecursionError):
+        newest = "unknown"
+    if not steps:
+        raise CheckpointError(
+            f"{directory} has no checkpoint, but the run had one, of step {newest}: bring it back "
+            f"(a disk that is not mounted?), or remove {note} to begin anew"
+        )
+    if isinstance(newest, int) and steps[-1] < newest:
+        logging.warning(
+            "%s had a checkpoint of step %d, which is gone; the newest is of step %d",
+            directory,
+            newest,
+            steps[-1],
+        )
+
+
+def _note(directory: Path) -> Path:
+    return directory.with_name(directory.name + ".json")
+
+
+def _is_of_another(record: dict[str, Any], run: str) -> bool:
+    return bool(run) and record.get("id", run) != run
+
+
+@contextlib.contextmanager
+def _plain_path(directory: Path) -> Iterator[Path]:
+    """Gives a path without characters that mean something to orbax or tensorstore.
+
+    Orbax looks for what it has written by a pattern, in which brackets are no names; tensorstore
+    takes a backslash for a slash, and writes elsewhere; neither takes bytes that are not UTF-8.
+    """
+    text = str(directory)
+    if not re.search(r"[\[\]*?\\\ud800-\udfff]", text):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="ant_jax-") as folder:
+        link = Path(folder, "checkpoints")
+        link.symlink_to(directory, target_is_directory=True)
+        yield link
+
+
+def _open_orbax():
+    # Imported where something is saved or restored: the first step need not wait for it.
+    import orbax.checkpoint as ocp
+
+    # Named, they meet by messages; else by a collective, which on CPUs waits half a minute at most.
+    count = jax.process_count()
+    options = ocp.options.MultiprocessingOptions(
+        active_processes=set(range(count)) if count > 1 else None
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+def _to_global(tree: Any) -> Any:
+    """What every process holds as one array over all of them: orbax takes no other."""
+    if jax.process_count() == 1:
+        return tree
+    mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def convert(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    return jax.tree.map(convert, tree)
+
+
+def _to_local(tree: Any, template: Any) -> Any:
+    """The inverse of `_to_global`: arrays placed like the template's."""
+    if jax.process_count() == 1:
+        return tree
+
+    def convert(leaf, like):
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, like.sharding, shards)
+
+    return jax.tree.map(convert, tree, template)
+
+
+def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
+    return tuple(leaf.shape), np.dtype(leaf.dtype).name
+
+
+def _prove(path: Path, arrays: collections.Counter):
+    """Raises a CheckpointError unless every array that was saved can be found and read.
+
+    Orbax reports no error where the index of its files has not been written.
+    """
+    import tensorstore
+
+    base = {"driver": "file", "path": f"{path}/"}
+    try:
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        keys = store.list().result()
+        # Of each array a description and its chunks.
+        parts = collections.Counter(key.rpartition(b"/")[0] for key in keys)
+        found = collections.Counter()
+        for key in keys:
+            # One at a time: together they are as large as the state.
+            value = store.read(key).result().value
+            name, _, last = key.rpartition(b"/")
+            if last != b".zarray":
+                continue
+            about = json.loads(value)
+            grid = [-(-n // m) for n, m in zip(about["shape"], about["chunks"], strict=True)]
+            if parts[name] == 1 + math.prod(grid):
+                found[tuple(about["shape"]), np.dtype(about["dtype"]).name] += 1
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"what was saved in {path} can't be read: {error}") from error
+    if found != arrays:
+        raise CheckpointError(
+            f"what was saved in {path} holds {(found & arrays).total()} of {arrays.total()} arrays"
+        )
+
+
+def _verify(path: Path):
+    wrong = sorted(
+        name
+        for name, digest in _expected(path).items()
+        if not _is_foreign(Path(name)) and _digest(path / name) != digest
+    )
+    if wrong:
+        raise CorruptCheckpointError(f"checkpoint {path} is corrupt: {', '.join(wrong[:3])}")
+
+
+def _expected(path: Path) -> dict[str, str]:
+    try:
+        expected = dict(json.loads((path / _CHECKSUMS).read_bytes()))
+    except PermissionError:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise CorruptCheckpointError(f"checkpoint {path} has no readable checksums") from error
+    if _MANIFEST not in expected:
+        raise CorruptCheckpointError(f"checkpoint {path} has no checksum of {_MANIFEST}")
+    return expected
+
+
+def _record(path: Path) -> dict[str, Any] | None:
+    """What was saved beside the arrays; None for those of before there was such a thing."""
+    digest = _expected(path).get(_RECORD)
+    if digest is None:
+        return None
+    try:
+        content = (path / _RECORD).read_bytes()
+    except PermissionError:
+        raise
+    except OSError:
+        content = b""
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise CorruptCheckpointError(f"checkpoint {path} is corrupt: {_RECORD}")
+    return json.loads(content)
+
+
+def _checksums(path: Path) -> dict[str, str]:
+    return {
+        file.relative_to(path).as_posix(): _digest(file)
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not _is_foreign(file.relative_to(path)) and file.name != _CHECKSUMS
+    }
+
+
+def _digest(file: Path) -> str | None:
+    """SHA-256 of a file's content; None if there is no such file or the disk can't read it."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except PermissionError:
+        raise
+    except OSError:
+        return None
+
+
+def _is_foreign(name: Path) -> bool:
+    """Whether a file is of a file browser or a network disk: .DS_Store, ._x, .nfs00, Thumbs.db."""
+    return any(part.startswith(".") or part in ("Thumbs.db", "desktop.ini") for part in name.parts)
+
+
+def _remove(path: Path):
+    """Removes a file or a folder as far as it goes: what is in use on a network disk stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -1,0 +1,73 @@
+"""How far a job is, how fast it goes, and the time left."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from absl import logging
+
+Batch = TypeVar("Batch", bound=tuple)
+
+_REPORT_SECONDS = 10.0  # between lines on how far something is
+
+
+class Progress:
+    """Console lines: step, loss, speed and the time left."""
+
+    def __init__(self, start_step: int, num_steps: int, batch_size: int):
+        self._num_steps, self._batch_size = num_steps, batch_size
+        self._mark = start_step, time.perf_counter()
+
+    def restart(self, step: int) -> None:
+        """Leaves the time since the last line, not spent on steps, out of the speed."""
+        self._mark = step, time.perf_counter()
+
+    def line(self, step: int, loss: float) -> float:
+        """Logs the line of a step; returns the steps a second since the last one."""
+        last_step, last_time = self._mark
+        self.restart(step)
+        speed = (step - last_step) / (self._mark[1] - last_time)
+        logging.info(
+            "step %*d/%d  loss %.4f  %.1f steps/s  %.0f examples/s  ETA %s",
+            len(str(self._num_steps)),
+            step,
+            self._num_steps,
+            loss,
+            speed,
+            speed * self._batch_size,
+            duration((self._num_steps - step) / speed),
+        )
+        return speed
+
+
+def with_time_left(batches: Iterable[Batch], total: int, what: str) -> Iterator[Batch]:
+    """Passes batches on and logs, every 10 s, how far it is and the time left.
+
+    Args:
+      batches: tuples of arrays whose first axis is that of the examples.
+      total: number of examples in the end.
+      what: is counted, for the log.
+    """
+    done, begin = 0, None
+    for batch in batches:
+        done += len(batch[0])
+        now = time.perf_counter()
+        if begin is None:
+            # The first one compiled what the others use.
+            begin = mark = now
+            first = done
+        elif now - mark >= _REPORT_SECONDS:
+            mark = now
+            left = (now - begin) * (total - done) / (done - first)
+            logging.info("%d/%d %s  ETA %s", done, total, what, duration(left))
+        yield batch
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 5s, 2m05s or 3h07m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"

@@ -1,0 +1,41 @@
+"""What software a run is made by."""
+
+import hashlib
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
+# Settings of JAX, by which numbers may differ.
+_NUMBERS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_disable_most_optimizations",
+    "jax_enable_x64",
+    "jax_numpy_dtype_promotion",
+    "jax_platforms",
+    "jax_random_seed_offset",
+    "jax_threefry_partitionable",
+)
+
+
+def in_use() -> dict[str, str]:
+    """Versions, this package's own code, and what JAX and XLA are told, by their names."""
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    return {
+        "the code of ant_jax": _own_code(),
+        **{name: version(name) for name in _PACKAGES},
+        **{name: str(jax.config.values.get(name)) for name in _NUMBERS},
+        # One process alone may be looked at closely.
+        "XLA_FLAGS": " ".join(sorted(flag for flag in flags if not flag.startswith("--xla_dump"))),
+    }
+
+
+def _own_code():
+    digest = hashlib.sha256()
+    folder = Path(__file__).parents[1]
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,45 @@
+"""A picture of samples."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ant_jax.runtime.files import write_bytes
+
+GRID = 100  # samples in a grid
+
+
+def grid_is_due(step: int, every: int, num_steps: int) -> bool:
+    """Whether training draws a grid after a step: every so many (0: never), and after the last."""
+    return bool(every) and (step % every == 0 or step == num_steps)
+
+
+def image_grid(images: np.ndarray) -> np.ndarray:
+    """Lays images out in rows of ten, white between them, small ones enlarged.
+
+    Args:
+      images: uint8 (n, H, W, C) with C = 1 or 3.
+
+    Returns:
+      uint8 (height, width, 3).
+    """
+    columns, gap = 10, 2
+    scale = max(1, 32 // images.shape[1])
+    images = images.repeat(scale, 1).repeat(scale, 2)
+    n, height, width, _ = images.shape
+    rows = -(-n // columns)
+    grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(images):
+        top = gap + i // columns * (height + gap)
+        left = gap + i % columns * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def save_png(path: Path, image: np.ndarray) -> None:
+    """Writes an image, whole or not at all."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, format="png")
+    write_bytes(path, stream.getvalue())

@@ -1,0 +1,1 @@
+"""Denoising tasks: clusters of noise levels, their affinity, negative transfer."""

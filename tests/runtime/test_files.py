@@ -1,0 +1,92 @@
+import errno
+import fcntl
+import os
+import time
+
+import pytest
+
+from ant_jax.runtime.files import locked, write_bytes, write_new, writing
+
+
+def test_two_that_write_one_file_at_once_leave_that_of_the_last(tmp_path):
+    path = tmp_path / "new" / "a [b]"
+    with writing(path) as one:
+        one.write(b"on")
+        with writing(path) as other:
+            other.write(b"other")
+            assert not path.exists()
+        assert path.read_bytes() == b"other"
+        one.write(b"e")
+    assert path.read_bytes() == b"one"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a"
+    write_bytes(path, b"before")
+    with pytest.raises(KeyboardInterrupt), writing(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_what_is_there_is_not_written_anew(links, tmp_path, monkeypatch):
+    def refuse(source, _):
+        # What a kill here leaves is removed after a day.
+        assert source.name.startswith("a.") and source.name.endswith(".partial")
+        raise PermissionError
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    path = tmp_path / "new" / "a"
+    assert write_new(path, b"first") and not write_new(path, b"second")
+    assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
+
+
+def test_what_killed_writers_have_left_is_removed_after_a_day(tmp_path):
+    path = tmp_path / "a"
+    names = ("a.1-00.partial", "a.2-00.partial", "ab.1-00.partial", "a.txt")
+    for name in names:
+        (tmp_path / name).touch()
+    for name in (names[0], *names[2:]):
+        os.utime(tmp_path / name, 2 * (time.time() - 25 * 3600,))
+    # Nor does another writer that removes it first do harm.
+    write_bytes(path, b"")
+    assert sorted(os.listdir(tmp_path)) == sorted(["a", *names[1:]])
+
+
+def test_a_lock_is_held_by_one(tmp_path):
+    path = tmp_path / "new" / ".lock"
+    with locked(path):
+        with pytest.raises(BlockingIOError, match=f"^process {os.getpid()} on "), locked(path):
+            pass
+        # At the end its holder may remove it; then the next file is another lock.
+        path.unlink()
+        with locked(path):
+            pass
+    with locked(path):
+        pass
+
+
+def test_a_lock_that_is_removed_before_it_is_held_is_none(tmp_path, monkeypatch):
+    path = tmp_path / ".lock"
+    flock, removed = fcntl.flock, []
+
+    def late(file, how):
+        if not removed:
+            # Another's, which has ended between our opening and locking.
+            path.unlink()
+            removed.append(path)
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    refused = pytest.raises(BlockingIOError, match=f"^process {os.getpid()} on ")
+    with locked(path), refused, locked(path):
+        pass
+
+
+def test_an_error_under_a_lock_is_not_that_of_the_lock(tmp_path):
+    with pytest.raises(OSError) as raised, locked(tmp_path / ".lock"):
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+    assert raised.value.filename is None

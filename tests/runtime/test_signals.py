@@ -1,0 +1,125 @@
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ant_jax.runtime import signals
+
+ROOT = Path(__file__).parents[2]
+# What it does until it is asked to stop, and after.
+PROGRAMS = {
+    "waits": "time.sleep(60)",
+    "saves": "while not stop.signum: time.sleep(0.01)\ntime.sleep(0.1)",
+    "saves long": "while True: time.sleep(0.01)",
+    "imports": """
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise ImportError("while an extension was initialized")
+""",
+    # Where Python does not look whether a signal has come.
+    "computes": """
+signals._UNWIND_SECONDS = 0.3
+hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
+""",
+}
+
+
+@contextlib.contextmanager
+def program(what, *before):
+    body = "\n".join("    " + line for line in PROGRAMS[what].splitlines())
+    code = f"""
+import hashlib, sys, time
+from ant_jax.runtime import signals
+assert "jax" not in sys.modules
+with signals.ending_the_program("start again") as stop:
+    stop.saving = {what.startswith("saves")}
+    print("ready", flush=True)
+{body}
+    print("saved", file=sys.stderr)
+"""
+    process = subprocess.Popen(
+        [*before, sys.executable, "-c", code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n"
+        yield process
+    finally:
+        process.kill()
+
+
+def end_of(process):
+    _, text = process.communicate(timeout=60)
+    return process.returncode, text.splitlines()
+
+
+@pytest.mark.parametrize("what", ["waits", "imports", "computes"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_what_has_nothing_to_save_ends_in_one_line(what, number):
+    with program(what) as process:
+        process.send_signal(number)
+        assert end_of(process) == (128 + number, [f"{number.name}: stopped; start again"])
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 0), (signal.SIGHUP, 0)]
+)
+def test_what_has_something_to_save_saves_it_although_one_wish_came_twice(number, expected):
+    with program("saves") as process:
+        # As where a terminal and a wrapper both pass on a Ctrl-C.
+        process.send_signal(number)
+        time.sleep(0.05)
+        process.send_signal(number)
+        status, (first, last) = end_of(process)
+    assert (status, last) == (expected, "saved")
+    assert first.startswith(f"{number.name}: a step is finished and saved first")
+
+
+@pytest.mark.parametrize("what", ["waits", "computes"])
+def test_where_the_terminal_is_gone_it_ends_all_the_same(what):
+    with program(what) as process:
+        process.stderr.close()
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 128 + signal.SIGHUP
+
+
+def test_a_second_signal_ends_at_once():
+    with program("saves long") as process:
+        process.send_signal(signal.SIGTERM)
+        time.sleep(1.1)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        status, (_, last) = end_of(process)
+    assert (status, last) == (130, "SIGINT: stopped; at once, as it came again")
+
+
+def test_what_nohup_ignores_stays_ignored():
+    with program("saves", "sh", "-c", 'trap "" HUP; exec "$@"', "sh") as process:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert end_of(process)[0] == 0
+
+
+def test_a_library_s_second_signal_raises_and_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with signals.saving() as stop, pytest.raises(KeyboardInterrupt):
+        assert not signals.asked()
+        stop.saving = True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signum == signal.SIGTERM and signals.asked()
+        time.sleep(1.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not signals.asked() and signals.raised() is None
