@@ -1,0 +1,252 @@
+"""Settings of components: typed arguments, what they may be, and what they affect.
+
+A component is a function or dataclass that makes a part of a run: a method, a network, a noise
+process. Its typed arguments with their defaults are its settings; they are documented there and
+nowhere else::
+
+  def nash(k: int, max_norm: Annotated[float, Number(above=0)] = 1.0) -> Weighting: ...
+
+A plain type is enough. `Annotated` adds what the type does not say: a range, and what the setting
+affects where that is not what the settings of its group affect.
+"""
+
+import difflib
+import enum
+import importlib
+import inspect
+import os
+import pkgutil
+import re
+import typing
+from collections.abc import Callable, Collection
+from types import ModuleType
+from typing import Annotated, Any, Literal, NamedTuple
+
+# Counters are 32 bits wide on the devices, and so are floating-point numbers.
+LARGEST_COUNT = 2**31 - 1
+_LARGEST, _SMALLEST = 3.4e38, 1.2e-38
+
+
+class Affects(enum.Flag):
+    """What changes with a setting."""
+
+    NOTHING = 0  # how something is computed, not what
+    MEASUREMENTS = 1  # of given samples
+    SAMPLES = 2  # of given parameters
+    PARAMETERS = 4  # that training leads to
+    # Also what given parameters compute: a file of them is of no use to another network.
+    MEANING = SAMPLES | PARAMETERS | 8
+
+
+class Traced:
+    """Marks a setting that the compiled step takes as an argument: another value, same program."""
+
+
+class Check(NamedTuple):
+    """What a value must be, beside its type, and the words for it."""
+
+    holds: Callable[[Any], bool]
+    allowed: str
+
+
+def Integer(low: int = -LARGEST_COUNT, high: int = LARGEST_COUNT) -> Check:
+    """An integer in low .. high."""
+    words = f"an integer >= {low}" if low > -LARGEST_COUNT else "an integer"
+    return Check(
+        lambda value: low <= value <= high,
+        words + (f" and <= {high}" if high < LARGEST_COUNT else ""),
+    )
+
+
+def Number(low: float = -_LARGEST, high: float = _LARGEST, *, above: float | None = None) -> Check:
+    """A number that float32 can hold, in low .. high, or greater than `above`."""
+    words = "a number" if low == -_LARGEST else f"a number >= {low:g}"
+    least = low
+    if above is not None:
+        words, least = f"a number > {above:g}", above + _SMALLEST
+    if high < _LARGEST:
+        words += f" and <= {high:g}"
+    return Check(lambda value: least <= value <= high, words)
+
+
+def OneOf(*values: Any) -> Check:
+    """One of some values; where they are written out, `typing.Literal` says the same."""
+    return Check(lambda value: value in values, "one of " + ", ".join(map(repr, values)))
+
+
+def _is_path(text):
+    # `~user` is a home only if there is such a user.
+    return "\0" not in text and not os.path.expanduser(text).startswith("~")
+
+
+class IsPath:
+    """Marks a path: each process of a run may have its own, if what lies there is the same."""
+
+
+Path = Annotated[str, Check(_is_path, "a path, in which ~ is a home that there is"), IsPath()]
+
+
+class Setting(NamedTuple):
+    """One setting of a component.
+
+    Attributes:
+      kinds: types that a value may have.
+      check: of its value.
+      default: its default; `inspect.Parameter.empty` where it must be given.
+      affects: what changes with it.
+      traced: whether the compiled step takes it as an argument.
+      is_path: whether it is where something lies.
+    """
+
+    kinds: tuple[type, ...]
+    check: Check
+    default: Any
+    affects: Affects
+    traced: bool = False
+    is_path: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        """What the setting must be, where a value is not that."""
+        # bool is a subclass of int, and True no number of steps.
+        of_kind = isinstance(value, self.kinds) and (bool in self.kinds) == isinstance(value, bool)
+        return None if of_kind and self.check.holds(value) else self.check.allowed
+
+
+_KINDS = {
+    bool: ((bool,), "True or False"),
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    str: ((str,), "a string"),
+    tuple: ((tuple,), "a tuple"),
+}
+
+
+def settings_of(
+    component: Callable, given: Collection[str] = (), affects: Affects = Affects.PARAMETERS
+) -> dict[str, Setting]:
+    """The settings of a component: its typed arguments but for those that the program gives.
+
+    Args:
+      component: a function, a dataclass or a Flax module.
+      given: names of arguments that the program gives, which are no settings.
+      affects: what its settings affect unless they say otherwise.
+
+    Raises:
+      TypeError: naming an argument whose type no setting can have.
+    """
+    hints = typing.get_type_hints(
+        component.__init__ if inspect.isclass(component) else component, include_extras=True
+    )
+    found = {}
+    for name, parameter in inspect.signature(component).parameters.items():
+        if name in given or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        default = parameter.default
+        hint = hints.get(name, type(default))
+        try:
+            found[name] = _setting(hint, default, affects)
+        except TypeError as error:
+            raise TypeError(
+                f"argument {name} of {component.__module__}.{component.__qualname__}: {error}"
+            ) from None
+    return found
+
+
+def _setting(hint, default, affects):
+    marks = ()
+    if typing.get_origin(hint) is Annotated:
+        hint, *marks = typing.get_args(hint)
+    checks = [mark for mark in marks if isinstance(mark, Check)]
+    if typing.get_origin(hint) is Literal:
+        values = typing.get_args(hint)
+        hint = type(values[0])
+        checks = [OneOf(*values)]
+    hint = typing.get_origin(hint) or hint
+    if hint not in _KINDS:
+        names = ", ".join(kind.__name__ for kind in _KINDS)
+        raise TypeError(f"a setting is one of {names}, or a Literal of them, not {hint!r}")
+    kinds, words = _KINDS[hint]
+    # A number that float32 can't hold is none, whatever its range.
+    plain = Number() if hint is float else Integer() if hint is int else Check(_anything, words)
+    for mark in marks:
+        affects = mark if isinstance(mark, Affects) else affects
+    has = lambda kind: any(isinstance(mark, kind) for mark in marks)
+    return Setting(
+        kinds, checks[0] if checks else plain, default, affects, has(Traced), has(IsPath)
+    )
+
+
+def _anything(value):
+    return True
+
+
+def names_in(folder: ModuleType, makes: type) -> list[str]:
+    """Names of the components of a folder: its modules that define what makes a type of thing."""
+    names = sorted(module.name for module in pkgutil.iter_modules(folder.__path__))
+    return [name for name in names if _component(folder, name, makes) is not None]
+
+
+def resolve(folder: ModuleType, name: str, makes: type) -> Callable:
+    """The component of a name: ``NAME`` of a folder, or one's own ``package.module:attribute``.
+
+    A module ``NAME.py`` defines its component as ``NAME``, whatever the case, without underscores
+    or with them: ``dit.py`` a class ``DiT``, ``nash.py`` a function ``nash``.
+
+    Args:
+      folder: a package such as `ant_jax.mtl`.
+      name: of the component.
+      makes: what a component of the folder returns, or is a subclass of.
+
+    Raises:
+      ValueError: naming the nearest known name, or what of the user's own can't be imported.
+    """
+    if ":" in name:
+        return _imported(name)
+    if re.fullmatch("[a-z][a-z0-9_]*", name):
+        component = _component(folder, name, makes)
+        if component is not None:
+            return component
+    known = names_in(folder, makes)
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(
+        f"must be one of {', '.join(map(repr, known))}, or your own 'package.module:attribute', "
+        f"got {name!r}{hint}"
+    )
+
+
+def _component(folder, name, makes):
+    try:
+        module = importlib.import_module(f"{folder.__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{folder.__name__}.{name}":
+            raise
+        return None
+    plain = lambda text: text.replace("_", "").lower()
+    for attribute, value in vars(module).items():
+        defined_here = getattr(value, "__module__", None) == module.__name__
+        if plain(attribute) == plain(name) and defined_here and _makes(value, makes):
+            return value
+    return None
+
+
+def _makes(value, makes):
+    if inspect.isclass(value):
+        return value is not makes and issubclass(value, makes)
+    if not callable(value):
+        return False
+    result = typing.get_type_hints(value).get("return")
+    return inspect.isclass(result) and issubclass(result, makes)
+
+
+def _imported(name):
+    module_name, _, attribute = name.partition(":")
+    try:
+        component = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            component = getattr(component, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{name!r} can't be imported: {error}") from error
+    if not callable(component):
+        raise ValueError(f"{name!r} is not callable")
+    return component
