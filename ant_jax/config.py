@@ -5,11 +5,9 @@ an impossible setting is one clear error.
 """
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -19,8 +17,7 @@ from ant_jax.interop import ORDERS
 from ant_jax.models import autoencoder
 from ant_jax.models.attention import ATTENTION
 from ant_jax.models.remat import REMAT
-from ant_jax.runtime import checkpoint
-from ant_jax.runtime.files import user_path, write_bytes
+from ant_jax.runtime.files import user_path
 from ant_jax.tasks import clustering
 from ant_jax.train_step import GRADIENT_FORMS, TIMESTEP_DRAWS
 
@@ -437,37 +434,6 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike
             + "\n".join(differing)
             + "\nchoose another --workdir, or the same settings"
         )
-
-
-def save(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """Writes ``config.json``, by which a workdir describes itself."""
-    content = json.dumps(config.to_dict(), indent=2) + "\n"
-    write_bytes(Path(workdir) / "config.json", content.encode())
-
-
-def load(workdir: str | os.PathLike) -> ConfigDict | None:
-    """The config of the run in a workdir; None if there is no run.
-
-    It is that of ``config.json``, or, where there is none, that of the newest checkpoint.
-
-    Raises:
-      ConfigError: if ``config.json`` is damaged.
-    """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
-        record = checkpoint.read_record(Path(workdir) / "checkpoints")
-        return None if record is None else from_json(record["config"])
-    try:
-        return from_json(json.loads(path.read_bytes()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged ({error}): {way_out(workdir)}") from error
-
-
-def way_out(workdir: str | os.PathLike) -> str:
-    """What to do about a damaged file in which a workdir describes itself."""
-    if checkpoint.read_record(Path(workdir) / "checkpoints") is None:
-        return "mend it or bring it back, for no checkpoint holds what it says"
-    return "remove it, for checkpoints hold what it says"
 
 
 def from_json(settings: Mapping[str, Any]) -> ConfigDict:

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
 from ant_jax import evaluation, experiment, sampling
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.evaluation import evaluator
 from ant_jax.latents import dataset
@@ -147,7 +148,7 @@ def _of_file(config, workdir):
 
 
 def _origin(config, workdir, step, state):
-    run = {"run": experiment.recorded(workdir)["id"]}
+    run = {"run": workdir_lib.recorded(workdir)["id"]}
     return run | cache.origin(config, step, state.ema_params)
 
 
@@ -224,7 +225,7 @@ def _made_from(path):
 
 def _is_picture(path, workdir):
     """Whether the trainer draws a picture of this name."""
-    saved = config_lib.load(workdir)
+    saved = workdir_lib.load_config(workdir)
     return (
         saved is not None
         and path.parent.name == "samples"
@@ -234,7 +235,7 @@ def _is_picture(path, workdir):
 
 def _looks_own(config, workdir):
     """Whether the first samples are those of the trainer's pictures."""
-    saved = config_lib.load(workdir)
+    saved = workdir_lib.load_config(workdir)
     if saved is None or saved.autoencoder.weights != config.autoencoder.weights:
         return False
     there, now = cache.settings(saved), cache.settings(config)
@@ -302,14 +303,14 @@ def restore_run(
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config.
     """
-    before = experiment.recorded(workdir)
+    before = workdir_lib.recorded(workdir)
     if before is None:
         raise FileNotFoundError(f"no run in {workdir}: give its --workdir, or train first")
     config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
     if draws:
-        experiment.check_encoder(config, workdir)
-    pieces = experiment.build(config, **experiment.load_facts(workdir))
-    restored = experiment.restore(config, pieces, workdir, step)
+        workdir_lib.check_encoder(config, workdir)
+    pieces = experiment.build(config, **workdir_lib.load_facts(workdir))
+    restored = workdir_lib.restore(config, pieces, workdir, step)
     if restored is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}: train first")
     step, state = restored

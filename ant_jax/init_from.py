@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from ant_jax import builders, experiment, interop
 from ant_jax import config as config_lib
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.models import dit
 from ant_jax.runtime import checkpoint
@@ -237,13 +238,13 @@ def _check_null_row(params, config):
 
 
 def _ema_of_run(workdir, wanted, pieces):
-    config = config_lib.load(workdir)
+    config = workdir_lib.load_config(workdir)
     if config is None:
         raise FileNotFoundError("it is a folder without a run")
     _check_meaning(config_lib.flatten(config), wanted)
     # Its own config, because a checkpoint is restored as a whole.
-    theirs = experiment.build(config, **experiment.load_facts(workdir))
-    restored = experiment.restore(config, theirs, workdir)
+    theirs = experiment.build(config, **workdir_lib.load_facts(workdir))
+    restored = workdir_lib.restore(config, theirs, workdir)
     if restored is None:
         raise FileNotFoundError("the run has no checkpoint yet")
     step, state = restored

@@ -130,9 +130,11 @@ def _run():
         compilation_cache.enable()
         _report_errors(mode, config)
         return
+    from ant_jax import workdir as workdir_lib
+
     workdir = _report_errors(_usable_workdir, _WORKDIR.value or default_workdir(config))
     flag = flags.FLAGS["config"]
-    saved = _report_errors(config_lib.load, workdir) if flag.using_default_value else None
+    saved = _report_errors(workdir_lib.load_config, workdir) if flag.using_default_value else None
     if saved is not None:
         # A workdir describes itself: without --config its own is meant.
         try:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
 from ant_jax import data, experiment, init_from, sampling
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.latents import dataset
 from ant_jax.runtime import checkpoint, logs, processes, progress, signals
@@ -50,11 +51,11 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     config_lib.validate(config)
     source = dataset.open_data(config)
     # Process 0's: another may see the disk a little later.
-    before = processes.broadcast_from_first(lambda: experiment.recorded(workdir))
+    before = processes.broadcast_from_first(lambda: workdir_lib.recorded(workdir))
     boundaries = None
     if before is not None:
         config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
-        experiment.check_data(before["facts"], source, workdir)
+        workdir_lib.check_data(before["facts"], source, workdir)
         boundaries = before["facts"].get("boundaries")
     pieces = experiment.build(config, source.image_shape[-1], source.num_classes, boundaries)
     experiment.check_batch(config, pieces.method)
@@ -69,12 +70,12 @@ def _found(pieces, source):
     return {
         "devices of a process": len(devices),
         "kind of device": devices[0].device_kind,
-        **experiment.facts(pieces, source),
+        **workdir_lib.facts(pieces, source),
     }
 
 
 def _train(config, workdir, source, pieces, before, check_alone):
-    if processes.is_first() and experiment.recorded(workdir) != before:
+    if processes.is_first() and workdir_lib.recorded(workdir) != before:
         raise ConfigError(f"another run has begun in {workdir} just now: start again")
     directory = (workdir / "checkpoints").absolute()
     # Before anything is written or compiled: what can't be read is an error at once.
@@ -86,7 +87,7 @@ def _train(config, workdir, source, pieces, before, check_alone):
     else:
         step_fn = experiment.training_step(config, pieces)
     _look_ahead(config)
-    restored = experiment.restore(config, pieces, workdir)
+    restored = workdir_lib.restore(config, pieces, workdir)
     kept = None
     if restored is None:
         start, state = 0, experiment.new_state(config, pieces, params)
@@ -118,8 +119,8 @@ def _train(config, workdir, source, pieces, before, check_alone):
     checkpoints.prune(start)
     record = {"id": (before or {}).get("id") or uuid.uuid4().hex, "config": config.to_dict()}
     if processes.is_first():
-        record["facts"] = experiment.save_facts(pieces, source, workdir, record["id"])
-        config_lib.save(config, workdir)
+        record["facts"] = workdir_lib.save_facts(pieces, source, workdir, record["id"])
+        workdir_lib.save_config(config, workdir)
     writer = logs.MetricWriter(workdir, start, config.tensorboard, kept["lines"])
     batches = data.batches(
         source,

@@ -10,11 +10,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from ant_jax.runtime.progress import duration
 
 from ant_jax import builders
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
+from ant_jax.runtime.progress import duration
 from experiments import report, runner
 from experiments.presets import PRESETS
 

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import app, flags, logging
-from ant_jax.runtime.progress import duration
 from PIL import Image
 
 from ant_jax import data, interop
@@ -25,6 +24,7 @@ from ant_jax.models.inception import InceptionV3
 from ant_jax.runtime import signals
 from ant_jax.runtime.files import user_path, write_bytes
 from ant_jax.runtime.logs import quiet_console
+from ant_jax.runtime.progress import duration
 
 _OUT = flags.DEFINE_string("out", "photographs", "Folder for the images and the autoencoder.")
 _STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of the autoencoder.")

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from ant_jax import config as config_lib
 from ant_jax import evaluate, experiment, train
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.evaluation import evaluator
 from ant_jax.latents import dataset
@@ -246,7 +247,7 @@ def _result(run, out):
     path = folder(run, out) / "result.json"
     if not path.exists():
         return None
-    config_lib.check_same(config_lib.load(path.parent), run.config, path.parent)
+    config_lib.check_same(workdir_lib.load_config(path.parent), run.config, path.parent)
     result = json.loads(path.read_text())
     if result["config"] != made_from(run):
         return None

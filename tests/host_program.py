@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import test_train as t
 
-from ant_jax import config as config_lib
 from ant_jax import evaluate
+from ant_jax import workdir as workdir_lib
 
 
 def record(patch, reads):
@@ -47,7 +47,7 @@ def main(reads_file, stop, samples, *arguments):
     Path(reads_file).write_text(json.dumps(reads))
     if int(samples):
         workdir = Path(next(a for a in arguments if a.startswith("--workdir="))[10:])
-        evaluate.sample(config_lib.load(workdir), workdir)
+        evaluate.sample(workdir_lib.load_config(workdir), workdir)
 
 
 if __name__ == "__main__":

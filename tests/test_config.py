@@ -10,6 +10,7 @@ import pytest
 
 from ant_jax import builders, config_file, evaluate, experiment, train
 from ant_jax import config as config_lib
+from ant_jax import workdir as workdir_lib
 from ant_jax.evaluation import evaluator
 from ant_jax.init_from import initial_params
 from ant_jax.latents import codec as codec_lib
@@ -491,10 +492,10 @@ def test_settings_that_only_one_of_them_has_differ():
 
 
 def test_a_workdir_describes_itself(tmp_path):
-    assert config_lib.load(tmp_path) is None
+    assert workdir_lib.load_config(tmp_path) is None
     config = digits.get_config()
-    config_lib.save(config, tmp_path / "run")
-    loaded = config_lib.load(tmp_path / "run")
+    workdir_lib.save_config(config, tmp_path / "run")
+    loaded = workdir_lib.load_config(tmp_path / "run")
     assert loaded == config
     assert loaded.model.channel_mult == (1, 2)
     config_lib.validate(loaded)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ant_jax import builders, data, evaluate, evaluation, experiment
-from ant_jax import config as config_lib
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.evaluation import evaluator
 from ant_jax.latents import dataset
@@ -82,8 +82,8 @@ def run(tmp_path_factory):
         config = configured(workdir.parent)
         source = dataset.open_data(config)
         pieces = experiment.build(config, 1, 10)
-        config_lib.save(config, workdir)
-        experiment.save_facts(pieces, source, workdir)
+        workdir_lib.save_config(config, workdir)
+        workdir_lib.save_facts(pieces, source, workdir)
         state = experiment.new_state(config, pieces)
         saver = checkpoint.Checkpointer(workdir / "checkpoints")
         for step in (3, 5):
@@ -274,9 +274,9 @@ def test_a_picture_of_the_trainer_is_not_replaced_by_another(workdir, tmp_path):
 
 
 def test_a_picture_that_the_trainer_is_still_to_draw_keeps_its_name(workdir, tmp_path):
-    config = config_lib.load(workdir)
+    config = workdir_lib.load_config(workdir)
     config.sample.every = 5
-    config_lib.save(config, workdir)
+    workdir_lib.save_config(config, workdir)
     assert evaluate.sample(configured(tmp_path, sample__seed=1), workdir).name != "00000005.npz"
     assert evaluate.sample(configured(tmp_path), workdir).name == "00000005.npz"
 

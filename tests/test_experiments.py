@@ -13,6 +13,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from ant_jax import config as config_lib
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.tasks import affinity
 from ant_jax.train_step import TrainState
@@ -294,7 +295,7 @@ def test_a_run_that_diverges_at_once_is_a_result(tmp_path, monkeypatch):
     run = runner.make_run(SMOKE, "vanilla", "snr", 0)
 
     def diverge(config, workdir):
-        config_lib.save(config, workdir)
+        workdir_lib.save_config(config, workdir)
         (workdir / "metrics.jsonl").touch()
         raise FloatingPointError("step 1: loss nan")
 

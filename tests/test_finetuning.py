@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from ant_jax import builders, experiment, export, init_from, interop, train
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.models import dit
 from ant_jax.runtime import checkpoint
@@ -387,7 +388,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written_or_c
     damaged = jax.tree.map(np.array, before.ema_params)
     damaged["output"]["bias"][2] = np.inf
     found = (4, before._replace(ema_params=damaged))
-    monkeypatch.setattr(experiment, "restore", lambda *_: found)
+    monkeypatch.setattr(workdir_lib, "restore", lambda *_: found)
     with pytest.raises(
         ConfigError, match="its parameter output/bias has values that are NaN or inf"
     ):

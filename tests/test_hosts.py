@@ -18,6 +18,7 @@ from test_train import STEPS, TINY, lines, tiny, use_small_model
 
 from ant_jax import evaluate, experiment
 from ant_jax import train as trainer
+from ant_jax import workdir as workdir_lib
 from ant_jax.runtime import checkpoint, processes
 
 ROOT = Path(__file__).parents[1]
@@ -97,8 +98,8 @@ def stopped(tmp_path_factory):
 
 def states(workdir, step):
     config = configured()
-    pieces = experiment.build(config, **experiment.load_facts(workdir))
-    return experiment.restore(config, pieces, workdir, step)[1]
+    pieces = experiment.build(config, **workdir_lib.load_facts(workdir))
+    return workdir_lib.restore(config, pieces, workdir, step)[1]
 
 
 def assert_close(tree, other):

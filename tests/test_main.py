@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ant_jax import config as config_lib
 from ant_jax import evaluate, evaluation, interop
+from ant_jax import workdir as workdir_lib
 from configs import digits
 from experiments import presets
 
@@ -193,7 +193,7 @@ def refusals(tmp_path_factory):
     (folder / "a").touch()
     config = digits.get_config()
     config.optimizer._fields["learning_rate"] = 1
-    config_lib.save(config, folder / "run")
+    workdir_lib.save_config(config, folder / "run")
     before = sorted(folder.rglob("*"))
     lines = [
         [each.replace("FOLDER", str(folder)) for each in (f"--workdir={folder}", *arguments)]

@@ -23,8 +23,8 @@ from PIL import Image
 from test_hosts import two
 from test_train import assert_same_state, lines
 
-from ant_jax import config as config_lib
 from ant_jax import evaluate, experiment
+from ant_jax import workdir as workdir_lib
 from ant_jax.runtime.checkpoint import checkpoint_steps
 from experiments import presets
 
@@ -155,10 +155,10 @@ def wait_for(process, event, workdir):
 
 
 def assert_same_run(workdir, expected, case):
-    config = config_lib.load(workdir)
-    pieces = experiment.build(config, **experiment.load_facts(workdir))
+    config = workdir_lib.load_config(workdir)
+    pieces = experiment.build(config, **workdir_lib.load_facts(workdir))
     (step, state), (_, other) = (
-        experiment.restore(config, pieces, folder) for folder in (workdir, expected)
+        workdir_lib.restore(config, pieces, folder) for folder in (workdir, expected)
     )
     assert step == case.num_steps
     assert_same_state(state, other)
@@ -489,7 +489,7 @@ def test_a_run_is_sampled_evaluated_and_exported_while_it_goes_on(tmp_path):
     workdir = tmp_path / "run"
     trainer = start(workdir, case, tmp_path / "log", **{"checkpoint.every": 2})
     wait_for(trainer, "saved", workdir)
-    config = config_lib.load(workdir)
+    config = workdir_lib.load_config(workdir)
     seen = []
     for mode in ("sample", "evaluate", "export"):
         log = tmp_path / mode
@@ -564,10 +564,10 @@ def test_ctrl_c_at_any_instant_is_one_line_and_loses_nothing(reference, tmp_path
     assert code == 0, text
     # Each stop saved a step between the others: not the same two checkpoints are the newest.
     assert lines(workdir) == lines(expected)
-    config = config_lib.load(workdir)
-    pieces = experiment.build(config, **experiment.load_facts(workdir))
+    config = workdir_lib.load_config(workdir)
+    pieces = experiment.build(config, **workdir_lib.load_facts(workdir))
     (_, state), (_, other) = (
-        experiment.restore(config, pieces, folder) for folder in (workdir, expected)
+        workdir_lib.restore(config, pieces, folder) for folder in (workdir, expected)
     )
     assert_same_state(state, other)
 
@@ -613,6 +613,7 @@ jax.stages.Lowered.compile = lambda self, *a: (time.sleep(45), compile(self, *a)
 """,
     "reading": """
 from ant_jax import data
+from ant_jax import workdir as workdir_lib
 batches = data.batches
 def late(*a, **k):
     for i, batch in enumerate(batches(*a, **k)):

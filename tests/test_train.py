@@ -21,6 +21,7 @@ from PIL import Image
 from ant_jax import builders, data, evaluate, experiment
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.runtime import checkpoint
 from ant_jax.runtime import devices as devices_lib
@@ -266,13 +267,13 @@ def test_a_run_that_begins_meanwhile_is_noticed(tmp_path, monkeypatch):
     build = experiment.build
 
     def slow(config, *args):
-        config_lib.save(tiny(ema_decay=0.5), tmp_path)
+        workdir_lib.save_config(tiny(ema_decay=0.5), tmp_path)
         return build(config, *args)
 
     monkeypatch.setattr(experiment, "build", slow)
     with pytest.raises(ConfigError, match="another run has begun in"):
         trainer.train(tiny(), tmp_path)
-    assert config_lib.load(tmp_path).ema_decay == 0.5
+    assert workdir_lib.load_config(tmp_path).ema_decay == 0.5
 
 
 @pytest.mark.parametrize("devices", [1, 8])
@@ -332,7 +333,7 @@ def test_a_run_that_fails_early_leaves_no_thread_behind(tmp_path, monkeypatch):
         raise ConfigError("refused")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compiling)
-    monkeypatch.setattr(experiment, "restore", refused)
+    monkeypatch.setattr(workdir_lib, "restore", refused)
     with pytest.raises(ConfigError, match="refused"):
         trainer.train(tiny(), tmp_path / "run")
     (thread,) = threads
@@ -516,12 +517,12 @@ def test_what_cannot_work_is_said_before_anything_is_compiled(message, tmp_path,
 def test_the_state_of_a_step_is_restored(finished, tmp_path):
     config, workdir, expected = finished
     pieces = experiment.build(config, channels=1, num_classes=10)
-    step, state = experiment.restore(config, pieces, workdir)
+    step, state = workdir_lib.restore(config, pieces, workdir)
     assert step == STEPS
     assert_same_state(state, expected)
-    step, state = experiment.restore(config, pieces, workdir, 6)
+    step, state = workdir_lib.restore(config, pieces, workdir, 6)
     assert step == int(state.step) == 6
-    assert experiment.restore(config, pieces, tmp_path) is None
+    assert workdir_lib.restore(config, pieces, tmp_path) is None
 
 
 # SNR clusters that are not evenly spaced, and eight devices that can hold them.
@@ -540,7 +541,7 @@ def test_gradient_clusters_come_from_the_affinity_even_of_a_coarser_grid(tmp_pat
     save_affinity(path, affinity.timestep_grid(50, n), 1)
     config = tiny("nash,gradient", clusters__affinity=str(path), num_steps=2)
     trainer.train(config, tmp_path / "run")
-    facts = experiment.load_facts(tmp_path / "run")
+    facts = workdir_lib.load_facts(tmp_path / "run")
     # Between grid points the border is anywhere.
     assert facts["boundaries"][::2] == [0, 50]
     assert facts["boundaries"][1] == 20 if n == 50 else 15 < facts["boundaries"][1] <= 25
@@ -548,7 +549,7 @@ def test_gradient_clusters_come_from_the_affinity_even_of_a_coarser_grid(tmp_pat
     path.unlink()
     config.num_steps = 3
     assert trainer.train(config, tmp_path / "run").step == 3
-    assert experiment.load_facts(tmp_path / "run") == facts
+    assert workdir_lib.load_facts(tmp_path / "run") == facts
 
 
 def test_a_missing_affinity_is_named_before_anything_is_made(tmp_path):
@@ -562,7 +563,7 @@ def test_a_specialist_trains_on_one_cluster(tmp_path):
     config = tiny("vanilla,timestep", clusters__only=1, num_steps=2, evaluation__features="")
     trainer.train(config, tmp_path)
     (first, second) = lines(tmp_path)
-    assert experiment.load_facts(tmp_path)["boundaries"] == [25, 50]
+    assert workdir_lib.load_facts(tmp_path)["boundaries"] == [25, 50]
     assert first["counts"] == second["counts"] == [16]
     result = evaluate.evaluate(config, tmp_path)
     assert result["validation_loss"] > 0 and "frechet_distance" not in result
@@ -804,27 +805,27 @@ CHANGED_CLASSES = {
 
 @pytest.mark.parametrize("names", CHANGED_CLASSES)
 def test_other_classes_are_named_and_refused(names, tmp_path):
-    before = experiment._facts_of_data(data.folder(class_folders(tmp_path / "then", "abcd"), ""))
+    before = workdir_lib._facts_of_data(data.folder(class_folders(tmp_path / "then", "abcd"), ""))
     now = data.folder(class_folders(tmp_path / "now", names), "")
     with pytest.raises(ConfigError, match=CHANGED_CLASSES[names]) as error:
-        experiment.check_data(before, now, Path("w"))
+        workdir_lib.check_data(before, now, Path("w"))
     assert "labels would mean something else. Give the folders" in str(error.value)
     # As another version may have sorted them.
     swapped = before | {"classes": ["b", "a", "c", "d"]}
     with pytest.raises(ConfigError, match=r"has \(another order\): labels"):
-        experiment.check_data(swapped, data.folder(tmp_path / "then", ""), Path("w"))
+        workdir_lib.check_data(swapped, data.folder(tmp_path / "then", ""), Path("w"))
 
 
 def test_other_numbers_of_images_are_said(tmp_path, caplog):
     source = data.folder(class_folders(tmp_path, "ab"), "")
-    before = experiment._facts_of_data(source)
+    before = workdir_lib._facts_of_data(source)
     assert before["classes"] == ["a", "b"] and before["num_images"] == 4
-    experiment.check_data(before, source, Path("w"))
+    workdir_lib.check_data(before, source, Path("w"))
     # Facts of an older version.
-    experiment.check_data({"num_classes": 2, "channels": 3}, source, Path("w"))
+    workdir_lib.check_data({"num_classes": 2, "channels": 3}, source, Path("w"))
     assert not caplog.text
     (tmp_path / "a" / "0.png").unlink()
-    experiment.check_data(before, data.folder(tmp_path, ""), Path("w"))
+    workdir_lib.check_data(before, data.folder(tmp_path, ""), Path("w"))
     assert f"{tmp_path} has 3 images now, and had 4 when the run in w was last there" in caplog.text
 
 
@@ -836,9 +837,9 @@ def test_a_run_goes_on_from_its_checkpoints_alone(finished, copied, tmp_path, ca
         (workdir / name).unlink()
     with pytest.raises(ConfigError, match=r"config.seed: 0 there, 1 now"):
         trainer.train(tiny(seed=1), workdir)
-    assert config_lib.load(workdir) == config
+    assert workdir_lib.load_config(workdir) == config
     assert_same_state(trainer.train(config, workdir), expected)
-    assert config_lib.load(workdir) == config
+    assert workdir_lib.load_config(workdir) == config
     assert (workdir / "facts.json").read_bytes() == (whole / "facts.json").read_bytes()
     assert lines(workdir) == lines(whole)[6:]
     assert (
@@ -850,15 +851,15 @@ def test_what_was_altered_beside_the_checkpoints_is_not_trained_on(copied):
     workdir, expected = copied
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     edit_json(workdir / "facts.json", boundaries=[0, 30, 50], num_classes=9, classes=["x"])
-    assert experiment.load_facts(workdir)["num_classes"] == 10
+    assert workdir_lib.load_facts(workdir)["num_classes"] == 10
     assert_same_state(trainer.train(tiny(), workdir), expected)
     # Without --config the one of config.json is meant.
     edit_json(workdir / "config.json", seed=1)
     with pytest.raises(ConfigError, match=r"config.seed: 0 there, 1 now"):
-        trainer.train(config_lib.load(workdir), workdir)
+        trainer.train(workdir_lib.load_config(workdir), workdir)
     for mode in (evaluate.sample, evaluate.evaluate):
         with pytest.raises(ConfigError, match=r"config.seed: 0 there, 1 now"):
-            mode(config_lib.load(workdir), workdir)
+            mode(workdir_lib.load_config(workdir), workdir)
 
 
 def as_of_an_older_version(workdir):
@@ -909,7 +910,7 @@ def test_what_is_damaged_is_one_line(name, copied):
         odd = (None, 1.5, [[]], {}, True, [1, "x"], [None])
         wrong += [json.dumps(facts | {key: value}) for key in facts for value in odd]
         wrong = [each if isinstance(each, bytes) else each.encode() for each in wrong]
-    read = config_lib.load if name == "config.json" else experiment.recorded
+    read = workdir_lib.load_config if name == "config.json" else workdir_lib.recorded
     for each in wrong:
         path.write_bytes(each)
         with pytest.raises(ConfigError, match=f"{name} is damaged .*: remove it") as error:

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from ant_jax import config as config_lib
 from ant_jax import evaluate, evaluation
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.runtime import processes
 from ant_jax.sampling import cache
@@ -134,7 +134,7 @@ def test_an_evaluation_without_samples_leaves_those_that_are_being_drawn(tmp_pat
     monkeypatch.setattr(evaluate, "restore_run", lambda *_: (3, pieces, state))
     monkeypatch.setattr(evaluate.experiment, "denoiser", lambda *_: None)
     monkeypatch.setattr(evaluate, "validation_losses", lambda *_, timesteps_each: np.ones(1))
-    config_lib.save(config, tmp_path)
+    workdir_lib.save_config(config, tmp_path)
     with cache.folder(tmp_path, cache.origin(config, 3, state.ema_params)) as place:
         cache.draw_missing(place, NUM, BATCH, drawing([]))
         # Nor do they keep it from being done.
