@@ -128,6 +128,14 @@ class GaussianDiffusion:
         """Timesteps to give to the model for the timesteps (B,) of this process."""
         return t if self.timestep_map is None else jnp.asarray(self.timestep_map)[t]
 
+    def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
+        """The timestep a fraction u in [0, 1) of the way from low to high, both integers.
+
+        It is low + floor(u (high - low)). In float32, floor(low + u (high - low)) can be ``high``.
+        """
+        xp = u.__array_namespace__()
+        return low + xp.floor(u * (high - low)).astype(low.dtype)
+
     def q_sample(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         r"""Noises data: :math:`\sqrt{\bar\alpha_t} x_0 + \sqrt{1-\bar\alpha_t} \epsilon`.
 

@@ -91,6 +91,16 @@ def test_constants():
     assert np.isfinite(GaussianDiffusion([0.5]).posterior_log_variance_clipped).all()
 
 
+def test_levels_stay_in_their_interval():
+    """At the largest float32 below 1 too, for every interval of 1000 timesteps and more."""
+    process = _process()
+    low, high = np.triu_indices(1025, 1)
+    for u in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))):
+        level = process.level(jnp.asarray(low), jnp.asarray(high), jnp.full(len(low), u))
+        assert jnp.all((low <= level) & (level < high)) and level.dtype == jnp.int32
+    np.testing.assert_array_equal(level, high - 1)
+
+
 def test_model_log_variance():
     t = np.arange(T)
     for variance, expected in (
