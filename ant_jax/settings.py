@@ -79,11 +79,14 @@ def _is_path(text):
     return "\0" not in text and not os.path.expanduser(text).startswith("~")
 
 
-class IsPath:
-    """Marks a path: each process of a run may have its own, if what lies there is the same."""
+class PerProcess:
+    """Marks a setting of which each process of a run may have its own value, such as a path."""
 
 
-Path = Annotated[str, Check(_is_path, "a path, in which ~ is a home that there is"), IsPath()]
+Path = Annotated[str, Check(_is_path, "a path, in which ~ is a home that there is"), PerProcess()]
+
+
+REQUIRED = inspect.Parameter.empty
 
 
 class Setting(NamedTuple):
@@ -92,10 +95,10 @@ class Setting(NamedTuple):
     Attributes:
       kinds: types that a value may have.
       check: of its value.
-      default: its default; `inspect.Parameter.empty` where it must be given.
+      default: its default; `REQUIRED` where it must be given.
       affects: what changes with it.
       traced: whether the compiled step takes it as an argument.
-      is_path: whether it is where something lies.
+      per_process: whether each process of a run may have its own.
     """
 
     kinds: tuple[type, ...]
@@ -103,7 +106,7 @@ class Setting(NamedTuple):
     default: Any
     affects: Affects
     traced: bool = False
-    is_path: bool = False
+    per_process: bool = False
 
     def problem(self, value: Any) -> str | None:
         """What the setting must be, where a value is not that."""
@@ -172,7 +175,7 @@ def _setting(hint, default, affects):
         affects = mark if isinstance(mark, Affects) else affects
     has = lambda kind: any(isinstance(mark, kind) for mark in marks)
     return Setting(
-        kinds, checks[0] if checks else plain, default, affects, has(Traced), has(IsPath)
+        kinds, checks[0] if checks else plain, default, affects, has(Traced), has(PerProcess)
     )
 
 
