@@ -1,4 +1,4 @@
-"""Times the interval costs and the dynamic programme: python -m benchmarks.clustering."""
+"""Times the interval costs and the dynamic programme: ``python -m benchmarks.clustering``."""
 
 import statistics
 import time

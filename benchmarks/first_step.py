@@ -1,10 +1,10 @@
 """Seconds from the command to the first training step: ``python -m benchmarks.first_step``.
 
-Starts ``python -m ant_jax.main`` as a user does, in a fresh workdir, first with no compiled program
-kept and then with those of the start before. The parts are told apart by the lines that it logs and
-those that JAX adds: a kept program is loaded where another is compiled. The first state is compiled
-while the step is, so the parts are more than the whole. The last column is seconds of CPU, which
-other work on the machine changes less. Needs Linux.
+Starts ``python -m ant_jax.main`` like a user, in a new workdir: first with an empty compilation
+cache, then with the programs that the previous start cached. The log lines of the program and of
+JAX separate the parts; for a cached program, "compiled" is the time to load it. The first state and
+the step compile at the same time, so the sum of the parts exceeds the total. The last column is
+seconds of CPU, which depend less on other work on the machine. Needs Linux.
 """
 
 import argparse
@@ -18,14 +18,16 @@ from pathlib import Path
 
 _JAX_CACHE = "JAX_COMPILATION_CACHE_DIR"
 _IMPORTED, _DATA_OPENED, _FIRST_STEP = "train in ", "compiling the step", "step "
-# What JAX says of the first state ("make") and of the step, pmapped ("_fun") on many devices.
+# JAX's log lines for the first state ("make") and the step ("_fun" under pmap on many devices).
 _MADE = re.compile(r"Finished (tracing|jaxpr|XLA) .*\b(make|step|_fun)\b.* in ([\d.]+) sec")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", default="configs/digits.py")
-    parser.add_argument("--starts", type=int, default=3, help="with kept programs")
+    parser.add_argument(
+        "--starts", type=int, default=3, help="number of starts with cached programs"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for i in range(args.starts + 1):
@@ -34,11 +36,11 @@ def main():
                 print("| start | " + " | ".join(parts) + " |")
                 print("| --- |" + " --- |" * len(parts))
             cells = " | ".join(f"{seconds:.1f} s" for seconds in parts.values())
-            print(f"| {'programs kept' if i else 'nothing kept'} | {cells} |", flush=True)
+            print(f"| {'cached programs' if i else 'empty cache'} | {cells} |", flush=True)
 
 
 def start(config: str, folder: Path, name: str) -> dict[str, float]:
-    """Seconds of each part of a start, in a workdir of this name."""
+    """Seconds of each part of a start, in the workdir ``folder / name``."""
     command = [sys.executable, "-u", "-m", "ant_jax.main", f"--config={config}"]
     command += [f"--workdir={folder / name}", "--config.num_steps=1", "--config.log_every=1"]
     command += ["--config.sample.every=0"]
@@ -65,7 +67,7 @@ def start(config: str, folder: Path, name: str) -> dict[str, float]:
         "imports": marks[_IMPORTED],
         "data": marks[_DATA_OPENED] - marks[_IMPORTED],
         **made,
-        "together": marks[_FIRST_STEP],
+        "total": marks[_FIRST_STEP],
         "CPU": cpu,
     }
 

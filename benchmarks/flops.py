@@ -1,18 +1,18 @@
-"""What a train step of a DiT should cost, counted from the architecture, and what devices can do.
+"""FLOPs of a DiT's train step, counted from the architecture, and the peak FLOPs of devices.
 
-A FLOP is one multiplication or one addition. Counted are the matrix products and the two products
-of attention, at 2 FLOPs per multiply-add. Left out is what grows with the number of activations or
-parameters alone: norms, softmax, GELU, residual sums, the loss, AdamW and the moving average: by
-XLA's count of a train step 0.8 % more for DiT-S/2 and 0.3 % for L/2.
+A FLOP is one multiplication or one addition. The count includes the matrix products and the two
+products of attention, at 2 FLOPs per multiply-add. It excludes costs that depend only on the
+number of activations or parameters: norms, softmax, GELU, residual sums, the loss, AdamW and the
+moving average. By XLA's count these add 0.8 % to a train step of DiT-S/2 and 0.3 % to L/2.
 """
 
 from typing import NamedTuple
 
 from ant_jax.models.dit import MLP_RATIO, TIMESTEP_FEATURES, DiT
 
-# Dense bfloat16 TFLOP/s of one device, by what JAX calls its kind. The GPUs' are NVIDIA's data
-# sheets (A100 2020; H100 SXM 2023 and H200 2024, there with sparsity, which doubles them), the
-# TPUs' the pages "TPU v4" to "TPU v6e" of Google Cloud's documentation.
+# Dense bfloat16 TFLOP/s of one device, by its device kind in JAX. Sources: for GPUs NVIDIA's data
+# sheets (A100 2020; H100 SXM 2023 and H200 2024, which print twice this, with sparsity), for TPUs
+# the pages "TPU v4" to "TPU v6e" of Google Cloud's documentation.
 PEAK_TFLOPS = {
     "NVIDIA A100-SXM4-40GB": 312,
     "NVIDIA A100-SXM4-80GB": 312,
@@ -31,8 +31,8 @@ class Products(NamedTuple):
     """Multiply-adds of one example's forward pass.
 
     Attributes:
-      first: of the layers whose input needs no gradient: patches and timestep features.
-      rest: of all others.
+      first: those of layers whose input needs no gradient: patches and timestep features.
+      rest: those of all other layers.
     """
 
     first: int
@@ -63,9 +63,9 @@ def forward_flops(model: DiT, height: int, width: int) -> int:
 def gradient_flops(model: DiT, height: int, width: int) -> int:
     """FLOPs of the loss and its gradient on one input of height x width, without recomputation.
 
-    The backward pass costs each product twice again, for the gradients of its two factors, but
-    inputs of the network get none. A model FLOPs utilisation counts these and nothing else,
-    whatever is recomputed (Chowdhery et al., *PaLM*, 2022, appendix B).
+    The backward pass computes two more products for each product, the gradients of its two factors.
+    Inputs of the network need no gradient. Model FLOPs utilisation (MFU) counts exactly these FLOPs
+    and no recomputation (Chowdhery et al., *PaLM*, 2022, appendix B).
     """
     first, rest = products(model, height, width)
     return 2 * (2 * first + 3 * rest)

@@ -1,9 +1,9 @@
 """Images per second that the input pipeline delivers: ``python -m benchmarks.input``.
 
-Crops of scikit-learn's two sample photographs are written as JPEG files of the sizes asked for,
-read from the file system's cache, cropped to 256x256 and flipped. Variants take turns, a few
-batches each, every round; figures are medians over rounds. A model that trains on N images a
-second needs as many from here.
+Writes crops of scikit-learn's two sample photographs as JPEG files of the given sizes, reads them
+from the file system's cache, crops them to 256x256 and flips them. In every round each variant
+delivers a few batches in turn; the results are medians over rounds. A model that trains on N images
+per second needs a pipeline that delivers at least N.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main():
         rates = {key: [] for key in streams}
         for round_number in range(args.rounds + 1):
             for key, stream in streams.items():
-                # What was prepared while the others had their turn does not count.
+                # Discard the batches that were prepared during the turns of the others.
                 drain(stream)
                 begin = time.perf_counter()
                 for _ in range(4):
@@ -65,7 +65,7 @@ def main():
 
 
 def write_images(directory, width, height, num):
-    """Random crops of the photographs, 427 pixels high, enlarged where they are too small."""
+    """Writes random crops of the photographs (427 pixels high), enlarged if they are too small."""
     directory.mkdir()
     rng = np.random.default_rng(0)
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]
@@ -79,7 +79,7 @@ def write_images(directory, width, height, num):
 
 
 def drain(stream):
-    """Takes batches until one has not been waiting."""
+    """Takes batches until one was not ready in advance."""
     for _ in range(100):
         begin = time.perf_counter()
         next(stream)

@@ -1,4 +1,4 @@
-"""Train steps compiled ahead of time, for this machine's devices or for a TPU that is not there."""
+"""Train steps compiled ahead of time, for the devices of this machine or for an absent TPU."""
 
 import functools
 import os
@@ -37,13 +37,13 @@ LOOPS = ("scan", "masked")
 
 
 class Task(NamedTuple):
-    """What is trained.
+    """What a step trains.
 
     Attributes:
-      model: the network, called as `ant_jax.models.dit.DiT` is.
+      model: the network, with the call signature of `ant_jax.models.dit.DiT`.
       shape: (H, W, C) of its input.
       process: the noise process.
-      k: number of clusters.
+      k: number of tasks.
     """
 
     model: nn.Module
@@ -53,12 +53,12 @@ class Task(NamedTuple):
 
 
 class Program(NamedTuple):
-    """A step compiled for devices, ``(state, batch) -> (state, metrics)``, the state donated.
+    """A compiled step ``(state, batch) -> (state, metrics)``; it donates the state.
 
     Attributes:
       compiled: the step.
       lower_seconds: time to trace and lower it.
-      compile_seconds: time XLA took.
+      compile_seconds: XLA's time to compile it.
     """
 
     compiled: jax.stages.Compiled
@@ -67,12 +67,13 @@ class Program(NamedTuple):
 
 
 def first_state(task: Task, variant: str) -> TrainState:
-    """The state before the first step of a variant; everything but `method_state` is common."""
+    """The state before the first step; variants differ only in its `method_state`."""
     classes = task.model.num_classes
     labels = jnp.zeros(1, jnp.int32) if classes else None
     x, t = jnp.zeros((1, *task.shape)), jnp.zeros(1, jnp.int32)
     params = task.model.init(jax.random.key(0), x, t, labels)["params"]
-    # Off adaLN-Zero's start, where gradients are zero and Nash has nothing to solve.
+    # Move away from adaLN-Zero's initial values, where gradients are zero and Nash has
+    # nothing to solve.
     params = jax.tree.map(lambda leaf: leaf + 0.02, params)
     return init_state(params, _OPTIMIZER, _weighting(task, variant), task.k)
 
@@ -87,7 +88,7 @@ def first_batch(task: Task, size: int) -> dict[str, np.ndarray]:
 
 
 def step_of(task: Task, variant: str) -> Callable:
-    """The train step of a variant, not compiled, as `parallel_step` takes it."""
+    """The train step of a variant, not compiled, as an argument of `parallel_step`."""
     weighting = _weighting(task, variant)
     costs = clustering.snr_costs(task.process.log_snr)
     return functools.partial(
@@ -106,7 +107,7 @@ def step_of(task: Task, variant: str) -> Callable:
 
 
 def compile_step(task: Task, variant: str, size: int, devices: Sequence[jax.Device]) -> Program:
-    """Compiles the step of a variant for a batch of a size; nothing is put on the devices."""
+    """Compiles the step of a variant for a batch size; puts no data on the devices."""
     sharding = replicated(devices)
     state = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -115,7 +116,7 @@ def compile_step(task: Task, variant: str, size: int, devices: Sequence[jax.Devi
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, first_batch(task, size)))
     step = mapped = parallel_step(step_of(task, variant), devices)
     if len(devices) > 1:
-        # What pmap compiles takes a batch that is split over the devices already.
+        # A program of pmap takes a batch that is already split over the devices.
         step = jax.jit(lambda state, batch: mapped(state, batch), donate_argnums=0)
     begin = time.perf_counter()
     lowered = step.lower(state, batch)
@@ -125,7 +126,7 @@ def compile_step(task: Task, variant: str, size: int, devices: Sequence[jax.Devi
 
 
 def program_bytes(compiled: jax.stages.Compiled) -> int:
-    """The most memory a device needs for a program: its state, batch, results and all between."""
+    """Peak bytes of a program on a device: arguments, results and temporaries."""
     memory = compiled.memory_analysis()
     return (
         memory.argument_size_in_bytes
@@ -136,13 +137,13 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
 
 
 def num_params(task: Task) -> int:
-    """How many parameters the network has."""
+    """The number of parameters of the network."""
     state = jax.eval_shape(lambda: first_state(task, "vanilla"))
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
 def memory_limit(device: jax.Device) -> int:
-    """Bytes that programs may use on a device; for a CPU the machine's."""
+    """Bytes that programs may use on a device; for a CPU the memory of the machine."""
     stats = device.memory_stats()
     if stats is None:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGESIZE")
@@ -150,10 +151,10 @@ def memory_limit(device: jax.Device) -> int:
 
 
 def largest_batch(fits: Callable[[int], bool], unit: int) -> int:
-    """The largest multiple of ``unit`` that fits, by doubling and then halving the interval.
+    """The largest multiple of ``unit`` that fits, by doubling and then by bisection.
 
     Raises:
-      ValueError: if not even one unit fits.
+      ValueError: if one unit does not fit.
     """
     low, high = 0, 1
     while fits(high * unit):
@@ -167,8 +168,8 @@ def largest_batch(fits: Callable[[int], bool], unit: int) -> int:
 
 
 def tpu(topology: str) -> jax.Device:
-    """A TPU to compile for, by a name such as "v5e:2x2"; libtpu must be installed, no TPU there."""
-    # No metadata of a TPU machine is looked for, and no lock taken on a TPU.
+    """A TPU to compile for, such as "v5e:2x2"; needs libtpu, but no TPU."""
+    # Do not query the metadata of a TPU machine, and do not lock a TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

@@ -1,19 +1,20 @@
-"""What a train step of each method costs, beside vanilla: ``python -m benchmarks.step``.
+"""Compares the cost of each method's train step with vanilla: ``python -m benchmarks.step``.
 
-All variants run in one process, one step each in turn and in a new order every round, on the same
-parameters, optimizer and EMA. A ratio is the median over rounds of (variant / vanilla of the same
-round), with a 95 % bootstrap interval. Before that, where the device tells its memory's peak, which
-only grows within a process, each variant takes two steps in a process of its own.
+All variants run in one process on the same parameters, optimizer and EMA. In every round each
+variant takes one step, in random order. A ratio is the median over rounds of (variant / vanilla of
+the same round), with a 95 % bootstrap interval. Before that, if the device reports its peak of
+memory, each variant takes two steps in a separate process, because the peak only grows within a
+process.
 
-The defaults are the reference size for 2 CPU cores. On an accelerator, and to compile any size on
-any machine, also for a TPU that it has not (with libtpu installed)::
+The defaults are the reference size for 2 CPU cores. The first two commands below are for an
+accelerator. The third compiles for a TPU on any machine, with libtpu installed::
 
   python -m benchmarks.step --model L/2
   python -m benchmarks.step --model XL/2 --batch auto --remat dots
   python -m benchmarks.step --model L/2 --compile_only --target v5p:2x2x1
 
-GB are 10^9 bytes on one device. ``--model`` needs ml_collections, all else jax, flax, optax and
-numpy alone.
+GB are 10^9 bytes on one device. ``--model`` needs ml_collections; everything else needs only jax,
+flax, optax and numpy.
 """
 
 import argparse
@@ -39,7 +40,7 @@ MODELS = ("S/2", "B/2", "L/2", "XL/2")
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, help="of the configs imagenet256_dit_*")
+    parser.add_argument("--model", choices=MODELS, help="a model of the configs imagenet256_dit_*")
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--heads", type=int, default=6)
@@ -55,9 +56,11 @@ def parse():
     parser.add_argument("--repeats", type=int, default=30)
     variants = programs.VARIANTS
     parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
-    parser.add_argument("--compile_only", action="store_true", help="no step is taken")
-    parser.add_argument("--target", help="a TPU to compile for, as v5p:2x2x1: one chip of it")
-    parser.add_argument("--peak_tflops", type=float, help="of one device, if it is not known")
+    parser.add_argument("--compile_only", action="store_true", help="take no step")
+    parser.add_argument("--target", help="a TPU to compile for, such as v5p:2x2x1; uses one chip")
+    parser.add_argument(
+        "--peak_tflops", type=float, help="of one device, if ant-jax does not know it"
+    )
     args = parser.parse_args()
     if args.target and not args.compile_only:
         parser.error("--target is for --compile_only")
@@ -70,7 +73,7 @@ def main():
     task, batch_size = what(args)
     if args.batch == "auto":
         batch_size = alone(largest_batch, args)
-    # Before this process takes the devices, and with them their memory.
+    # Measure before this process takes the devices and their memory.
     device_bytes = {} if args.compile_only else peaks(args, batch_size)
     devices = devices_of(args)
     print(
@@ -88,11 +91,11 @@ def main():
     if not args.compile_only:
         first_seconds, times = run(task, compiled, batch_size, devices, args.repeats)
     table(args, task, batch_size, devices, compiled, device_bytes, first_seconds, times)
-    promises(task, batch_size, compiled)
+    limits_of(task, batch_size, compiled)
 
 
 def what(args):
-    """The task, and the batch size unless it is to be found."""
+    """The task, and the batch size unless it is "auto"."""
     if args.model:
         from ant_jax import builders
 
@@ -116,7 +119,7 @@ def what(args):
             remat=args.remat or "none",
         )
         process = diffusion.GaussianDiffusion(diffusion.alphas_bar("cosine", 1000))
-    # Not by the config: it asks which devices there are, and this process must not take them yet.
+    # Not in the config: building from it queries the devices, which this process must not take yet.
     model = model.clone(attention=args.attention or model.attention)
     size = int(args.batch) if args.batch not in (None, "auto") else size
     return programs.Task(model, shape, process, args.k), size
@@ -132,7 +135,7 @@ def devices_of(args):
 
 
 def alone(function, *args):
-    """A function's result, from a process that takes the devices and gives them back."""
+    """The result of a function in a process of its own, which frees the devices at its end."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context) as pool:
         return pool.submit(function, *args).result()
@@ -142,7 +145,7 @@ def largest_batch(args):
     """The largest batch for which the programs of all variants fit the device's memory."""
     task, _ = what(args)
     devices = devices_of(args)
-    # A compiler for a device knows its memory; one for a device that is there leaves it to us.
+    # A compiler for an absent device checks the memory; for a present device we must check it.
     limit = float("inf") if args.target else programs.memory_limit(devices[0])
 
     def fits(size):
@@ -163,7 +166,7 @@ def largest_batch(args):
 
 
 def peaks(args, batch_size):
-    """Bytes that each variant takes at most on a device; none where devices don't say."""
+    """Peak bytes of each variant on a device; empty if devices do not report them."""
     if not alone(reports_memory):
         return {}
     return {name: alone(peak, args, batch_size, name) for name in args.variants}
@@ -174,7 +177,7 @@ def reports_memory():
 
 
 def peak(args, batch_size, name):
-    """Bytes that two steps of a variant take at most on a device."""
+    """Peak bytes of two steps of a variant on a device."""
     task, _ = what(args)
     devices = devices_of(args)
     program = programs.compile_step(task, name, batch_size, devices)
@@ -193,7 +196,7 @@ def new_state(task, name, devices):
 def run(task, compiled, batch_size, devices, repeats):
     """Seconds of each variant's first step, and of its steps in all rounds."""
     batch = programs.first_batch(task, batch_size)
-    # One set of parameters and moments serves all variants, so that large models fit.
+    # All variants share one set of parameters and moments, so that large models fit.
     core = new_state(task, "vanilla", devices)
     method_states = {
         name: replicate(programs.first_state(task, name).method_state, devices) for name in compiled
@@ -225,7 +228,7 @@ def table(args, task, batch_size, devices, compiled, device_bytes, first_seconds
         peak_tflops = flops.PEAK_TFLOPS.get(devices[0].device_kind)
     columns = ["variant", "ms per step", "ratio to vanilla", "95 % interval", "MFU", "TFLOP by XLA"]
     columns += ["program GB", "device GB", "trace s", "compile s", "first step s"]
-    print(f"\n\nvanilla's products by the architecture: {work / 1e12:.4g} TFLOP a step\n")
+    print(f"\n\nvanilla's products from the architecture: {work / 1e12:.4g} TFLOP a step\n")
     print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
     rng = np.random.default_rng(0)
     for name, program in compiled.items():
@@ -239,7 +242,7 @@ def table(args, task, batch_size, devices, compiled, device_bytes, first_seconds
             cells.append(f"{low:.3f} to {high:.3f}")
             possible = seconds * len(devices) * (peak_tflops or 0) * 1e12
             cells.append(f"{work / possible:.1%}" if possible else "-")
-        # The body of a loop is counted once, and what cuDNN does not at all.
+        # XLA counts the body of a loop once, and cuDNN's work not at all.
         hidden = name.endswith(programs.LOOPS) or task.model.attention == "cudnn"
         total = program.compiled.cost_analysis()["flops"] * len(devices) / 1e12
         cells.append("-" if hidden else f"{total:.4g}")
@@ -250,12 +253,14 @@ def table(args, task, batch_size, devices, compiled, device_bytes, first_seconds
         print(f"| {name} | {' | '.join(cells)} |")
 
 
-def promises(task, batch_size, compiled):
-    """What the k gradients may cost: memory beside vanilla's, FLOPs beside the products."""
+def limits_of(task, batch_size, compiled):
+    """Prints the limits of the k gradients' cost: memory and FLOPs relative to vanilla."""
     params = programs.num_params(task)
     combine = flops.combine_flops(params, task.k)
     share = combine / (batch_size * flops.gradient_flops(task.model, *task.shape[:2]))
-    print(f"\nGram matrix and weighted sum by the architecture: {share:.2%} of vanilla's products")
+    print(
+        f"\nGram matrix and weighted sum from the architecture: {share:.2%} of vanilla's products"
+    )
     vanilla = programs.program_bytes(compiled["vanilla"].compiled)
     limits = {
         "vmap": ("vanilla + (k + 1) x parameters", vanilla + (task.k + 1) * 4 * params),

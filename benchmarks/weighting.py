@@ -1,4 +1,4 @@
-"""Times one call of each weighting under jit: python -m benchmarks.weighting."""
+"""Times one call of each weighting under jit: ``python -m benchmarks.weighting``."""
 
 import time
 
@@ -46,7 +46,7 @@ def _calls(k):
 
 
 def _median_us(calls):
-    """Interleaved, so that whatever else the machine does hits all calls alike."""
+    """Median times of the calls, in turn, so that other work on the machine affects all equally."""
     times = {row: [] for row in calls}
     for call in calls.values():
         jax.block_until_ready(call())

@@ -1,1 +1,1 @@
-"""One ml_collections config an experiment."""
+"""One ml_collections config per experiment."""

@@ -1,14 +1,14 @@
-"""The light ADM UNet in pixels, without classes, on CelebA-HQ at 256x256.
+"""The light ADM UNet on pixels, unconditional, on CelebA-HQ at 256x256.
 
   python -c "import tensorflow_datasets as tfds; tfds.builder('celeb_a_hq/256',
       file_format='array_record').download_and_prepare()"
   python -m ant_jax.main --config configs/celebahq256_adm.py:uncertainty,snr --workdir DIR
 
-tensorflow-datasets asks for the 30 000 images to be put in place by hand first, and says where. A
-folder of them will do as well: --config.data.name=folder --config.data.split= --config.data.dir=DIR
+Before the first command, put the 30 000 images where tensorflow-datasets asks for them. A folder of
+the images also works: --config.data.name=folder --config.data.split= --config.data.dir=DIR
 
 Hardware and settings are those of ``configs/ffhq256_adm.py``. The ANT paper's figures are in its
-table 1; ours are not known yet.
+table 1; this config has not been run to the end yet.
 """
 
 from configs import ffhq256_adm

@@ -1,15 +1,15 @@
-r"""The LDM UNet in the latents of VQ-f4, without classes, on CelebA-HQ at 256x256.
+r"""The LDM UNet on latents of VQ-f4, unconditional, on CelebA-HQ at 256x256.
 
   python -m ant_jax.main --mode encode --config configs/celebahq256_ldm.py \
       --config.autoencoder.weights=VQ-F4.ckpt --config.autoencoder.latents=LATENTS
   python -m ant_jax.main --config configs/celebahq256_ldm.py:uncertainty,snr --workdir DIR \
       --config.autoencoder.weights=VQ-F4.ckpt --config.autoencoder.latents=LATENTS
 
-``configs/celebahq256_adm.py`` says how to prepare the images, ``configs/ffhq256_ldm.py`` which
-autoencoder this is and what hardware it fits. The latents take 1.5 GB. The learning rate and the
-sampler are LDM's for CelebA-HQ (200 DDIM steps, eta 0, at its own timesteps); the batch is 50 where
-LDM has 48, which five clusters can't share. The ANT paper's figures are in its table 1; ours are
-not known yet.
+``configs/celebahq256_adm.py`` describes how to prepare the images, ``configs/ffhq256_ldm.py`` the
+autoencoder and the hardware. The latents take 1.5 GB. The learning rate and the sampler are LDM's
+for CelebA-HQ (200 DDIM steps, eta 0, at LDM's own timesteps). The batch size is 50; LDM's is 48,
+which is not divisible by five clusters. The ANT paper's figures are in its table 1; this config has
+not been run to the end yet.
 """
 
 from configs import ffhq256_ldm

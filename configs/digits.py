@@ -1,12 +1,12 @@
-"""A diffusion transformer on handwritten digits: the default; no download, minutes on a laptop.
+"""A diffusion transformer on handwritten digits: the default. No download, minutes on a laptop.
 
   python -m ant_jax.main --config configs/digits.py              # Nash-MTL on SNR clusters
   python -m ant_jax.main --config configs/digits.py:vanilla      # the baseline
   python -m ant_jax.main --config configs/digits.py:uncertainty,timestep --config.num_steps=1000
 
-The argument after the colon is METHOD or METHOD,CLUSTERS. Every option can be set on the command
-line as --config.NAME=VALUE. This file documents all of them; the other configs only change values.
-In paths, ~ is the home folder; config.json keeps them as they were written.
+The argument after the colon is METHOD or METHOD,CLUSTERS. --config.NAME=VALUE sets any option on
+the command line. This file documents all options; the other configs only change values.
+In paths, ~ is the home folder; config.json stores paths as written.
 Expected result: see the README.
 """
 

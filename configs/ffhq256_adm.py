@@ -1,20 +1,20 @@
-r"""The light ADM UNet in pixels, without classes, on FFHQ at 256x256.
+r"""The light ADM UNet on pixels, unconditional, on FFHQ at 256x256.
 
   python -m ant_jax.main --config configs/ffhq256_adm.py:uncertainty,snr --workdir DIR \
       --config.data.dir=FFHQ
 
-FFHQ is a folder of the 70 000 images, of 256 pixels or larger, without folders for classes.
+FFHQ is a folder of the 70 000 images, of 256 pixels or larger, without subfolders for classes.
 
-Hardware: 94 M parameters take 1.9 GB with the EMA, the optimizer and a gradient, 1.9 GB more for
-the five gradients of pcgrad and nash; pixels make large activations, which config.model.remat
-shrinks. For several devices choose a config.data.batch_size of which each one's share is a multiple
-of k = 5.
+Hardware: 94 M parameters take 1.9 GB with the EMA, the optimizer and a gradient, and 1.9 GB more
+for the five gradients of pcgrad and nash. The activations of pixels are large;
+config.model.remat reduces them. For several devices choose config.data.batch_size such that the
+share of each device is a multiple of k = 5.
 
 The network, the linear schedule, the learned variance, the learning rate and the sampler (250 steps
 of DDPM, evenly spaced) are those of Choi et al., *Perception Prioritized Training of Diffusion
-Models* (CVPR 2022), without their weights of the loss (--config.diffusion.loss_weight=p2); the ANT
-paper took the network from there. The batch is 10 where they have 8, which five clusters can't
-share. The ANT paper's figures are in its table 1; ours are not known yet.
+Models* (CVPR 2022), without their loss weights (--config.diffusion.loss_weight=p2). The ANT paper
+uses the same network. The batch size is 10; theirs is 8, which is not divisible by five clusters.
+The ANT paper's figures are in its table 1; this config has not been run to the end yet.
 """
 
 from ant_jax.models.unet import VARIANTS

@@ -1,4 +1,4 @@
-r"""The LDM UNet in the latents of VQ-f4, without classes, on FFHQ at 256x256.
+r"""The LDM UNet on latents of VQ-f4, unconditional, on FFHQ at 256x256.
 
   python -m ant_jax.main --mode encode --config configs/ffhq256_ldm.py --config.data.dir=FFHQ \
       --config.autoencoder.weights=VQ-F4.ckpt --config.autoencoder.latents=LATENTS
@@ -6,18 +6,18 @@ r"""The LDM UNet in the latents of VQ-f4, without classes, on FFHQ at 256x256.
       --config.data.dir=FFHQ \
       --config.autoencoder.weights=VQ-F4.ckpt --config.autoencoder.latents=LATENTS
 
-FFHQ is a folder of the 70 000 images, of 256 pixels or larger, without folders for classes. VQ-F4
-is the autoencoder vq-f4 of LDM's authors. The latents take 3.5 GB.
+FFHQ is a folder of the 70 000 images, of 256 pixels or larger, without subfolders for classes.
+VQ-F4 is the autoencoder vq-f4 of LDM's authors. The latents take 3.5 GB.
 
-Hardware: 274 M parameters take 5.5 GB with the EMA, the optimizer and a gradient, 5.5 GB more for
-the five gradients of pcgrad and nash. For several devices choose a config.data.batch_size of which
-each one's share is a multiple of k = 5.
+Hardware: 274 M parameters take 5.5 GB with the EMA, the optimizer and a gradient, and 5.5 GB more
+for the five gradients of pcgrad and nash. For several devices choose config.data.batch_size such
+that the share of each device is a multiple of k = 5.
 
 The network, the schedule, the learning rate and the sampler (200 DDIM steps, eta 1, at LDM's own
 timesteps) are those of Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion
-Models* (CVPR 2022) for FFHQ; the batch is 40 where they have 42, which five clusters can't share.
-The ANT paper's figures are in its table 1; ours are not known yet.
-To begin with LDM's own weights: --config.init_from=FFHQ-LDM.ckpt
+Models* (CVPR 2022) for FFHQ. The batch size is 40; theirs is 42, which is not divisible by five
+clusters. The ANT paper's figures are in its table 1; this config has not been run to the end yet.
+To start from LDM's own weights: --config.init_from=FFHQ-LDM.ckpt
 --config.init_facts=heads_first,head_channels=32
 """
 

@@ -3,15 +3,15 @@
   python -m ant_jax.main --config configs/folder64.py --config.data.dir=DIR
   python -m ant_jax.main --config configs/folder64.py:uncertainty --config.data.dir=DIR
 
-DIR holds JPEG, PNG or WebP files. If they lie in a subfolder for each class, add
---config.model.conditional=True; if there is a folder above for each split, as in
-DIR/train/CLASS/*.jpg, add --config.data.split=train. As in ADM, photographs are not turned as their
-cameras noted: that needs --config.data.exif=apply. What is transparent gets the colour stored below
-it, often black: put such images on a background first. Images of more than 134 million pixels are
-refused.
+DIR holds JPEG, PNG or WebP files. If there is a subfolder for each class, add
+--config.model.conditional=True. If there is also a folder for each split, as in
+DIR/train/CLASS/*.jpg, add --config.data.split=train. As in ADM, the EXIF orientation of photographs
+is ignored; --config.data.exif=apply applies it. Transparent pixels get their stored colour, which
+is often black: put such images on a background first. Images of more than 134 million pixels are
+an error.
 
 Hardware: one GPU; a step takes seconds on CPUs.
-The settings are a starting point, not tuned: no result to expect.
+The settings are a starting point and not tuned, so there is no expected result.
 """
 
 from configs import digits

@@ -5,22 +5,22 @@ r"""DiT-L/2 with uncertainty weighting on SNR clusters, on ImageNet at 256x256 p
   python -m ant_jax.main --config configs/imagenet256_dit_l2.py:uncertainty,snr --workdir DIR \
       --config.autoencoder.weights=VAE.safetensors --config.autoencoder.latents=LATENTS
 
-VAE is the KL-f8 autoencoder of Stable Diffusion (sd-vae-ft-ema or -mse), by its own names or by
-those of diffusers. The latents take 42 GB. docs/paper_row.md goes through all of it, from the raw
-images to the metrics.
+VAE is the KL-f8 autoencoder of Stable Diffusion (sd-vae-ft-ema or -mse), with its own parameter
+names or those of diffusers. The latents take 42 GB. docs/paper_row.md describes every step, from
+the raw images to the metrics.
 
-Hardware: 458 M parameters take 9 GB with the EMA, the optimizer and a gradient, 9 GB more for the
-five gradients of pcgrad and nash. The activations of 240 examples make it 81 GB by the programs
-compiled in benchmarks/RESULTS.md: 41 GB with config.model.remat = "dots", which costs 1.5 % more
-work, 15 GB with "blocks" and a third more. Each device's share of the batch must be a multiple of
-k = 5: 240 examples fit 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48.
+Hardware: 458 M parameters take 9 GB with the EMA, the optimizer and a gradient, and 9 GB more for
+the five gradients of pcgrad and nash. With the activations of 240 examples the total is 81 GB, by
+the compiled programs in benchmarks/RESULTS.md. config.model.remat = "dots" reduces it to 41 GB for
+1.5 % more work, "blocks" to 15 GB for a third more. The share of each device must be a multiple of
+k = 5: 240 examples fit 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48 devices.
 
-The settings are those of the ANT paper and its code (AdamW 1e-4 without decay, batch 240, 400 k
-steps, EMA 0.9999, cosine schedule, learned variance, 250 steps and guidance 1.5) but for the
-clusters, which are of equal length in that code (:uncertainty,timestep), the renewal of Nash's
-weights, at every 25th step there (--config.method.nash_update_every=25), and the ramp of the EMA,
-which it does not have; docs/differences.md lists the rest. The paper's figures there, from 50 k
-samples; ours are not known yet:
+The settings are those of the ANT paper and its code: AdamW 1e-4 without weight decay, batch 240,
+400 k steps, EMA 0.9999, cosine schedule, learned variance, 250 steps and guidance 1.5. There are
+three differences. The clusters have equal length in that code (:uncertainty,timestep). It updates
+Nash's weights at every 25th step (--config.method.nash_update_every=25). Its EMA has no ramp.
+docs/differences.md lists the rest. The figures of the paper, from 50 k samples, are below; this
+config has not been run to the end yet:
 
   vanilla                 FID 12.59   IS 134.60   precision 0.73    recall 0.49
   Min-SNR                 FID  9.58   IS 179.98   precision 0.78    recall 0.47

@@ -6,8 +6,8 @@
 
 Hardware: any number of GPUs or TPU cores that divides 240 into multiples of k = 5. The settings are
 those of the ANT paper's DiT runs (AdamW 1e-4, batch 240, 400 k steps, EMA 0.9999, cosine schedule,
-learned variance), with the differences that ``configs/imagenet256_dit_l2.py`` names, on pixels
-instead of latents. Not yet run to the end: no result to expect.
+learned variance), with the differences listed in ``configs/imagenet256_dit_l2.py``, but on pixels
+instead of latents. This config has not been run to the end yet, so there is no expected result.
 """
 
 from configs import digits

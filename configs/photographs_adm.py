@@ -1,10 +1,10 @@
-"""A rehearsal of diffusion in pixels on a laptop: the light ADM UNet, a quarter as wide.
+"""A rehearsal of diffusion on pixels on a laptop: the light ADM UNet with a quarter of its width.
 
   python -m experiments.photographs
   python -m ant_jax.main --config configs/photographs_adm.py --workdir runs/photographs_adm
 
-The same way as ``configs/ffhq256_adm.py`` goes, with 456 crops of two photographs of 64x64 pixels.
-docs/paper_row.md has the times and what comes out.
+The same steps as for ``configs/ffhq256_adm.py``, with 456 crops of two photographs, at 64x64
+pixels. docs/paper_row.md has the times and the results.
 """
 
 from configs import ffhq256_adm

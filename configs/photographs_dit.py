@@ -1,11 +1,11 @@
-"""A rehearsal of latent diffusion on a laptop: a small DiT in the latents of a small autoencoder.
+"""A rehearsal of latent diffusion on a laptop: a small DiT on latents of a small autoencoder.
 
   python -m experiments.photographs
   python -m ant_jax.main --mode encode --config configs/photographs_dit.py
   python -m ant_jax.main --config configs/photographs_dit.py --workdir runs/photographs_dit
 
-The same way as ``configs/imagenet256_dit_s2.py`` goes, with 456 crops of two photographs of 64x64
-pixels. docs/paper_row.md has the times and what comes out.
+The same steps as for ``configs/imagenet256_dit_s2.py``, with 456 crops of two photographs, at 64x64
+pixels. docs/paper_row.md has the times and the results.
 """
 
 from configs import imagenet256_dit_s2

@@ -1,1 +1,1 @@
-"""The paper's claims and the demo, as commands."""
+"""Commands that test the claims of the paper, and the demo."""

@@ -8,10 +8,10 @@ from experiments import runner
 from experiments.presets import METHODS, Preset, make_config
 from experiments.runner import Run
 
-# The seeds of the runs that choose the learning rate, half as long ones, begin here: no compared
-# run has one of them.
+# The first seed of the half-length runs that choose the learning rate. No compared run has such a
+# seed.
 TUNING_SEED = 1000
-# Below the norm of every gradient of these runs, so that clipping to it normalises all of them.
+# Smaller than the norm of every gradient of these runs, so clipping normalises all of them.
 _NORMALISE = {"optimizer.clip_norm": 1e-2}
 
 
@@ -19,11 +19,11 @@ class Setting(NamedTuple):
     """One line of the table.
 
     Attributes:
-      label: what it is.
-      method: of the config.
-      clusters: of the config.
-      settings: what it changes in the preset's config.
-      tuned_as: label of the setting whose learning rate it takes.
+      label: its name.
+      method: the method in the config.
+      clusters: the clusters in the config.
+      settings: changes of the preset's config, by ``"group.name"``.
+      tuned_as: label of the setting whose learning rate it uses.
       against: label of the setting that it is compared with.
     """
 
@@ -42,7 +42,7 @@ CHANGED_METHODS = ("vanilla", "uncertainty", "nash")
 
 
 def core(affinity: Path) -> list[Setting]:
-    """The settings of the comparison, but for the one that must wait for Nash's weights."""
+    """The settings of the comparison, except `fixed_setting`, which needs Nash's weights first."""
     clustered = [
         Setting(
             f"{method}, {clusters}",
@@ -75,7 +75,7 @@ def fixed_setting(weights: Sequence[float]) -> Setting:
 
 
 def runs_of(preset: Preset, setting: Setting, rate: float | None) -> list[Run]:
-    """The runs of a setting, one a seed; None is the preset's learning rate."""
+    """The runs of a setting, one per seed; the rate None means the preset's learning rate."""
     changes = dict(setting.settings)
     if rate is not None:
         changes["optimizer.learning_rate"] = rate
@@ -86,7 +86,7 @@ def runs_of(preset: Preset, setting: Setting, rate: float | None) -> list[Run]:
 
 
 def tuning_runs(preset: Preset, grid: tuple[float, ...], setting: Setting) -> list[Run]:
-    """Half as long runs of other seeds for each rate; none for a setting that takes another's."""
+    """Half-length runs for each rate, with other seeds; none if it uses another setting's rate."""
     if setting.tuned_as != setting.label:
         return []
     return [
@@ -105,12 +105,12 @@ def tuning_runs(preset: Preset, grid: tuple[float, ...], setting: Setting) -> li
 
 
 def full_length(preset: Preset) -> int:
-    """Steps of a run of the core."""
+    """Number of steps of a run of the core."""
     return make_config(preset, "vanilla", "snr", seed=0).num_steps
 
 
 def ablations(preset: Preset) -> list[Setting]:
-    """The settings of the ablations, each with what it is to be compared with."""
+    """The settings of the ablations, each with the setting that it is compared with."""
 
     def group(name, methods, change, clusters="snr", against="snr: vanilla"):
         return [
@@ -129,7 +129,7 @@ def ablations(preset: Preset) -> list[Setting]:
     for k in (2, 8):
         settings += group(f"k = {k}", ("uncertainty", "pcgrad", "nash"), {"clusters.k": k})
     settings += group("k = 20", ("nash",), {"clusters.k": 20})
-    # Of equal sizes, as evenly spaced intervals are.
+    # Random clusters have equal sizes, so evenly spaced intervals are the fair comparison.
     settings += group("timestep", ("uncertainty", "nash"), {}, "timestep")
     settings += group("random", ("uncertainty", "nash"), {}, "random", "timestep: {method}")
     settings += group("renewed every 25", ("nash",), {"method.nash_update_every": 25})
@@ -139,7 +139,7 @@ def ablations(preset: Preset) -> list[Setting]:
 
 
 def changes(preset: Preset) -> dict[str, dict[str, Any]]:
-    """Other losses, noise schedules, models and lengths, by name."""
+    """Changes of the loss, the noise schedule, the model and the length, by name."""
     narrow = make_config(preset, "vanilla", "snr", seed=0).model.width // 2
     return {
         "P2": {"diffusion.loss_weight": "p2"},

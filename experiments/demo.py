@@ -1,7 +1,7 @@
-"""ANT against vanilla training on handwritten digits: ``python -m experiments.demo``.
+"""Compares ANT with vanilla training on handwritten digits: ``python -m experiments.demo``.
 
-Trains both from the same seed with the same batches and steps, draws samples from each, and prints
-how far they are from real digits. `experiments.table` is the careful comparison.
+Trains both with the same seed, batches and number of steps, draws samples from each, and prints the
+distance of the samples to real digits. `experiments.table` is the careful comparison.
 """
 
 import time
@@ -53,15 +53,15 @@ def main(argv):
     print(
         "Frechet distance to the real training digits, lower is better, in the features of a\n"
         f"classifier that is right on {last['classifier_test_accuracy']:.1%} of held-out digits. "
-        "The 300 held-out real\ndigits are at "
-        f"{last['real_frechet_distance']:.2f}: compare that with the groups of 300 samples.\n"
-        "Label accuracy: the share of samples that the classifier takes for the digit asked for."
+        "The 300 held-out real\ndigits have the distance "
+        f"{last['real_frechet_distance']:.2f}: compare it with the groups of 300 samples.\n"
+        "Label accuracy: share of samples that the classifier recognises as the requested digit."
     )
     print(f"picture: {out / 'demo.png'}\ntook {duration(time.perf_counter() - begin)}")
 
 
 def make_table(results: list[dict[str, Any]]) -> str:
-    """Markdown, a line for each method and measurement."""
+    """A Markdown table with one line for each method and measurement."""
     return report.markdown(
         _COLUMNS,
         [
@@ -98,7 +98,7 @@ def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path:
         axes[place].set_title(
             f"{run.config.method.name}, {row['step']} steps: distance "
             f"{row['frechet_distance']:.2f}, accuracy {row['label_accuracy']:.1%}\n"
-            "(columns: asked for 0 to 9)"
+            "(columns: requested digit, 0 to 9)"
         )
     ax = axes["clusters"]
     for i in range(k):
@@ -117,14 +117,14 @@ def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path:
             axes["losses"].plot(logged["step"], losses, style, color=colours[i])
     first, last = (run.config.method.name for run in runs)
     axes["losses"].set(
-        title=f"cluster losses ({last} solid, {first} dashed)", xlabel="step", yscale="log"
+        title=f"task losses ({last} solid, {first} dashed)", xlabel="step", yscale="log"
     )
     for i in range(k):
         label = f"t in [{boundaries[i]}, {boundaries[i + 1]})"
         weights = curves[-1]["weights"][:, i]
         axes["weights"].plot(curves[-1]["step"], weights, color=colours[i], label=label)
     axes["weights"].legend(fontsize="small", loc="upper left")
-    axes["weights"].set(title=f"weights of the clusters, {last}", xlabel="step", yscale="log")
+    axes["weights"].set(title=f"weights of the tasks, {last}", xlabel="step", yscale="log")
     for run, result in zip(runs, results, strict=True):
         steps = [row["step"] for row in result["rows"]]
         distances = [row["frechet_distance"] for row in result["rows"]]

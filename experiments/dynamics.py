@@ -1,7 +1,7 @@
 """What happens during training: ``python -m experiments.dynamics --preset digits``.
 
-Cluster losses, weights and cosines between the cluster gradients, as one picture a method, and the
-share of steps at which two of the gradients conflict, that is, have a negative cosine.
+Draws one picture per method: the task losses, the weights, and the cosines between the task
+gradients. Reports the share of steps with a conflict: two task gradients with a negative cosine.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from experiments import report, runner
 from experiments.presets import PRESETS, Preset
 from experiments.runner import Run
 
-# With stratified timesteps the gradients are at hand for the price of one backward pass; weighted
-# by the shares of the clusters they add up to vanilla's, in expectation.
+# With stratified timesteps the k gradients cost one backward pass. Weighted by the shares of the
+# clusters, their sum is vanilla's gradient in expectation.
 VANILLA = "vanilla (stratified, by shares)"
 _WATCH = {"method.cosines": True}
 
@@ -43,13 +43,13 @@ def main(argv):
     pieces = experiment.build(config, source.image_shape[-1], source.num_classes)
     boundaries = pieces.method.boundaries
     for curves in logged[VANILLA]:
-        # As weights of the losses themselves, like everybody's.
+        # As weights of the task losses, as for the other methods.
         curves["weights"] *= np.diff(boundaries) * (config.clusters.k / boundaries[-1])
     write_report(logged, boundaries, out / "dynamics")
 
 
 def plan(preset: Preset) -> dict[str, list[Run]]:
-    """The runs of each method, one a seed, all on SNR clusters at the preset's learning rate."""
+    """The runs of each method, one per seed, on SNR clusters with the preset's learning rate."""
     settings = {
         VANILLA: ("linear", _WATCH | {"method.share_weighted": True}),
         "linear": ("linear", _WATCH),
@@ -70,13 +70,13 @@ def plan(preset: Preset) -> dict[str, list[Run]]:
 def write_report(
     logged: dict[str, Sequence[dict[str, np.ndarray]]], boundaries: np.ndarray, folder: Path
 ) -> dict[str, list[float]]:
-    """Writes the pictures, the table and the CSV; returns each method's shares of conflicts."""
+    """Writes the pictures, the table and the CSV; returns the shares of conflicts by method."""
     rows: list[dict[str, Any]] = []
     lines = []
     shares = {}
     pairs = np.stack(np.triu_indices(len(boundaries) - 1, 1), 1)
     for label, group in logged.items():
-        # Every line of the log is the mean over equally many steps.
+        # Every line of the log is a mean over the same number of steps.
         shares[label] = [float(curves["conflict"].mean()) for curves in group]
         third = len(group[0]["step"]) // 3
         parts = [
@@ -133,7 +133,7 @@ def _draw(label, group, boundaries, pairs):
         name = f"t = {boundaries[i]}..{boundaries[i + 1] - 1}"
         axes[0].plot(steps, mean["cluster_losses"][:, i], color=colours[i], label=name)
         axes[1].plot(steps, mean["weights"][:, i], color=colours[i])
-    axes[0].set(title="cluster losses", xlabel="step", yscale="log")
+    axes[0].set(title="task losses", xlabel="step", yscale="log")
     axes[0].legend(fontsize="small")
     axes[1].set(title="weights", xlabel="step", yscale="log")
     gaps = plt.colormaps["plasma"](np.linspace(0, 0.85, k))
@@ -145,7 +145,7 @@ def _draw(label, group, boundaries, pairs):
         axes[2].plot(steps, cosines, color=gaps[gap], lw=1, label=name)
     axes[2].axhline(0, color="black", lw=0.8)
     axes[2].legend(fontsize="small")
-    axes[2].set(title="cosines between cluster gradients", xlabel="step")
+    axes[2].set(title="cosines between task gradients", xlabel="step")
     share = mean["conflict"].mean()
     axes[3].plot(steps, mean["conflict"], color="black")
     axes[3].set(

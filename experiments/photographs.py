@@ -1,9 +1,9 @@
-"""Stand-ins for what has to be downloaded: ``python -m experiments.photographs --out DIR``.
+"""Makes stand-ins for downloaded files: ``python -m experiments.photographs --out DIR``.
 
-Cuts scikit-learn's two sample photographs into 456 JPEG files of 64 x 64 pixels, a class folder for
-each photograph, trains the small KL autoencoder on them, and draws random weights for Inception.
-With these the whole way to a paper's row can be walked on a laptop, in the formats of the real
-thing; see docs/paper_row.md. What random weights measure compares with nothing else.
+Cuts scikit-learn's two sample photographs into 456 JPEG files of 64 x 64 pixels, with a class
+folder for each photograph. Trains the small KL autoencoder on them, and draws random weights for
+Inception. The files have the real formats, so they suffice for a rehearsal of docs/paper_row.md on
+a laptop. Metrics from random weights compare with nothing else.
 """
 
 import functools
@@ -30,11 +30,11 @@ _OUT = flags.DEFINE_string("out", "photographs", "Folder for the images and the 
 _STEPS = flags.DEFINE_integer("steps", 1500, "Training steps of the autoencoder.")
 
 _SIDE, _STRIDE = 64, 32
-# The autoencoder learns from windows of the images: a quarter of the work.
+# The autoencoder trains on windows of the images, which is a quarter of the work.
 _WINDOW = 32
 _BATCH = 8
 _LEARNING_RATE = 2e-3
-# Of the divergence from a standard normal distribution, for each number of the latent.
+# Weight of the divergence from a standard normal distribution, per number of the latent.
 _KL_WEIGHT = 1e-4
 
 
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 
 def write_crops(directory: Path) -> int:
-    """Writes the crops as DIRECTORY/PHOTOGRAPH/NNN.jpg; returns how many."""
+    """Writes the crops as DIRECTORY/PHOTOGRAPH/NNN.jpg; returns their number."""
     from sklearn.datasets import load_sample_images
 
     samples = load_sample_images()
@@ -77,7 +77,7 @@ def write_crops(directory: Path) -> int:
 
 
 def random_inception() -> dict:
-    """Parameters of Inception under which features neither vanish nor explode."""
+    """Random parameters of Inception whose features neither vanish nor explode."""
     image = jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8)
     template = jax.eval_shape(InceptionV3().init, jax.random.key(0), image)["params"]
     rng = np.random.default_rng(0)
@@ -97,8 +97,8 @@ def train_autoencoder(source: data.Source, num_steps: int) -> tuple[dict, float]
     """Trains the small KL autoencoder.
 
     Returns:
-      Its parameters, and the mean absolute error of its reconstructions in the last steps, of
-      images in [-1, 1].
+      Its parameters, and the mean absolute error of its reconstructions over the last 100 steps,
+      for images in [-1, 1].
     """
     model = autoencoder("KL-f4-small")
     params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, _SIDE, _SIDE, 3)))["params"]

@@ -1,4 +1,4 @@
-"""At which size an experiment runs: the data, the model, the number of steps and seeds."""
+"""Sizes of the experiments: the data, the model, the number of steps and seeds."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -12,15 +12,15 @@ class Preset(NamedTuple):
     """The size of an experiment.
 
     Attributes:
-      name: of the folder for its output.
-      config: a config's ``get_config``, of ``"METHOD,CLUSTERS"``.
-      settings: what to change in it, by ``"group.name"``.
+      name: name of its output folder.
+      config: the ``get_config`` of a config file, called with ``"METHOD,CLUSTERS"``.
+      settings: changes of this config, by ``"group.name"``.
       methods: the multi-task methods to compare.
-      seeds: of every setting.
-      measurements: at how many evenly spaced steps a run is measured.
-      affinity_grid: timesteps between which the task affinity is measured.
-      affinity_images: how many training images it takes.
-      seconds_per_step: with all measuring, for the estimate of a plan; None if never timed.
+      seeds: the seeds of every setting.
+      measurements: number of evenly spaced steps at which a run is measured.
+      affinity_grid: number of timesteps between which the task affinity is measured.
+      affinity_images: number of training images for the task affinity.
+      seconds_per_step: including all measurements, to estimate a plan's time; None if not timed.
     """
 
     name: str
@@ -89,7 +89,7 @@ PRESETS = {
 def make_config(
     preset: Preset, method: str, clusters: str, seed: int, settings: dict[str, Any] | None = None
 ) -> ConfigDict:
-    """The config of one run; ``settings`` go over the preset's."""
+    """The config of one run; ``settings`` override those of the preset."""
     config = preset.config(f"{method},{clusters}")
     config.update_from_flattened_dict(_ALWAYS | preset.settings | {"seed": seed} | (settings or {}))
     return config

@@ -1,4 +1,4 @@
-"""Tables, pictures and what runs have logged."""
+"""Tables, pictures and the logged metrics of runs."""
 
 import csv
 import io
@@ -17,14 +17,14 @@ import matplotlib.pyplot as plt
 
 
 def mean_and_deviation(values: Iterable[float], digits: int) -> str:
-    """``mean +- standard deviation`` over seeds; the mean alone of one value."""
+    """``mean +- standard deviation`` over seeds; only the mean if there is one value."""
     values = np.array(list(values), float)
     text = f"{values.mean():.{digits}f}"
     return text if len(values) == 1 else f"{text} +- {values.std(ddof=1):.{digits}f}"
 
 
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A Markdown table that also reads well as it stands."""
+    """A Markdown table with aligned columns, readable as plain text."""
     lines = [columns, ["---"] * len(columns), *rows]
     widths = [max(len(str(line[i])) for line in lines) for i in range(len(columns))]
     text = (
@@ -35,7 +35,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Writes one line a dict, the columns in the order in which they first appear."""
+    """Writes one line per dict; the columns are in the order of their first appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     stream = io.StringIO()
     writer = csv.DictWriter(stream, columns)
@@ -45,7 +45,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure, whole or not at all, and closes it."""
+    """Writes a figure atomically and closes it."""
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     plt.close(figure)
@@ -53,9 +53,9 @@ def save_figure(figure: Any, path: Path) -> None:
 
 
 def curves(workdir: Path) -> dict[str, np.ndarray]:
-    """The metrics that a run logged, as arrays by name with the steps on the first axis.
+    """The logged metrics of a run, as arrays by name; the first axis is the logged steps.
 
-    Empty for a run that ended before its first line.
+    Empty if the run ended before its first logged line.
     """
     rows = logs.read(workdir / "metrics.jsonl")
     return {

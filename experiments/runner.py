@@ -1,7 +1,7 @@
-"""Running many training runs: side by side where that pays, restartable, with progress.
+"""Runs many training runs: in parallel where this saves time, restartable, with progress.
 
-The runs of a preset lie in one folder, ``OUT/runs``, by names that tell their settings, so that
-experiments share them. A finished run is not done again; an interrupted one goes on from its
+All runs of a preset are in one folder, ``OUT/runs``. Their names contain their settings, so
+experiments share runs. A finished run is not repeated; an interrupted one resumes from its
 checkpoint.
 """
 
@@ -34,13 +34,13 @@ from ant_jax.runtime import compilation_cache, logs, progress, signals
 from ant_jax.runtime.files import user_path, write_bytes
 from experiments.presets import Preset, make_config
 
-PRESET = flags.DEFINE_string("preset", "digits", "At which size the experiment runs.")
-OUT = flags.DEFINE_string("out", None, "Where everything goes; default runs/experiments/PRESET.")
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and do nothing.")
+PRESET = flags.DEFINE_string("preset", "digits", "Size of the experiment.")
+OUT = flags.DEFINE_string("out", None, "Folder for all output; default runs/experiments/PRESET.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
-# Below so many steps a process costs more to start than it saves.
+# For fewer steps than this, starting a process takes longer than it saves.
 _WORTH_A_PROCESS = 1000
-# Neither what is learnt nor what is measured depends on these.
+# Neither the parameters nor the measurements depend on these settings.
 _INCIDENTAL = ("log_every", "tensorboard", "profile_steps", "data.num_workers", "data.dir")
 _INCIDENTAL += ("checkpoint.", "sample.every", "clusters.affinity")
 _SHARE_A_STEP = ("seed", "optimizer.learning_rate", "num_steps", "clusters.cost", "clusters.only")
@@ -56,14 +56,14 @@ class Run(NamedTuple):
 
 
 class Stopped(RuntimeError):
-    """A run was asked to stop before its end; it has saved its state."""
+    """A run stopped on request before its end; it has saved its state."""
 
 
 def start(main: Callable[[list[str]], None]) -> None:
-    """Runs a program of the command line, which ends in one line where it is asked to stop."""
+    """Runs a command; if it is asked to stop, it prints one line and exits."""
 
     def run(argv):
-        with signals.ending_the_program("start again to go on") as stop:
+        with signals.ending_the_program("start again to resume") as stop:
             try:
                 main(argv)
             except Stopped as error:
@@ -74,10 +74,10 @@ def start(main: Callable[[list[str]], None]) -> None:
 
 
 def choose(argv: Sequence[str], presets: dict[str, Preset]) -> tuple[Preset, Path]:
-    """The preset of the command line and the folder for its output.
+    """The preset and the output folder of the command line.
 
     Raises:
-      app.UsageError: for an unknown argument or preset, or an ``--out`` that is no folder.
+      app.UsageError: for an unknown argument or preset, or if ``--out`` is not a folder.
     """
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
@@ -105,19 +105,19 @@ def make_run(
 
     Args:
       preset: the preset.
-      method: of the config.
-      clusters: of the config.
-      seed: of the run.
-      settings: what to change in the preset's config, by ``"group.name"``; they make the name.
-      measurements: how many of the preset's evenly spaced measurements to make, counted from the
-        last, at the end of the run; None for all.
+      method: the method in the config.
+      clusters: the clusters in the config.
+      seed: the seed of the run.
+      settings: changes of the preset's config, by ``"group.name"``; the run's name contains them.
+      measurements: how many of the preset's evenly spaced measurements to make, counted back from
+        the end of the run; None for all.
     """
     plain = config_lib.flatten(make_config(preset, method, clusters, seed))
-    # What changes nothing does not count, so that equal runs have equal names.
+    # Drop settings that change nothing, so that equal runs have equal names.
     settings = {key: value for key, value in (settings or {}).items() if value != plain[key]}
     config = make_config(preset, method, clusters, seed, settings)
     every = math.ceil(config.num_steps / preset.measurements)
-    # All are kept, whoever asks first: another experiment may measure the same run elsewhere.
+    # Keep the checkpoints of all measurements, for other experiments that measure the same run.
     config.checkpoint.keep_period = every
     config.checkpoint.every = math.gcd(every, config.checkpoint.every)
     steps = [*range(every, config.num_steps, every), config.num_steps]
@@ -131,9 +131,9 @@ def make_run(
 
 
 def print_plan(stages: dict[str, Sequence[Run]], out: Path, preset: Preset) -> None:
-    """Says how many runs and steps are to be done, how many are done, and how long it may take.
+    """Prints how many runs and steps remain and an estimate of their time.
 
-    The estimate is by the finished runs in the folder, or else by the preset's.
+    The estimate uses the finished runs in the folder or, without any, the preset's time per step.
     """
     pace = _pace(out) or preset.seconds_per_step
     total = 0.0
@@ -146,23 +146,21 @@ def print_plan(stages: dict[str, Sequence[Run]], out: Path, preset: Preset) -> N
             f"{sum(run.config.num_steps for run in waiting)} steps"
             + (f", about {progress.duration(seconds)}" if pace else "")
         )
-    estimate = (
-        f"about {progress.duration(total)} in all" if pace else "no run of it has been timed yet"
-    )
+    estimate = f"about {progress.duration(total)} in total" if pace else "no run has been timed yet"
     print(f"in {out}: {estimate}")
 
 
 def execute(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[str, Any]]:
-    """Does what is not done yet and returns the results in the order of the runs.
+    """Executes the unfinished runs and returns all results in the order of the runs.
 
     A result has ``name``, ``num_steps``, ``batch_size``, ``config`` (flat), ``seconds``, ``rows``
-    (one a measurement, see `evaluate.evaluate`) and ``diverged``: the message where a loss was not
-    finite, otherwise "".
+    (one per measurement, see `evaluate.evaluate`) and ``diverged``: the error message if a loss was
+    not finite, otherwise "".
 
     Raises:
-      ConfigError: naming the setting, if a run is impossible or its folder holds another one.
+      ConfigError: if a run is impossible or its folder holds another run; it names the setting.
       Stopped: if a run was asked to stop.
-      RuntimeError: naming the run, if it fails for another reason than divergence.
+      RuntimeError: if a run fails for another reason than divergence; it names the run.
     """
     waiting = [run for run in runs if _result(run, out) is None]
     if waiting:
@@ -170,7 +168,7 @@ def execute(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[st
         with _progress(waiting, out, title):
             groups = _groups(waiting, _workers())
             if _workers() == 1 or sum(run.config.num_steps for run in waiting) < _WORTH_A_PROCESS:
-                # In the main thread, which a signal can stop.
+                # In the main thread, so that a signal can stop it.
                 for group in groups:
                     _run_all(group, out)
             else:
@@ -180,10 +178,10 @@ def execute(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[st
 
 
 def finished(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[str, Any]]:
-    """`execute` where every run must reach its end.
+    """Like `execute`, but every run must reach its end.
 
     Raises:
-      RuntimeError: naming the runs that diverged.
+      RuntimeError: if runs diverged; it names them.
     """
     results = execute(runs, out, title)
     diverged = [result for result in results if result["diverged"]]
@@ -196,7 +194,7 @@ def finished(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[s
 
 
 def parallel(function: Callable, arguments: Sequence[tuple], title: str) -> list[Any]:
-    """``[function(*a) for a in arguments]``, each beginning with a run, as runs are executed."""
+    """``[function(*a) for a in arguments]``, parallel as in `execute`; each ``a[0]`` is a run."""
     bar = lambda each: tqdm(each, title, len(arguments))
     if _workers() == 1 or sum(run.config.num_steps for run, *_ in arguments) < _WORTH_A_PROCESS:
         return [function(*each) for each in bar(arguments)]
@@ -210,7 +208,7 @@ def folder(run: Run, out: Path) -> Path:
 
 
 def made_from(run: Run) -> dict[str, Any]:
-    """What a run and its measurements depend on, to tell whether something kept is still true."""
+    """The settings that a run and its measurements depend on, to check stored results against."""
     flat = config_lib.flatten(run.config)
     kept = {
         name: value for name, value in flat.items() if not config_lib.is_among(name, _INCIDENTAL)
@@ -219,7 +217,7 @@ def made_from(run: Run) -> dict[str, Any]:
 
 
 def kept(path: Path, source: Any, make: Callable[[], Any]) -> Any:
-    """The JSON value in a file if it was made from the same source, otherwise made anew."""
+    """The JSON value stored in a file if its source is the same; otherwise calls ``make``."""
     source = json.loads(json.dumps(source))
     if path.exists():
         before = json.loads(path.read_text())
@@ -231,7 +229,7 @@ def kept(path: Path, source: Any, make: Callable[[], Any]) -> Any:
 
 
 def _check(runs):
-    """What can fail fails before the first run, and not hours later."""
+    """Raises errors before the first run, not hours later."""
     source = dataset.open_data(runs[0].config)
     evaluator.check(runs[0].config)
     for run in runs:
@@ -258,24 +256,24 @@ def _result(run, out):
 
 
 def _done(run, out):
-    """Steps that a run has logged; all of them once it has a result, however it ended."""
+    """The number of steps that a run has logged; all of them once it has a result."""
     if _result(run, out) is not None:
         return run.config.num_steps
     path = folder(run, out) / "metrics.jsonl"
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    # The last one may not be written to its end.
+    # The last line may be incomplete.
     steps = [logs.step_of(line) or 0 for line in lines[-2:]]
     return min(max(steps, default=0), run.config.num_steps)
 
 
 @contextlib.contextmanager
 def _progress(runs, out, title):
-    """A bar over the steps of all runs, by what they have logged."""
+    """A progress bar over the steps of all runs, from their logs."""
     steps = lambda: sum(_done(run, out) for run in runs)
     total = sum(run.config.num_steps for run in runs)
     over = threading.Event()
     verbosity = logging.get_verbosity()
-    # The runs' own lines would tear the bar.
+    # Log lines of the runs would break the bar.
     logging.set_verbosity(logging.WARNING)
     with tqdm(desc=title, total=total, unit="step", smoothing=0.05, initial=steps()) as bar:
 
@@ -295,10 +293,10 @@ def _progress(runs, out, title):
 
 
 def _groups(runs, workers):
-    """Runs that share a compiled step, as a rule; the longest group first.
+    """Groups of runs that usually share a compiled step; the longest group first.
 
-    A group is split, and compiled anew, where it would keep one worker busy when the others are
-    done.
+    A group is split, and compiled once more, if it would keep one worker busy after the others have
+    finished.
     """
     groups = {}
     for run in runs:
@@ -315,19 +313,19 @@ def _groups(runs, workers):
 
 
 def _cores():
-    """The cores that this process may use; not every system can tell or pin."""
+    """The cores that this process may use, or all cores where the system does not say."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
 
 
 def _workers():
-    """Runs side by side: one a core on CPUs, where threads do not help a small step."""
+    """Number of parallel runs: one per core on CPUs, where threads don't help a small step."""
     return len(_cores()) if jax.default_backend() == "cpu" else 1
 
 
 def _in_processes(function: Callable, arguments: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
-    """Which call is done and what it has returned, as they end; a core for each process."""
+    """Yields the index and the result of each call as it ends; each process has one core."""
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
     for core in _cores():
@@ -347,7 +345,7 @@ def _in_processes(function: Callable, arguments: Sequence[tuple]) -> Iterator[tu
                     for process in pool._processes.values():
                         process.terminate()
                     pool.shutdown(cancel_futures=True)
-                    raise Stopped("the runs that were under way are saved: start again to go on")
+                    raise Stopped("the runs have saved their state: start again to resume")
                 for future in done:
                     yield numbers[future], future.result()
     except BaseException:
@@ -359,10 +357,10 @@ def _in_processes(function: Callable, arguments: Sequence[tuple]) -> Iterator[tu
 
 
 def _start_worker(cores, parent):
-    """One core each, set before JAX counts them; nobody works on for a parent that is gone."""
+    """Pins the worker to a core before JAX counts the cores; it exits when its parent is gone."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {cores.get()})
-    # NumPy counted the cores when it was imported; its threads would wait for each other on one.
+    # NumPy counted all cores at its import; its threads would wait for each other on one core.
     threadpool_limits(1)
     compilation_cache.enable()
     logging.set_verbosity(logging.WARNING)
@@ -376,12 +374,12 @@ def _start_worker(cores, parent):
 
 
 def _call(function, *arguments):
-    """In a worker: what is no run, or has no step yet, stops too."""
+    """In a worker: stops on request also outside of training."""
     with signals.listening():
         try:
             return function(*arguments)
         except KeyboardInterrupt:
-            raise Stopped("asked to stop: start again to go on") from None
+            raise Stopped("stopped on request: start again to resume") from None
 
 
 def _run_all(runs: Sequence[Run], out: Path) -> None:
@@ -402,7 +400,7 @@ def _run(run, out):
     try:
         state = train.train(run.config, workdir)
         if int(state.step) < run.config.num_steps:
-            raise Stopped(f"{run.name} stopped at step {int(state.step)}: start again to go on")
+            raise Stopped(f"{run.name} stopped at step {int(state.step)}: start again to resume")
         rows = [evaluate.evaluate(run.config, workdir, step) for step in run.steps]
     except FloatingPointError as error:
         diverged = str(error)
@@ -419,7 +417,7 @@ def _run(run, out):
 
 
 def _pace(out):
-    """Seconds for a unit of work, by the finished runs; None if there are none."""
+    """Seconds per unit of work, from the finished runs; None if there are none."""
     results = [json.loads(path.read_text()) for path in (out / "runs").glob("*/result.json")]
     work = sum(_steps_of_work(result["num_steps"], result["batch_size"]) for result in results)
     return sum(result["seconds"] for result in results) / _workers() / work if work else None
@@ -430,5 +428,5 @@ def _work(run):
 
 
 def _steps_of_work(num_steps, batch_size):
-    """Steps in units of those of a batch of 120: a smaller one is cheaper, but not for free."""
+    """Steps in units of a step with batch size 120; smaller batches cost less, but not nothing."""
     return num_steps * (batch_size + 30) / 150

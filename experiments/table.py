@@ -1,10 +1,11 @@
-"""The methods compared, with controls: ``python -m experiments.table --preset core``.
+"""Compares the methods, with controls: ``python -m experiments.table --preset core``.
 
-``core``: {vanilla, linear, uncertainty, PCGrad, Nash} x {timestep, SNR, gradient clusters} and the
-controls, each at the learning rate that was best for it on one grid with one budget and seeds of
-their own. ``ablations``: the number of clusters, random clusters, other loss weights and noise
-schedules, and more, at the learning rates that ``core`` found, against vanilla under the same
-change. Everything is measured at several steps; see `write_report` for the columns.
+``core`` compares {vanilla, linear, uncertainty, PCGrad, Nash} x {timestep, SNR, gradient clusters}
+and the controls. The learning rate of each is the best on one grid, with the same budget for all
+and with separate seeds. ``ablations`` changes the number of clusters, uses random clusters, other
+loss weights, other noise schedules and more, with the learning rates of ``core``, and compares with
+vanilla under the same change. Everything is measured at several steps; `write_report` describes the
+columns.
 """
 
 import functools
@@ -63,7 +64,7 @@ def main(argv):
 
 
 def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[float, ...]) -> None:
-    """Tunes, trains, measures and reports the settings and Nash's mean weights."""
+    """Tunes, trains, measures and reports the settings, and linear with Nash's mean weights."""
     tune = functools.partial(tuning_runs, preset, grid)
     train = functools.partial(runs_of, preset)
     if runner.DRY_RUN.value:
@@ -85,7 +86,7 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
     runner.execute([run for runs in plan.values() for run in runs], out, "comparison")
     runner.finished(plan["nash, snr"], out)
     logged = [report.curves(runner.folder(run, out))["weights"] for run in plan["nash, snr"]]
-    # Adam does not see a common factor, and Nash's grows as gradients shrink: shares are averaged.
+    # Average the shares: the scale of Nash's weights grows as gradients shrink; Adam ignores it.
     weights = np.mean([(each / each.sum(1, keepdims=True)).mean(0) for each in logged], 0).tolist()
     fixed = fixed_setting(weights)
     chosen |= choose_rates(preset, out, grid, [fixed])
@@ -113,7 +114,7 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
 def choose_rates(
     preset: Preset, out: Path, grid: tuple[float, ...], settings: list[Setting]
 ) -> dict[str, float]:
-    """The best learning rate of each setting that is tuned for itself, by the distance."""
+    """The best learning rate, by the distance, of each setting that has its own tuning runs."""
     plan = {each.label: tuning_runs(preset, grid, each) for each in settings}
     plan = {label: runs for label, runs in plan.items() if runs}
     runner.execute([run for runs in plan.values() for run in runs], out, "learning rates")
@@ -134,13 +135,13 @@ def choose_rates(
 
 
 def _kind(setting):
-    """Settings of one kind do the same work in a step."""
+    """The kind of a setting; all settings of one kind do the same work in a step."""
     normalised = "optimizer.clip_norm" in setting.settings
     return setting.method + ", normalised" * normalised
 
 
 def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, float]:
-    """Median milliseconds of a step of each kind, interleaved, on all of this machine's cores."""
+    """Median milliseconds of a step of each kind, in turn, on all cores of this machine."""
     kinds = {_kind(each): each for each in settings if each.clusters == "snr"}
     runs = {kind: runs_of(preset, each, None)[0] for kind, each in kinds.items()}
 
@@ -179,7 +180,7 @@ def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, 
 
 
 def quality(result: dict[str, Any], row: int = -1) -> float:
-    """What is compared: the Frechet distance, or without features the validation loss."""
+    """The compared figure: the Frechet distance or, without features, the validation loss."""
     if result["diverged"]:
         return np.inf
     measured = result["rows"][row]
@@ -187,16 +188,16 @@ def quality(result: dict[str, Any], row: int = -1) -> float:
 
 
 def chosen_before(out: Path) -> dict[str, Any]:
-    """What a finished comparison has chosen: learning rates and Nash's mean weights; or nothing."""
+    """The learning rates and Nash's mean weights of a finished comparison; empty without one."""
     path = out / "table" / "chosen.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
 
 def ablate(preset: Preset, out: Path) -> None:
-    """Everything else, at the learning rates of the core."""
+    """Trains, measures and reports the ablations, with the learning rates of the core."""
     chosen = chosen_before(out).get("learning_rates", {})
     if not chosen:
-        logging.warning("%s: the preset's learning rate for all; run --preset core first", out)
+        logging.warning("%s: using the preset's learning rate; run --preset core first", out)
     settings = ablations(preset)
     plan = {each.label: runs_of(preset, each, chosen.get(each.tuned_as)) for each in settings}
     runs = [run for runs in plan.values() for run in runs]
@@ -232,15 +233,22 @@ def write_report(
 ) -> None:
     """Writes the numbers of every measurement as CSV and the table as Markdown.
 
-    Columns: the distance (mean and standard deviation over seeds) after a quarter, half and all of
-    the steps; at how many seeds it is below that of the setting compared with, after half and all
-    of them; the steps to reach that setting's mean last distance, interpolated between
-    measurements; the last loss on held-out images; how many samples the classifier takes for the
-    digit asked for; the distance of groups as large as the held-out images, to compare with theirs;
-    the mean distance of samples to the nearest training image, and the share of samples nearer to
-    one than 99 % of the held-out images are; for methods with the Gram matrix the share of steps
-    at which two cluster gradients had a negative cosine; milliseconds a step. Without features to
-    judge samples by, the distance is the loss on held-out images.
+    Columns:
+
+    - the distance (mean and standard deviation over seeds) after a quarter, half and all steps;
+    - the number of seeds at which it is below that of the setting compared with, after half and all
+      steps;
+    - the steps to reach that setting's mean last distance, interpolated between measurements;
+    - the last loss on held-out images;
+    - the share of samples that the classifier recognises as the requested digit;
+    - the distance of groups as large as the held-out images, to compare with the held-out images;
+    - the mean distance of samples to the nearest training image, and the share of samples closer to
+      one than 99 % of the held-out images are;
+    - for methods with the Gram matrix, the share of steps with a negative cosine between two task
+      gradients;
+    - milliseconds per step.
+
+    Without features to evaluate samples, the distance is the loss on held-out images.
     """
     rows = [
         {"setting": label, "run": result["name"]} | row
@@ -311,12 +319,12 @@ def _conflicts(group, out):
 
 
 def _steps_to_reach(group, target):
-    """Mean step at which the curves fall to a distance, or at how many seeds they do."""
+    """Mean step at which the curves reach a distance, or how many of the seeds reach it."""
     reached = []
     early = False
     for result in group:
         steps = [row["step"] for row in result["rows"]]
-        # The distance falls about exponentially between measurements.
+        # The distance falls roughly exponentially between measurements.
         excess = np.log([quality(result, i) / target for i in range(len(steps))])
         below = np.flatnonzero(excess <= 0)
         if not below.size:
@@ -336,7 +344,7 @@ def _steps_to_reach(group, target):
 def draw(
     results: dict[str, list[dict[str, Any]]], panels: dict[str, list[str]], path: Path
 ) -> None:
-    """Convergence curves, the band being one standard deviation over seeds."""
+    """Draws convergence curves; the band is one standard deviation over seeds."""
     rows = math.ceil(len(panels) / 4)
     columns = math.ceil(len(panels) / rows)
     figure, axes = plt.subplots(
@@ -363,11 +371,13 @@ def draw(
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
         ax.legend(fontsize="small")
-    judged = any(
+    has_distance = any(
         "frechet_distance" in row for group in results.values() for row in group[0]["rows"]
     )
     for ax in axes[:, 0]:
-        ax.set_ylabel("Frechet distance to the training data" if judged else "validation loss")
+        ax.set_ylabel(
+            "Frechet distance to the training data" if has_distance else "validation loss"
+        )
     report.save_figure(figure, path)
     logging.info("picture: %s", path)
 

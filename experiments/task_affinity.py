@@ -1,8 +1,9 @@
 """O1, task affinity falls with the gap: ``python -m experiments.task_affinity --preset digits``.
 
-Trains vanilla, takes the cosines between the gradients of denoising tasks at several checkpoints,
-and draws their mean over timesteps, over log-SNR and against the gap. The ``affinity.npz`` is what
-``config.clusters.cost = "gradient"`` reads as ``config.clusters.affinity``.
+Trains vanilla, measures the cosines between the gradients of denoising tasks at several
+checkpoints, and draws their mean over timesteps, over log-SNR and against the gap. For gradient
+clusters (``config.clusters.cost = "gradient"``), set ``config.clusters.affinity`` to the resulting
+``affinity.npz``.
 """
 
 from pathlib import Path
@@ -39,12 +40,12 @@ def plan(preset: Preset) -> list[Run]:
 
 
 def path_of(out: Path) -> Path:
-    """Where the mean affinity lies."""
+    """The path of the mean affinity."""
     return out / "task_affinity" / "affinity.npz"
 
 
 def measure(preset: Preset, out: Path) -> list[np.ndarray]:
-    """Trains and measures what is not there yet and saves the mean; (n, n) matrices, one a seed."""
+    """Trains, measures and saves the mean; returns one (n, n) matrix per seed."""
     runs = plan(preset)
     runner.finished(runs, out, "vanilla training")
     arguments = [(run, preset, out) for run in runs]
@@ -56,7 +57,7 @@ def measure(preset: Preset, out: Path) -> list[np.ndarray]:
 
 
 def _of_run(run, preset, out):
-    """(n, n) mean over the run's checkpoints; kept in a file."""
+    """(n, n) mean over the checkpoints of a run; stored in a file."""
     grid = affinity.timestep_grid(run.config.diffusion.timesteps, preset.affinity_grid)
 
     def make():
@@ -87,7 +88,7 @@ def _of_run(run, preset, out):
 
 
 def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[str, Any]:
-    """Writes the tables and the picture; returns the rank correlations by measure of the gap."""
+    """Writes the tables and the picture; returns the rank correlations for each kind of gap."""
     folder = out / "task_affinity"
     config = plan(preset)[0].config
     process = builders.build_diffusion(config)

@@ -1,10 +1,10 @@
 """O2, the negative transfer gap: ``python -m experiments.transfer_gap --preset digits``.
 
-For each of k intervals of timesteps a specialist is trained on that interval alone, with as many
-examples of it and as many steps as the multi-task model sees. The gap of an interval is the Frechet
-distance of the multi-task model's samples minus that of samples for which the specialist denoised
-that interval: positive means negative transfer. Beside it, the multi-task model's loss on held-out
-images of the interval minus the specialist's. Then the same for each method.
+Trains a specialist on each of k intervals of timesteps alone, with as many steps and as many
+examples of the interval as the multi-task model. The gap of an interval is the Frechet distance of
+the multi-task model's samples minus that of samples for which the specialist denoised the
+interval: a positive gap means negative transfer. The loss gap is the multi-task model's held-out
+loss in the interval minus the specialist's. Both are measured for each method.
 """
 
 from pathlib import Path
@@ -53,11 +53,11 @@ def main(argv):
 
 
 def plan(preset: Preset) -> tuple[list[Run], list[Run]]:
-    """The runs of the specialists and of the multi-task models."""
+    """The runs of the specialists, and those of the multi-task models."""
     multi_task = [
         runner.make_run(preset, method, "timestep", seed, measurements=0)
-        # Vanilla draws each interval as often only in expectation, the others exactly: linear on
-        # evenly spaced clusters is vanilla with stratified timesteps.
+        # Vanilla draws each interval equally often only in expectation, the other methods exactly:
+        # linear on evenly spaced clusters is vanilla with stratified timesteps.
         for method in ("vanilla", *preset.methods)
         for seed in preset.seeds
     ]
@@ -78,7 +78,7 @@ def plan(preset: Preset) -> tuple[list[Run], list[Run]]:
 
 
 def gaps_of(run: Run, specialists: list[Run], out: Path) -> list[dict[str, Any]]:
-    """One row an interval for one multi-task model; kept in a file."""
+    """One row per interval for one multi-task model; stored in a file."""
     source = [runner.made_from(each) for each in (run, *specialists)]
     path = out / "transfer_gap" / f"{run.name}.json"
     return runner.kept(path, source, lambda: _measure(run, specialists, out))
@@ -92,13 +92,13 @@ def _measure(run, specialists, out):
         for other in specialists
     ]
     boundaries = pieces.method.boundaries
-    judge = config.evaluation.features and evaluation.extractor(config.evaluation.features)
+    features = config.evaluation.features and evaluation.extractor(config.evaluation.features)
 
     def distance(model):
-        if not judge:
+        if not features:
             return np.nan
-        drawn = sampling.sample_batches(config, pieces, model, config.sample.num)
-        return evaluation.sample_metrics(drawn, judge)["frechet_distance"]
+        samples = sampling.sample_batches(config, pieces, model, config.sample.num)
+        return evaluation.sample_metrics(samples, features)["frechet_distance"]
 
     gap = transfer_gap(
         distance,
@@ -146,7 +146,7 @@ def write_report(rows: list[dict[str, Any]], folder: Path) -> None:
         row[key] for row in rows if row["method"] == method and row["interval"] == i
     ]
     tables = []
-    # Without features to judge samples by there are losses alone.
+    # Without features to evaluate samples there are only losses.
     keys = [key for key in ("gap", "loss gap") if not np.isnan(rows[0][key])]
     for key in keys:
         lines = [
