@@ -2,9 +2,9 @@
 
 Go et al., *Addressing Negative Transfer in Diffusion Models* (NeurIPS 2023, arXiv 2306.00354),
 section 4.1. A cost matrix holds the cost of every closed interval `l..r` of timesteps, measured
-from its centre `c = (l + r + 1) // 2`; a dynamic programme finds the partition of least total
-cost. NumPy alone, float64: this runs once, before training. A matrix takes 8 n^2 bytes, 0.8 GB for
-n = 10 000; all else here takes less.
+from its centre `c = (l + r + 1) // 2`. A dynamic programme finds the partition with the lowest
+total cost. The module needs only NumPy and computes in float64, once, before training. A cost
+matrix takes 8 n^2 bytes, 0.8 GB for n = 10 000; everything else here takes less.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-MAX_TIMESTEPS = 10_000  # beyond, a cost matrix would take gigabytes and minutes
+MAX_TIMESTEPS = 10_000  # a larger cost matrix would take gigabytes and minutes
 
-_ROWS = 256  # of a cost matrix, looked at together
+_ROWS = 256  # rows of a cost matrix that are processed together
 
 
 def timestep_costs(num_timesteps: int) -> np.ndarray:
@@ -27,11 +27,11 @@ def timestep_costs(num_timesteps: int) -> np.ndarray:
       Float64 array (n, n), in timesteps: entry `[l, r]` is the cost of `l..r`, inf where `l > r`.
 
     Raises:
-      ValueError: If `num_timesteps` is not an integer of 1 to `MAX_TIMESTEPS`.
+      ValueError: If `num_timesteps` is not an integer from 1 to `MAX_TIMESTEPS`.
     """
     _check_integer("num_timesteps", num_timesteps)
     _check_size(num_timesteps)
-    # 2d timesteps cost d^2 and 2d + 1 cost d (d + 1): a quarter of the squared length, floored.
+    # 2d timesteps cost d^2 and 2d + 1 cost d (d + 1): a quarter of the squared length, rounded down.
     by_length = np.arange(1, num_timesteps + 1) ** 2 // 4
     row = np.concatenate([np.full(num_timesteps - 1, np.inf), by_length])
     return np.lib.stride_tricks.sliding_window_view(row, num_timesteps)[::-1].copy()
@@ -40,7 +40,7 @@ def timestep_costs(num_timesteps: int) -> np.ndarray:
 def snr_costs(log_snr: np.ndarray) -> np.ndarray:
     """Costs of intervals by distance in log-SNR, `sum_t |log_snr[t] - log_snr[c]|`.
 
-    Go et al. 2023, section 4.1. Exact for any sequence, monotone or not.
+    Go et al. 2023, section 4.1. Correct for any sequence, monotone or not.
 
     Args:
       log_snr: Array (n,), the log signal-to-noise ratio (natural logarithm) of each timestep.
@@ -71,7 +71,7 @@ def gradient_costs(affinity: np.ndarray) -> np.ndarray:
 
     Args:
       affinity: Array (n, n), the similarity of the gradients of each pair of timesteps (a cosine,
-        no unit). Row c is read for centre c, so it need not be symmetric.
+        no unit). Costs of centre c use row c, so the matrix need not be symmetric.
 
     Returns:
       Float64 array (n, n): entry `[l, r]` is the cost of `l..r`, inf where `l > r`.
@@ -86,12 +86,12 @@ def gradient_costs(affinity: np.ndarray) -> np.ndarray:
 
 
 def interval_clusters(costs: np.ndarray, k: int) -> np.ndarray:
-    """Finds the k nonempty intervals of least total cost, exactly, by dynamic programming.
+    """Finds the k nonempty intervals with the lowest total cost, by exact dynamic programming.
 
     Go et al. 2023, section 4.1: `D_1[r] = cost[0, r]` and
-    `D_j[r] = min_l D_{j-1}[l - 1] + cost[l, r]`, in O(k n^2) time and O(n) memory beside the
+    `D_j[r] = min_l D_{j-1}[l - 1] + cost[l, r]`, in O(k n^2) time and O(k n) memory besides the
     costs. Among partitions of equal cost the last interval starts as early as possible, then the
-    one before it, and so on.
+    interval before it, and so on.
 
     Args:
       costs: Array (n, n): entry `[l, r]` is the cost of the closed interval `l..r`. Entries with
@@ -113,9 +113,9 @@ def interval_clusters(costs: np.ndarray, k: int) -> np.ndarray:
         if not np.isfinite(_upper_rows(costs, first, 0)).all():
             raise ValueError("costs[l, r] must be finite for every l <= r.")
 
-    # least[j][r] is the least cost of splitting 0..r into j + 1 intervals. The final interval
-    # always ends at n - 1, so the k-th stage is left to the walk back, which needs no table of
-    # minimisers: it recomputes the one column that it visits at each stage.
+    # least[j][r] is the lowest cost of splitting 0..r into j + 1 intervals. The last interval
+    # always ends at n - 1, so the k-th stage needs only one entry. The loop below computes it. It
+    # needs no table of minimisers, because it recomputes one column per stage.
     least = [costs[0]]
     for _ in range(k - 2):
         stage = np.full(n, np.inf)
@@ -154,11 +154,11 @@ def uniform_boundaries(num_timesteps: int, k: int) -> np.ndarray:
 
 
 def assign_clusters(t: Any, boundaries: Any) -> Any:
-    """Returns the cluster of each timestep; traceable by `jax.jit` when `t` is a JAX array.
+    """Returns the cluster of each timestep; `jax.jit` can trace it if `t` is a JAX array.
 
     Args:
       t: Integer NumPy or JAX array of any shape, timesteps in `[0, boundaries[-1])`. Timesteps
-        outside go to the nearest cluster, since a traced value can't be checked.
+        outside are assigned to the nearest cluster, because traced values can't be checked.
       boundaries: NumPy or JAX integer array (k + 1,), as returned by `interval_clusters`.
 
     Returns:
@@ -170,10 +170,10 @@ def assign_clusters(t: Any, boundaries: Any) -> Any:
 def _costs_from_centre(n: int, distances: Callable[[int], np.ndarray]) -> np.ndarray:
     """Sums the distances from the centre of every interval.
 
-    Dropping the right end of an interval of odd length, or the left end of one of even length,
-    keeps its centre. So the costs of one length follow from those of the length before by adding
-    one distance each, for any distances, and without the cancellation of differences of prefix
-    sums.
+    The centre does not change if an interval of odd length loses its right end, or an interval of
+    even length its left end. So the costs of one length are those of the previous length plus one
+    distance each. This holds for any distances, and avoids the cancellation in differences of
+    prefix sums.
 
     Args:
       n: The number of timesteps.

@@ -1,7 +1,7 @@
-"""Negative transfer: what a multi-task model loses against specialists (Go et al. 2023, O2).
+"""Negative transfer: compares a multi-task model with specialists (Go et al. 2023, O2).
 
-A specialist is a model trained on one interval of timesteps alone. Where it denoises its interval
-better than the multi-task model does, the other tasks have harmed that interval.
+A specialist is a model that is trained on one interval of timesteps alone. If it denoises its
+interval better than the multi-task model does, the other tasks have harmed this interval.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,14 +16,15 @@ from ant_jax.diffusion import switch_by_timestep
 
 
 class TransferGap(NamedTuple):
-    """How far samples are from the data with and without specialists.
+    """The distance of samples to the data, with and without specialists.
 
     Attributes:
       multi_task: distance of the multi-task model's samples.
       mixed: (k,) distances of samples for which specialist i denoised interval i and the multi-task
-        model all the others.
-      gap: (k,) ``multi_task - mixed``: positive means negative transfer in that interval, since the
-        specialist makes the samples better. Papers differ in the sign; this is the one of Go et al.
+        model all other intervals.
+      gap: (k,) ``multi_task - mixed``. A positive gap means negative transfer in that interval,
+        because the specialist improves the samples. Papers differ in the sign; this is the sign of
+        Go et al.
     """
 
     multi_task: float
@@ -42,18 +43,18 @@ def transfer_gap(
 
     Args:
       distance: draws samples with a network ``(x, t, y) -> output`` and returns their distance to
-        the data, such as the Frechet distance. The same first noise in every call leaves less
-        chance in the differences. All calls get one program, with other arrays.
+        the data, such as the Frechet distance. Use the same initial noise in every call, so that
+        the differences have less variance. All calls share one compiled program.
       apply_fn: ``(params, x, t, y) -> output``.
       multi_task: parameters of the model trained on all timesteps.
-      specialists: k sets of parameters; number i is trained on interval i.
-      boundaries: (k + 1,) of the intervals.
+      specialists: k sets of parameters; the i-th is trained on interval i.
+      boundaries: (k + 1,) boundaries of the intervals.
 
     Returns:
       The gap of each interval.
 
     Raises:
-      ValueError: if there are not as many specialists as intervals.
+      ValueError: if the number of specialists is not the number of intervals.
     """
     k = len(boundaries) - 1
     if len(specialists) != k:

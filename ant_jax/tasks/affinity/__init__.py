@@ -1,9 +1,9 @@
-"""Task affinity: how well the gradients of two denoising tasks agree.
+"""Task affinity: the similarity of the gradients of two denoising tasks.
 
 Go et al., *Addressing Negative Transfer in Diffusion Models* (NeurIPS 2023, arXiv 2306.00354),
 section 3.1: the cosine similarity of the mean gradients of the losses at two timesteps, averaged
-over training (observation O1: it falls as the gap in timestep or in log-SNR widens). A matrix of
-it is the input of gradient-based interval clustering, `clustering.gradient_costs`.
+over training. Observation O1: it falls as the gap in timestep or in log-SNR widens. A matrix of
+affinities is the input of gradient-based interval clustering, `clustering.gradient_costs`.
 """
 
 from ant_jax.tasks.affinity.gradients import SKETCH_SIZE, sketch, task_affinity

@@ -1,8 +1,7 @@
-"""Measuring task affinity: gradients of denoising tasks and their cosines.
+"""Measures task affinity: gradients of denoising tasks and their cosines.
 
 With P parameters and n timesteps the gradients are n x P numbers, too many for most models. Only
-their inner products are needed, so each gradient is replaced by a short random `sketch` of itself
-as soon as it is known.
+their inner products are needed, so a short random `sketch` replaces each gradient at once.
 """
 
 import functools
@@ -33,35 +32,35 @@ def task_affinity(
 ) -> np.ndarray:
     """Cosines between the gradients of denoising tasks (Go et al. 2023, section 3.1).
 
-    The gradient of task t is that of the mean training loss of all images at timestep t, loss
-    weights and learned variance included. Every task sees the same images under the same noise, so
-    that tasks differ by their timestep alone. The paper averages over training: take the
+    The gradient of task t is the gradient of the mean training loss of all images at timestep t,
+    with loss weights and learned variance. All tasks use the same images and the same noise, so
+    they differ only in the timestep. The paper averages over training: to do so, take the
     `np.mean` of the matrices of several checkpoints. They share one compiled program if
-    `apply_fn`, `diffusion` and all shapes are the same, and with a key for each the errors of
-    their sketches are independent.
+    `apply_fn`, `diffusion` and all shapes are the same. Give each checkpoint its own key, so that
+    the errors of the sketches are independent.
 
-    Memory beyond the model's is n * sketch_size + O(P) numbers, or n * P for the exact form.
+    The memory besides the model's is n * sketch_size + O(P) numbers, or n * P for the exact form.
 
     Args:
-      apply_fn: `(params, x_t, t, y) -> model output`, hashable; a new object compiles anew.
+      apply_fn: `(params, x_t, t, y) -> model output`, hashable; a new object compiles again.
       params: Pytree of the P parameters.
       diffusion: The noise process and its loss.
       x0: (M, H, W, C) float32 images in [-1, 1].
       timesteps: (n,) integers in [0, T), the tasks to compare.
       key: Key of the noise and of the sketch.
-      y: (M,) integer labels, given to the model as they are, or None.
-      sketch_size: Length of the sketch of a gradient. Errors of the cosines have a standard
+      y: (M,) integer labels, passed to the model unchanged, or None.
+      sketch_size: Length of the sketch of a gradient. The errors of the cosines have a standard
         deviation of at most about `1 / sqrt(sketch_size)`, 0.3 % by default (see `sketch`). None,
-        like a size of P or more, keeps the n whole gradients: the exact form.
-      microbatch: Number of images that are worked off at a time, a divisor of M; None is M. It
+        or a size of P or more, keeps the n whole gradients: the exact form.
+      microbatch: Number of images that are processed at a time, a divisor of M; None means M. It
         changes memory and time, not the result.
 
     Returns:
       (n, n) float64, exactly symmetric, within [-1, 1], exactly 1 on the diagonal. A task whose
-      gradient is zero has affinity 0 with every other one.
+      gradient is zero has affinity 0 with every other task.
 
     Raises:
-      ValueError: For arguments that are not as above, or if a gradient is not finite.
+      ValueError: If an argument is not as described, or if a gradient is not finite.
     """
     x0 = jnp.asarray(x0)
     if x0.ndim != 4 or not x0.size or not jnp.issubdtype(x0.dtype, jnp.floating):
@@ -96,8 +95,8 @@ def task_affinity(
     bad = timesteps[~np.isfinite(gram.diagonal())]
     if bad.size:
         raise ValueError(f"the gradients at timesteps {bad.tolist()} are not finite.")
-    # The norms are those of the sketches too: for similar gradients their errors cancel those of
-    # the inner product, and the cosine is better than it would be with the exact norms.
+    # Use the norms of the sketches, not the exact norms: for similar gradients the errors of norms
+    # and inner product cancel, which improves the cosine.
     norms = np.sqrt(gram.diagonal())
     products = np.outer(norms, norms)
     cosines = np.divide(
@@ -109,7 +108,7 @@ def task_affinity(
 
 @functools.partial(jax.jit, static_argnames=("apply_fn", "diffusion", "sketch_size", "microbatch"))
 def _gram(params, x0, timesteps, key, y, *, apply_fn, diffusion, sketch_size, microbatch):
-    """(n, n) inner products of the gradients, each scaled by a positive number of its own."""
+    """(n, n) inner products of the gradients; each gradient has a positive scale of its own."""
     noise_key, sketch_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, x0.shape)
     parts = jax.tree.map(lambda leaf: leaf.reshape(-1, microbatch, *leaf.shape[1:]), (x0, noise, y))
@@ -128,7 +127,7 @@ def _gram(params, x0, timesteps, key, y, *, apply_fn, diffusion, sketch_size, mi
 
         gradient, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), parts)
         numbers = _flatten(gradient) if exact else sketch(gradient, sketch_size, sketch_key)
-        # Loss weights span many orders of magnitude; the squares must not leave float32.
+        # Loss weights span many orders of magnitude; their squares must not overflow float32.
         largest = jnp.max(jnp.abs(numbers))
         return numbers / jnp.where(largest == 0, 1, largest)
 
@@ -138,31 +137,31 @@ def _gram(params, x0, timesteps, key, y, *, apply_fn, diffusion, sketch_size, mi
 
 @functools.partial(jax.jit, static_argnames="size")
 def sketch(tree: Any, size: int, key: jax.Array) -> jax.Array:
-    """A short linear random image of a pytree that keeps inner products.
+    """A short random linear map of a pytree that preserves inner products.
 
-    The P numbers are cut into chunks of d = size consecutive ones; each chunk is multiplied by
-    random signs, rolled cyclically by a random distance, and all chunks are added up. That is a
-    CountSketch (Charikar, Chen & Farach-Colton, *Finding Frequent Items in Data Streams*, 2002)
-    whose hash is one roll a chunk, so it needs no scatter and no table: two numbers of one chunk
-    never collide, two of different chunks do with probability 1/d.
+    The P numbers are cut into chunks of d = size consecutive numbers. Each chunk is multiplied by
+    random signs and rolled cyclically by a random distance; the sketch is the sum of all chunks.
+    This is a CountSketch (Charikar, Chen & Farach-Colton, *Finding Frequent Items in Data Streams*,
+    2002) whose hash is one roll per chunk, so it needs no scatter and no table. Two numbers of the
+    same chunk never collide; two of different chunks collide with probability 1/d.
 
     Over keys, `<Sa, Sb>` has the mean `<a, b>`. Its error is the sum of
-    `s_i s_j (a_i b_j + a_j b_i)` over the pairs {i, j} that collide; such terms are uncorrelated,
+    `s_i s_j (a_i b_j + a_j b_i)` over the pairs {i, j} that collide. These terms are uncorrelated,
     because the signs s are independent. So with chunks a_c, b_c the variance is::
 
       (|a|^2 |b|^2 - sum_c |a_c|^2 |b_c|^2 + <a, b>^2 - sum_c <a_c, b_c>^2) / d
 
-    and at most `(|a|^2 |b|^2 + <a, b>^2) / d`: as for feature hashing (Weinberger et al., *Feature
-    Hashing for Large Scale Multitask Learning*, ICML 2009, lemma 2), less the pairs within a
-    chunk. At `SKETCH_SIZE` the standard deviation is at most `sqrt(2 / d)` = 0.4 % of `|a| |b|`,
-    so 2 % is five of them. The errors are nearly normal if many numbers contribute to the norms;
-    if m of them do, two of those collide, with an error of the order of `|a| |b| / m`, with a
-    probability of up to `m^2 / 2d`.
+    and at most `(|a|^2 |b|^2 + <a, b>^2) / d`: the variance of feature hashing (Weinberger et al.,
+    *Feature Hashing for Large Scale Multitask Learning*, ICML 2009, lemma 2) without the pairs
+    within a chunk. At `SKETCH_SIZE` the standard deviation is at most `sqrt(2 / d)` = 0.4 % of
+    `|a| |b|`, so 2 % is five standard deviations. The errors are nearly normal if many numbers
+    contribute to the norms. If only m numbers contribute, two of them collide with probability at
+    most about `m^2 / 2d`, and the error is then of the order of `|a| |b| / m`.
 
     Args:
-      tree: Pytree of arrays with P numbers in all.
+      tree: Pytree of arrays with P numbers in total.
       size: Length d of the sketch, at least 1.
-      key: Key of the signs and distances; sketches are comparable only if made with the same one.
+      key: Key of the signs and distances; only sketches with the same key are comparable.
 
     Returns:
       (size,) float32.
@@ -172,7 +171,7 @@ def sketch(tree: Any, size: int, key: jax.Array) -> jax.Array:
     sign_key, roll_key = jax.random.split(key)
     distances = jax.random.randint(roll_key, (len(chunks),), 0, size)
 
-    # The signs of one chunk live for one iteration: a table of them would have P entries.
+    # Draw the signs of a chunk inside the loop: a table of all signs would have P entries.
     def add(total, numbered_chunk):
         i, chunk = numbered_chunk
         signs = jax.random.rademacher(jax.random.fold_in(sign_key, i), (size,), jnp.float32)

@@ -1,4 +1,4 @@
-"""What is done with a matrix of task affinities: the grid, the file, the profile; NumPy alone."""
+"""Matrices of task affinities: their grid, file, interpolation and profile. Needs only NumPy."""
 
 import io
 import math
@@ -16,7 +16,7 @@ class GapProfile(NamedTuple):
     Attributes:
       centres: Centres of the bins, in the unit of the positions.
       mean: Mean affinity of the pairs in the bin.
-      std: Their standard deviation (dividing by the count).
+      std: Standard deviation of these affinities (divisor: count).
       count: Number of pairs, at least 1.
     """
 
@@ -31,13 +31,13 @@ def timestep_grid(num_timesteps: int, n: int) -> np.ndarray:
 
     Args:
       num_timesteps: The number of timesteps T, at least 1.
-      n: How many to choose, `1 <= n <= T`.
+      n: Number of timesteps to choose, `1 <= n <= T`.
 
     Returns:
-      (n,) distinct ascending integers from 0 to T - 1, both included; T // 2 alone for n = 1.
+      (n,) distinct ascending integers from 0 to T - 1, both included; only T // 2 for n = 1.
 
     Raises:
-      ValueError: If an argument is not an integer as above.
+      ValueError: If an argument is not an integer as described.
     """
     check_integer("num_timesteps", num_timesteps)
     check_integer("n", n)
@@ -45,30 +45,31 @@ def timestep_grid(num_timesteps: int, n: int) -> np.ndarray:
         raise ValueError(f"n must be at most the number of timesteps {num_timesteps}, not {n}.")
     if n == 1:
         return np.array([num_timesteps // 2])
-    # Rounded in integers: equal remainders round alike, so that no two timesteps coincide.
+    # Round in integers: equal remainders round in the same direction, so all timesteps differ.
     return (np.arange(n) * (num_timesteps - 1) + (n - 1) // 2) // (n - 1)
 
 
 def interpolate(affinity: np.ndarray, timesteps: np.ndarray, num_timesteps: int) -> np.ndarray:
-    """Affinity of all timesteps from that of a grid, for `clustering.gradient_costs`.
+    """Interpolates the affinity of a grid to all timesteps, for `clustering.gradient_costs`.
 
-    Bilinear in the two timesteps and constant outside the grid. Between grid points the diagonal
-    comes out below 1, as any other entry is interpolated; measured entries are unchanged.
+    The interpolation is bilinear in the two timesteps and constant outside the grid. Measured
+    entries do not change. Between grid points the diagonal is interpolated like any other entry,
+    and so is below 1.
 
-    Boundaries of clusters move by about one cell of the grid if the affinity is smooth within a
-    cell. They may move further, at little cost, where it is not: the log-SNR of a cosine schedule
-    jumps at its two ends.
+    The interpolation moves boundaries of clusters by about one cell of the grid if the affinity is
+    smooth within a cell. Elsewhere they may move further, at little cost: the log-SNR of a cosine
+    schedule jumps at its two ends.
 
     Args:
-      affinity: (n, n) the affinity of the grid, symmetric or not.
-      timesteps: (n,) the grid: strictly increasing integers in [0, T), at least two unless T = 1.
+      affinity: (n, n) affinity of the grid, symmetric or not.
+      timesteps: (n,) grid: strictly increasing integers in [0, T), at least two unless T = 1.
       num_timesteps: The number of timesteps T.
 
     Returns:
       (T, T) float64.
 
     Raises:
-      ValueError: If an argument is not as above, or `affinity` is not finite.
+      ValueError: If an argument is not as described, or `affinity` is not finite.
     """
     affinity, timesteps = _check_grid(affinity, timesteps, num_timesteps)
     if num_timesteps == 1:
@@ -83,24 +84,24 @@ def interpolate(affinity: np.ndarray, timesteps: np.ndarray, num_timesteps: int)
 
 
 def save(path: str | Path, affinity: np.ndarray, timesteps: np.ndarray, num_timesteps: int) -> None:
-    """Writes a measured affinity as an .npz file; one that is there is replaced when all is done.
+    """Writes a measured affinity as an .npz file; replaces an existing file atomically.
 
     Args:
-      path: The file; folders above it are made.
+      path: The file; missing parent folders are created.
       affinity: (n, n), as for `interpolate`.
       timesteps: (n,), as for `interpolate`.
       num_timesteps: The number of timesteps T.
 
     Raises:
-      ValueError: If `interpolate` could not use the arguments.
+      ValueError: If the arguments are not valid for `interpolate`.
     """
     affinity, timesteps = _check_grid(affinity, timesteps, num_timesteps)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Of this call alone: another may write the same file at the same time.
+    # A name of this call only: another process may write the same file at the same time.
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        # Opened here, because np.savez adds a suffix to names.
+        # Pass an open file, because np.savez adds a suffix to names.
         with partial.open("wb") as file:
             np.savez(file, affinity=affinity, timesteps=timesteps, num_timesteps=num_timesteps)
         partial.replace(path)
@@ -113,7 +114,7 @@ def load(path: str | Path, num_timesteps: int) -> np.ndarray:
 
     Args:
       path: The file.
-      num_timesteps: The number of timesteps T of the run that is to use it.
+      num_timesteps: The number of timesteps T of the run that uses the affinity.
 
     Returns:
       (T, T) float64, as returned by `interpolate`.
@@ -138,12 +139,12 @@ def load(path: str | Path, num_timesteps: int) -> np.ndarray:
                 affinity = _member(archive, "affinity", num_timesteps**2)
                 timesteps = _member(archive, "timesteps", num_timesteps)
             return interpolate(affinity, timesteps, num_timesteps)
-        except Exception as error:  # Damaged bytes surface as almost any type of error.
+        except Exception as error:  # Damaged files raise almost any type of error.
             raise ValueError(f"{path} is no task affinity: {error}") from error
 
 
 def _member(archive, name, most):
-    """An array of at most so many numbers, for which no file makes us take more memory."""
+    """Reads an array of at most `most` numbers; no file can make it allocate more memory."""
     info = archive.getinfo(f"{name}.npy")
     if info.file_size > 16 * most + 4096:
         raise ValueError(f"{name} takes {info.file_size} bytes, for at most {most} numbers")
@@ -156,7 +157,7 @@ def _member(archive, name, most):
     }
     if version not in headers:
         raise ValueError(f"{name} has an unknown version {version} of the .npy format")
-    # Not np.load: it takes the memory for the shape before it looks whether there is as much.
+    # Not np.load: it allocates memory for the shape before it checks the size of the data.
     shape, fortran, dtype = headers[version](file)
     if dtype.kind not in "fiu":
         raise ValueError(f"{name} must be numbers, not {dtype}")
@@ -178,7 +179,7 @@ def affinity_by_gap(affinity: np.ndarray, positions: np.ndarray, bins: int = 20)
       The profile, without empty bins, by ascending gap.
 
     Raises:
-      ValueError: If an argument is not as above or not finite.
+      ValueError: If an argument is not as described or not finite.
     """
     check_integer("bins", bins)
     values, gaps = _pairs(affinity, positions)
@@ -204,8 +205,8 @@ def rank_correlation(affinity: np.ndarray, positions: np.ndarray) -> float:
       average rank.
 
     Raises:
-      ValueError: If an argument is not as above or not finite, or if affinity or gap is the same
-        for all pairs, so that there is no correlation.
+      ValueError: If an argument is not as described or not finite, or if all pairs have the same
+        affinity or the same gap, so that there is no correlation.
     """
     ranks = []
     for name, values in zip(("affinity", "gap"), _pairs(affinity, positions), strict=True):
