@@ -31,7 +31,7 @@ def timestep_costs(num_timesteps: int) -> np.ndarray:
     """
     _check_integer("num_timesteps", num_timesteps)
     _check_size(num_timesteps)
-    # 2d timesteps cost d^2 and 2d + 1 cost d (d + 1): a quarter of the squared length, rounded down.
+    # 2d timesteps cost d^2 and 2d + 1 cost d (d + 1): a quarter of the squared length, floored.
     by_length = np.arange(1, num_timesteps + 1) ** 2 // 4
     row = np.concatenate([np.full(num_timesteps - 1, np.inf), by_length])
     return np.lib.stride_tricks.sliding_window_view(row, num_timesteps)[::-1].copy()
@@ -114,7 +114,7 @@ def interval_clusters(costs: np.ndarray, k: int) -> np.ndarray:
             raise ValueError("costs[l, r] must be finite for every l <= r.")
 
     # least[j][r] is the lowest cost of splitting 0..r into j + 1 intervals. The last interval
-    # always ends at n - 1, so the k-th stage needs only one entry. The loop below computes it. It
+    # always ends at n - 1, so the k-th stage needs only one entry. The second loop computes it. It
     # needs no table of minimisers, because it recomputes one column per stage.
     least = [costs[0]]
     for _ in range(k - 2):
