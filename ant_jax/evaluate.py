@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,7 +41,8 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
-      ConfigError: if the workdir is of another config, or another job draws the same samples.
+      ConfigError: if the workdir is of another config.
+      InUseError: if another job draws the same samples.
       FloatingPointError: if samples have numbers that are not finite.
     """
     step, pieces, state = restore_run(config, workdir, step)
@@ -85,7 +87,8 @@ def evaluate(
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config, or names nothing to measure by, or what it
-        names can't be used, or another job draws the same samples.
+        names can't be used.
+      InUseError: if another job draws the same samples.
       FloatingPointError: if samples or the validation loss are not finite.
     """
     config_lib.validate(config)
@@ -289,7 +292,7 @@ def _save_grid(path, first):
 
 
 def restore_run(
-    config: ConfigDict, workdir: Path, step: int | None = None, *, draws: bool = True
+    config: ConfigDict, workdir: Path, step: int | None = None, *, draws: bool = True, **given: Any
 ) -> tuple[int, experiment.Experiment, TrainState]:
     """A run's step, what its config describes, and its state then.
 
@@ -298,18 +301,21 @@ def restore_run(
       workdir: of the run.
       step: of the checkpoint; the newest by default.
       draws: whether samples are to be drawn, which takes the autoencoder that the run has.
+      **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
-      ConfigError: if the workdir is of another config.
+      ConfigError: if the workdir is of another config, or was given other things.
     """
     before = workdir_lib.recorded(workdir)
     if before is None:
         raise FileNotFoundError(f"no run in {workdir}: give its --workdir, or train first")
-    config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
+    # Without what it learned from: what there is to know of that are facts.
+    built = {name: kind for name, kind in before["given"].items() if name != "source"}
+    workdir_lib.check_run(before | {"given": built}, config, workdir_lib.names_of(given), workdir)
     if draws:
         workdir_lib.check_encoder(config, workdir)
-    pieces = experiment.build(config, **workdir_lib.load_facts(workdir))
+    pieces = experiment.build(config, **workdir_lib.load_facts(workdir), **given)
     restored = workdir_lib.restore(config, pieces, workdir, step)
     if restored is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}: train first")

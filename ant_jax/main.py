@@ -205,10 +205,11 @@ def _imported_mode():
 def _report_errors(function, *arguments):
     from ant_jax.data import ExampleError
     from ant_jax.runtime.checkpoint import CheckpointError
+    from ant_jax.runtime.lock import InUseError
     from ant_jax.runtime.processes import DisagreementError
 
     expected = (ConfigError, CheckpointError, ExampleError, OSError, FloatingPointError)
-    expected += (DisagreementError,)
+    expected += (DisagreementError, InUseError)
     try:
         return function(*arguments)
     except expected as error:

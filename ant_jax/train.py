@@ -1,41 +1,53 @@
 """The training loop."""
 
 import contextlib
-import os
+import functools
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
-import optax
 from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import data, experiment, init_from, sampling
+from ant_jax import data, experiment, hooks, init_from, mtl, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
+from ant_jax.diffusion import GaussianDiffusion
 from ant_jax.latents import dataset
-from ant_jax.runtime import checkpoint, logs, processes, progress, signals
-from ant_jax.runtime import devices as devices_lib
-from ant_jax.runtime.lock import job_lock
+from ant_jax.runtime import checkpoint, logs, measurements, processes, progress, signals
+from ant_jax.runtime.loss_guard import LossGuard
+from ant_jax.runtime.profiler import profiler
 from ant_jax.train_step import TrainState
 
 _PROFILE_START = 10
-# So many steps in a row that are not finite come from the parameters, not from the data.
-_PATIENCE = 9
 
 
-def train(config: ConfigDict, workdir: str | Path) -> TrainState:
+def train(
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    model: nn.Module | None = None,
+    source: data.Source | None = None,
+    process: GaussianDiffusion | None = None,
+    weighting: mtl.Weighting | None = None,
+) -> TrainState:
     """Trains to ``config.num_steps``, from the newest checkpoint in the workdir if there is one.
 
     Args:
       config: see ``configs/digits.py``.
       workdir: gets ``config.json``, ``facts.json``, ``metrics.jsonl``, TensorBoard files,
         ``samples/`` and ``checkpoints/``.
+      model: a network in place of the one that the config names. The workdir records that it was
+        given, and so for the others: to go on, give it again.
+      source: images and labels in place of those that the config names.
+      process: a noise process in place of the one that the config names.
+      weighting: a multi-task method in place of the one that the config names.
 
     Returns:
       The state reached: the last one, or on SIGTERM, SIGHUP or Ctrl-C the one that was saved.
@@ -43,86 +55,182 @@ def train(config: ConfigDict, workdir: str | Path) -> TrainState:
     Raises:
       KeyboardInterrupt: on one of these before the first step, when there is nothing to save yet,
         or on a second one.
-      ConfigError: for impossible settings, or a workdir of another config or in another's use.
+      ConfigError: for impossible settings, or a workdir of another config.
+      InUseError: if another run trains in the workdir.
       FloatingPointError: at the first loss or gradient that is not finite, or, where
         ``config.optimizer.nonfinite`` skips them, at the tenth in a row since the start.
     """
     workdir = Path(workdir)
     config_lib.validate(config)
-    source = dataset.open_data(config)
+    built = {"model": model, "process": process, "weighting": weighting}
+    built = {name: value for name, value in built.items() if value is not None}
+    given = workdir_lib.names_of(built if source is None else built | {"source": source})
+    if source is None:
+        source = dataset.open_data(config)
     # Process 0's: another may see the disk a little later.
     before = processes.broadcast_from_first(lambda: workdir_lib.recorded(workdir))
     boundaries = None
     if before is not None:
-        config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
+        workdir_lib.check_run(before, config, given, workdir)
         workdir_lib.check_data(before["facts"], source, workdir)
         boundaries = before["facts"].get("boundaries")
-    pieces = experiment.build(config, source.image_shape[-1], source.num_classes, boundaries)
+    shape, num_classes = source.image_shape, source.num_classes
+    pieces = experiment.build(config, shape[-1], num_classes, boundaries, **built)
     experiment.check_batch(config, pieces.method)
-    processes.assert_equal(lambda: _found(pieces, source))
-    with _alone(workdir) as check_alone:
-        return _train(config, workdir, source, pieces, before, check_alone)
+    processes.assert_equal(lambda: _found(pieces, source, given))
+    with workdir_lib.alone(workdir) as check_alone:
+        if processes.is_first() and workdir_lib.recorded(workdir) != before:
+            raise ConfigError(f"another run has begun in {workdir} just now: start again")
+        start = _start(config, workdir, pieces, len(source))
+        # Until here a start can be refused, and so nothing but the lock is written before.
+        run = (before or {}).get("id") or uuid.uuid4().hex
+        record = workdir_lib.save_record(run, config, given, pieces, source, workdir)
+        with _hooks(config, workdir, source, pieces, start, record, check_alone) as on:
+            return _train(config, start, on)
 
 
-def _found(pieces, source):
+def _found(pieces, source, given):
     """What each of several processes finds for itself, which must be the same."""
     devices = jax.local_devices()
     return {
         "devices of a process": len(devices),
         "kind of device": devices[0].device_kind,
+        "what was given": given,
         **workdir_lib.facts(pieces, source),
     }
 
 
-def _train(config, workdir, source, pieces, before, check_alone):
-    if processes.is_first() and workdir_lib.recorded(workdir) != before:
-        raise ConfigError(f"another run has begun in {workdir} just now: start again")
+class _Start(NamedTuple):
+    """Where training starts.
+
+    Attributes:
+      step: the last one that is done.
+      state: after it.
+      take_step: ``(state, batch) -> (state, metrics)``.
+      kept: what the checkpoint says of the steps since the last report.
+      restored: whether it is that of a checkpoint.
+    """
+
+    step: int
+    state: TrainState
+    take_step: Callable
+    kept: dict[str, Any]
+    restored: bool
+
+
+def _start(config, workdir, pieces, num_images):
+    """Begins or restores; writes nothing, so that what can't be read is an error at once."""
     directory = (workdir / "checkpoints").absolute()
-    # Before anything is written or compiled: what can't be read is an error at once.
-    begun = processes.broadcast_from_first(lambda: bool(checkpoint.checkpoint_steps(directory)))
-    params = None if begun else init_from.initial_params(config, pieces)
-    if max(checkpoint.checkpoint_steps(directory), default=0) < config.num_steps:
+    steps = processes.broadcast_from_first(lambda: checkpoint.checkpoint_steps(directory))
+    params = None if steps else init_from.initial_params(config, pieces)
+    if max(steps, default=0) < config.num_steps:
         logging.info("compiling the step ...")
-        step_fn = experiment.start_compiling(config, pieces)
+        take_step = experiment.start_compiling(config, pieces)
     else:
-        step_fn = experiment.training_step(config, pieces)
+        take_step = experiment.training_step(config, pieces)
     _look_ahead(config)
     restored = workdir_lib.restore(config, pieces, workdir)
-    kept = None
     if restored is None:
-        start, state = 0, experiment.new_state(config, pieces, params)
-        # On the devices now; the host's copy would stay as long as the training.
-        del params
-        _log_overview(config, pieces, state, len(source))
+        # On the devices from now on; no name keeps the host's copy as long as the training.
+        step, state = 0, experiment.new_state(config, pieces, params)
+        _log_overview(config, pieces, state, num_images)
     else:
-        start, state = restored
-        if start < config.num_steps:
-            logging.info("resuming from step %d of %s", start, directory)
-        else:
-            logging.info(
-                "%s is at step %d already, and config.num_steps = %d: raise it to train on",
-                workdir,
-                start,
-                config.num_steps,
-            )
-        kept = processes.broadcast_from_first(lambda: checkpoint.read_record(directory, start))
-    saved = None if restored is None else start
+        step, state = restored
+        _log_resumed(config, workdir, step)
+    record = processes.broadcast_from_first(lambda: checkpoint.read_record(directory, step))
     # Of a checkpoint of an older version nothing is known.
-    kept = kept["metrics"] if kept else {"interval": {}, "skipped": 0, "replaced": 0, "lines": None}
-    _check_same(start, state)
+    kept = record["metrics"] if record else measurements.NOTHING | {"lines": None}
+    hooks.check_replicas(step, state)
+    return _Start(step, state, take_step, kept, restored is not None)
 
-    # Until here a start can be refused, and so nothing but the lock is written before.
+
+def _train(config, start, on):
+    state = start.state
+    if on.pictures.is_missing(start.step):
+        on.pictures.draw(start.step, state.ema_params)
+    for step in range(start.step + 1, config.num_steps + 1):
+        on.profile(step)
+        # Read while the devices work on the step before; the call below sends it to them.
+        batch = next(on.batches, None)
+        if batch is None:
+            logging.info("asked to stop while waiting for data: saving step %d", step - 1)
+            on.saves.save(step - 1, state)
+            break
+        replaced = int(batch.pop("replaced", np.zeros(0)).sum())
+        state, metrics = start.take_step(state, batch)
+        if step == start.step + 1:
+            on.reports.restart_clock(start.step)
+            # From now on there is something to save.
+            on.stop.saving = True
+        on.measured.add(step, metrics, replaced)
+        on.saves.check()
+
+        log, last = step % config.log_every == 0, step == config.num_steps
+        stopping = not last and hooks.stops_here(on.stop, waits=log)
+        # Between two reports a run that stops keeps its numbers in the checkpoint.
+        if log or last:
+            on.reports.write(step, on.measured.report())
+        if step % config.checkpoint.every == 0 or last or stopping:
+            on.saves.save(step, state)
+        if stopping:
+            # A picture that is due now is drawn at the next start.
+            logging.info("asked to stop: saving step %d, start again to go on", step)
+            break
+        if on.pictures.is_due(step):
+            on.pictures.draw(step, state.ema_params)
+            on.reports.restart_clock(step)
+    return state
+
+
+class _Hooks(NamedTuple):
+    """What happens between the steps."""
+
+    stop: signals.Stop
+    batches: Iterator
+    profile: Callable[[int], None]
+    measured: measurements.Measurements
+    reports: hooks.Reports
+    saves: hooks.Saves
+    pictures: hooks.Pictures
+
+
+@contextlib.contextmanager
+def _hooks(config, workdir, source, pieces, start, record, check_alone):
+    """Opens what happens between the steps; closes it at the end, however that comes."""
     checkpoints = checkpoint.Checkpointer(
-        directory, config.checkpoint.keep, config.checkpoint.keep_period, check_alone
+        workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period, check_alone
     )
     # A kill may have come between the save and the pruning that follows it.
-    checkpoints.prune(start)
-    record = {"id": (before or {}).get("id") or uuid.uuid4().hex, "config": config.to_dict()}
-    if processes.is_first():
-        record["facts"] = workdir_lib.save_facts(pieces, source, workdir, record["id"])
-        workdir_lib.save_config(config, workdir)
-    writer = logs.MetricWriter(workdir, start, config.tensorboard, kept["lines"])
-    batches = data.batches(
+    checkpoints.prune(start.step)
+    writer = logs.MetricWriter(workdir, start.step, config.tensorboard, start.kept["lines"])
+    batches = _batches(config, source, start.step)
+    speedometer = progress.Progress(start.step, config.num_steps, config.data.batch_size)
+    saves = hooks.Saves(
+        checkpoints,
+        record,
+        lambda: measured.state() | {"lines": writer.written()},
+        start.step if start.restored else None,
+    )
+    skips = config.optimizer.nonfinite == "skip"
+    guard = LossGuard(skips, saves.advice)
+    measured = measurements.Measurements(start.kept, guard, skips, config.data.replace_unreadable)
+    is_due = lambda step: sampling.grid_is_due(step, config.sample.every, config.num_steps)
+    draw = functools.partial(_draw, config, pieces)
+    pictures = hooks.Pictures(workdir, is_due, draw, writer, check_alone)
+    first = start.step + _PROFILE_START
+    with (
+        signals.saving() as stop,
+        contextlib.closing(checkpoints),
+        contextlib.closing(writer),
+        contextlib.closing(batches),
+        profiler(workdir / "profile", first, config.profile_steps) as profile,
+    ):
+        reports = hooks.Reports(writer, speedometer)
+        yield _Hooks(stop, batches, profile, measured, reports, saves, pictures)
+
+
+def _batches(config, source, start):
+    return data.batches(
         source,
         batch_size=config.data.batch_size,
         seed=config.seed,
@@ -134,157 +242,11 @@ def _train(config, workdir, source, pieces, before, check_alone):
         process_count=jax.process_count(),
         stopped=signals.asked,
     )
-    grid_is_due = lambda step: sampling.grid_is_due(step, config.sample.every, config.num_steps)
-    speedometer = progress.Progress(start, config.num_steps, config.data.batch_size)
-    measured = _Measured(config, kept, lambda: _advice(saved, directory))
-
-    def save(step):
-        nonlocal saved
-        so_far = measured.state() | {"lines": writer.written()}
-        _check_finite(step, state, saved, directory)
-        _check_same(step, state)
-        checkpoints.save(step, state, record | {"metrics": so_far})
-        saved = step
-
-    with (
-        signals.saving() as stop,
-        contextlib.closing(checkpoints),
-        contextlib.closing(writer),
-        contextlib.closing(batches),
-        _profiler(config, workdir, start) as profile,
-    ):
-        if start and grid_is_due(start) and not _grid_path(workdir, start).exists():
-            # A kill came between the checkpoint and its picture.
-            _write_grid(config, pieces, state.ema_params, workdir, writer, start)
-            processes.barrier()
-        for step in range(start + 1, config.num_steps + 1):
-            profile(step)
-            # Read while the devices work on the step before; the call below sends it to them.
-            batch = next(batches, None)
-            if batch is None:
-                logging.info("asked to stop while waiting for data: saving step %d", step - 1)
-                if saved != step - 1:
-                    save(step - 1)
-                break
-            measured.replaced += int(batch.pop("replaced", np.zeros(0)).sum())
-            state, on_device = step_fn(state, batch)
-            if step == start + 1:
-                speedometer.restart(start)
-                # From now on there is something to save.
-                stop.saving = True
-            measured.add(step, on_device)
-            checkpoints.check()
-
-            log = step % config.log_every == 0
-            last = step == config.num_steps
-            ends = last or _stop_here(stop, log)
-            # Between two reports a run that stops keeps its numbers in the checkpoint.
-            if log or last:
-                report = measured.report()
-                speed = speedometer.line(step, np.nan if report["loss"] is None else report["loss"])
-                writer.scalars(step, {**report, "steps_per_second": speed})
-            if step % config.checkpoint.every == 0 or ends:
-                save(step)
-            if ends and not last:
-                # A picture that is due now is drawn at the next start.
-                logging.info("asked to stop: saving step %d, start again to go on", step)
-                break
-            if grid_is_due(step):
-                check_alone()
-                _write_grid(config, pieces, state.ema_params, workdir, writer, step)
-                # In a collective on CPUs the others would not wait longer than half a minute.
-                processes.barrier()
-                speedometer.restart(step)
-    return state
 
 
-class _Measured:
-    """What the steps since the last report have measured; a checkpoint keeps it.
-
-    Attributes:
-      replaced: number of images that this process has replaced.
-    """
-
-    def __init__(self, config: ConfigDict, kept: dict[str, Any], advice: Callable[[], str]):
-        """Starts from what `state` gave; see `_advice`."""
-        self._replaces = config.data.replace_unreadable
-        self._skips = config.optimizer.nonfinite == "skip"
-        self._advice = advice
-        self._interval = logs.MeanMetrics(kept["interval"])
-        self._pending = None
-        self._in_a_row, self._skipped = 0, kept["skipped"]
-        # Each process counts in its own part of the batches.
-        self.replaced = kept["replaced"] if processes.is_first() else 0
-
-    def add(self, step: int, on_device: dict[str, jax.Array]) -> None:
-        """Takes a step's metrics, and fetches those of the one before, while this one runs.
-
-        Raises:
-          FloatingPointError: if those are not finite, and steps are not skipped or too many were.
-        """
-        self._fetch()
-        self._pending = step, on_device
-
-    def state(self) -> dict[str, Any]:
-        """All that was measured, as JSON can hold it; raises what `add` does."""
-        self._fetch()
-        return {
-            "interval": self._interval.state(),
-            "skipped": self._skipped,
-            "replaced": self._replaced_anywhere(),
-        }
-
-    def report(self) -> dict[str, Any]:
-        """What a line of ``metrics.jsonl`` says; starts anew; raises what `add` does."""
-        self._fetch()
-        report = self._interval.report()
-        if self._replaces:
-            report["replaced_images"] = self._replaced_anywhere()
-            self.replaced = 0
-        if self._skips:
-            report["skipped_steps"] = self._skipped
-            self._skipped = 0
-        return report
-
-    def _replaced_anywhere(self):
-        return sum(processes.all_gather(self.replaced)) if self._replaces else 0
-
-    def _fetch(self):
-        if self._pending is None:
-            return
-        (step, on_device), self._pending = self._pending, None
-        values = jax.device_get(on_device)
-        finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
-        self._in_a_row = 0 if finite else self._in_a_row + 1
-        if self._in_a_row > (_PATIENCE if self._skips else 0):
-            raise FloatingPointError(f"{_figures(step, values)}; {self._advice()}")
-        if not finite:
-            logging.warning("%s; the update is skipped", _figures(step, values))
-            self._skipped += 1
-            # No part of a mean.
-            values = jax.tree.map(lambda value: np.full_like(value, np.nan), values)
-        self._interval.add(values)
-
-
-def _grid_path(workdir, step):
-    return workdir / "samples" / f"{step:08d}.png"
-
-
-def _write_grid(config, pieces, ema_params, workdir, writer, step):
-    if not processes.is_first():
-        return
-    apply_fn = experiment.denoiser(pieces, ema_params)
-    drawn = sampling.sample_batches(config, pieces, apply_fn, min(sampling.GRID, config.sample.num))
-    try:
-        grid = sampling.image_grid(np.concatenate([images for images, _ in drawn]))
-    except FloatingPointError as error:
-        # The parameters are finite, so training may well go on to better ones.
-        logging.warning("no picture of step %d: %s", step, error)
-        return
-    path = _grid_path(workdir, step)
-    sampling.save_png(path, grid)
-    writer.image(step, "samples", grid)
-    logging.info("samples of step %d: %s", step, path)
+def _draw(config, pieces, params):
+    num = min(sampling.GRID, config.sample.num)
+    return sampling.sample_batches(config, pieces, experiment.denoiser(pieces, params), num)
 
 
 def _look_ahead(config):
@@ -315,99 +277,13 @@ def _log_overview(config, pieces, state, num_images):
     )
 
 
-def _check_finite(step, state, saved, directory):
-    """A state that is not finite must not become the last good checkpoint."""
-    if not np.isfinite(jax.jit(optax.tree.norm)((state.params, state.ema_params))):
-        raise FloatingPointError(
-            f"step {step}: parameters are not finite; {_advice(saved, directory)}"
+def _log_resumed(config, workdir, step):
+    if step < config.num_steps:
+        logging.info("resuming from step %d of %s", step, workdir / "checkpoints")
+    else:
+        logging.info(
+            "%s is at step %d already, and config.num_steps = %d: raise it to train on",
+            workdir,
+            step,
+            config.num_steps,
         )
-
-
-def _check_same(step, state):
-    """A state that differs between processes or devices must not become a checkpoint."""
-    processes.assert_equal(lambda: {f"the state after step {step}": devices_lib.checksums(state)})
-
-
-def _figures(step, values):
-    losses = ", ".join(f"{loss:.4g}" for loss in values["cluster_losses"])
-    return (
-        f"step {step}: loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}; "
-        f"cluster losses [{losses}]"
-    )
-
-
-def _advice(saved, directory):
-    last = "none yet" if saved is None else f"step {saved} in {directory}"
-    return (
-        f"last good checkpoint: {last}. A lower config.optimizer.learning_rate or "
-        "config.optimizer.clip_norm may help, or config.optimizer.nonfinite = 'skip' if it is rare."
-    )
-
-
-@contextlib.contextmanager
-def _alone(workdir: Path) -> Iterator[Callable[[], None]]:
-    """Keeps other runs out of a workdir while this one, of however many processes, is in it.
-
-    Yields:
-      A function that raises a CheckpointError once the workdir is no longer the one that was
-      locked.
-    """
-    new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
-    with job_lock(
-        workdir / ".lock",
-        f"is training in {workdir}",
-        "wait for it, stop it, or choose another --workdir",
-    ) as is_held:
-
-        def check():
-            if not is_held():
-                raise checkpoint.CheckpointError(
-                    f"{workdir} was removed or replaced, or its .lock was, while this run trained "
-                    "in it: it ends here, and nothing more is saved"
-                )
-
-        try:
-            yield check
-        except BaseException:
-            # A start that is refused leaves nothing.
-            with contextlib.suppress(OSError):
-                if processes.is_first() and is_held() and os.listdir(workdir) == [".lock"]:
-                    (workdir / ".lock").unlink()
-                    for folder in new:
-                        folder.rmdir()
-            raise
-
-
-def _stop_here(stop, waiting):
-    """Whether to stop after this step because a signal has come.
-
-    All processes must stop at the same step, so many ask each other, and only where the loop waits
-    for the device anyway.
-    """
-    asked = stop.signum is not None
-    if jax.process_count() == 1:
-        return asked
-    return waiting and any(processes.all_gather(asked))
-
-
-@contextlib.contextmanager
-def _profiler(config: ConfigDict, workdir: Path, start: int) -> Iterator:
-    """Yields a function that is called before each step and traces the steps asked for."""
-    first = start + _PROFILE_START
-    running = False
-
-    def before_step(step):
-        nonlocal running
-        if config.profile_steps and step == first and processes.is_first():
-            jax.profiler.start_trace(str(workdir / "profile"))
-            running = True
-        elif running and step == first + config.profile_steps:
-            jax.profiler.stop_trace()
-            running = False
-            logging.info("profile: %s", workdir / "profile")
-
-    try:
-        yield before_step
-    finally:
-        if running:
-            jax.profiler.stop_trace()

@@ -1,8 +1,11 @@
 """What a workdir records of its run: its config, what it found out when it began, its state."""
 
+import contextlib
 import json
 import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from absl import logging
@@ -16,13 +19,22 @@ from ant_jax.latents import codec as codec_lib
 from ant_jax.latents.shards import LatentSource
 from ant_jax.runtime import checkpoint, processes
 from ant_jax.runtime.files import write_bytes
+from ant_jax.runtime.lock import job_lock
 from ant_jax.train_step import TrainState
 
 
-def save_config(config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """Writes ``config.json``, by which a workdir describes itself."""
-    content = json.dumps(config.to_dict(), indent=2) + "\n"
-    write_bytes(Path(workdir) / "config.json", content.encode())
+def save_config(
+    config: ConfigDict, workdir: str | os.PathLike, given: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Writes ``config.json``, by which a workdir describes itself.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      given: what was given in place of what the config names; see `names_of`.
+    """
+    content = config.to_dict() | ({"given": dict(given)} if given else {})
+    write_bytes(Path(workdir) / "config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def load_config(workdir: str | os.PathLike) -> ConfigDict | None:
@@ -33,12 +45,22 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict | None:
     Raises:
       ConfigError: if ``config.json`` is damaged.
     """
-    path = Path(workdir) / "config.json"
-    if not path.exists():
+    if not (Path(workdir) / "config.json").exists():
         record = checkpoint.read_record(Path(workdir) / "checkpoints")
         return None if record is None else config_lib.from_json(record["config"])
+    config, _ = _read_config(workdir)
+    return config
+
+
+def _read_config(workdir):
+    """The config of ``config.json``, and what was given in place of what it names."""
+    path = Path(workdir) / "config.json"
     try:
-        return config_lib.from_json(json.loads(path.read_bytes()))
+        settings = json.loads(path.read_bytes())
+        given = settings.pop("given", {}) if isinstance(settings, dict) else {}
+        if not isinstance(given, dict):
+            raise TypeError(f"given: {given!r}")
+        return config_lib.from_json(settings), given
     except (ValueError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}): {_way_out(workdir)}") from error
 
@@ -120,8 +142,8 @@ def recorded(workdir: Path) -> dict[str, Any] | None:
     where no checkpoint says it: before the first one, and in workdirs of older versions.
 
     Returns:
-      {"id", "config", "facts"}. Without a checkpoint nothing has been learned and there are no
-      facts yet.
+      {"id", "config", "facts", "given"}; see `save_record`. Without a checkpoint nothing has been
+      learned and there are no facts yet.
 
     Raises:
       ConfigError: if a file is damaged, or if nothing says which run the checkpoints are of.
@@ -129,7 +151,8 @@ def recorded(workdir: Path) -> dict[str, Any] | None:
     facts, directory = _read_facts(workdir), workdir / "checkpoints"
     record = checkpoint.read_record(directory, run=facts.get("id", ""))
     if record is not None:
-        return {name: record[name] for name in ("id", "config", "facts")}
+        known = {name: record[name] for name in ("id", "config", "facts")}
+        return known | {"given": record.get("given", {})}
     has_checkpoints = bool(checkpoint.checkpoint_steps(directory))
     if not (workdir / "config.json").exists():
         if not has_checkpoints:
@@ -138,9 +161,115 @@ def recorded(workdir: Path) -> dict[str, Any] | None:
             f"{workdir} has checkpoints and no config.json: bring it back, or choose another "
             "--workdir"
         )
-    config = json.loads(json.dumps(load_config(workdir).to_dict()))
-    run = facts.pop("id", "")
-    return {"id": run, "config": config, "facts": facts if has_checkpoints else {}}
+    config, given = _read_config(workdir)
+    return {
+        "id": facts.pop("id", ""),
+        "config": json.loads(json.dumps(config.to_dict())),
+        "facts": facts if has_checkpoints else {},
+        "given": given,
+    }
+
+
+def save_record(
+    run: str,
+    config: ConfigDict,
+    given: Mapping[str, str],
+    pieces: Experiment,
+    source: data.Source,
+    workdir: Path,
+) -> dict[str, Any]:
+    """Writes ``facts.json`` and ``config.json`` in process 0.
+
+    Args:
+      run: its id.
+      config: of the run.
+      given: what was given in place of what the config names; see `names_of`.
+      pieces: what the config describes.
+      source: what the run learns from.
+      workdir: of the run.
+
+    Returns:
+      What checkpoints are to hold of it, {"id", "config", "facts", "given"}.
+    """
+    if processes.is_first():
+        save_facts(pieces, source, workdir, run)
+        save_config(config, workdir, given)
+    found = facts(pieces, source)
+    return {"id": run, "config": config.to_dict(), "facts": found, "given": dict(given)}
+
+
+def names_of(given: Mapping[str, Any]) -> dict[str, str]:
+    """What a workdir records of objects that were given in place of what the config names.
+
+    Args:
+      given: the objects, by the names of the arguments of `train.train`.
+    """
+    kinds = {name: type(value) for name, value in given.items()}
+    return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
+
+
+def check_run(
+    before: dict[str, Any], config: ConfigDict, given: Mapping[str, str], workdir: Path
+) -> None:
+    """Checks that a run goes on with its own config and with what it was given.
+
+    Args:
+      before: what the workdir has `recorded`.
+      config: the config now.
+      given: what is given now in place of what the config names; see `names_of`.
+      workdir: of the run.
+
+    Raises:
+      ConfigError: naming what differs.
+    """
+    there = before["given"]
+    if there != given:
+        named = lambda some: ", ".join(f"{name} = {kind}" for name, kind in sorted(some.items()))
+        arguments = ", ".join(f"{name}=..." for name in sorted(there))
+        way = f"call it from Python with {arguments}" if there else "leave that out"
+        raise ConfigError(
+            f"the run in {workdir} was given {named(there) or 'nothing'} in place of what its "
+            f"config names, and now {named(given) or 'nothing'} is given: {way}, or choose another "
+            "workdir"
+        )
+    config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
+
+
+@contextlib.contextmanager
+def alone(workdir: Path) -> Iterator[Callable[[], None]]:
+    """Keeps other runs out of a workdir while this one, of however many processes, is in it.
+
+    Yields:
+      A function that raises a CheckpointError once the workdir is no longer the one that was
+      locked.
+
+    Raises:
+      InUseError: if another run is in it.
+    """
+    new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    with job_lock(
+        workdir / ".lock",
+        f"is training in {workdir}",
+        "wait for it, stop it, or choose another --workdir",
+    ) as is_held:
+
+        def check():
+            if not is_held():
+                raise checkpoint.CheckpointError(
+                    f"{workdir} was removed or replaced, or its .lock was, while this run trained "
+                    "in it: it ends here, and nothing more is saved"
+                )
+
+        try:
+            yield check
+        except BaseException:
+            # A start that is refused leaves nothing.
+            with contextlib.suppress(OSError):
+                if processes.is_first() and is_held() and os.listdir(workdir) == [".lock"]:
+                    (workdir / ".lock").unlink()
+                    for folder in new:
+                        folder.rmdir()
+            raise
 
 
 def load_facts(workdir: Path) -> dict[str, Any]:

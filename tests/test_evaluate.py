@@ -16,6 +16,7 @@ from ant_jax.evaluation import evaluator
 from ant_jax.latents import dataset
 from ant_jax.models.inception import Features
 from ant_jax.runtime import checkpoint, progress
+from ant_jax.runtime.lock import InUseError
 from ant_jax.sampling import cache
 from configs import digits
 
@@ -303,9 +304,7 @@ def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
 
     def at_once(config):
         # In the middle of an evaluation.
-        with pytest.raises(
-            ConfigError, match=r"is drawing the same samples, of step 5 in .*: wait"
-        ):
+        with pytest.raises(InUseError, match=r"is drawing the same samples, of step 5 in .*: wait"):
             do(config, workdir)
         assert draws == []
         evaluate.sample(configured(tmp_path, sample__seed=1), workdir)

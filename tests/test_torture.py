@@ -463,7 +463,7 @@ def test_drawings_at_once_never_mix_and_one_that_is_killed_goes_on(reference, tm
         second = start_mode(mode, workdir, tmp_path / "second", **settings)
         assert second.wait(timeout=100) == 1
         text = (tmp_path / "second").read_text()
-        told = f"ConfigError: process {first.pid} on .* is drawing the same samples, of step 60 in "
+        told = f"InUseError: process {first.pid} on .* is drawing the same samples, of step 60 in "
         assert re.search(f"^{told}", text, re.M) and "Traceback" not in text
     assert other.wait(timeout=200) == 0, (tmp_path / "other").read_text()
     first.send_signal(signal.SIGCONT)

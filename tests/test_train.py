@@ -18,13 +18,14 @@ import optax
 import pytest
 from PIL import Image
 
-from ant_jax import builders, data, evaluate, experiment
+from ant_jax import builders, data, evaluate, experiment, hooks
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.runtime import checkpoint
 from ant_jax.runtime import devices as devices_lib
+from ant_jax.runtime.lock import InUseError
 from ant_jax.tasks import affinity
 from configs import digits
 
@@ -408,7 +409,7 @@ def test_a_workdir_has_one_trainer(tmp_path, monkeypatch):
     def hook(step, batch):
         if step == 3:
             with pytest.raises(
-                ConfigError,
+                InUseError,
                 match=rf"process {os.getpid()} on .* is training in .* remove .*/\.lock",
             ):
                 trainer.train(tiny(), tmp_path)
@@ -694,7 +695,7 @@ def test_a_picture_that_a_kill_has_cost_is_drawn_at_the_next_start(tmp_path, mon
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_write_grid", killed)
+        patch.setattr(hooks.Pictures, "draw", killed)
         # The same instant costs the pruning.
         patch.setattr(checkpoint.Checkpointer, "prune", lambda *_: None)
         with pytest.raises(Killed):
@@ -895,6 +896,52 @@ def test_a_run_of_an_older_version_goes_on(finished, copied):
         trainer.train(config, workdir)
 
 
+def test_a_run_keeps_to_the_source_it_was_given(finished, tmp_path):
+    config, _, expected = finished
+    source = data.digits("train")
+    config.num_steps = 4
+    trainer.train(config, tmp_path, source=source)
+    kind = f"{type(source).__module__}.{type(source).__qualname__}"
+    assert json.loads((tmp_path / "config.json").read_text())["given"] == {"source": kind}
+    assert workdir_lib.load_config(tmp_path) == config
+    config.num_steps = STEPS
+    named = f"was given source = {kind} in place of .* now nothing is given: call it from Python"
+    with pytest.raises(ConfigError, match=f"{named} with source=\\.\\.\\., or choose another"):
+        trainer.train(config, tmp_path)
+    # Without what is in the checkpoints the same.
+    shutil.copytree(tmp_path, tmp_path / "early", ignore=shutil.ignore_patterns("checkpoints*"))
+    with pytest.raises(ConfigError, match=named):
+        trainer.train(config, tmp_path / "early")
+    assert_same_state(trainer.train(config, tmp_path, source=source), expected)
+    assert evaluate.sample(config, tmp_path).exists()
+
+
+def test_a_run_of_the_config_alone_is_given_nothing(copied):
+    workdir, _ = copied
+    with pytest.raises(ConfigError, match=r"was given nothing in place of .*: leave that out, or"):
+        trainer.train(tiny(), workdir, source=data.digits("train"))
+    assert "given" not in json.loads((workdir / "config.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["model", "process", "weighting"])
+def test_what_is_built_can_be_given(name, tmp_path, monkeypatch):
+    """It reaches what builds the run, and who draws from the run must give it too."""
+    config, build, seen = tiny(num_steps=2), experiment.build, []
+    given = {name: builders.build_diffusion(config)}
+
+    def building(*arguments, model=None, process=None, weighting=None, **more):
+        seen.append({"model": model, "process": process, "weighting": weighting})
+        return build(*arguments, **more)
+
+    monkeypatch.setattr(experiment, "build", building)
+    trainer.train(config, tmp_path, **given)
+    evaluate.restore_run(config, tmp_path, **given)
+    nothing = dict.fromkeys(("model", "process", "weighting"))
+    assert seen == [nothing | given] * 2
+    with pytest.raises(ConfigError, match=f"was given {name} = ant_jax.*Diffusion in place of"):
+        evaluate.sample(config, tmp_path)
+
+
 WRONG = ["", "{", "[]", "3", "null", '"x"', "NaN", "[" * 9999, b"\xff\xfe"]
 
 
@@ -955,15 +1002,11 @@ def test_a_run_does_not_go_on_from_a_checkpoint_of_another(copied, tmp_path, cap
         trainer.train(tiny(num_steps=4), other)
 
 
-def test_a_picture_that_is_not_finite_is_said_and_does_not_end_training(tmp_path, monkeypatch):
-    def samples(*_):
+def test_a_picture_that_is_not_finite_is_said_and_does_not_end_training(tmp_path, caplog):
+    def samples(params):
         raise FloatingPointError("8 of 8 samples have numbers that are not finite")
         yield
 
-    said = []
-    monkeypatch.setattr(trainer.sampling, "sample_batches", samples)
-    monkeypatch.setattr(trainer.experiment, "denoiser", lambda *_: None)
-    monkeypatch.setattr(trainer.logging, "warning", lambda form, *args: said.append(form % args))
-    trainer._write_grid(tiny(), None, {}, tmp_path, None, 7)
-    assert said == ["no picture of step 7: 8 of 8 samples have numbers that are not finite"]
+    hooks.Pictures(tmp_path, lambda step: True, samples, None, lambda: None).draw(7, {})
+    assert "no picture of step 7: 8 of 8 samples have numbers that are not finite" in caplog.text
     assert list(tmp_path.iterdir()) == []

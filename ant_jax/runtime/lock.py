@@ -4,9 +4,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ant_jax.config import ConfigError
 from ant_jax.runtime import processes
 from ant_jax.runtime.files import locked
+
+
+class InUseError(RuntimeError):
+    """Another job is at what this one was asked to do."""
 
 
 @contextlib.contextmanager
@@ -23,7 +26,7 @@ def job_lock(lock: Path, doing: str, otherwise: str) -> Iterator[Callable[[], bo
       the others one that is always true.
 
     Raises:
-      ConfigError: if another job holds the lock.
+      InUseError: if another job holds the lock.
     """
     with contextlib.ExitStack() as stack:
         is_held = lambda: True
@@ -31,7 +34,7 @@ def job_lock(lock: Path, doing: str, otherwise: str) -> Iterator[Callable[[], bo
             try:
                 is_held = stack.enter_context(locked(lock))
             except BlockingIOError as error:
-                raise ConfigError(
+                raise InUseError(
                     f"{error} {doing}: {otherwise}. If its machine is gone and the network disk "
                     f"still keeps its lock, remove {lock}"
                 ) from None

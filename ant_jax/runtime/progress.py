@@ -1,5 +1,6 @@
 """How far a job is, how fast it goes, and the time left."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -22,8 +23,13 @@ class Progress:
         """Leaves the time since the last line, not spent on steps, out of the speed."""
         self._mark = step, time.perf_counter()
 
-    def line(self, step: int, loss: float) -> float:
-        """Logs the line of a step; returns the steps a second since the last one."""
+    def line(self, step: int, loss: float | None) -> float:
+        """Logs the line of a step; returns the steps a second since the last one.
+
+        Args:
+          step: its number.
+          loss: the mean loss since the last line; None if there is none.
+        """
         last_step, last_time = self._mark
         self.restart(step)
         speed = (step - last_step) / (self._mark[1] - last_time)
@@ -32,7 +38,7 @@ class Progress:
             len(str(self._num_steps)),
             step,
             self._num_steps,
-            loss,
+            math.nan if loss is None else loss,
             speed,
             speed * self._batch_size,
             duration((self._num_steps - step) / speed),

@@ -73,7 +73,7 @@ def folder(workdir: Path, made_from: dict[str, Any]) -> Iterator[Path]:
       made_from: the `origin` of the samples; another gives another folder.
 
     Raises:
-      ConfigError: if another job is drawing them.
+      InUseError: if another job is drawing them.
     """
     place = workdir / "drawn" / f"{made_from['step']:08d}-{key(made_from)}"
     if not processes.is_first():

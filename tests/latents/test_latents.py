@@ -21,6 +21,7 @@ from ant_jax.latents import dataset, encode
 from ant_jax.latents.shards import LatentFacts, as_kept, complete, latents, shard_path, write_shard
 from ant_jax.models.autoencoder import autoencoder
 from ant_jax.runtime.files import locked
+from ant_jax.runtime.lock import InUseError
 from ant_jax.sampling import cache
 from configs import digits
 
@@ -259,7 +260,7 @@ def test_a_truncated_shard_is_named_and_made_again_once_removed(place, tmp_path,
 def test_two_that_encode_into_one_folder(place, tmp_path):
     config = settings(place, autoencoder__latents=str(tmp_path))
     refused = r"^process \d+ on .* is encoding into .*: wait for it, stop it, or choose another"
-    with locked(tmp_path / "_" / ".lock"), pytest.raises(ConfigError, match=refused):
+    with locked(tmp_path / "_" / ".lock"), pytest.raises(InUseError, match=refused):
         encode.encode(config)
     assert os.listdir(tmp_path / "_") == [".lock"]
 

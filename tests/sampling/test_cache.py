@@ -10,8 +10,8 @@ import pytest
 
 from ant_jax import evaluate, evaluation
 from ant_jax import workdir as workdir_lib
-from ant_jax.config import ConfigError
 from ant_jax.runtime import processes
+from ant_jax.runtime.lock import InUseError
 from ant_jax.sampling import cache
 from configs import digits
 
@@ -77,7 +77,7 @@ OTHER = MADE_FROM | {"settings": {"sample.guidance": 1.5}}
 def test_one_job_draws_the_same_samples_and_others_draw_others(tmp_path):
     with cache.folder(tmp_path, MADE_FROM) as place:
         refused = r"^process \d+ on .* is drawing the same samples, of step 3 in .*: wait for it"
-        with pytest.raises(ConfigError, match=refused), cache.folder(tmp_path, MADE_FROM):
+        with pytest.raises(InUseError, match=refused), cache.folder(tmp_path, MADE_FROM):
             pass
         with cache.folder(tmp_path, OTHER) as other:
             assert other != place

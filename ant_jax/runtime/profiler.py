@@ -1,0 +1,41 @@
+"""A trace of some steps, for TensorBoard or Perfetto."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from absl import logging
+
+from ant_jax.runtime import processes
+
+
+@contextlib.contextmanager
+def profiler(folder: Path, first: int, num_steps: int) -> Iterator[Callable[[int], None]]:
+    """Traces some steps of process 0.
+
+    Args:
+      folder: for the trace.
+      first: the first step to trace.
+      num_steps: how many; 0 for none.
+
+    Yields:
+      A function of the step's number, to be called before each step.
+    """
+    running = False
+
+    def before_step(step):
+        nonlocal running
+        if num_steps and step == first and processes.is_first():
+            jax.profiler.start_trace(str(folder))
+            running = True
+        elif running and step == first + num_steps:
+            jax.profiler.stop_trace()
+            running = False
+            logging.info("profile: %s", folder)
+
+    try:
+        yield before_step
+    finally:
+        if running:
+            jax.profiler.stop_trace()
