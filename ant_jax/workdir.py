@@ -16,7 +16,6 @@ from ant_jax import data
 from ant_jax.config import ConfigError
 from ant_jax.experiment import Experiment, abstract_state
 from ant_jax.latents import codec as codec_lib
-from ant_jax.latents.shards import LatentSource
 from ant_jax.runtime import checkpoint, processes
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
@@ -74,7 +73,7 @@ def _way_out(workdir: str | os.PathLike) -> str:
 
 def facts(pieces: Experiment, source: data.Source) -> dict[str, Any]:
     """What a run finds out when it begins."""
-    return _facts_of_data(source) | {"boundaries": pieces.method.boundaries.tolist()}
+    return source.facts() | {"boundaries": pieces.method.boundaries.tolist()}
 
 
 def save_facts(
@@ -91,19 +90,6 @@ def save_facts(
     found = facts(pieces, source)
     write_bytes(workdir / "facts.json", json.dumps({"id": run} | found).encode())
     return found
-
-
-def _facts_of_data(source):
-    facts = {
-        "channels": source.image_shape[-1],
-        "num_classes": source.num_classes,
-        "num_images": len(source),
-    }
-    if isinstance(source, data.FolderSource):
-        facts["classes"] = list(source.classes)
-    if isinstance(source, LatentSource):
-        facts["encoder"] = source.facts.digest
-    return facts
 
 
 _FACTS = {
@@ -309,7 +295,7 @@ def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> No
       ConfigError: if the classes are others, so that labels would mean something else, or if they
         are latents of another encoder.
     """
-    now = _facts_of_data(source)
+    now = source.facts()
     classes, others = before.get("classes"), now.get("classes")
     if classes is not None and others is not None and classes != others:
         gone = [name for name in classes if name not in others]

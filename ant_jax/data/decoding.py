@@ -4,7 +4,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -21,7 +21,7 @@ _MAX_SIDE = 2**20
 # A file of so many pixels is smaller, even without compression.
 _MAX_BYTES = 4 * MAX_PIXELS
 
-EXIF = ("ignore", "apply")
+Exif = Literal["ignore", "apply"]
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,7 +52,7 @@ def open_regular(path: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def decode(file: BinaryIO, channels: int = 3, exif: str = "ignore") -> np.ndarray:
+def decode(file: BinaryIO, channels: int = 3, exif: Exif = "ignore") -> np.ndarray:
     """Decodes the first picture of a JPEG, PNG or WebP file.
 
     Takes at most 22 bytes of memory a pixel, 3 GB for the largest image, whatever the file says.

@@ -3,18 +3,20 @@
 import contextlib
 import dataclasses
 import os
-from pathlib import Path
+from typing import Annotated, Any, get_args
 
 import numpy as np
 
-from ant_jax.data.decoding import EXIF, decode, open_regular
-from ant_jax.data.sources import Example, UnreadableImageError
+from ant_jax.data.decoding import Exif, decode, open_regular
+from ant_jax.data.source import Example, Source, UnreadableImageError
+from ant_jax.runtime.files import user_path
+from ant_jax.settings import Affects, Path
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FolderSource:
+class FolderSource(Source):
     """Image files that are read when they are asked for.
 
     Attributes:
@@ -65,8 +67,16 @@ class FolderSource:
             raise UnreadableImageError(f"{path}: {error}") from error
         return {"image": image, "label": self.labels[index]}
 
+    def facts(self) -> dict[str, Any]:
+        """See `Source`."""
+        return super().facts() | {"classes": list(self.classes)}
 
-def folder(directory: str | os.PathLike, split: str, exif: str = "ignore") -> FolderSource:
+
+def folder(
+    split: str = "",
+    dir: Annotated[Path, Affects.NOTHING] = "",
+    exif: Exif = "ignore",
+) -> FolderSource:
     """Opens a folder of images.
 
     If images lie in subfolders, at any depth, each subfolder of the folder is a class; if they all
@@ -75,11 +85,11 @@ def folder(directory: str | os.PathLike, split: str, exif: str = "ignore") -> Fo
     its class, and the folders above never.
 
     Args:
-      directory: The folder.
       split: Name of a subfolder that holds the images of the split, as in DIR/train/CLASS/*.jpg;
         "" for all images of the folder.
-      exif: "ignore" leaves images as they are stored, as ADM does; "apply" turns them as the camera
-        noted that they are to be shown.
+      dir: The folder.
+      exif: "ignore" leaves images as they are stored, as ADM does, so that statistics compare;
+        "apply" turns them as the camera noted that they are to be shown.
 
     Returns:
       The source; files and classes are in the order of their names.
@@ -90,9 +100,11 @@ def folder(directory: str | os.PathLike, split: str, exif: str = "ignore") -> Fo
       ValueError: If there is no image in it or in one of its classes, if some images lie beside
         the class folders, or if exif is unknown.
     """
-    if exif not in EXIF:
-        raise ValueError(f"unknown exif {exif!r}; use one of {', '.join(EXIF)}")
-    root = Path(directory).expanduser() / split
+    if not dir:
+        raise ValueError("a folder of images needs its path")
+    if exif not in get_args(Exif):
+        raise ValueError(f"unknown exif {exif!r}; use one of {', '.join(get_args(Exif))}")
+    root = user_path(dir) / split
     if not root.is_dir():
         hint = "; use split '' if the images have no folder for the split" if split else ""
         raise FileNotFoundError(f"no folder {root}{hint}")

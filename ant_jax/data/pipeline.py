@@ -13,7 +13,7 @@ from absl import logging
 
 from ant_jax.data import transforms
 from ant_jax.data.readers import Batch, ProcessReader, Reader, ThreadReader, pickled
-from ant_jax.data.sources import Example, ExampleError, Source, UnreadableImageError
+from ant_jax.data.source import Example, ExampleError, Source, UnreadableImageError
 
 CROPS = ("none", "center", "random")
 # So many unreadable images in a row are no accident.

@@ -27,7 +27,7 @@ from typing import BinaryIO
 import cloudpickle
 import numpy as np
 
-from ant_jax.data.sources import ExampleError
+from ant_jax.data.source import ExampleError
 
 Batch = dict[str, np.ndarray]
 Load = Callable[[int], Batch]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ant_jax.data import sources
+from ant_jax import data
 from ant_jax.evaluation.features import digits
 from ant_jax.evaluation.metrics.frechet import Moments, covariance, frechet_distance, merge, moments
 from ant_jax.evaluation.metrics.nearest import nearest_distances
@@ -38,7 +38,7 @@ class Extractor(NamedTuple):
 def _digits(cache_dir: str | os.PathLike | None) -> Extractor:
     classifier = digits.load_classifier(cache_dir)
     features = functools.partial(digits.features, classifier)
-    train, held_out = sources.digits("train").images, sources.digits("test").images
+    train, held_out = data.digits("train").images, data.digits("test").images
     return Extractor(
         features,
         functools.partial(digits.predict, classifier),

@@ -42,7 +42,7 @@ def open_latents(config: ConfigDict, split: str) -> LatentSource:
         raise ConfigError(
             f"config.autoencoder.latents = {settings.latents!r}: {error}{hint}"
         ) from error
-    facts = source.facts
+    facts = source.info
     for name, there, now in (
         ("autoencoder.name", facts.autoencoder, settings.name),
         ("data.name", facts.data, config.data.name),

@@ -17,7 +17,7 @@ from ant_jax.config import ConfigError
 from ant_jax.data.pipeline import epoch_order
 from ant_jax.latents import codec as codec_lib
 from ant_jax.latents import dataset
-from ant_jax.latents.shards import LatentFacts, as_kept, complete, shard_path, write_shard
+from ant_jax.latents.shards import LatentInfo, as_kept, complete, shard_path, write_shard
 from ant_jax.runtime import processes
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
@@ -83,7 +83,7 @@ def _encode(config, source, codec, directory, shape):
             path = shard_path(directory, shard)
             if not processes.wait_for_file(path):
                 raise OSError(f"{path} was made by another process and is not on this disk")
-        facts = LatentFacts(
+        facts = LatentInfo(
             autoencoder=settings.name,
             digest=codec.encoder_digest,
             image_size=config.data.image_size,

@@ -1,6 +1,6 @@
 """Latents of images on disk: ArrayRecord shards, and what they are in a JSON file beside them.
 
-A folder of latents has `latents.json`, which is `LatentFacts`, and `00000.array_record`, ... A
+A folder of latents has `latents.json`, which is `LatentInfo`, and `00000.array_record`, ... A
 record is the label, int32, and then float16 numbers (views, parts, h, w, c): the views are the
 image and its mirror image, the parts the mean and the standard deviation of each number, or the
 mean alone where the standard deviations are zero. Numbers are little-endian.
@@ -13,11 +13,11 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ant_jax.data.sources import Example, UnreadableImageError
+from ant_jax.data.source import Example, Source, UnreadableImageError
 from ant_jax.runtime.files import partial_beside, write_bytes
 
 _FACTS = "latents.json"
@@ -26,7 +26,7 @@ _LABEL_BYTES = 4
 _SPREAD_IMAGES = 1000
 
 
-class LatentFacts(NamedTuple):
+class LatentInfo(NamedTuple):
     """What a folder of latents holds.
 
     Attributes:
@@ -60,33 +60,33 @@ class LatentFacts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class LatentSource:
+class LatentSource(Source):
     """Latents that are read when they are asked for, times a scale.
 
     Attributes:
       name: The folder, as error messages call it.
-      facts: What it holds.
+      info: What it holds.
       scale: Factor of means and standard deviations.
       records: The records of all shards, in order.
     """
 
     name: str
-    facts: LatentFacts = dataclasses.field(repr=False)
+    info: LatentInfo = dataclasses.field(repr=False)
     scale: float
     records: Sequence[bytes] = dataclasses.field(repr=False)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(h, w, c)."""
-        return self.facts.shape
+        return self.info.shape
 
     @property
     def num_classes(self) -> int:
         """Number of labels."""
-        return self.facts.num_classes
+        return self.info.num_classes
 
     def __len__(self) -> int:
-        return self.facts.num_images
+        return self.info.num_images
 
     def __getitem__(self, index: int) -> Example:
         """Returns {"mean", "std": float32 (2, h, w, c), "label": int32 ()}; see the module.
@@ -95,7 +95,7 @@ class LatentSource:
           UnreadableImageError: If the record is damaged, its numbers are not finite, or its label
             is that of no class.
         """
-        shape = (2, self.facts.parts, *self.facts.shape)
+        shape = (2, self.info.parts, *self.info.shape)
         try:
             record = self.records[index]
             numbers = np.frombuffer(record, "<f2", offset=_LABEL_BYTES).reshape(shape)
@@ -116,6 +116,10 @@ class LatentSource:
             )
         mean, *std = np.moveaxis(scaled, 1, 0)
         return {"mean": mean, "std": std[0] if std else np.zeros_like(mean), "label": label}
+
+    def facts(self) -> dict[str, Any]:
+        """See `Source`."""
+        return super().facts() | {"encoder": self.info.digest}
 
 
 def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
@@ -139,7 +143,7 @@ def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
             f"{directory} has no latents, or not all of them yet: run --mode encode"
         )
     try:
-        facts = _checked(LatentFacts(**json.loads(path.read_text())))
+        facts = _checked(LatentInfo(**json.loads(path.read_text())))
     # Lists in lists without end are a RecursionError.
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; --mode encode writes it anew") from error
@@ -163,7 +167,7 @@ def _checked(facts):
     return facts._replace(shape=tuple(facts.shape))
 
 
-def complete(directory: Path, facts: LatentFacts) -> LatentFacts:
+def complete(directory: Path, facts: LatentInfo) -> LatentInfo:
     """Writes what a folder holds once all its shards are there.
 
     Args:

@@ -69,7 +69,7 @@ def test_the_first_picture_of_a_file_is_read_whatever_its_name(tmp_path, picture
 
 
 def test_records_of_tfds_are_opened_as_files_are(picture):
-    from ant_jax.data.sources import TfdsSource
+    from ant_jax.data.source import TfdsSource
 
     records = [{"image": saved(picture.convert("L"), kind)} for kind in ("PNG", "JPEG", "EPS")]
     for channels in (1, 3, 4):

@@ -15,10 +15,10 @@ from PIL import Image
 from ant_jax import config as config_lib
 from ant_jax import data, evaluate, export, interop, train
 from ant_jax.config import ConfigError
-from ant_jax.data.sources import UnreadableImageError
+from ant_jax.data.source import UnreadableImageError
 from ant_jax.latents import codec as codec_lib
 from ant_jax.latents import dataset, encode
-from ant_jax.latents.shards import LatentFacts, as_kept, complete, latents, shard_path, write_shard
+from ant_jax.latents.shards import LatentInfo, as_kept, complete, latents, shard_path, write_shard
 from ant_jax.models.autoencoder import autoencoder
 from ant_jax.runtime.files import locked
 from ant_jax.runtime.lock import InUseError
@@ -26,7 +26,7 @@ from ant_jax.sampling import cache
 from configs import digits
 
 NUM, SIZE = 21, 16
-FACTS = LatentFacts("VQ-f4", "", 12, (3, 3, 2), 1, 5, 8, 0.0, "", "", "")
+FACTS = LatentInfo("VQ-f4", "", 12, (3, 3, 2), 1, 5, 8, 0.0, "", "", "")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_the_latents_are_those_of_every_image_and_its_mirror_image(place, encode
     assert sorted(seen) == list(range(NUM))
     noise = np.random.default_rng(0).standard_normal(expected[:, 0].shape)
     whole = (expected[:, 0] + expected[:, 1] * noise).std()
-    assert source.facts.std == pytest.approx(whole, rel=0.05)
+    assert source.info.std == pytest.approx(whole, rel=0.05)
 
 
 def test_batches_draw_the_latents_anew_and_flip_them(encoded):
@@ -154,7 +154,7 @@ def test_latents_without_standard_deviations(tmp_path):
     for example, mean in zip((source[i] for i in range(5)), means, strict=True):
         np.testing.assert_array_equal(example["mean"], 2 * np.float32(mean))
         assert not example["std"].any() and example["label"] == 7
-    assert source.facts.std == pytest.approx(means.astype(float).std())
+    assert source.info.std == pytest.approx(means.astype(float).std())
     # Without spread a draw is the mean.
     (batch,) = itertools.islice(data.batches(source, batch_size=5, seed=0), 1)
     assert {image.tobytes() for image in batch["image"]} == {

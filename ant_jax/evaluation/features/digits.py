@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from absl import logging
 
-from ant_jax.data import sources
+from ant_jax import data
 from ant_jax.runtime import files
+from ant_jax.runtime.extras import import_extra
 
 # Part of the cache file's name: increase it whenever the recipe or the split changes.
 _VERSION = 1
@@ -89,11 +90,12 @@ def _inputs(images: np.ndarray) -> np.ndarray:
 
 
 def _train() -> DigitsClassifier:
-    from sklearn.neural_network import MLPClassifier
+    # It brings threadpoolctl.
+    neural_network = import_extra("sklearn.neural_network", "experiments")
     from threadpoolctl import threadpool_limits
 
-    train, test = sources.digits("train"), sources.digits("test")
-    network = MLPClassifier(_HIDDEN, random_state=0)
+    train, test = data.digits("train"), data.digits("test")
+    network = neural_network.MLPClassifier(_HIDDEN, random_state=0)
     # The matrices are small: on a busy machine, threads waiting for each other cost a factor of 20.
     with threadpool_limits(1):
         network.fit(_inputs(train.images), train.labels)

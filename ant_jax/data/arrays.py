@@ -1,0 +1,115 @@
+"""Images in memory: NumPy arrays, or an .npz file of them."""
+
+import dataclasses
+from typing import Annotated
+
+import numpy as np
+
+from ant_jax.data.source import Example, Source
+from ant_jax.runtime.files import user_path
+from ant_jax.settings import Affects, Path
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource(Source):
+    """Images that are NumPy arrays.
+
+    Attributes:
+      images: uint8 (n, height, width, channels).
+      labels: Integers (n,) from 0; None where the images have none.
+      name: What messages call it.
+      num_classes: Number of labels; by default one more than the largest label.
+
+    Raises:
+      ValueError: If the arrays have other types or shapes, or a label is out of range.
+    """
+
+    images: np.ndarray = dataclasses.field(repr=False)
+    labels: np.ndarray | None = dataclasses.field(default=None, repr=False)
+    name: str = "arrays"
+    num_classes: int | None = None
+
+    def __post_init__(self):
+        images, labels = np.asarray(self.images), self.labels
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(
+                f"images of {self.name} must be uint8 (n, height, width, channels), got "
+                f"{images.dtype} {images.shape}"
+            )
+        labels = np.zeros(len(images), np.int32) if labels is None else np.asarray(labels)
+        if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(images),):
+            raise ValueError(
+                f"labels of {self.name} must be {len(images)} integers, one an image, got "
+                f"{labels.dtype} {labels.shape}"
+            )
+        num_classes = self.num_classes
+        if num_classes is None:
+            num_classes = 0 if self.labels is None else int(labels.max(initial=-1)) + 1
+        wrong = np.flatnonzero((labels < 0) | (labels >= max(num_classes, 1)))
+        if wrong.size:
+            raise ValueError(
+                f"labels of {self.name} must be 0 .. {num_classes - 1}, got {labels[wrong[0]]} for "
+                f"image {wrong[0]}"
+            )
+        for name, value in (
+            ("images", images),
+            ("labels", labels.astype(np.int32)),
+            ("num_classes", num_classes),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.images.shape[1:]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        """An image and its label; see `Source`."""
+        return {"image": self.images[index], "label": self.labels[index]}
+
+
+def arrays(split: str = "train", file: Annotated[Path, Affects.NOTHING] = "") -> ArraySource:
+    """Opens an .npz file of images and reads a split into memory.
+
+    Args:
+      split: The file has the images of split "train" as "train_images", uint8 (n, height, width,
+        channels) or (n, height, width), and, where they have labels, "train_labels", integers (n,)
+        or (n, 1), as the files of MedMNIST do; those of split "" as "images" and "labels".
+      file: The file.
+
+    Returns:
+      The source.
+
+    Raises:
+      FileNotFoundError: If there is no such file.
+      ValueError: If it is damaged, has no such split, or the arrays are no images and labels.
+    """
+    if not file:
+        raise ValueError("arrays need the path of their .npz file")
+    try:
+        with np.load(user_path(file), allow_pickle=False) as stored:
+            found = {name: stored[name] for name in _names(split) if name in stored}
+            others = list(stored)
+    except FileNotFoundError:
+        raise
+    # Damaged bytes surface as almost any type of error.
+    except Exception as error:
+        raise ValueError(f"{file} is damaged, or no .npz file of arrays: {error}") from error
+    images, labels = map(found.get, _names(split))
+    if images is None:
+        raise ValueError(
+            f"{file} has no array {_names(split)[0]!r}; it has {', '.join(others) or 'none'}"
+        )
+    if images.ndim == 3:
+        images = images[..., None]
+    if labels is not None and labels.shape[1:] == (1,):
+        labels = labels[:, 0]
+    return ArraySource(images, labels, f"{file}[{split}]")
+
+
+def _names(split):
+    prefix = f"{split}_" if split else ""
+    return f"{prefix}images", f"{prefix}labels"

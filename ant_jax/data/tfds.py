@@ -1,0 +1,107 @@
+"""Data sets of tensorflow-datasets, read without TensorFlow."""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+
+from ant_jax.data.decoding import decode
+from ant_jax.data.source import Example, Source, UnreadableImageError
+from ant_jax.runtime.extras import import_extra
+from ant_jax.runtime.files import user_path
+from ant_jax.settings import Affects, Path
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TfdsSource(Source):
+    """A split of a prepared tensorflow-datasets builder, read by random access.
+
+    Attributes:
+      name: What messages call it.
+      records: The data source of the split, with images as the bytes of their files.
+      image_shape: (height, width, channels); None where the size varies.
+      num_classes: Number of labels; 0 where the builder has no class label.
+    """
+
+    name: str
+    records: Sequence[Example] = dataclasses.field(repr=False)
+    image_shape: tuple[int | None, int | None, int]
+    num_classes: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example:
+        """Decodes an image; see `Source` and `decode`.
+
+        Raises:
+          UnreadableImageError: If the record is damaged, or its image not one that `decode` takes.
+        """
+        # Damaged bytes surface as almost any type of error.
+        try:
+            record = self.records[index]
+            image = decode(io.BytesIO(record["image"]), self.image_shape[-1])
+        except Exception as error:
+            raise UnreadableImageError(f"image {index} of {self.name}: {error}") from error
+        label = record["label"] if self.num_classes else 0
+        return {"image": image, "label": np.int32(label)}
+
+
+def tfds(
+    split: str = "train", builder: str = "", dir: Annotated[Path, Affects.NOTHING] = ""
+) -> TfdsSource:
+    """Opens a split of a tensorflow-datasets builder; nothing is downloaded here.
+
+    Args:
+      split: A split of the builder, or a slice of one, such as "train[:90%]".
+      builder: Its name, such as "cifar10" or "imagenet_resized/64x64". It must have a uint8 "image"
+        and, optionally, a class "label", and must have been prepared in a format with random
+        access such as array_record.
+      dir: Where tensorflow-datasets keeps its data; "" is its own default.
+
+    Returns:
+      The source.
+
+    Raises:
+      FileNotFoundError: If the builder is not prepared in `dir`.
+      MissingExtraError: If tensorflow-datasets is not installed.
+      ValueError: If there is no such builder or split, if it has no usable image, or if it is not
+        stored for random access.
+    """
+    if not builder:
+        raise ValueError("tfds needs the name of a builder, such as 'cifar10'")
+    # Imported here: it takes a second that users of other data need not pay.
+    library = import_extra("tensorflow_datasets", "tfds")
+    data_dir = str(user_path(dir)) if dir else None
+    try:
+        opened = library.builder(builder, data_dir=data_dir)
+    except library.core.DatasetNotFoundError:
+        # Not chained: the original lists some hundred datasets.
+        raise ValueError(f"tensorflow-datasets has no builder {builder!r}") from None
+    prepare = (
+        f"tfds.builder({builder!r}, data_dir={data_dir!r}, file_format='array_record')"
+        ".download_and_prepare()"
+    )
+    if not opened.is_prepared():
+        raise FileNotFoundError(
+            f"{builder!r} is not prepared in {opened.data_path}: set dir, or run {prepare}"
+        )
+    features = dict(opened.info.features)
+    image, label = features.get("image"), features.get("label")
+    if not isinstance(image, library.features.Image) or image.np_dtype != np.uint8:
+        raise ValueError(f"{builder!r} has no uint8 'image' feature; it has {features}")
+    try:
+        # Its own decoder would open any format that Pillow knows.
+        decoders = {"image": library.decode.SkipDecoding()}
+        records = opened.as_data_source(split, decoders=decoders)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder!r} in {opened.data_path} is not stored for random access: "
+            f"in an empty dir, run {prepare}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{builder!r} cannot read split {split!r}: {error}") from error
+    num_classes = label.num_classes if isinstance(label, library.features.ClassLabel) else 0
+    return TfdsSource(f"{builder}[{split}]", records, tuple(image.shape), num_classes)
