@@ -18,7 +18,7 @@ from ant_jax import builders
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import GaussianDiffusion
-from ant_jax.latents import codec as codec_lib
+from ant_jax.latents import dataset
 from ant_jax.runtime import processes
 from ant_jax.runtime.devices import compiler_options, parallel_step, replicate, replicated
 from ant_jax.train_step import TrainState, check_step, init_state, train_step
@@ -73,7 +73,7 @@ def build(
     _check_loss_weight(config, process)
     size = config.data.image_size
     if config.autoencoder.name:
-        size, _, _ = codec_lib.latent_shape(config)
+        size, _, _ = dataset.latent_shape(config)
     multiple = builders.input_multiple(config)
     if boundaries is not None:
         _check_boundaries(config, boundaries)

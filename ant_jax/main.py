@@ -205,11 +205,12 @@ def _imported_mode():
 def _report_errors(function, *arguments):
     from ant_jax.data import ExampleError
     from ant_jax.runtime.checkpoint import CheckpointError
+    from ant_jax.runtime.extras import MissingExtraError
     from ant_jax.runtime.lock import InUseError
     from ant_jax.runtime.processes import DisagreementError
 
     expected = (ConfigError, CheckpointError, ExampleError, OSError, FloatingPointError)
-    expected += (DisagreementError, InUseError)
+    expected += (DisagreementError, InUseError, MissingExtraError)
     try:
         return function(*arguments)
     except expected as error:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ant_jax import mtl
+from ant_jax import mtl, pixels
 from ant_jax.diffusion import GaussianDiffusion
 from ant_jax.tasks.clustering import assign_clusters
 
@@ -287,7 +287,7 @@ def draw_examples(
 ) -> Examples:
     """Draws the timestep, noise and dropped label of each example from its own key."""
     image = batch["image"]
-    x0 = image.astype(jnp.float32) / 127.5 - 1 if image.dtype == jnp.uint8 else image
+    x0 = pixels.normalize(image)
     index = first_index + jnp.arange(image.shape[0])
     bounds = jnp.asarray(boundaries)
     k = len(boundaries) - 1

@@ -15,7 +15,7 @@ from ant_jax import config as config_lib
 from ant_jax import data
 from ant_jax.config import ConfigError
 from ant_jax.experiment import Experiment, abstract_state
-from ant_jax.latents import codec as codec_lib
+from ant_jax.latents import dataset
 from ant_jax.runtime import checkpoint, processes
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
@@ -310,11 +310,14 @@ def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> No
             f"({what or 'another order'}): labels would mean something else. Give the folders the "
             "names that they had, or choose another --workdir"
         )
-    for name, what in (
-        ("num_classes", "number of classes"),
-        ("channels", "number of channels"),
-        ("encoder", "encoder of the latents"),
-    ):
+    words = {
+        "num_classes": "number of classes",
+        "channels": "number of channels",
+        "encoder": "encoder of the latents",
+    }
+    others = before.keys() - words.keys() - {"num_images", "classes", "boundaries"}
+    for name in (*words, *sorted(others)):
+        what = words.get(name, name)
         if name in before and before[name] != now.get(name):
             raise ConfigError(
                 f"the run in {workdir} has learned from other data than {source.name}: {what} "
@@ -338,7 +341,7 @@ def check_encoder(config: ConfigDict, workdir: Path) -> None:
     if not config.autoencoder.name:
         return
     there = _facts(workdir).get("encoder")
-    now = codec_lib.load(config).encoder_digest
+    now = dataset.open_codec(config).encoder_digest
     if there != now:
         raise ConfigError(
             f"config.autoencoder.weights = {config.autoencoder.weights!r}: the run in {workdir} "

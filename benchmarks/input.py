@@ -35,7 +35,7 @@ def main():
         for size in args.sizes:
             directory = Path(folder) / size
             write_images(directory, *map(int, size.split("x")), args.images)
-            source = data.folder(directory, "")
+            source = data.folder(dir=directory)
             for workers in args.workers:
                 streams[size, workers] = data.batches(
                     source,

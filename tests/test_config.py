@@ -13,7 +13,6 @@ from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
 from ant_jax.evaluation import evaluator
 from ant_jax.init_from import initial_params
-from ant_jax.latents import codec as codec_lib
 from ant_jax.latents import dataset
 from configs import digits
 
@@ -236,7 +235,7 @@ def test_what_works_is_allowed(method, settings):
 # How what a path setting names is opened.
 OPENERS = {
     "data.dir": lambda config: dataset.open_images(config, ""),
-    "autoencoder.weights": codec_lib.load,
+    "autoencoder.weights": dataset.open_codec,
     "autoencoder.latents": lambda config: dataset.open_latents(config, ""),
     "init_from": lambda config: initial_params(config, None),
     "clusters.affinity": lambda config: builders.build_method(config, np.zeros(1000)),

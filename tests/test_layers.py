@@ -9,9 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ant_jax"
-CORE = {"jax", "flax", "optax", "numpy"}
+CORE = {"jax", "flax", "optax", "numpy", "ant_jax.settings", "ant_jax.pixels"}
 # A layer imports from those named, and from itself.
 LAYERS = {
+    "settings": set(),
+    "pixels": {"jax", "numpy"},
     "mtl": CORE,
     "diffusion": CORE,
     "models": CORE,

@@ -181,7 +181,7 @@ def test_a_run_whose_data_do_not_come_can_be_stopped(reference, tmp_path, monkey
 
     hangs.__getitem__ = read
     with monkeypatch.context() as patch:
-        patch.setattr(data, "load", lambda *_: hangs(**vars(digits)))
+        patch.setattr(trainer.dataset, "open_data", lambda *_: hangs(**vars(digits)))
         begin = time.perf_counter()
         state = trainer.train(tiny(), tmp_path)
     released.set()
@@ -806,27 +806,27 @@ CHANGED_CLASSES = {
 
 @pytest.mark.parametrize("names", CHANGED_CLASSES)
 def test_other_classes_are_named_and_refused(names, tmp_path):
-    before = workdir_lib._facts_of_data(data.folder(class_folders(tmp_path / "then", "abcd"), ""))
-    now = data.folder(class_folders(tmp_path / "now", names), "")
+    before = data.folder(dir=class_folders(tmp_path / "then", "abcd")).facts()
+    now = data.folder(dir=class_folders(tmp_path / "now", names))
     with pytest.raises(ConfigError, match=CHANGED_CLASSES[names]) as error:
         workdir_lib.check_data(before, now, Path("w"))
     assert "labels would mean something else. Give the folders" in str(error.value)
     # As another version may have sorted them.
     swapped = before | {"classes": ["b", "a", "c", "d"]}
     with pytest.raises(ConfigError, match=r"has \(another order\): labels"):
-        workdir_lib.check_data(swapped, data.folder(tmp_path / "then", ""), Path("w"))
+        workdir_lib.check_data(swapped, data.folder(dir=tmp_path / "then"), Path("w"))
 
 
 def test_other_numbers_of_images_are_said(tmp_path, caplog):
-    source = data.folder(class_folders(tmp_path, "ab"), "")
-    before = workdir_lib._facts_of_data(source)
+    source = data.folder(dir=class_folders(tmp_path, "ab"))
+    before = source.facts()
     assert before["classes"] == ["a", "b"] and before["num_images"] == 4
     workdir_lib.check_data(before, source, Path("w"))
     # Facts of an older version.
     workdir_lib.check_data({"num_classes": 2, "channels": 3}, source, Path("w"))
     assert not caplog.text
     (tmp_path / "a" / "0.png").unlink()
-    workdir_lib.check_data(before, data.folder(tmp_path, ""), Path("w"))
+    workdir_lib.check_data(before, data.folder(dir=tmp_path), Path("w"))
     assert f"{tmp_path} has 3 images now, and had 4 when the run in w was last there" in caplog.text
 
 

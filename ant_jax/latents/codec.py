@@ -6,10 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from ant_jax import interop
-from ant_jax.config import ConfigError
+from ant_jax import interop, pixels
 from ant_jax.models.autoencoder import Autoencoder, Latent, autoencoder
 from ant_jax.runtime.devices import replicated, split_over
 from ant_jax.runtime.files import user_path
@@ -32,14 +30,18 @@ class Codec(NamedTuple):
     encoder_digest: str
 
 
-def load(config: ConfigDict) -> Codec:
-    """The autoencoder that a config names; read once.
+def load(name: str, weights: str) -> Codec:
+    """An autoencoder with its weights; read once.
+
+    Args:
+      name: of `ant_jax.models.autoencoder.VARIANTS`.
+      weights: path of its file.
 
     Raises:
-      ConfigError: if its weights can't be read or are those of another network.
+      OSError: if the file can't be read.
+      ValueError: if it is damaged, or the weights are those of another network.
     """
-    settings = config.autoencoder
-    return _load(settings.name, str(user_path(settings.weights)))
+    return _load(name, str(user_path(weights)))
 
 
 @functools.lru_cache(maxsize=1)
@@ -47,31 +49,28 @@ def _load(name, path):
     model = autoencoder(name)
     side = 2 * model.factor
     images = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
-    try:
-        # First, because a file that is not there costs no tracing of the network.
-        state = interop.read_state(path)
-        template = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-        params = interop.from_torch(state, template, interop.AUTOENCODER)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"config.autoencoder.weights = {path!r}: {error}") from error
+    # First, because a file that is not there costs no tracing of the network.
+    state = interop.read_state(path)
+    template = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
+    params = interop.from_torch(state, template, interop.AUTOENCODER)
     placed = jax.device_put(params, replicated(jax.local_devices()))
     encoder = {name: params[name] for name in ("encoder", "quant_conv")}
     return Codec(model, placed, tree_hash(params)[:16], tree_hash(encoder)[:16])
 
 
-def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """(h, w, c) of the latent of an image of ``config.data.image_size``.
+def latent_shape(name: str, image_size: int) -> tuple[int, int, int]:
+    """(h, w, c) of the latent that an autoencoder makes of a square image.
 
     Raises:
-      ConfigError: if the autoencoder can't make one of it.
+      ValueError: if it can't make one of an image of that size.
     """
-    model, size = autoencoder(config.autoencoder.name), config.data.image_size
-    if size % model.factor:
-        raise ConfigError(
-            f"config.data.image_size = {size} must be divisible by {model.factor}, the factor of "
-            f"config.autoencoder.name = {config.autoencoder.name!r}"
+    model = autoencoder(name)
+    if image_size % model.factor:
+        raise ValueError(
+            f"{image_size} must be divisible by {model.factor}, the factor of the autoencoder "
+            f"{name!r}"
         )
-    side = size // model.factor
+    side = image_size // model.factor
     return side, side, model.latent_channels
 
 
@@ -83,7 +82,7 @@ def encode(codec: Codec, images: np.ndarray) -> Latent:
 
 @functools.partial(jax.jit, static_argnames="model")
 def _encode(params, images, *, model):
-    return model.apply({"params": params}, jnp.float32(images) / 127.5 - 1, method="encode")
+    return model.apply({"params": params}, pixels.normalize(images), method="encode")
 
 
 def decode(codec: Codec, latents: jax.Array, batch_size: int) -> np.ndarray:
@@ -112,33 +111,12 @@ def decode(codec: Codec, latents: jax.Array, batch_size: int) -> np.ndarray:
         )
         for parts, values in zip((images, finite), decoded, strict=True):
             parts.append(np.asarray(values)[: len(part)])
-    check_finite(np.concatenate(finite), "images that config.autoencoder.weights make of latents")
+    pixels.check_finite(
+        np.concatenate(finite), "images that config.autoencoder.weights make of latents"
+    )
     return np.concatenate(images)
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def _decode(params, latents, *, model):
-    return finite_pixels(model.apply({"params": params}, latents, method="decode"))
-
-
-def check_finite(finite: np.ndarray, what: str, first: int = 0) -> None:
-    """Raises a FloatingPointError that says how many things, and which, have numbers that are not.
-
-    Args:
-      finite: bool (B,), whether all numbers of each are.
-      what: the plural.
-      first: number of the first of them.
-    """
-    if not finite.all():
-        wrong = np.flatnonzero(~finite)
-        raise FloatingPointError(
-            f"{len(wrong)} of {len(finite)} {what} have numbers that are not finite, such as "
-            f"number {first + wrong[0]}"
-        )
-
-
-@jax.jit
-def finite_pixels(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Images in [-1, 1] as uint8, clipped and rounded; and which, bool (B,), are finite numbers."""
-    pixels = jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
-    return pixels, jnp.isfinite(images).all((1, 2, 3))
+    return pixels.quantize(model.apply({"params": params}, latents, method="decode"))

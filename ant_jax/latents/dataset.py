@@ -8,11 +8,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from ant_jax import data
+from ant_jax import data, pixels
 from ant_jax.config import ConfigError
 from ant_jax.latents import codec as codec_lib
+from ant_jax.latents.codec import Codec
 from ant_jax.latents.shards import LatentSource, latents
 from ant_jax.runtime.files import user_path
+from ant_jax.settings import resolve
 
 
 def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
@@ -42,28 +44,28 @@ def open_latents(config: ConfigDict, split: str) -> LatentSource:
         raise ConfigError(
             f"config.autoencoder.latents = {settings.latents!r}: {error}{hint}"
         ) from error
-    facts = source.info
+    info = source.info
     for name, there, now in (
-        ("autoencoder.name", facts.autoencoder, settings.name),
-        ("data.name", facts.data, config.data.name),
-        ("data.crop", facts.crop, config.data.crop),
-        ("data.exif", facts.exif, config.data.exif),
-        ("data.image_size", facts.image_size, config.data.image_size),
-        ("autoencoder.name, shape of latents", facts.shape, codec_lib.latent_shape(config)),
-        ("autoencoder.weights, encoder", facts.digest, codec_lib.load(config).encoder_digest),
+        ("autoencoder.name", info.autoencoder, settings.name),
+        ("data.name", info.data, config.data.name),
+        ("data.crop", info.crop, config.data.crop),
+        ("data.exif", info.exif, config.data.exif),
+        ("data.image_size", info.image_size, config.data.image_size),
+        ("autoencoder.name, shape of latents", info.shape, latent_shape(config)),
+        ("autoencoder.weights, encoder", info.digest, open_codec(config).encoder_digest),
     ):
         if there != now:
             raise ConfigError(
                 f"the latents in {directory} were made with config.{name} {there!r}, not {now!r}"
             )
-    std = facts.std * settings.scale
+    std = info.std * settings.scale
     if not 0.5 < std < 2:
         logging.warning(
             "config.autoencoder.scale = %g gives the latents a standard deviation of %.2g; "
             "%.3g would make it 1, for which noise schedules are made",
             settings.scale,
             std,
-            1 / facts.std,
+            1 / info.std,
         )
     return source
 
@@ -88,8 +90,10 @@ def open_images(config: ConfigDict, split: str) -> data.Source:
     """
     settings = config.data
     try:
-        place = str(user_path(settings.dir)) if settings.dir else None
-        source = data.load(settings.name, split, place, settings.exif)
+        name, own = _component(settings)
+        source = resolve(data, name, data.Source)(split=split, **own)
+        if not isinstance(source, data.Source):
+            raise ValueError(f"it gives no ant_jax.data.Source, but a {type(source).__name__}")
         data.check_crop(source, settings.crop, settings.image_size)
     except (ValueError, FileNotFoundError) as error:
         raise ConfigError(
@@ -97,6 +101,42 @@ def open_images(config: ConfigDict, split: str) -> data.Source:
             f"config.data.dir = {settings.dir!r}: {error}"
         ) from error
     return source
+
+
+def _component(settings):
+    """The name of a source and its own settings."""
+    name, _, builder = settings.name.partition(":")
+    own = {
+        "folder": {"dir": settings.dir, "exif": settings.exif},
+        "tfds": {"dir": settings.dir, "builder": builder},
+    }
+    return name, own.get(name, {})
+
+
+def open_codec(config: ConfigDict) -> Codec:
+    """The autoencoder of a config; read once.
+
+    Raises:
+      ConfigError: if its weights can't be read or are those of another network.
+    """
+    settings = config.autoencoder
+    try:
+        return codec_lib.load(settings.name, settings.weights)
+    except (ValueError, OSError) as error:
+        path = str(user_path(settings.weights))
+        raise ConfigError(f"config.autoencoder.weights = {path!r}: {error}") from error
+
+
+def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
+    """(h, w, c) of the latent of an image of ``config.data.image_size``.
+
+    Raises:
+      ConfigError: if the autoencoder can't make one of it.
+    """
+    try:
+        return codec_lib.latent_shape(config.autoencoder.name, config.data.image_size)
+    except ValueError as error:
+        raise ConfigError(f"config.data.image_size = {error}") from error
 
 
 def images(config: ConfigDict, split: str, num: int) -> tuple[np.ndarray, np.ndarray]:
@@ -113,5 +153,4 @@ def images(config: ConfigDict, split: str, num: int) -> tuple[np.ndarray, np.nda
         source, batch_size=min(num, len(source)), seed=0, **pipeline_settings(config)
     )
     batch = next(batches)
-    x0 = batch["image"]
-    return np.float32(x0) / 127.5 - 1 if x0.dtype == np.uint8 else x0, batch["label"]
+    return pixels.normalize(batch["image"]), batch["label"]

@@ -47,9 +47,9 @@ def encode(config: ConfigDict) -> Path:
         raise ConfigError("--mode encode needs config.autoencoder.name")
     if config.data.crop == "random":
         raise ConfigError("config.data.crop = 'random' can't be encoded: use 'center'")
-    shape = codec_lib.latent_shape(config)
+    shape = dataset.latent_shape(config)
     source = dataset.open_images(config, config.data.split)
-    codec = codec_lib.load(config)
+    codec = dataset.open_codec(config)
     directory = dataset.latents_folder(config, config.data.split)
     processes.assert_equal(
         lambda: {
@@ -83,7 +83,7 @@ def _encode(config, source, codec, directory, shape):
             path = shard_path(directory, shard)
             if not processes.wait_for_file(path):
                 raise OSError(f"{path} was made by another process and is not on this disk")
-        facts = LatentInfo(
+        info = LatentInfo(
             autoencoder=settings.name,
             digest=codec.encoder_digest,
             image_size=config.data.image_size,
@@ -98,7 +98,7 @@ def _encode(config, source, codec, directory, shape):
             origin=repr(source),
         )
         try:
-            std = complete(directory, facts).std
+            std = complete(directory, info).std
         except ValueError as error:
             raise ConfigError(f"config.autoencoder.latents: {error}") from error
         logging.info(

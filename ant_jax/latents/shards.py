@@ -20,7 +20,7 @@ import numpy as np
 from ant_jax.data.source import Example, Source, UnreadableImageError
 from ant_jax.runtime.files import partial_beside, write_bytes
 
-_FACTS = "latents.json"
+_INFO = "latents.json"
 _SHARD_NAME = re.compile(r"[0-9]{5,}\.array_record")
 _LABEL_BYTES = 4
 _SPREAD_IMAGES = 1000
@@ -137,71 +137,71 @@ def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
       ValueError: If its description or a shard is damaged, or a shard is missing or one too many.
     """
     directory = Path(directory).expanduser()
-    path = directory / _FACTS
+    path = directory / _INFO
     if not path.is_file():
         raise FileNotFoundError(
             f"{directory} has no latents, or not all of them yet: run --mode encode"
         )
     try:
-        facts = _checked(LatentInfo(**json.loads(path.read_text())))
+        info = _checked(LatentInfo(**json.loads(path.read_text())))
     # Lists in lists without end are a RecursionError.
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}; --mode encode writes it anew") from error
-    return _open(directory, facts, scale)
+    return _open(directory, info, scale)
 
 
-def _checked(facts):
-    """The facts, if they are what they can be."""
+def _checked(info):
+    """What a description says, if it can be."""
     number = lambda value, low: type(value) is int and value >= low
     allowed = {
-        "image_size": number(facts.image_size, 1),
-        "shape": len(facts.shape) == 3 and all(number(size, 1) for size in facts.shape),
-        "parts": facts.parts in (1, 2),
-        "num_images": number(facts.num_images, 1),
-        "num_classes": number(facts.num_classes, 0),
-        "std": type(facts.std) in (int, float) and 0 < facts.std < math.inf,
+        "image_size": number(info.image_size, 1),
+        "shape": len(info.shape) == 3 and all(number(size, 1) for size in info.shape),
+        "parts": info.parts in (1, 2),
+        "num_images": number(info.num_images, 1),
+        "num_classes": number(info.num_classes, 0),
+        "std": type(info.std) in (int, float) and 0 < info.std < math.inf,
     }
     for name, fits in allowed.items():
         if not fits:
-            raise ValueError(f"{name!r} can't be {getattr(facts, name)!r}")
-    return facts._replace(shape=tuple(facts.shape))
+            raise ValueError(f"{name!r} can't be {getattr(info, name)!r}")
+    return info._replace(shape=tuple(info.shape))
 
 
-def complete(directory: Path, facts: LatentInfo) -> LatentInfo:
+def complete(directory: Path, info: LatentInfo) -> LatentInfo:
     """Writes what a folder holds once all its shards are there.
 
     Args:
       directory: The folder.
-      facts: Of its latents; the standard deviation is found out here, from some of them.
+      info: Of its latents; the standard deviation is found out here, from some of them.
 
     Returns:
-      The facts as written.
+      The description as written.
 
     Raises:
       ValueError: If a shard is damaged, they hold another number of latents, or all numbers of the
         latents are the same.
       UnreadableImageError: If one of them can't be used; see `LatentSource`.
     """
-    facts = facts._replace(std=_spread(_open(directory, facts, 1.0)))
-    if facts.std == 0:
+    info = info._replace(std=_spread(_open(directory, info, 1.0)))
+    if info.std == 0:
         raise ValueError(f"all numbers of the latents in {directory} are the same")
-    write_bytes(directory / _FACTS, (json.dumps(facts._asdict(), indent=1) + "\n").encode())
-    return facts
+    write_bytes(directory / _INFO, (json.dumps(info._asdict(), indent=1) + "\n").encode())
+    return info
 
 
-def _open(directory, facts, scale):
+def _open(directory, info, scale):
     # Not what Finder and network disks leave beside them, such as ._00000.array_record.
     shards = [path for path in directory.iterdir() if _SHARD_NAME.fullmatch(path.name)]
     shards.sort(key=lambda path: int(path.stem))
     records = _records(shards) if shards else []
-    if len(records) != facts.num_images:
-        missing = len(records) < facts.num_images
+    if len(records) != info.num_images:
+        missing = len(records) < info.num_images
         advice = "run --mode encode, which makes missing shards" if missing else "encode them again"
         raise ValueError(
             f"{directory} has {len(records)} latents in {len(shards)} shards instead of "
-            f"{facts.num_images}: {advice}{'' if missing else ' into an empty folder'}"
+            f"{info.num_images}: {advice}{'' if missing else ' into an empty folder'}"
         )
-    return LatentSource(str(directory), facts, scale, records)
+    return LatentSource(str(directory), info, scale, records)
 
 
 def _records(shards):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
 from ant_jax import evaluation
-from ant_jax.latents import codec as codec_lib
+from ant_jax.latents import dataset
 from ant_jax.runtime import processes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.runtime.progress import with_time_left
@@ -52,7 +52,7 @@ def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
       params: those the samples are drawn with.
     """
     # The weights may be others under the same name, or the same under another.
-    decoder = codec_lib.load(config).digest if config.autoencoder.name else ""
+    decoder = dataset.open_codec(config).digest if config.autoencoder.name else ""
     tree = {"step": step, "params": tree_hash(params)[:16], "decoder": decoder}
     return json.loads(json.dumps(tree | {"settings": settings(config)}))
 

@@ -8,9 +8,10 @@ import numpy as np
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
-from ant_jax import diffusion
+from ant_jax import diffusion, pixels
 from ant_jax.experiment import Experiment
 from ant_jax.latents import codec as codec_lib
+from ant_jax.latents import dataset
 from ant_jax.runtime.devices import split_over
 
 # Keeps the keys of samples apart from those of the train step, which start from the bare seed.
@@ -50,7 +51,7 @@ def sample_batches(
     if settings.sampler == "ddim":
         sampler = functools.partial(diffusion.ddim_sample, eta=settings.eta)
     devices = jax.local_devices()
-    codec = codec_lib.load(config) if config.autoencoder.name else None
+    codec = dataset.open_codec(config) if config.autoencoder.name else None
     stream = jax.random.fold_in(jax.random.key(settings.seed), _SAMPLE_STREAM)
     batch = batch_size(config, num)
     for first in range(start, stop, batch):
@@ -72,12 +73,12 @@ def sample_batches(
         )
         keep = min(batch, stop - first)
         if codec is None:
-            images, finite = (np.asarray(part)[:keep] for part in codec_lib.finite_pixels(x0))
-            codec_lib.check_finite(finite, "samples", first)
+            images, finite = (np.asarray(part)[:keep] for part in pixels.quantize(x0))
+            pixels.check_finite(finite, "samples", first)
         else:
             latents = np.asarray(x0)[:keep]
             finite = np.isfinite(latents).all((1, 2, 3))
-            codec_lib.check_finite(finite, "latents of samples", first)
+            pixels.check_finite(finite, "latents of samples", first)
             latents = latents / np.float32(config.autoencoder.scale)
             images = codec_lib.decode(codec, latents, config.autoencoder.batch_size)
         yield images, None if labels is None else np.asarray(labels)[:keep]

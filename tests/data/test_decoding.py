@@ -43,7 +43,7 @@ def png(width, height, *before, rows=b"", depth=8):
 
 def read(path, content):
     path.write_bytes(content)
-    return data.folder(path.parent, "")[0]["image"]
+    return data.folder(dir=path.parent)[0]["image"]
 
 
 @pytest.mark.parametrize("kind", ["EPS", "TIFF", "BMP", "ICO", "GIF", "PPM", "TGA", "PCX"])
@@ -69,7 +69,7 @@ def test_the_first_picture_of_a_file_is_read_whatever_its_name(tmp_path, picture
 
 
 def test_records_of_tfds_are_opened_as_files_are(picture):
-    from ant_jax.data.source import TfdsSource
+    from ant_jax.data import TfdsSource
 
     records = [{"image": saved(picture.convert("L"), kind)} for kind in ("PNG", "JPEG", "EPS")]
     for channels in (1, 3, 4):
@@ -95,7 +95,7 @@ def test_a_file_that_no_image_needs_is_not_read(tmp_path):
         file.write(b"RIFF\xf0\xff\xff\x7fWEBPVP8 ")
         file.truncate(2**40)
     with pytest.raises(data.UnreadableImageError, match=r"a\.webp: 1099511627776 bytes: an image"):
-        data.folder(tmp_path, "")[0]
+        data.folder(dir=tmp_path)[0]
 
 
 def test_what_is_no_file_is_neither_listed_nor_waited_for(tmp_path, picture):
@@ -106,7 +106,7 @@ def test_what_is_no_file_is_neither_listed_nor_waited_for(tmp_path, picture):
     (tmp_path / "e.png").symlink_to(tmp_path / "e.png")
     (tmp_path / "f.png").symlink_to(tmp_path / "nothing")
     (tmp_path / "g.png").symlink_to(tmp_path / "a.png")
-    source = data.folder(tmp_path, "")
+    source = data.folder(dir=tmp_path)
     assert list(source.paths) == [b"a.png", b"d.png", b"e.png", b"f.png", b"g.png"]
     np.testing.assert_array_equal(source[4]["image"], np.asarray(picture))
     # A link to nothing is an image that is not there, rather than none.
@@ -138,7 +138,7 @@ def test_each_folder_is_listed_once_for_a_class_and_those_above_never(tmp_path, 
             end = root / "deep" if level == 29 else tmp_path / f"{level + 1}"
             (tmp_path / f"{level}" / link).symlink_to(end)
     (root / "maze").symlink_to(tmp_path / "0")
-    source = data.folder(root, "")
+    source = data.folder(dir=root)
     assert source.classes == ("cat", "deep", "dog", "kitten", "maze")
     assert [os.fsdecode(path) for path in source.paths] == [
         *("cat/0.png", "cat/a/1.png", "deep/3.png", "dog/2.png", "kitten/0.png"),
@@ -146,7 +146,7 @@ def test_each_folder_is_listed_once_for_a_class_and_those_above_never(tmp_path, 
     ]
     (root / "again").symlink_to(root)
     with pytest.raises(ValueError, match=r"no image in the class folder\(s\) again$"):
-        data.folder(root, "")
+        data.folder(dir=root)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, picture, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, picture, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refused)
     with pytest.raises(PermissionError, match="cat/more"):
-        data.folder(tmp_path, "")
+        data.folder(dir=tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -173,18 +173,18 @@ def test_orientation_is_applied_where_asked_for_alone(tmp_path, picture, kind, o
     stored = read(tmp_path / "a.png", content)
     with Image.open(io.BytesIO(content)) as file:
         shown = np.asarray(ImageOps.exif_transpose(file))
-    np.testing.assert_array_equal(data.folder(tmp_path, "", "apply")[0]["image"], shown)
+    np.testing.assert_array_equal(data.folder("", tmp_path, "apply")[0]["image"], shown)
     assert stored.shape == (SIDE, 40 + SIDE, 3)
     assert (orientation in range(2, 9)) != np.array_equal(stored, shown)
     with pytest.raises(ValueError, match=r"'applied'.*ignore, apply"):
-        data.load("folder", "", str(tmp_path), "applied")
+        data.folder("", tmp_path, "applied")
 
 
 def test_a_damaged_note_of_the_orientation_is_as_none(tmp_path, picture):
     content = saved(picture, "PNG")
     for note in (b"", b"MM\0*\0\0\0\xff", b"II*\0\x08\0\0\0\xff\xff" + b"\x12\x01" * 40):
         (tmp_path / "a.png").write_bytes(content[:33] + chunk(b"eXIf", note) + content[33:])
-        image = data.folder(tmp_path, "", "apply")[0]["image"]
+        image = data.folder("", tmp_path, "apply")[0]["image"]
         np.testing.assert_array_equal(image, np.asarray(picture))
 
 
@@ -230,7 +230,7 @@ def test_memory_is_that_of_the_pixels_whatever_a_file_claims(tmp_path, picture):
         "import resource, sys, numpy as np; from ant_jax import data; from ant_jax.data import *\n"
         "from ant_jax.data import transforms\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-        f"source = data.folder({str(tmp_path)!r}, '')\n"
+        f"source = data.folder('', {str(tmp_path)!r})\n"
         "before = peak()\n"
         "for i in range(len(source)):\n"
         "    try:\n"

@@ -35,7 +35,7 @@ def classes(tmp_path, photograph):
 
 
 def test_subfolders_are_classes(classes, photograph):
-    source = data.load("folder", "train", str(classes))
+    source = data.folder("train", classes)
     assert len(source) == 4
     assert source.num_classes == 2 and source.classes == ("bird", "cat")
     assert source.image_shape == (None, None, 3)
@@ -52,7 +52,7 @@ def test_without_subfolders_there_are_no_classes(tmp_path, photograph):
     for i in range(3):
         write(tmp_path / f"{i}.png", photograph + np.uint8(i))
     (tmp_path / "empty").mkdir()
-    source = data.folder(tmp_path, "")
+    source = data.folder(dir=tmp_path)
     assert len(source) == 3 and source.num_classes == 0
     assert [int(source[i]["image"][0, 0, 0]) - int(photograph[0, 0, 0]) for i in range(3)] == [
         *range(3)
@@ -69,7 +69,7 @@ def test_all_kinds_of_pixels_become_rgb(tmp_path, photograph, mode):
     if mode == "RGBA":
         picture.putalpha(100)
     picture.save(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"))
-    image = data.folder(tmp_path, "")[0]["image"]
+    image = data.folder(dir=tmp_path)[0]["image"]
     assert image.shape == (64, 64, 3)
     if mode == "RGBA":
         # The alpha channel is dropped, not blended.
@@ -82,14 +82,14 @@ def test_all_kinds_of_pixels_become_rgb(tmp_path, photograph, mode):
 
 def test_smaller_images_are_enlarged_to_the_crop(tmp_path, photograph):
     write(tmp_path / "a.png", photograph[:10, :20])
-    source = data.folder(tmp_path, "")
+    source = data.folder(dir=tmp_path)
     batch = next(data.batches(source, batch_size=1, seed=0, image_size=32, crop="center"))
     assert batch["image"].shape == (1, 32, 32, 3)
     assert abs(batch["image"].mean() - photograph[:10, 5:15].mean()) < 5
 
 
 def test_images_of_a_folder_need_a_crop(classes):
-    source = data.folder(classes, "train")
+    source = data.folder("train", classes)
     with pytest.raises(ValueError, match="vary in size: choose a crop and an image_size"):
         next(data.batches(source, batch_size=2, seed=0))
 
@@ -108,7 +108,7 @@ def test_a_damaged_image_is_named(classes, damage):
     else:
         whole = path.read_bytes()
         path.write_bytes({"truncated": whole[: len(whole) // 2], "empty": b""}.get(damage, b"hi"))
-    source = data.folder(classes, "train")
+    source = data.folder("train", classes)
     index = [bytes(each) for each in source.paths].index(f"cat/{path.name}".encode())
     with pytest.raises(data.UnreadableImageError, match=rf"cat/{path.name}: "):
         source[index]
@@ -124,10 +124,10 @@ def stream(source, batch_size, **options):
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_damaged_image_is_replaced_by_the_next(classes, num_workers):
-    whole = data.folder(classes, "train")
+    whole = data.folder("train", classes)
     (expected,) = itertools.islice(stream(whole, 4), 1)
     (classes / "train" / "bird" / "a.png").write_bytes(b"damaged")
-    source = data.folder(classes, "train")
+    source = data.folder("train", classes)
     batches = stream(source, 4, replace_unreadable=True, num_workers=num_workers)
     batch = next(batches)
     batches.close()
@@ -142,22 +142,22 @@ def test_a_damaged_image_is_replaced_by_the_next(classes, num_workers):
 def test_a_folder_of_damaged_images_is_an_error(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"damaged")
-    batches = stream(data.folder(tmp_path, ""), 2, replace_unreadable=True)
+    batches = stream(data.folder(dir=tmp_path), 2, replace_unreadable=True)
     with pytest.raises(RuntimeError, match=r"\d\.jpg: "):
         next(batches)
 
 
 def test_bad_folders(tmp_path, photograph):
     with pytest.raises(FileNotFoundError, match=r"no folder .*/none/train; use split ''"):
-        data.load("folder", "train", str(tmp_path / "none"))
+        data.folder("train", tmp_path / "none")
     with pytest.raises(ValueError, match="needs its path"):
-        data.load("folder", "train")
+        data.folder("train")
     with pytest.raises(ValueError, match=r"has no image; looked for \.jpg"):
-        data.folder(tmp_path, "")
+        data.folder(dir=tmp_path)
     write(tmp_path / "a" / "0.png", photograph)
     (tmp_path / "b").mkdir()
     with pytest.raises(ValueError, match=r"no image in the class folder\(s\) b$"):
-        data.folder(tmp_path, "")
+        data.folder(dir=tmp_path)
     write(tmp_path / "1.png", photograph)
     with pytest.raises(ValueError, match=r"has both images \(1.png, ...\) and folders"):
-        data.folder(tmp_path, "")
+        data.folder(dir=tmp_path)

@@ -1,13 +1,19 @@
+import json
 import subprocess
 import sys
 from typing import ClassVar
 
+import cloudpickle
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from ant_jax import data
-from ant_jax.data import sources
+from ant_jax.runtime.extras import MissingExtraError
+from ant_jax.settings import names_in, resolve, settings_of
 
 
 class AntTinyImages(tfds.core.GeneratorBasedBuilder):
@@ -56,76 +62,119 @@ def data_dir(tmp_path_factory):
     return path
 
 
-def test_digits_are_the_real_ones_scaled():
-    from sklearn.datasets import load_digits
+@pytest.fixture(scope="module")
+def settings(data_dir, tmp_path_factory):
+    """What opens a small set by each source that needs something."""
+    place = tmp_path_factory.mktemp("sources")
+    images = np.random.default_rng(0).integers(0, 256, (12, 6, 8, 3), np.uint8)
+    for i, image in enumerate(images):
+        path = place / "folder" / "train" / "ab"[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+    np.savez(place / "file.npz", train_images=images, train_labels=np.arange(12)[:, None] % 3)
+    return {
+        "arrays": {"file": str(place / "file.npz")},
+        "folder": {"dir": str(place / "folder")},
+        "tfds": {"builder": "ant_tiny_images/rgb", "dir": data_dir},
+    }
 
+
+@pytest.mark.parametrize("name", names_in(data, data.Source))
+def test_a_source_is_what_the_contract_says(name, settings):
+    component = resolve(data, name, data.Source)
+    # All are settings, which can be checked before anything is opened.
+    assert set(settings_of(component)) >= {"split", *settings.get(name, {})}
+    source = component(split="train", **settings.get(name, {}))
+    assert isinstance(source, data.Source) and len(source) >= 12
+    assert "train" in source.name and "\n" not in repr(source) and len(repr(source)) < 300
+    facts = source.facts()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["num_images"] == len(source) and facts["num_classes"] == source.num_classes
+    copy = cloudpickle.loads(cloudpickle.dumps(source))
+    for i in (0, len(source) - 1):
+        image, label = source[i]["image"], source[i]["label"]
+        assert image.dtype == np.uint8 and label.dtype == np.int32 and label.shape == ()
+        for there, wanted in zip(image.shape, source.image_shape, strict=True):
+            assert wanted in (None, there)
+        assert 0 <= label < max(source.num_classes, 1)
+        for again in (source[i], copy[i]):
+            np.testing.assert_array_equal(again["image"], image)
+            assert again["label"] == label
+    batch = next(data.batches(source, batch_size=4, seed=0, crop="center", image_size=4))
+    assert batch["image"].shape == (4, 4, 4, source.image_shape[-1])
+
+
+@pytest.mark.parametrize("name", names_in(data, data.Source))
+def test_a_source_names_what_it_lacks(name, settings):
+    component = resolve(data, name, data.Source)
+    with pytest.raises((ValueError, FileNotFoundError), match="nothing"):
+        component(split="nothing", **settings.get(name, {}))
+    if name in settings:
+        with pytest.raises(ValueError, match=r"needs? the|needs its"):
+            component(split="train")
+    for setting in {"dir", "file"} & settings.get(name, {}).keys():
+        changed = settings[name] | {setting: "~no such user/nowhere"}
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            component(split="train", **changed)
+
+
+def test_digits_are_those_of_scikit_learn_and_so_is_what_is_held_out():
     raw = load_digits()
-    source = data.load("digits", "all")
-    assert len(source) == 1797
-    assert source.num_classes == 10
-    assert source.image_shape == (8, 8, 1)
-    images = np.stack([source[i]["image"] for i in range(1797)])
-    labels = np.stack([source[i]["label"] for i in range(1797)])
-    assert images.dtype == np.uint8 and labels.dtype == np.int32
-    assert images.min() == 0 and images.max() == 255
-    np.testing.assert_array_equal(np.round(images[..., 0] * (16 / 255)), raw.images)
-    np.testing.assert_array_equal(labels, raw.target)
-
-
-def test_digit_splits_partition_the_digits_and_are_stratified():
-    train, test, everything = (data.digits(split) for split in ("train", "test", "all"))
-    assert (len(train), len(test)) == (1497, 300)
-
-    def rows(source):
-        return {
-            image.tobytes() + bytes([label])
-            for image, label in zip(source.images, source.labels, strict=True)
-        }
-
-    # The 1797 images are all different, so bytes identify them.
-    assert len(rows(everything)) == 1797
-    assert not rows(train) & rows(test)
-    assert rows(train) | rows(test) == rows(everything)
-    counts = np.bincount(test.labels)
-    assert counts.min() >= 28 and counts.max() <= 32
-
-
-def test_the_digits_held_out_are_those_of_scikit_learn():
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    raw = load_digits()
-    parts = train_test_split(
-        np.arange(len(raw.target)), test_size=300, stratify=raw.target, random_state=0
-    )
-    for split, part in zip(("train", "test"), parts, strict=True):
-        source, chosen = data.digits(split), np.sort(part)
-        np.testing.assert_array_equal(source.labels, raw.target[chosen])
-        pixels = np.round(raw.images[chosen] * (255 / 16))
+    rows = np.arange(len(raw.target))
+    train, test = train_test_split(rows, test_size=300, stratify=raw.target, random_state=0)
+    for split, part in (("all", rows), ("train", np.sort(train)), ("test", np.sort(test))):
+        source = data.digits(split)
+        pixels = np.round(raw.images[part] * (255 / 16))
         np.testing.assert_array_equal(source.images[..., 0], pixels)
+        np.testing.assert_array_equal(source.labels, raw.target[part])
+        assert (source.image_shape, source.num_classes) == ((8, 8, 1), 10)
+        with pytest.raises(ValueError, match="read-only"):
+            source[0]["image"][0] = 1
 
 
-def test_digits_are_found_wherever_scikit_learn_keeps_them(monkeypatch):
-    expected = data.digits("all")
-    monkeypatch.setattr(sources.Path, "exists", lambda path: False)
-    there = data.digits.__wrapped__("all")
-    np.testing.assert_array_equal(there.images, expected.images)
-    np.testing.assert_array_equal(there.labels, expected.labels)
+IMAGES = np.arange(5 * 4 * 4 * 2, dtype=np.uint8).reshape(5, 4, 4, 2)
 
 
-@pytest.mark.parametrize("name", ["mnist", "tfds:", "tfds", "digits:", ""])
-def test_unknown_source(name):
-    with pytest.raises(ValueError, match="tfds:BUILDER"):
-        data.load(name, "train")
+def test_arrays_are_a_source():
+    source = data.ArraySource(IMAGES, [2, 0, 1, 1, 0])
+    assert (source.image_shape, source.num_classes, len(source)) == ((4, 4, 2), 3, 5)
+    np.testing.assert_array_equal(source[2]["image"], IMAGES[2])
+    assert source[0]["label"] == 2
+    assert data.ArraySource(IMAGES, [2, 0, 1, 1, 0], num_classes=7).num_classes == 7
+    assert data.ArraySource(IMAGES).num_classes == 0 and data.ArraySource(IMAGES)[1]["label"] == 0
 
 
-def test_unknown_digits_split():
-    with pytest.raises(ValueError, match=r"'valid'.*train, test, all"):
-        data.load("digits", "valid")
+@pytest.mark.parametrize(
+    ("told", "images", "more"),
+    [
+        (r"images of arrays must be uint8 .* got float64 \(5, 4, 4, 2\)", IMAGES / 255, {}),
+        (r"images of mine must be uint8 .* got uint8 \(4, 4, 2\)", IMAGES[0], {"name": "mine"}),
+        (r"must be 5 integers, .* got int64 \(4,\)", IMAGES, {"labels": [0, 1, 2, 3]}),
+        (r"must be 5 integers, .* got float64 \(5,\)", IMAGES, {"labels": np.zeros(5)}),
+        (r"must be 0 .. 0, got -1 for image 3", IMAGES, {"labels": [0, 0, 0, -1, 0]}),
+        (r"0 .. 1, got 2 for image 1", IMAGES, {"labels": [0, 2, 0, 1, 0], "num_classes": 2}),
+    ],
+)
+def test_arrays_that_are_no_images_or_labels(told, images, more):
+    with pytest.raises(ValueError, match=told):
+        data.ArraySource(images, **more)
+
+
+def test_arrays_of_a_file(tmp_path):
+    path = tmp_path / "file.npz"
+    np.savez(path, images=IMAGES[..., 0], val_images=IMAGES, val_labels=[[3]] * 5)
+    grey, labelled = data.arrays("", path), data.arrays("val", path)
+    assert grey.image_shape == (4, 4, 1) and grey.num_classes == 0
+    assert labelled.num_classes == 4 and labelled[4]["label"] == 3
+    with pytest.raises(ValueError, match="no array 'train_images'; it has images, val_images, val"):
+        data.arrays("train", path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"file.npz is damaged, or no .npz file of arrays"):
+        data.arrays("", path)
 
 
 def test_tfds_colour_images_of_varying_size(data_dir):
-    source = data.load("tfds:ant_tiny_images/rgb", "train", data_dir)
+    source = data.tfds("train", "ant_tiny_images/rgb", data_dir)
     assert len(source) == 12
     assert source.num_classes == 3
     assert source.image_shape == (None, None, 3)
@@ -138,11 +187,11 @@ def test_tfds_colour_images_of_varying_size(data_dir):
         assert example["label"] == value % 3 and example["label"].dtype == np.int32
         seen.add(value)
     assert seen == set(range(12))
-    assert len(data.load("tfds:ant_tiny_images/rgb", "train[:25%]", data_dir)) == 3
+    assert len(data.tfds("train[:25%]", "ant_tiny_images/rgb", data_dir)) == 3
 
 
 def test_tfds_grey_images_without_labels(data_dir):
-    source = data.load("tfds:ant_tiny_images/grey", "train", data_dir)
+    source = data.tfds("train", "ant_tiny_images/grey", data_dir)
     assert source.num_classes == 0
     assert source.image_shape == (6, 8, 1)
     assert source[5]["image"].shape == (6, 8, 1)
@@ -150,7 +199,7 @@ def test_tfds_grey_images_without_labels(data_dir):
 
 
 def test_tfds_feeds_the_pipeline_from_workers(data_dir):
-    source = data.load("tfds:ant_tiny_images/rgb", "train", data_dir)
+    source = data.tfds("train", "ant_tiny_images/rgb", data_dir)
     options = dict(batch_size=5, seed=0, image_size=4, crop="random", flip=True, start_step=2)
     here = data.batches(source, **options)
     workers = data.batches(source, num_workers=2, **options)
@@ -167,7 +216,7 @@ def test_tfds_feeds_the_pipeline_from_workers(data_dir):
 def test_tfds_is_read_without_tensorflow(data_dir):
     code = (
         "import sys; from ant_jax import data;"
-        f"s = data.load('tfds:ant_tiny_images/rgb', 'train', {data_dir!r});"
+        f"s = data.tfds('train', 'ant_tiny_images/rgb', {data_dir!r});"
         "assert s[3]['image'].ndim == 3; assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
@@ -175,18 +224,25 @@ def test_tfds_is_read_without_tensorflow(data_dir):
 
 def test_tfds_errors_name_the_culprit_and_the_remedy(data_dir, tmp_path):
     with pytest.raises(ValueError, match="no builder 'ant_no_such_images'"):
-        data.load("tfds:ant_no_such_images", "train", data_dir)
+        data.tfds("train", "ant_no_such_images", data_dir)
     with pytest.raises(ValueError, match="'valid'"):
-        data.load("tfds:ant_tiny_images/rgb", "valid", data_dir)
+        data.tfds("valid", "ant_tiny_images/rgb", data_dir)
     with pytest.raises(ValueError, match="no uint8 'image'"):
-        data.load("tfds:ant_tiny_images/text", "train", data_dir)
+        data.tfds("train", "ant_tiny_images/text", data_dir)
     missing = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"nowhere.*download_and_prepare\(\)"):
-        data.load("tfds:ant_tiny_images/rgb", "train", missing)
+        data.tfds("train", "ant_tiny_images/rgb", missing)
+
+
+def test_without_tensorflow_datasets_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    told = r"tensorflow_datasets is not installed: pip install 'ant-jax\[tfds\]'"
+    with pytest.raises(MissingExtraError, match=told):
+        data.tfds("train", "cifar10")
 
 
 def test_tfds_stored_without_random_access(tmp_path):
     builder = AntTinyImages(data_dir=str(tmp_path), config="grey", file_format="tfrecord")
     builder.download_and_prepare()
     with pytest.raises(ValueError, match=r"random access.*array_record"):
-        data.load("tfds:ant_tiny_images/grey", "train", str(tmp_path))
+        data.tfds("train", "ant_tiny_images/grey", str(tmp_path))

@@ -93,8 +93,8 @@ def encoded(place):
 
 def by_hand(place):
     """The latents of the images as they lie in the folder, and of their mirror images."""
-    codec = codec_lib.load(settings(place))
-    source = data.folder(place / "images", "")
+    codec = dataset.open_codec(settings(place))
+    source = data.folder(dir=place / "images")
     images = np.stack([source[i]["image"] for i in range(NUM)])[:, :, 1 : 1 + SIZE]
     params = jax.device_get(codec.params)
     encode_ = jax.jit(lambda x: codec.model.apply({"params": params}, x, method="encode"))
@@ -303,8 +303,8 @@ def test_latents_that_half_precision_can_not_hold_are_refused(
 ):
     del encoded
     config = settings(place, autoencoder__latents=str(tmp_path))
-    codec = poisoned(codec_lib.load(config), "encoder", value)
-    monkeypatch.setattr(codec_lib, "load", lambda config: codec)
+    codec = poisoned(dataset.open_codec(config), "encoder", value)
+    monkeypatch.setattr(codec_lib, "load", lambda name, weights: codec)
     told = rf"^example \d+ of FolderSource.*numbers of its latent can't be kept.*65504.*{told}"
     with pytest.raises(FloatingPointError, match=told):
         encode.encode(config)
@@ -313,7 +313,7 @@ def test_latents_that_half_precision_can_not_hold_are_refused(
 
 def test_a_decoder_that_is_not_finite_makes_no_black_pictures(place):
     config = settings(place)
-    codec = poisoned(codec_lib.load(config), "decoder", np.nan)
+    codec = poisoned(dataset.open_codec(config), "decoder", np.nan)
     told = "11 of 11 images that config.autoencoder.weights make of latents have numbers"
     with pytest.raises(FloatingPointError, match=told):
         codec_lib.decode(codec, np.zeros((11, 4, 4, 4), np.float32), batch_size=4)
@@ -386,7 +386,7 @@ def test_damaged_descriptions_are_named(place, encoded, tmp_path):
 
 
 def test_a_scale_that_does_not_fit_the_latents_is_warned_of(place, encoded, caplog):
-    std = latents(encoded, 1.0).facts.std
+    std = latents(encoded, 1.0).info.std
     with caplog.at_level(logging.WARNING):
         dataset.open_data(settings(place, autoencoder__scale=1.5 / std))
         assert not caplog.text
@@ -427,13 +427,13 @@ def test_another_decoder_of_the_same_encoder_fits_the_latents(place, encoded, tm
     interop.write_state(tmp_path / "tuned.safetensors", tuned)
     config = settings(place, autoencoder__weights=str(tmp_path / "tuned.safetensors"))
     assert len(dataset.open_data(config)) == NUM
-    before, after = codec_lib.load(settings(place)), codec_lib.load(config)
+    before, after = dataset.open_codec(settings(place)), dataset.open_codec(config)
     assert before.digest != after.digest
 
 
 def test_samples_are_the_decoded_latents_with_the_scale_taken_off(place):
     config = settings(place)
-    codec = codec_lib.load(config)
+    codec = dataset.open_codec(config)
     latents = np.random.default_rng(0).standard_normal((11, 4, 4, 4)).astype(np.float32)
     images = codec_lib.decode(codec, latents, batch_size=4)
     params = jax.device_get(codec.params)
