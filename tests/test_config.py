@@ -526,7 +526,7 @@ MISFITS = {
         "model__name": "unet",
         "model__attention_factors": (4,),
     },
-    "config.data.image_size = 12 must be divisible by 8, the factor of config.autoencoder.name": {
+    "config.data.image_size = 12 must be divisible by 8, the factor of the autoencoder 'KL-f8'": {
         "data__image_size": 12,
         "autoencoder__name": "KL-f8",
         "autoencoder__weights": "vae.pt",
