@@ -13,10 +13,9 @@ import optax
 from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
-from ant_jax import diffusion, mtl
+from ant_jax import diffusion, models, mtl
+from ant_jax import settings as settings_lib
 from ant_jax.diffusion import loss_weights
-from ant_jax.models.dit import DiT
-from ant_jax.models.unet import UNet
 from ant_jax.runtime.files import user_path
 from ant_jax.tasks import affinity, clustering
 
@@ -63,7 +62,7 @@ def build_diffusion(config: ConfigDict) -> diffusion.GaussianDiffusion:
     )
 
 
-# Compiled samplers are found again by the identity of the process and the model.
+# Compiled samplers are found again by the identity of the process.
 @functools.cache
 def _diffusion(schedule, timesteps, variance, prediction, weight_name, *weight_settings):
     alphas_bar = diffusion.alphas_bar(schedule, timesteps)
@@ -76,23 +75,8 @@ def _diffusion(schedule, timesteps, variance, prediction, weight_name, *weight_s
     return diffusion.GaussianDiffusion(alphas_bar, variance, prediction, weight)
 
 
-# The fields of the networks that are settings of the same name.
-_HOW_FIELDS = ("remat", "attention")  # change how it is computed, not what
-_SHARED_FIELDS = ("width", *_HOW_FIELDS)
-_FIELDS = {
-    "dit": (*_SHARED_FIELDS, "depth", "heads", "patch"),
-    "unet": (
-        *_SHARED_FIELDS,
-        "channel_mult",
-        "num_res_blocks",
-        "attention_factors",
-        "head_channels",
-        "num_heads",
-        "scale_shift_norm",
-        "resblock_updown",
-    ),
-}
-_NETWORKS = {"dit": functools.cache(DiT), "unet": functools.cache(UNet)}
+def _network(config):
+    return settings_lib.resolve(models, config.model.name, nn.Module)
 
 
 def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Module:
@@ -101,14 +85,10 @@ def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Modul
     Raises:
       ValueError: if the settings don't fit each other or the devices.
     """
-    settings = config.model
-    if settings.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(
-            f"attention 'cudnn' needs an NVIDIA GPU, and the devices here are of the kind "
-            f"{jax.default_backend()!r}: set it to 'xla'"
-        )
-    return _NETWORKS[settings.name](
-        **{name: settings[name] for name in _FIELDS[settings.name]},
+    settings, network = config.model, _network(config)
+    return models.build_network(
+        network,
+        {name: settings[name] for name in models.network_settings(network) if name in settings},
         channels=channels,
         num_classes=num_classes,
         learned_variance=config.diffusion.variance == "learned_range",
@@ -116,16 +96,14 @@ def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Modul
     )
 
 
-def meaning_of_params(config: ConfigDict) -> list[str]:
-    """Names of the settings that decide what the network's parameters do, whatever their shapes."""
-    fields = [name for name in _FIELDS[config.model.name] if name not in _HOW_FIELDS]
-    return [*(f"model.{name}" for name in ("name", *fields)), "diffusion.prediction"]
-
-
-def input_multiple(config: ConfigDict) -> int:
-    """What the height and width of the network's input must be divisible by."""
-    settings = config.model
-    return settings.patch if settings.name == "dit" else 2 ** (len(settings.channel_mult) - 1)
+def meaning_of_params(config: ConfigDict) -> dict[str, Any]:
+    """The settings that decide what the network's parameters do, whatever their shapes."""
+    network, given = _network(config), config.model
+    settings = models.network_settings(network)
+    meaning = {"model.name": given.name}
+    for name in models.meaning_of(network):
+        meaning[f"model.{name}"] = given.get(name, settings[name].default)
+    return meaning | {"diffusion.prediction": config.diffusion.prediction}
 
 
 def init_params(model: nn.Module, image_shape: tuple[int, int, int], seed: int) -> dict:
@@ -135,7 +113,7 @@ def init_params(model: nn.Module, image_shape: tuple[int, int, int], seed: int) 
 
 @functools.partial(jax.jit, static_argnames=("model", "image_shape"))
 def _init_params(key, model, image_shape):
-    label = jnp.zeros(1, jnp.int32) if model.num_classes else None
+    label = jnp.zeros(1, jnp.int32) if models.num_classes(model) else None
     return model.init(key, jnp.zeros((1, *image_shape)), jnp.zeros(1, jnp.int32), label)["params"]
 
 

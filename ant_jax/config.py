@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ant_jax.diffusion import spaced_timesteps
-from ant_jax.interop import ORDERS
-from ant_jax.models import autoencoder
+from ant_jax.latents import autoencoder
 from ant_jax.models.attention import ATTENTION
 from ant_jax.models.remat import REMAT
 from ant_jax.runtime.files import user_path
@@ -96,13 +95,8 @@ def _are_weights(text):
     return all(0 <= weight <= _LARGEST for weight in weights) and max(weights) >= _SMALLEST
 
 
-# What a file of weights of a network doesn't tell.
-INIT_FACTS = {
-    "dit": ("heads=N", "no_null_row", "no_pos_embed"),
-    "unet": (*ORDERS, "num_heads=N", "head_channels=N", "null_row"),
-}
-_INIT_FACTS = [fact for facts in INIT_FACTS.values() for fact in facts]
-_INIT_FACT = re.compile("|".join(_INIT_FACTS).replace("=N", "=[1-9][0-9]{0,5}"))
+# Which of them a network knows is its own affair; see `ant_jax.models`.
+_INIT_FACT = re.compile("[a-z_]+(=[1-9][0-9]{0,5})?")
 
 RULES = {
     # PCGrad adds 2**30 to it, on the device in 32 bits.
@@ -131,7 +125,11 @@ RULES = {
     "diffusion.p2_gamma": _number(0),
     "diffusion.min_snr_gamma": _number(0, above=True),
     "diffusion.clip_x0": _BOOL,
-    "model.name": _one_of("dit", "unet"),
+    "model.name": Rule(
+        (str,),
+        lambda name: ":" in name or name in ("dit", "unet"),
+        "one of 'dit', 'unet', or your own 'package.module:Class'",
+    ),
     "model.width": _integer(4, 2**16),
     "model.depth": _integer(1, 1024),
     "model.heads": _integer(1),
@@ -164,7 +162,7 @@ RULES = {
     "init_facts": Rule(
         (str,),
         lambda text: not text or all(map(_INIT_FACT.fullmatch, text.split(","))),
-        f"'' or some of {', '.join(_INIT_FACTS)}, joined by commas",
+        "'' or facts such as 'heads_first,num_heads=4', joined by commas",
     ),
     "clusters.k": _integer(1),
     "clusters.cost": _one_of("snr", "timestep", "gradient", "random"),

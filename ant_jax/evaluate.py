@@ -14,7 +14,7 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import evaluation, experiment, sampling
+from ant_jax import evaluation, experiment, models, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.evaluation import evaluator
@@ -260,7 +260,7 @@ def validation_losses(
         x0,
         jax.random.key(0),
         boundaries,
-        y=labels if pieces.model.num_classes else None,
+        y=labels if models.num_classes(pieces.model) else None,
         timesteps_each=timesteps_each,
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import Partial
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ant_jax import builders
+from ant_jax import builders, models
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import GaussianDiffusion
@@ -74,14 +74,8 @@ def build(
     size = config.data.image_size
     if config.autoencoder.name:
         size, _, _ = dataset.latent_shape(config)
-    multiple = builders.input_multiple(config)
     if boundaries is not None:
         _check_boundaries(config, boundaries)
-    if size % multiple:
-        raise ConfigError(
-            f"config.data.image_size = {config.data.image_size} gives the network sides of {size}, "
-            f"which must be divisible by {multiple}, by config.model"
-        )
     for name in ("data.batch_size", "sample.batch_size"):
         _check_memory(config, name, (size, size, channels))
     try:
@@ -89,6 +83,12 @@ def build(
         model = builders.build_model(config, channels, num_labels)
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from error
+    multiple = models.input_multiple(model)
+    if size % multiple:
+        raise ConfigError(
+            f"config.data.image_size = {config.data.image_size} gives the network sides of {size}, "
+            f"which must be divisible by {multiple}, by config.model"
+        )
     if config.optimizer.frozen:
         _check_frozen(config.optimizer.frozen, model, (size, size, channels))
     try:
@@ -308,7 +308,7 @@ def _training_step(shared, model, process, timesteps, vanilla, devices):
             timesteps=timesteps,
             gradient_form=shared.method.gradient_form,
             microbatches=shared.optimizer.microbatches,
-            num_classes=model.num_classes,
+            num_classes=models.num_classes(model),
             label_dropout=shared.label_dropout,
             ema_decay=shared.ema_decay,
             skip_nonfinite=shared.optimizer.nonfinite == "skip",

@@ -11,18 +11,21 @@ from ant_jax.runtime import processes
 
 
 def export(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
-    """Writes the EMA of a checkpoint as ``.safetensors``, by the names of the papers' code.
+    """Writes the EMA of a checkpoint as ``.safetensors``, by the names of the published code.
 
-    The file also says what its shapes don't tell, such as the number of attention heads.
+    A network that has no published code keeps its own names. The file also says what its shapes
+    don't tell, such as the number of attention heads.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config.
     """
-    step, _, state = evaluate.restore_run(config, workdir, step, draws=False)
+    step, pieces, state = evaluate.restore_run(config, workdir, step, draws=False)
     path = workdir / "weights" / f"{step:08d}.safetensors"
     if processes.is_first():
-        weights = interop.to_torch(jax.device_get(state.ema_params), init_from.export_names(config))
+        weights = interop.to_torch(
+            jax.device_get(state.ema_params), init_from.export_names(pieces.model)
+        )
         interop.write_state(path, weights, init_from.export_metadata(config))
     logging.info("the EMA of step %d: %s", step, path)
     return path

@@ -2,31 +2,31 @@
 
 A file of weights determines the shapes of a network, not what it computes: the same shapes may have
 other attention heads, or another order of the channels of query, key and value. So a file is used
-if it says what it is, as our exports do, if its network is a DiT of a published size, or if
-``config.init_facts`` says what the file does not.
+if it says what it is, as our exports do, or if what is known of the network's published weights
+(see `ant_jax.models`) and ``config.init_facts`` say the rest.
 """
 
+import functools
 import json
+import operator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
 from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
-from ant_jax import builders, experiment, interop
-from ant_jax import config as config_lib
+from ant_jax import builders, experiment, interop, models
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.models import dit
+from ant_jax.published_weights import OWN_NAMES, Names
 from ant_jax.runtime import checkpoint
 from ant_jax.runtime.files import user_path
 
 # Of a safetensors file, where our exports say what they are.
 _METADATA = "ant_jax"
-# The network whose weights diffusers has taken over from the paper's authors.
-_CONVERTED = "XL"
 
 
 def initial_params(config: ConfigDict, pieces: experiment.Experiment) -> dict | None:
@@ -49,165 +49,87 @@ def initial_params(config: ConfigDict, pieces: experiment.Experiment) -> dict | 
         raise ConfigError(f"config.init_from = {config.init_from!r}: {error}") from error
 
 
-def export_names(config: ConfigDict) -> interop.Names:
-    """What others call the parameters of the network that a config names."""
-    settings = config.model
-    if settings.name == "dit":
-        return interop.dit_names(settings.patch)
-    return interop.unet_names("heads_first")
+def export_names(model: nn.Module) -> Names:
+    """What an exported file calls the parameters: as the published code does, if there is one."""
+    weights = models.weights_module(type(model))
+    return OWN_NAMES if weights is None else weights.names(model)
 
 
 def export_metadata(config: ConfigDict) -> dict[str, str]:
     """What an exported file says of itself: the settings that decide what its parameters do."""
-    settings = config_lib.flatten(config)
-    meaning = {name: settings[name] for name in builders.meaning_of_params(config)}
-    return {_METADATA: json.dumps(meaning)}
+    return {_METADATA: json.dumps(builders.meaning_of_params(config))}
 
 
 def _of_file(path, config, pieces):
     metadata = interop.read_metadata(path).get(_METADATA)
     state = interop.read_state(path)
     template = experiment.abstract_params(pieces)
-    if metadata is not None:
-        if config.init_facts:
-            raise ValueError("the file says itself what it is: leave config.init_facts empty")
-        try:
-            settings = dict(json.loads(metadata))
-        except (ValueError, TypeError, RecursionError) as error:
-            raise ValueError("what the file says of itself is damaged") from error
-        _check_meaning(settings, config)
-        return interop.from_torch(state, template, export_names(config))
-    facts = _facts(config)
-    read = _dit if config.model.name == "dit" else _unet
-    params = read(state, template, facts, config, pieces)
-    _check_null_row(params, config)
+    if metadata is None:
+        return _of_others(state, template, config, pieces)
+    if config.init_facts:
+        raise ValueError("the file says itself what it is: leave config.init_facts empty")
+    try:
+        settings = dict(json.loads(metadata))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError("what the file says of itself is damaged") from error
+    _check_meaning(settings, config)
+    return interop.from_torch(state, template, export_names(pieces.model))
+
+
+def _of_others(state, template, config, pieces):
+    model = pieces.model
+    weights = models.weights_module(type(model))
+    if weights is None:
+        raise ValueError(
+            "it does not say what it is, as files of --mode export do, and nothing is known of "
+            f"weights of others for config.model.name = {config.model.name!r}: a module "
+            f"{type(model).__module__}_weights can say it, see ant_jax.models"
+        )
+    found = weights.recognise(state, template, model, pieces.image_shape, _facts(config, model))
+    stated = {f"model.{name}": value for name, value in found.fields.items()}
+    # What shapes tell is as it is here.
+    _check_meaning(builders.meaning_of_params(config) | stated, config)
+    if found.remark:
+        logging.warning("config.init_facts = %r; %s", config.init_facts, found.remark)
+    _check_scale(found.latent_scale, config)
+    params = interop.from_torch(state, template, found.names)
+    if found.untrained:
+        _check_untrained(found.untrained, params, config)
     return params
 
 
-def _facts(config):
+def _facts(config, model):
     """What ``config.init_facts`` says, such as {"qkv_first": "", "num_heads": "4"}."""
     parts = [part for part in config.init_facts.split(",") if part]
     facts = dict(part.partition("=")[::2] for part in parts)
-    known = config_lib.INIT_FACTS[config.model.name]
-    if not facts.keys() <= {fact.removesuffix("=N") for fact in known} or len(facts) < len(parts):
+    known = models.facts_of(type(model))
+    said = {name + "=N" * bool(value) for name, value in facts.items()}
+    if not said <= set(known) or len(facts) < len(parts):
         raise ValueError(
             f"config.init_facts = {config.init_facts!r}: of a {config.model.name} it may say "
-            f"{', '.join(sorted(known))}, each once"
+            f"{', '.join(sorted(known)) or 'nothing'}, each once"
         )
     return facts
 
 
-def _dit(state, template, facts, config, pieces):
-    settings = config.model
-    rows, columns = (side // settings.patch for side in pieces.image_shape[:2])
-    positions = dit.positions(rows, columns, settings.width)
-    tables = [table for name, table in state.items() if name.endswith("embedding_table.weight")]
-    classes = pieces.model.num_classes
-    without_null = bool(classes) and {table.shape[:1] for table in tables} == {(classes,)}
-    if "no_null_row" in facts and not without_null:
+def _check_scale(theirs, config):
+    ours = config.autoencoder.scale
+    if config.autoencoder.name and theirs is not None and not abs(theirs - ours) < 1e-3 * ours:
         raise ValueError(
-            "no_null_row in config.init_facts is of a label table with as many rows as classes"
+            f"its latents are scaled by {theirs:.5g}, those here by config.autoencoder.scale = "
+            f"{ours:.5g}"
         )
-    if without_null and "no_null_row" not in facts:
-        raise ValueError(
-            f"its label table has {classes} rows, one less than classes and null class here: if it "
-            f"is of these {classes} classes and none were dropped in its training, say so by "
-            "no_null_row in config.init_facts"
-        )
-    names = interop.dit_names(settings.patch, positions, "no_null_row" not in facts)
-    params = interop.from_torch(state, template, names)
-    of_diffusers = interop.names_of_diffusers(state)
-    # Diffusers leaves it out of its files.
-    if not (of_diffusers or interop.has_positions(state) or "no_pos_embed" in facts):
-        raise ValueError(
-            "it has no pos_embed, which files of the paper's code have: if its network has the "
-            "same sines and cosines, say so by no_pos_embed in config.init_facts"
-        )
-    sizes = {(size["width"], size["depth"]): name for name, size in dit.SIZES.items()}
-    size = sizes.get((settings.width, settings.depth))
-    if of_diffusers and size != _CONVERTED:
-        raise ValueError(
-            "diffusers' own DiT encodes timesteps otherwise than the paper's code and this one do; "
-            f"known to be converted from that code is DiT-{_CONVERTED} alone"
-        )
-    if "heads" in facts:
-        heads = int(facts["heads"])
-    elif size:
-        heads = dit.SIZES[size]["heads"]
-    else:
-        raise ValueError(
-            "a file does not tell the attention heads of a DiT, and this one is of no published "
-            "size: say them by config.init_facts = 'heads=N'"
-        )
-    _check_meaning(_with_given(config, {"model.heads": heads}), config)
-    return params
-
-
-def _unet(state, template, facts, config, pieces):
-    orders = [name for name in interop.ORDERS if name in facts]
-    heads = {name: int(facts[name]) for name in ("num_heads", "head_channels") if name in facts}
-    # First whether it fits at all, then what it is.
-    first = interop.from_torch(state, template, interop.unet_names("heads_first"))
-    published = interop.published_unet(template)
-    hint = published and "; {}, of this size, is said to be {!r}".format(*published)
-    if len(orders) != 1 or len(heads) != 1:
-        raise ValueError(
-            "a file does not tell how the attention of a UNet is laid out: say it by "
-            "config.init_facts = 'ORDER,HEADS' with ORDER heads_first or, if it was trained with "
-            "use_new_attention_order, qkv_first, and HEADS num_heads=N or head_channels=N"
-            + (hint or "")
-        )
-    stated = {"model.num_heads": 0, "model.head_channels": 0}
-    stated |= {f"model.{name}": number for name, number in heads.items()}
-    _check_meaning(_with_given(config, stated), config)
-    _check_last_row(state, facts, pieces.model.num_classes)
-    if published and not set(published[1].split(",")) <= set(config.init_facts.split(",")):
-        logging.warning("config.init_facts = %r%s", config.init_facts, hint)
-    # LDM stores it where it scales latents by their own standard deviation.
-    scale = state.get("scale_factor")
-    if config.autoencoder.name and scale is not None and scale.size == 1:
-        theirs, ours = scale.item(), config.autoencoder.scale
-        if not abs(theirs - ours) < 1e-3 * ours:
-            raise ValueError(
-                f"its latents are scaled by {theirs:.5g}, those here by config.autoencoder.scale = "
-                f"{ours:.5g}"
-            )
-    if orders == ["heads_first"]:
-        return first
-    return interop.from_torch(state, template, interop.unet_names("qkv_first", **heads))
-
-
-def _check_last_row(state, facts, classes):
-    """The papers' code of UNets has no null class, but with one class more it can be given one."""
-    # The second is the name in LDM's moving average.
-    names = ("label_emb.weight", "label_embweight")
-    rows = {table.shape[:1] for name, table in state.items() if name.endswith(names)}
-    longer = bool(classes) and rows == {(classes + 1,)}
-    if longer and "null_row" not in facts:
-        raise ValueError(
-            f"its label table has {classes + 1} rows, one more than classes here: if the last is "
-            "that of a null class, say so by null_row in config.init_facts"
-        )
-    if "null_row" in facts and not longer:
-        raise ValueError(
-            "null_row in config.init_facts is of a label table with one row more than classes"
-        )
-
-
-def _with_given(config, given):
-    """The settings that decide what parameters do: those given, and the others as they are here."""
-    settings = config_lib.flatten(config)
-    return {name: settings[name] for name in builders.meaning_of_params(config)} | given
 
 
 def _check_meaning(theirs, config):
-    ours = config_lib.flatten(config)
+    ours = builders.meaning_of_params(config)
+    other_network = theirs.get("model.name", config.model.name) != config.model.name
     # JSON has lists only.
     plain = lambda value: list(value) if isinstance(value, tuple) else value
     differing = [
-        f"config.{name}: {theirs.get(name, 'not set')!r} there, {ours[name]!r} here"
-        for name in builders.meaning_of_params(config)
-        if plain(theirs.get(name)) != plain(ours[name])
+        f"config.{name}: {theirs.get(name, 'not set')!r} there, {value!r} here"
+        for name, value in ours.items()
+        if plain(theirs.get(name)) != plain(value) and (name in theirs or not other_network)
     ]
     if differing:
         raise ValueError(
@@ -215,20 +137,16 @@ def _check_meaning(theirs, config):
         )
 
 
-def _check_null_row(params, config):
+def _check_untrained(name, params, config):
     """A row of zeros for the null class is none that was trained."""
-    if "label_embedding" not in params or params["label_embedding"]["embedding"][-1].any():
-        return
     if not config.label_dropout:
         return
-    if (
-        config.optimizer.frozen
-        and builders.frozen(params, config.optimizer.frozen)["label_embedding"]["embedding"]
-    ):
+    frozen = builders.frozen(params, config.optimizer.frozen) if config.optimizer.frozen else {}
+    if frozen and functools.reduce(operator.getitem, name.split("/"), frozen):
         raise ValueError(
             "it has no row for the null class, and config.optimizer.frozen keeps that from being "
             "learned: guidance would mix with a network that nobody trained. Leave "
-            "label_embedding free, or set config.label_dropout = 0"
+            f"{name} free, or set config.label_dropout = 0"
         )
     logging.warning(
         "%s has no row for the null class: it begins as zeros and learns from the labels dropped; "
@@ -241,7 +159,7 @@ def _ema_of_run(workdir, wanted, pieces):
     config = workdir_lib.load_config(workdir)
     if config is None:
         raise FileNotFoundError("it is a folder without a run")
-    _check_meaning(config_lib.flatten(config), wanted)
+    _check_meaning(builders.meaning_of_params(config), wanted)
     # Its own config, because a checkpoint is restored as a whole.
     theirs = experiment.build(config, **workdir_lib.load_facts(workdir))
     restored = workdir_lib.restore(config, theirs, workdir)

@@ -19,7 +19,8 @@ from absl import app, flags, logging
 from PIL import Image
 
 from ant_jax import data, interop
-from ant_jax.models.autoencoder import autoencoder
+from ant_jax.latents.autoencoder import autoencoder
+from ant_jax.latents.autoencoder_weights import AUTOENCODER
 from ant_jax.models.inception import InceptionV3
 from ant_jax.runtime import signals
 from ant_jax.runtime.files import user_path, write_bytes
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
     logging.info("Inception with random weights: %s", out / "inception.safetensors")
     path = out / "autoencoder.safetensors"
     params, error = train_autoencoder(data.folder(dir=out / "images"), _STEPS.value)
-    interop.write_state(path, interop.to_torch(params, interop.AUTOENCODER))
+    interop.write_state(path, interop.to_torch(params, AUTOENCODER))
     logging.info("autoencoder, mean error of a pixel %.1f of 255: %s", 127.5 * error, path)
 
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import builders, evaluate
+from ant_jax import builders, evaluate, models
 from ant_jax.latents import dataset
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
@@ -72,7 +72,7 @@ def _of_run(run, preset, out):
                 x0,
                 grid,
                 jax.random.key(step),
-                y=labels if pieces.model.num_classes else None,
+                y=labels if models.num_classes(pieces.model) else None,
                 microbatch=min(len(x0), run.config.data.batch_size),
             )
             matrices.append(matrix)

@@ -113,7 +113,8 @@ def make_latents(folder: Path) -> None:
 
     from ant_jax import interop
     from ant_jax.latents import encode
-    from ant_jax.models.autoencoder import autoencoder
+    from ant_jax.latents.autoencoder import autoencoder
+    from ant_jax.latents.autoencoder_weights import AUTOENCODER
 
     rng = np.random.default_rng(0)
     for i in range(48):
@@ -121,7 +122,7 @@ def make_latents(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(path)
     params = jax.jit(autoencoder("KL-f4-small").init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-    state = interop.to_torch(jax.device_get(params["params"]), interop.AUTOENCODER)
+    state = interop.to_torch(jax.device_get(params["params"]), AUTOENCODER)
     interop.write_state(folder / "weights.safetensors", state)
     encode.encode(make_config("latent-dit", folder))
 

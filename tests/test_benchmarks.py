@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
-from ant_jax.models.dit import DiT, dit
+from ant_jax.models.dit import SIZES, DiT
 from ant_jax.runtime import devices as devices_lib
 from benchmarks import flops, programs, step
 
@@ -77,7 +77,7 @@ def largest_in_loops(variant):
 )
 def test_the_published_counts_of_dit(size, published):
     """Those of Peebles & Xie 2023, at 256 x 256: multiply-adds, in 10^9."""
-    model = dit(size, patch=2, channels=4, num_classes=1000, learned_variance=True)
+    model = DiT(**SIZES[size], patch=2, channels=4, num_classes=1000, learned_variance=True)
     assert sum(flops.products(model, 32, 32)) / 1e9 == pytest.approx(published, rel=1e-3)
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from ant_jax import builders, experiment, export, init_from, interop, train
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.models import dit
+from ant_jax.models import dit, dit_weights, unet, unet_weights
 from ant_jax.runtime import checkpoint
 from configs import digits
 
@@ -104,7 +105,7 @@ def test_a_run_begins_with_the_weights_of_others(begun, tmp_path):
     config = tiny(**{name.replace(".", "__"): value for name, value in UNET.items()})
     other = state_of(config)
     random = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.5, other.params)
-    interop.write_state(path, interop.to_torch(random, interop.unet_names("heads_first")))
+    interop.write_state(path, interop.to_torch(random, unet_weights.names(unet.UNet(channels=1))))
     config.init_from = str(path)
     config.init_facts = "heads_first,head_channels=32"
     assert_same(state_of(config).params, random)
@@ -161,9 +162,9 @@ def unet_file(tmp_path):
         )
         config = tiny(**{name.replace(".", "__"): value for name, value in settings.items()})
         order = "qkv_first" if "qkv_first" in facts else "heads_first"
-        heads = {"head_channels": config.model.head_channels, "num_heads": config.model.num_heads}
         params = random_params(config)
-        state = interop.to_torch(params, interop.unet_names(order, **heads))
+        names = unet_weights.names(experiment.build(config, 1, 10).model, order)
+        state = interop.to_torch(params, names)
         interop.write_state(config.init_from, state)
         config.init_facts = facts if said is None else said
         return config, params
@@ -224,7 +225,7 @@ def test_a_unet_of_which_too_little_or_something_else_is_said_is_refused(unet_fi
 
 
 def test_what_is_known_of_a_published_unet_is_told(unet_file, monkeypatch, caplog):
-    monkeypatch.setattr(interop, "published_unet", lambda _: ("a network", "qkv_first,num_heads=4"))
+    monkeypatch.setattr(unet_weights, "published", lambda _: ("a network", "qkv_first,num_heads=4"))
     config, params = unet_file("qkv_first,num_heads=4", "")
     with pytest.raises(ConfigError, match=r"; a network, of this size, is said to be 'qkv_first,"):
         parameters_of(config)
@@ -257,7 +258,7 @@ def dit_file(tmp_path, monkeypatch):
     monkeypatch.setitem(dit.SIZES, "S", dict(depth=1, width=8, heads=2))
     config = tiny(init_from=str(tmp_path / "x.safetensors"), init_facts="heads=1")
     params = random_params(config)
-    state = interop.to_torch(params, interop.dit_names(4))
+    state = interop.to_torch(params, dit_weights.names(dit.DiT(channels=1)))
     state["pos_embed"] = np.float32(dit.positions(2, 2, 8))[None]
     interop.write_state(config.init_from, state)
     return config, params, state
@@ -394,6 +395,48 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written_or_c
     ):
         train.train(tiny(init_from=str(workdir)), tmp_path / "run")
     assert {path.name for path in tmp_path.glob("run/*")} <= {".lock"}
+
+
+class Own(nn.Module):
+    """A network that is trained by its name, without labels."""
+
+    scale: float = 2.0
+
+    @nn.compact
+    def __call__(self, x, t, y=None):
+        level = self.scale * t.astype(jnp.float32)[:, None, None, None] / 50
+        gain = self.param("gain", nn.initializers.zeros, ())
+        return nn.Dense(x.shape[-1], name="pixels")(x) + gain * level
+
+
+def test_a_network_of_ones_own_is_trained_exported_and_begun_with(begun, tmp_path):
+    own = dict(model__name=f"{__name__}:Own", model__conditional=False)
+    state = train.train(tiny(**own), tmp_path / "run")
+    exported = export.export(tiny(**own), tmp_path / "run")
+    assert set(interop.read_state(exported)) == {"gain", "pixels.kernel", "pixels.bias"}
+    config = tiny(**own, init_from=str(exported))
+    assert_same(state_of(config).params, state.ema_params)
+    config.init_from = str(tmp_path / "run")
+    assert_same(state_of(config).params, state.ema_params)
+    # It has no module that knows of other files.
+    workdir, _ = begun
+    state = interop.read_state(export.export(tiny(), workdir))
+    interop.write_state(tmp_path / "others.safetensors", state)
+    config.init_from = str(tmp_path / "others.safetensors")
+    with pytest.raises(ConfigError, match=f"does not say what it is, .* module {__name__}_weights"):
+        state_of(config)
+    for changes, fault in (
+        ({"model__conditional": True}, "Own has no field num_classes, so it can't be conditional"),
+        ({"diffusion__variance": "learned_range"}, "Own has no field learned_variance, so"),
+        ({"model__dtype": "bfloat16"}, "Own has no field dtype, so"),
+        ({"model__name": f"{__name__}:Omn"}, "Omn' can't be imported: "),
+        (
+            {"model__name": f"{__name__}:tiny"},
+            "tiny makes a ConfigDict, which is no Flax Linen module",
+        ),
+    ):
+        with pytest.raises(ConfigError, match=f"^config.model: .*{fault}"):
+            state_of(tiny(**own | changes))
 
 
 def test_frozen_parameters_stay_and_count_for_nothing(begun, tmp_path):

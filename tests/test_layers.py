@@ -16,8 +16,12 @@ LAYERS = {
     "pixels": {"jax", "numpy"},
     "mtl": CORE,
     "diffusion": CORE,
-    "models": CORE,
-    "interop": {"numpy", "ml_dtypes", "safetensors", "ant_jax.runtime"},
+    "published_weights": {"numpy"},
+    "models": CORE | {"ant_jax.settings", "ant_jax.published_weights"},
+    "interop": {
+        *("numpy", "ml_dtypes", "safetensors"),
+        *("ant_jax.runtime", "ant_jax.published_weights"),
+    },
     "tasks": CORE | {"ant_jax.diffusion"},
     "train_step": CORE | {"ant_jax.mtl", "ant_jax.diffusion", "ant_jax.tasks"},
 }

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Set
 
 import numpy as np
 
-from ant_jax.interop.weights import Names, Place
+from ant_jax.published_weights import Names, Place
 
 
 def _select(state: Mapping[str, np.ndarray], _: Set[str]) -> dict[str, np.ndarray]:

@@ -14,7 +14,7 @@ import safetensors.numpy
 
 from ant_jax.interop.plain_pickle import Unread
 from ant_jax.interop.torch_file import read
-from ant_jax.interop.weights import WeightsError
+from ant_jax.published_weights import WeightsError
 from ant_jax.runtime import files
 
 # Where checkpoints keep a state dict, the best first: DiT's have the moving average beside the

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax import interop, pixels
-from ant_jax.models.autoencoder import Autoencoder, Latent, autoencoder
+from ant_jax.latents.autoencoder import Autoencoder, Latent, autoencoder
+from ant_jax.latents.autoencoder_weights import AUTOENCODER
 from ant_jax.runtime.devices import replicated, split_over
 from ant_jax.runtime.files import user_path
 from ant_jax.runtime.tree_hash import tree_hash
@@ -34,7 +35,7 @@ def load(name: str, weights: str) -> Codec:
     """An autoencoder with its weights; read once.
 
     Args:
-      name: of `ant_jax.models.autoencoder.VARIANTS`.
+      name: of `ant_jax.latents.autoencoder.VARIANTS`.
       weights: path of its file.
 
     Raises:
@@ -52,7 +53,7 @@ def _load(name, path):
     # First, because a file that is not there costs no tracing of the network.
     state = interop.read_state(path)
     template = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-    params = interop.from_torch(state, template, interop.AUTOENCODER)
+    params = interop.from_torch(state, template, AUTOENCODER)
     placed = jax.device_put(params, replicated(jax.local_devices()))
     encoder = {name: params[name] for name in ("encoder", "quant_conv")}
     return Codec(model, placed, tree_hash(params)[:16], tree_hash(encoder)[:16])

@@ -6,19 +6,21 @@ weights can be carried over by transposing them.
 """
 
 import functools
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax.models.attention import check_attention
+from ant_jax.models.attention import Attention, check_attention, check_attention_devices
+from ant_jax.models.network import check_fields
 from ant_jax.models.norms import LayerNorm
-from ant_jax.models.remat import check_remat, rematerialised
+from ant_jax.models.remat import Remat, rematerialised
 from ant_jax.models.timesteps import MAX_PERIOD, timestep_features
+from ant_jax.settings import Integer
 
-# Table 1 of the paper.
+# Table 1 of the paper: DiT-XL/2 for latents is DiT(channels=4, patch=2, **SIZES["XL"]).
 SIZES = {
     "S": dict(depth=12, width=384, heads=6),
     "B": dict(depth=12, width=768, heads=12),
@@ -34,24 +36,6 @@ _ZeroDense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
 _LayerNorm = functools.partial(LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False)
 
 
-def dit(size: str, **fields: Any) -> "DiT":
-    """Builds a DiT of a published size, e.g. DiT-XL/2 by `dit("XL", patch=2, channels=4)`.
-
-    Args:
-      size: A key of `SIZES`: "S", "B", "L" or "XL" (table 1 of Peebles & Xie 2023).
-      **fields: The other fields of `DiT`.
-
-    Returns:
-      The module, not yet initialised.
-
-    Raises:
-      ValueError: If the size is unknown.
-    """
-    if size not in SIZES:
-        raise ValueError(f"size must be one of {', '.join(SIZES)}, not {size!r}.")
-    return DiT(**SIZES[size], **fields)
-
-
 class DiT(nn.Module):
     """A diffusion transformer (Peebles & Xie 2023) on images or latents, square or not.
 
@@ -59,43 +43,50 @@ class DiT(nn.Module):
     are layer-norm statistics, the timestep embedding and the output layer.
 
     Attributes:
-      width: Features of a token; a multiple of `heads`, and of 4 for the position encoding.
-      depth: Number of transformer blocks.
-      heads: Attention heads.
-      patch: Side of the square patch that makes one token, in pixels: 1, 2, 4 or 8.
       channels: Channels C of the input.
       num_classes: Number of classes; 0 makes an unconditional model, without label table.
       learned_variance: Whether to return C further channels that parametrise the variance.
       dtype: Type of the activations.
+      width: Features of a token; a multiple of `heads`, and of 4 for the position encoding.
+      depth: Number of transformer blocks.
+      heads: Attention heads.
+      patch: Side of the square patch that makes one token, in pixels: 1, 2, 4 or 8.
       remat: What is kept of each block for the backward pass, a trade of time for memory that
         changes neither parameters nor values: see `ant_jax.models.remat.rematerialised`.
-      attention: "xla" or "cudnn": see `ant_jax.models.attention.check_attention`.
+      attention: "xla" or "cudnn": see `ant_jax.models.attention.Attention`.
 
     Raises:
       ValueError: On construction, if a field is not as above.
     """
 
-    width: int
-    depth: int
-    heads: int
-    patch: int
     channels: int
     num_classes: int = 0
     learned_variance: bool = False
     dtype: Any = jnp.float32
-    remat: str = "none"
-    attention: str = "xla"
+    width: Annotated[int, Integer(4, 2**16)] = 64
+    depth: Annotated[int, Integer(1, 1024)] = 4
+    heads: Annotated[int, Integer(1)] = 4
+    patch: Literal[1, 2, 4, 8] = 4
+    remat: Remat = "none"
+    attention: Attention = "xla"
 
     def __post_init__(self):
+        check_fields(self)
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"width must be a multiple of heads ({self.heads}) and of 4, not {self.width}."
             )
-        if self.patch not in (1, 2, 4, 8):
-            raise ValueError(f"patch must be 1, 2, 4 or 8, not {self.patch}.")
-        check_remat(self.remat)
         check_attention(self.attention, self.width // self.heads, self.dtype)
         super().__post_init__()
+
+    @property
+    def input_multiple(self) -> int:
+        """What H and W must be multiples of."""
+        return self.patch
+
+    def check_devices(self) -> None:
+        """Raises a ValueError if the devices that are there can't compute its attention."""
+        check_attention_devices(self.attention)
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array | None = None) -> jax.Array:

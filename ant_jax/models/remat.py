@@ -1,15 +1,16 @@
 """Which activations a network keeps for its backward pass."""
 
+from typing import Annotated, Literal
+
 import flax.linen as nn
 import jax
 
+from ant_jax.settings import Affects
+
 REMAT = ("none", "blocks", "dots")
 
-
-def check_remat(remat: str) -> None:
-    """Raises a ValueError for a policy that is none of `REMAT`."""
-    if remat not in REMAT:
-        raise ValueError(f"remat must be one of {', '.join(REMAT)}, not {remat!r}.")
+Remat = Annotated[Literal[REMAT], Affects.NOTHING]
+"""Type of a setting: what is kept for the backward pass, see `rematerialised`."""
 
 
 def rematerialised(module: type[nn.Module], remat: str) -> type[nn.Module]:

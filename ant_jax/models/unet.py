@@ -8,22 +8,25 @@ Parameters correspond one to one to those of the papers' code (openai/guided-dif
 CompVis/latent-diffusion, `openaimodel.py`): module `input_3_1` here is `input_blocks.3.1` there,
 `middle_2` is `middle_block.2` and `output_5_0` is `output_blocks.5.0`. Kernels are transposed only.
 The 3 C channels of `qkv` are ordered by head first, and by query, key and value inside a head, as
-in that code with its default attention order. `ant_jax.interop.unet` has the table of names.
+in that code with its default attention order. `ant_jax.models.unet_weights` has the names.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ant_jax.models.attention import check_attention
+from ant_jax.models.attention import Attention, check_attention, check_attention_devices
+from ant_jax.models.network import check_fields
 from ant_jax.models.norms import GroupNorm
-from ant_jax.models.remat import check_remat, rematerialised
+from ant_jax.models.remat import Remat, rematerialised
 from ant_jax.models.timesteps import timestep_features
+from ant_jax.settings import Check, Integer
 
+# Published architectures, for UNet(channels=3, **VARIANTS["LDM-4"]).
 # ADM's settings are the flags that its repository lists for its checkpoints, LDM's those of its
 # configs for FFHQ and CelebA-HQ, on latents of 64 x 64 x 3. The light ADM for 256 x 256 pixels is
 # that of Choi et al., *Perception Prioritized Training of Diffusion Models* (CVPR 2022).
@@ -88,22 +91,21 @@ _ZeroConv = functools.partial(_Conv, kernel_init=nn.initializers.zeros)
 _GroupNorm = functools.partial(GroupNorm, num_groups=_GROUPS, epsilon=1e-5)
 
 
-def unet(variant: str, **fields: Any) -> "UNet":
-    """Builds a UNet of a published architecture, e.g. `unet("LDM-4", channels=3)`.
-
-    Args:
-      variant: A key of `VARIANTS`, such as "ADM-64" or "LDM-4".
-      **fields: The other fields of `UNet`, or replacements of the variant's.
-
-    Returns:
-      The module, not yet initialised.
-
-    Raises:
-      ValueError: If the variant is unknown.
-    """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}.")
-    return UNet(**VARIANTS[variant] | fields)
+_Multiples = Annotated[
+    tuple[float, ...],
+    Check(
+        lambda values: (
+            bool(values) and all(type(x) in (int, float) and 0 < x <= 64 for x in values)
+        ),
+        "numbers > 0 and <= 64 as '(1, 2)'",
+    ),
+]
+_Factors = Annotated[
+    tuple[int, ...],
+    Check(
+        lambda values: all(type(x) is int and x >= 1 for x in values), "integers >= 1 as '(2, 4)'"
+    ),
+]
 
 
 class UNet(nn.Module):
@@ -115,6 +117,10 @@ class UNet(nn.Module):
     the embedding of timestep and label, and the output layer. There is no dropout.
 
     Attributes:
+      channels: Channels C of the input.
+      num_classes: Number of classes; 0 makes an unconditional model, without label table.
+      learned_variance: Whether to return C further channels that parametrise the variance.
+      dtype: Type of the activations.
       width: Channels at a multiplier of 1, and features of the sinusoidal timestep encoding.
       channel_mult: Channels at each level, in multiples of `width`; each level after the first has
         half the resolution of the one before. A level's channels are a multiple of 32.
@@ -123,47 +129,40 @@ class UNet(nn.Module):
         residual block: 8 is at 32 x 32 for an image of 256 x 256. Always in the middle as well.
       head_channels: Channels of an attention head; divides the channels wherever attention is. 0
         where `num_heads` is given instead.
-      channels: Channels C of the input.
-      num_classes: Number of classes; 0 makes an unconditional model, without label table.
-      learned_variance: Whether to return C further channels that parametrise the variance.
+      num_heads: Attention heads wherever attention is, as in ADM for 128 x 128; 0 where
+        `head_channels` is given instead.
       scale_shift_norm: Whether the condition scales and shifts the normalised activations, as in
         ADM, or is added to them before the norm, as in LDM.
       resblock_updown: Whether the resolution changes inside a residual block, as in ADM, or by a
         convolution, as in LDM.
-      dtype: Type of the activations.
       remat: What is kept of each residual block and each attention for the backward pass, a trade
         of time for memory that changes neither parameters nor values: see
         `ant_jax.models.remat.rematerialised`.
-      attention: "xla" or "cudnn": see `ant_jax.models.attention.check_attention`.
-      num_heads: Attention heads wherever attention is, as in ADM for 128 x 128; 0 where
-        `head_channels` is given instead.
+      attention: "xla" or "cudnn": see `ant_jax.models.attention.Attention`.
 
     Raises:
       ValueError: On construction, if a field is not as above.
     """
 
-    width: int
-    channel_mult: tuple[float, ...]
-    num_res_blocks: int
-    attention_factors: tuple[int, ...]
-    head_channels: int
     channels: int
     num_classes: int = 0
     learned_variance: bool = False
+    dtype: Any = jnp.float32
+    width: Annotated[int, Integer(4, 2**16)] = 64
+    channel_mult: _Multiples = (1, 2)
+    num_res_blocks: Annotated[int, Integer(1, 64)] = 2
+    attention_factors: _Factors = (2,)
+    head_channels: Annotated[int, Integer(0)] = 32
+    num_heads: Annotated[int, Integer(0)] = 0
     scale_shift_norm: bool = True
     resblock_updown: bool = True
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    attention: str = "xla"
-    num_heads: int = 0
+    remat: Remat = "none"
+    attention: Attention = "xla"
 
     def __post_init__(self):
-        if self.width < 1 or self.width % 2:
-            raise ValueError(f"width must be positive and even, not {self.width}.")
-        if not self.channel_mult:
-            raise ValueError("channel_mult must have at least one level.")
-        if self.num_res_blocks < 1:
-            raise ValueError(f"num_res_blocks must be at least 1, not {self.num_res_blocks}.")
+        check_fields(self)
+        if self.width % 2:
+            raise ValueError(f"width must be even, not {self.width}.")
         heads, value = max(
             ("head_channels", self.head_channels), ("num_heads", self.num_heads), key=lambda x: x[1]
         )
@@ -178,7 +177,7 @@ class UNet(nn.Module):
                 raise ValueError(f"attention_factors must be among {factors}, not {factor}.")
         for factor, mult in zip(factors, self.channel_mult, strict=True):
             channels = self.width * mult
-            if channels <= 0 or channels % _GROUPS:
+            if channels % _GROUPS:
                 raise ValueError(
                     f"width * channel_mult must be a multiple of {_GROUPS}, the groups of a group "
                     f"norm, not {self.width} * {mult}."
@@ -192,8 +191,16 @@ class UNet(nn.Module):
             if attends:
                 head = int(channels // self.num_heads) if self.num_heads else self.head_channels
                 check_attention(self.attention, head, self.dtype)
-        check_remat(self.remat)
         super().__post_init__()
+
+    @property
+    def input_multiple(self) -> int:
+        """What H and W must be multiples of."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def check_devices(self) -> None:
+        """Raises a ValueError if the devices that are there can't compute its attention."""
+        check_attention_devices(self.attention)
 
     @nn.compact
     def __call__(self, x: jax.Array, t: jax.Array, y: jax.Array | None = None) -> jax.Array:
@@ -215,7 +222,7 @@ class UNet(nn.Module):
             are missing from a class-conditional model or given to an unconditional one.
         """
         levels = len(self.channel_mult)
-        multiple = 2 ** (levels - 1)
+        multiple = self.input_multiple
         if x.shape[1] % multiple or x.shape[2] % multiple or x.shape[3] != self.channels:
             raise ValueError(
                 f"x must have shape (B, H, W, {self.channels}) with H and W multiples of "

@@ -8,7 +8,7 @@ import numpy as np
 from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
-from ant_jax import diffusion, pixels
+from ant_jax import diffusion, models, pixels
 from ant_jax.experiment import Experiment
 from ant_jax.latents import codec as codec_lib
 from ant_jax.latents import dataset
@@ -45,7 +45,7 @@ def sample_batches(
     Raises:
       FloatingPointError: if samples have numbers that are not finite; the message says how many.
     """
-    settings, num_classes = config.sample, pieces.model.num_classes
+    settings, num_classes = config.sample, models.num_classes(pieces.model)
     stop = num if stop is None else stop
     sampler = diffusion.ddpm_sample
     if settings.sampler == "ddim":

@@ -18,8 +18,9 @@ from ant_jax.config import ConfigError
 from ant_jax.data.source import UnreadableImageError
 from ant_jax.latents import codec as codec_lib
 from ant_jax.latents import dataset, encode
+from ant_jax.latents.autoencoder import autoencoder
+from ant_jax.latents.autoencoder_weights import AUTOENCODER
 from ant_jax.latents.shards import LatentInfo, as_kept, complete, latents, shard_path, write_shard
-from ant_jax.models.autoencoder import autoencoder
 from ant_jax.runtime.files import locked
 from ant_jax.runtime.lock import InUseError
 from ant_jax.sampling import cache
@@ -41,7 +42,7 @@ def place(tmp_path_factory):
     init = jax.jit(autoencoder("KL-f4-small").init)
     for seed in (0, 1):
         params = init(jax.random.key(seed), jnp.zeros((1, 8, 8, 3)))["params"]
-        state = interop.to_torch(jax.device_get(params), interop.AUTOENCODER)
+        state = interop.to_torch(jax.device_get(params), AUTOENCODER)
         interop.write_state(root / f"weights{seed}.safetensors", state)
     return root
 

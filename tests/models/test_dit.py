@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.models.dit import DiT, dit
+from ant_jax.models.dit import SIZES, DiT
 from ant_jax.models.remat import REMAT
 
 TINY = dict(width=16, depth=2, heads=2, patch=2, channels=3, num_classes=5, learned_variance=True)
@@ -59,14 +59,14 @@ def _closed_form(w, depth, patch_features, rows, output_features):
     [("S", 32_865_056, 33), ("B", 130_315_808, 130), ("L", 457_840_672, 458)],
 )
 def test_published_parameter_counts(size, exact, published_millions):
-    model = dit(size, patch=2, channels=4, num_classes=1000, learned_variance=True)
+    model = DiT(**SIZES[size], patch=2, channels=4, num_classes=1000, learned_variance=True)
     assert _num_params(model) == exact
     assert _closed_form(model.width, model.depth, 16, 1001, 32) == exact
     assert round(exact / 1e6) == published_millions
 
 
 def test_parameter_count_of_the_official_xl():
-    model = dit("XL", patch=2, channels=4, num_classes=1000, learned_variance=True)
+    model = DiT(**SIZES["XL"], patch=2, channels=4, num_classes=1000, learned_variance=True)
     # The official total counts the fixed position table, which is no parameter here.
     assert _num_params(model) + 16 * 16 * 1152 == 675_129_632
 
@@ -168,27 +168,19 @@ def test_initialisation():
             assert abs(p).max() <= limit * (1 + 1e-6)
 
 
-def test_remat_changes_neither_parameters_nor_values_nor_gradients():
+def test_remat_computes_blocks_or_the_products_of_attention_again():
     models = [DiT(**{**TINY, "depth": 1, "remat": remat}) for remat in REMAT]
-    trees = [jax.eval_shape(m.init, jax.random.key(0), *_inputs()) for m in models]
-    assert trees[0] == trees[1] == trees[2]
     params = _random_params(models[0])
 
     def loss(params, model):
         return (model.apply(params, *_inputs()) ** 2).mean()
 
     losses = [functools.partial(loss, model=model) for model in models]
-    traced = [jax.jit(jax.value_and_grad(function)).trace(params) for function in losses]
-    products = [str(each.jaxpr).count("dot_general[") for each in traced]
+    products = [
+        str(jax.make_jaxpr(jax.grad(function))(params)).count("dot_general[") for function in losses
+    ]
     # Five dense layers and the two products of attention; "dots" computes only those two again.
     assert np.subtract(products, products[0]).tolist() == [0, 7, 2]
-    values, gradients = zip(*(each.lower().compile()(params) for each in traced), strict=True)
-    np.testing.assert_allclose(values[1:], values[0], rtol=1e-5)
-    for plain, *others in zip(*map(jax.tree.leaves, gradients), strict=True):
-        scale = np.abs(np.asarray(plain)).max()
-        assert scale > 0
-        for remat in others:
-            np.testing.assert_allclose(remat, plain, rtol=1e-3, atol=1e-5 * scale)
 
 
 def test_bfloat16_is_close_to_float32():
@@ -206,25 +198,6 @@ def test_bfloat16_is_close_to_float32():
     # bfloat16 has 8 bits, and the errors of some ten layers add up.
     error = np.sqrt(np.mean((output - _output()) ** 2)) / _output().std()
     assert 1e-4 < error < 0.05
-    initial = jax.eval_shape(model.init, jax.random.key(0), *_inputs())
-    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(initial))
-
-
-def test_examples_are_independent():
-    x, t, y = _inputs()
-    permutation = np.array([2, 0, 1])
-    output = _apply(_params(), x[permutation], t[permutation], y[permutation])
-    np.testing.assert_allclose(output, _output()[permutation], rtol=1e-5, atol=1e-5)
-    others = np.array([1, 0, 1])
-    output = _apply(_params(), x + others[:, None, None, None], t + others, (y + others) % 6)
-    np.testing.assert_allclose(output[1], _output()[1], rtol=1e-5, atol=1e-5)
-
-
-def test_output_depends_on_timestep_and_label():
-    x, t, y = _inputs()
-    for inputs in ((x, t + 1, y), (x, t, (y + 1) % 6)):
-        output = _apply(_params(), *inputs)
-        assert (abs(output - _output()).max(axis=(1, 2, 3)) > 1e-3).all()
 
 
 def test_null_class_has_its_own_row():
@@ -243,26 +216,18 @@ def test_every_position_is_distinct():
     assert (distances[~np.eye(6, dtype=bool)] > 1e-2).all()
 
 
-def test_unconditional_model_without_learned_variance():
-    model = DiT(width=16, depth=1, heads=2, patch=1, channels=3)
-    x, t, y = _inputs()
-    output, params = jax.eval_shape(model.init_with_output, jax.random.key(0), x, t)
-    assert "label_embedding" not in params["params"]
-    assert output.shape == x.shape
-    with pytest.raises(ValueError, match="y must be None"):
-        model.init(jax.random.key(0), x, t, y)
-
-
 @pytest.mark.parametrize("shape", [(1, 5, 6, 3), (1, 4, 7, 3), (1, 4, 6, 4)])
 def test_bad_input_shape(shape):
     with pytest.raises(ValueError, match="x must have shape"):
         _apply(_params(), np.zeros(shape), np.zeros(1, int), np.zeros(1, int))
 
 
-def test_missing_labels():
-    x, t, _ = _inputs()
+def test_labels_are_given_to_models_with_classes_alone():
+    x, t, y = _inputs()
     with pytest.raises(ValueError, match="y must be given"):
         _apply(_params(), x, t)
+    with pytest.raises(ValueError, match="y must be None"):
+        DiT(**TINY | {"num_classes": 0}).init(jax.random.key(0), x, t, y)
 
 
 @pytest.mark.parametrize(
@@ -270,10 +235,10 @@ def test_missing_labels():
     [
         (dict(heads=3), "width must be a multiple of heads"),
         (dict(width=18), "and of 4"),
-        (dict(patch=3), "patch must be"),
-        (dict(patch=0), "patch must be"),
-        (dict(remat="all"), "remat must be one of none, blocks, dots"),
-        (dict(attention="flash"), "attention must be one of xla, cudnn"),
+        (dict(heads=0), "heads must be an integer >= 1, not 0"),
+        (dict(patch=3), "patch must be one of 1, 2, 4, 8, not 3"),
+        (dict(remat="all"), "remat must be one of 'none', 'blocks', 'dots', not 'all'"),
+        (dict(attention="flash"), "attention must be one of 'xla', 'cudnn', not 'flash'"),
         (dict(attention="cudnn"), "needs dtype bfloat16, not float32"),
         (dict(attention="cudnn", heads=4, dtype=jnp.bfloat16), "multiple of 8 channels .* not 4"),
     ],
@@ -281,8 +246,3 @@ def test_missing_labels():
 def test_bad_fields(fields, match):
     with pytest.raises(ValueError, match=match):
         DiT(**{**TINY, **fields})
-
-
-def test_unknown_size():
-    with pytest.raises(ValueError, match="size must be one of S, B, L, XL"):
-        dit("XXL", patch=2, channels=4)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ant_jax.latents.autoencoder import autoencoder
 from ant_jax.models import norms
-from ant_jax.models.autoencoder import autoencoder
 from ant_jax.models.dit import DiT
 from ant_jax.models.unet import UNet
 

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.interop import AUTOENCODER, WeightsError, from_torch, read_state, to_torch, write_state
-from ant_jax.models.autoencoder import Autoencoder, autoencoder
+from ant_jax.interop import WeightsError, from_torch, read_state, to_torch, write_state
+from ant_jax.latents.autoencoder import Autoencoder, autoencoder
+from ant_jax.latents.autoencoder_weights import AUTOENCODER
 
 RECORDED = Path(__file__).parents[1] / "data" / "autoencoder"
 _spec = importlib.util.spec_from_file_location("record", RECORDED / "record.py")

@@ -3,6 +3,8 @@
 Each family of networks has one table, `Names`, from a module here to its place in the published
 code. The names that a network needs follow from its own parameters, so that the same table reads
 and writes, and whatever a file has too little or too much is found.
+
+A state dict is a dict of NumPy arrays by name, as `ant_jax.interop` reads it from a file.
 """
 
 import math
@@ -40,16 +42,41 @@ class Names(NamedTuple):
 
     Attributes:
       network: What it is, for messages.
-      place: The place of a module, whose name here is its path joined by "."; None if the family
-        has no such module.
+      place: The place of a module, whose name here is its path joined by "."; returns None if the
+        family has no such module. None for a network of which no other code is known: parameters
+        have the names and the layout that they have here.
       select: Gets a state dict and the official names that a network needs; returns the weights
         that are meant for it by official names, those that it doesn't need among them. Other
         networks of the same file, and what is no weight, are left out.
     """
 
     network: str
-    place: Callable[[str], Place | None]
+    place: Callable[[str], Place | None] | None
     select: Callable[[Mapping[str, np.ndarray], Set[str]], dict[str, np.ndarray]]
+
+
+class Recognised(NamedTuple):
+    """What a network's ``recognise`` finds a state dict of others to be; see `ant_jax.models`.
+
+    Attributes:
+      names: How it names and lays out the weights.
+      fields: Those fields of the network that shapes don't tell and that are known of the file, by
+        name.
+      untrained: The parameter whose last row, of the null class, the file doesn't have, such as
+        "label_embedding/embedding"; "" if it has all.
+      latent_scale: The factor by which it says that its latents are scaled; None if it says none.
+      remark: What the user should hear of it.
+    """
+
+    names: Names
+    fields: Mapping[str, Any]
+    untrained: str = ""
+    latent_scale: float | None = None
+    remark: str = ""
+
+
+OWN_NAMES = Names("network", None, lambda state, _: dict(state))
+"""The names that parameters have here, such as "block_0.qkv.kernel"."""
 
 
 # Flax's names of parameters, and PyTorch's.
@@ -70,10 +97,15 @@ class _Leaf(NamedTuple):
 
     path: tuple[str, ...]
     name: str
-    place: Place
+    place: Place | None
     here: tuple[int, ...]
     there: tuple[int, ...]
     value: Any
+
+
+def check_fit(state: Mapping[str, np.ndarray], template: Mapping[str, Any], names: Names) -> None:
+    """Raises a WeightsError if `from_torch` would, but for values that are no numbers."""
+    _fitting(state, template, names)
 
 
 def from_torch(
@@ -85,8 +117,7 @@ def from_torch(
       state: arrays by name, as `read_state` returns them, in any floating type.
       template: the parameters that the network has: a nested dict of anything with a `shape`, such
         as `jax.eval_shape(model.init, ...)["params"]`.
-      names: the family of the network: `AUTOENCODER`, `INCEPTION`, or what `dit_names` or
-        `unet_names` returns.
+      names: of the family of the network.
 
     Returns:
       A nested dict of float32 arrays with the keys and shapes of the template. They may be
@@ -96,6 +127,18 @@ def from_torch(
       WeightsError: If a weight is missing, of another shape, or not of this network, if it is no
         floating-point number, NaN or infinite, or if the template is not of the family.
     """
+    params: dict[str, Any] = {}
+    for leaf, value in _fitting(state, template, names):
+        *modules, kind = leaf.path
+        node = params
+        for module in modules:
+            node = node.setdefault(module, {})
+        node[kind] = _here(_numbers(value, leaf.name), leaf)
+    return params
+
+
+def _fitting(state, template, names):
+    """Each leaf of the template and its weight, as it is there."""
     leaves = {leaf.name: leaf for leaf in _leaves(template, names)}
     found = names.select(state, leaves.keys())
     missing = [name for name in leaves if name not in found]
@@ -116,14 +159,7 @@ def from_torch(
             f"the state dict does not fit this {names.network}: {lists}. Is it that of another "
             "network, or are the fields of this one others than it was trained with?"
         )
-    params: dict[str, Any] = {}
-    for name, leaf in leaves.items():
-        *modules, kind = leaf.path
-        node = params
-        for module in modules:
-            node = node.setdefault(module, {})
-        node[kind] = _here(_numbers(found[name], name), leaf)
-    return params
+    return [(leaf, found[name]) for name, leaf in leaves.items()]
 
 
 def _numbers(value: np.ndarray, name: str) -> np.ndarray:
@@ -162,6 +198,10 @@ def to_torch(params: Mapping[str, Any], names: Names) -> dict[str, np.ndarray]:
 
 def _leaves(tree: Mapping[str, Any], names: Names) -> Iterator[_Leaf]:
     for path, value in _flat(tree):
+        if names.place is None:
+            shape = tuple(value.shape)
+            yield _Leaf(path, ".".join(path), None, shape, shape, value)
+            continue
         *modules, kind = path
         place = names.place(".".join(modules))
         if place is None or kind not in _KINDS:
@@ -202,6 +242,8 @@ def _spatial(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
 
 
 def _fits(shape: tuple[int, ...], leaf: _Leaf) -> bool:
+    if leaf.place is None:
+        return shape == leaf.there
     if leaf.place.null_row and shape[:1] == (leaf.there[0] - 1,):
         shape = leaf.there[:1] + shape[1:]
     return _pointwise(shape) == _pointwise(leaf.there)
@@ -213,6 +255,8 @@ def _pointwise(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _here(value: np.ndarray, leaf: _Leaf) -> np.ndarray:
+    if leaf.place is None:
+        return value
     if leaf.place.heads:
         value = _reordered(value, (3, *leaf.place.heads))
     if leaf.path[-1] == "kernel":
@@ -224,6 +268,8 @@ def _here(value: np.ndarray, leaf: _Leaf) -> np.ndarray:
 
 def _there(leaf: _Leaf) -> np.ndarray:
     value = np.asarray(leaf.value, np.float32)
+    if leaf.place is None:
+        return value
     if leaf.path[-1] == "kernel":
         value = value.reshape(*_spatial(leaf.here, leaf.place), -1, leaf.here[-1])
         value = np.moveaxis(value, (-1, -2), (0, 1))

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ant_jax.interop.weights import Names, Place
+from ant_jax.models.unet import UNet
+from ant_jax.published_weights import Names, Place, Recognised, check_fit
 
 _OUTSIDE = {
     "timestep_hidden": Place("time_embed.0"),
@@ -40,7 +41,9 @@ _RESAMPLING = {"input": ".op", "output": ".conv"}
 _NETWORK = re.compile(r"(?:model\.)?diffusion_model\.")
 _AVERAGE = "model_ema.diffusion_model"
 
-ORDERS = ("heads_first", "qkv_first")
+_ORDERS = ("heads_first", "qkv_first")
+
+FACTS = (*_ORDERS, "num_heads=N", "head_channels=N", "null_row")
 
 # What the repositories of ADM and LDM say of their checkpoints that the files don't: README.md of
 # openai/guided-diffusion at 22e0df8, models/ldm of CompVis/latent-diffusion at a506df5. By the
@@ -55,8 +58,8 @@ _PUBLISHED = {
 }
 
 
-def unet_names(order: str, num_heads: int = 0, head_channels: int = 0) -> Names:
-    """The names of `ant_jax.models.unet.UNet`.
+def names(model: UNet, order: str = "heads_first") -> Names:
+    """How the papers' code names and lays out the parameters of a UNet.
 
     Read are state dicts of the UNet alone and whole checkpoints of latent-diffusion; where such a
     one has a moving average of the UNet's weights, that is what is taken.
@@ -67,24 +70,78 @@ def unet_names(order: str, num_heads: int = 0, head_channels: int = 0) -> Names:
     the network there with one class more.
 
     Args:
+      model: the network.
       order: how the channels of `qkv` are ordered there, which no file tells: "heads_first", the
         default of the papers' code, or "qkv_first", by query, key and value first, which it has by
         `use_new_attention_order`, as ADM's network for 64 x 64.
-      num_heads: attention heads wherever attention is; for "qkv_first", of which one of the two is
-        needed.
-      head_channels: channels of a head, the other way to say it.
     """
-    if order not in ORDERS:
-        raise ValueError(f"order must be one of {', '.join(ORDERS)}, not {order!r}.")
     heads = None
     if order == "qkv_first":
-        if bool(num_heads) == bool(head_channels):
-            raise ValueError("qkv_first needs either num_heads or head_channels.")
-        heads = (num_heads or -1, head_channels or -1)
+        heads = (model.num_heads or -1, model.head_channels or -1)
     return Names("UNet", functools.partial(_place, heads), _select)
 
 
-def published_unet(params: Mapping[str, Any]) -> tuple[str, str] | None:
+def recognise(
+    state: Mapping[str, np.ndarray],
+    params: Mapping[str, Any],
+    model: UNet,
+    image_shape: tuple[int, int, int],
+    facts: Mapping[str, str],
+) -> Recognised:
+    """What a state dict of the papers' code is; see `ant_jax.models`.
+
+    A file tells neither the order of the channels of ``qkv`` nor the attention heads, so both must
+    be said; nor what the last row of a table of labels is, if there is one more than classes.
+
+    Raises:
+      ValueError: if it doesn't fit the network, or if too little is known of it.
+    """
+    # First whether it fits at all, then what it is.
+    check_fit(state, params, names(model))
+    orders = [name for name in _ORDERS if name in facts]
+    heads = {name: int(facts[name]) for name in ("num_heads", "head_channels") if name in facts}
+    known = published(params)
+    hint = "{}, of this size, is said to be {!r}".format(*known) if known else ""
+    if len(orders) != 1 or len(heads) != 1:
+        raise ValueError(
+            "a file does not tell how the attention of a UNet is laid out: say it by "
+            "config.init_facts = 'ORDER,HEADS' with ORDER heads_first or, if it was trained with "
+            "use_new_attention_order, qkv_first, and HEADS num_heads=N or head_channels=N"
+            + (hint and f"; {hint}")
+        )
+    said = {name + (value and f"={value}") for name, value in facts.items()}
+    contradicted = known and not set(known[1].split(",")) <= said
+    # LDM stores it where it scales latents by their own standard deviation.
+    scale = state.get("scale_factor")
+    has_null_row = _has_null_row(state, model.num_classes, facts)
+    return Recognised(
+        names(model, orders[0]),
+        {"num_heads": 0, "head_channels": 0} | heads,
+        "label_embedding/embedding" if model.num_classes and not has_null_row else "",
+        scale.item() if scale is not None and scale.size == 1 else None,
+        hint if contradicted else "",
+    )
+
+
+def _has_null_row(state, classes, facts):
+    """The papers' code of UNets has no null class, but with one class more it can be given one."""
+    # The second is the name in LDM's moving average.
+    tables = ("label_emb.weight", "label_embweight")
+    rows = {table.shape[:1] for name, table in state.items() if name.endswith(tables)}
+    longer = bool(classes) and rows == {(classes + 1,)}
+    if longer and "null_row" not in facts:
+        raise ValueError(
+            f"its label table has {classes + 1} rows, one more than classes here: if the last is "
+            "that of a null class, say so by null_row in config.init_facts"
+        )
+    if "null_row" in facts and not longer:
+        raise ValueError(
+            "null_row in config.init_facts is of a label table with one row more than classes"
+        )
+    return longer
+
+
+def published(params: Mapping[str, Any]) -> tuple[str, str] | None:
     """The published network that has so many weights, and what its authors say of it.
 
     Args:

@@ -1,3 +1,5 @@
+"""Weights of DiT by the names of the paper's code and of diffusers."""
+
 import functools
 import importlib.util
 from pathlib import Path
@@ -7,29 +9,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ant_jax.interop import (
-    INCEPTION,
-    WeightsError,
-    dit_names,
-    from_torch,
-    read_state,
-    to_torch,
-    unet_names,
-    write_state,
-)
+from ant_jax.interop import WeightsError, from_torch, read_state, to_torch, write_state
 from ant_jax.models.dit import DiT, positions
+from ant_jax.models.dit_weights import names
 
 RECORDED = Path(__file__).parents[1] / "data" / "dit"
 _spec = importlib.util.spec_from_file_location("record_dit", RECORDED / "record.py")
 record = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(record)
 
-# Images of 8 x 8 pixels have 4 x 4 patches.
-DIT = dit_names(2, positions(4, 4, 16))
-UNET = unet_names("heads_first")
-
 # The settings of tests/data/dit/record.py.
 MODEL = DiT(width=16, depth=2, heads=2, patch=2, channels=3, num_classes=5, learned_variance=True)
+# Images of 8 x 8 pixels have 4 x 4 patches.
+DIT = names(MODEL, positions(4, 4, 16))
 
 
 @functools.cache
@@ -128,7 +120,7 @@ def test_the_position_encoding_is_compared(name, dtype):
         with pytest.raises(WeightsError, match=r"positions, .* 16: .* of another size"):
             from_torch(state | {name: theirs}, template(), DIT)
     with pytest.raises(WeightsError, match="can't be compared with that of a network of unknown"):
-        from_torch(state | {name: ours}, template(), dit_names())
+        from_torch(state | {name: ours}, template(), names(MODEL))
 
 
 def test_one_class_is_none():
@@ -150,7 +142,7 @@ def test_a_table_without_null_class():
     fewer = state | {name: state[name][:5]}
     with pytest.raises(WeightsError, match="5x16 there and 6x16 here"):
         from_torch(fewer, template(), DIT)
-    without = dit_names(2, positions(4, 4, 16), null_row=False)
+    without = names(MODEL, positions(4, 4, 16), null_row=False)
     table = from_torch(fewer, template(), without)["label_embedding"]["embedding"]
     np.testing.assert_array_equal(table[:5], state[name][:5])
     assert table.shape == (6, 16) and not table[5].any()
@@ -173,7 +165,7 @@ def test_other_patches_without_classes(tmp_path, patch, channels):
     model = DiT(width=8, depth=1, heads=2, patch=patch, channels=channels)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: np.float32(rng.normal(size=p.shape)), template(model))
-    state = to_torch(params, dit_names(patch))
+    state = to_torch(params, names(model))
     kernel = state["x_embedder.proj.weight"]
     assert kernel.shape == (8, channels, patch, patch)
     # A convolution of stride p, on one patch.
@@ -185,7 +177,7 @@ def test_other_patches_without_classes(tmp_path, patch, channels):
     )
     assert not any(name.startswith("y_embedder") for name in state)
     write_state(tmp_path / "x.safetensors", state)
-    again = from_torch(read_state(tmp_path / "x.safetensors"), template(model), dit_names(patch))
+    again = from_torch(read_state(tmp_path / "x.safetensors"), template(model), names(model))
     assert_equal_trees(again, params)
     wrong = "x_embedder.proj.weight is 8x4x1x1 there and 8x1x2x2 here"
     if patch == 4:
@@ -196,7 +188,9 @@ def test_other_patches_without_classes(tmp_path, patch, channels):
 
 def test_patches_that_cannot_be():
     with pytest.raises(WeightsError, match=r"12 inputs of x_embedder.proj are not .* of 8x8"):
-        to_torch({"patch_embedding": {"kernel": np.zeros((12, 8))}}, dit_names(8))
+        to_torch(
+            {"patch_embedding": {"kernel": np.zeros((12, 8))}}, names(DiT(channels=3, patch=8))
+        )
 
 
 MLP = ["fc1.bias", "fc1.weight", "fc2.bias", "fc2.weight"]
@@ -230,8 +224,8 @@ def test_classes_and_variance_are_those_of_the_weights():
 
 
 def test_parameters_of_another_family():
-    with pytest.raises(WeightsError, match=r"^block_0.modulation.bias is no parameter of a UNet"):
-        to_torch({"block_0": {"modulation": {"bias": np.zeros(2)}}}, UNET)
+    with pytest.raises(WeightsError, match=r"^middle_0.norm_1.bias is no parameter of a DiT"):
+        to_torch({"middle_0": {"norm_1": {"bias": np.zeros(2)}}}, DIT)
     with pytest.raises(WeightsError, match=r"^output.gain is no parameter of a DiT"):
         to_torch({"output": {"gain": np.zeros(2)}}, DIT)
 
@@ -245,48 +239,3 @@ def test_weights_of_other_types_become_float32(tmp_path, dtype):
     params = from_torch(stored, template(), DIT)
     expected = {name: value.astype(np.float32) for name, value in state.items()}
     assert_equal_trees(params, from_torch(expected, template(), DIT))
-
-
-def test_inception(tmp_path):
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: np.float32(rng.normal(size=shape))
-    norm = lambda n: {kind: normal(n) for kind in ("scale", "bias", "mean", "var")}
-    params = {
-        "Conv2d_1a_3x3": {"conv": {"kernel": normal(3, 3, 3, 4)}, "bn": norm(4)},
-        "Mixed_5b": {
-            "branch1x1": {"conv": {"kernel": normal(1, 1, 4, 2)}, "bn": norm(2)},
-            "branch5x5_1": {"conv": {"kernel": normal(1, 7, 4, 2)}, "bn": norm(2)},
-        },
-        "fc": {"kernel": normal(2, 5), "bias": normal(5)},
-    }
-    state = to_torch(params, INCEPTION)
-    bn, mixed = params["Conv2d_1a_3x3"]["bn"], params["Mixed_5b"]
-    expected = {
-        "Conv2d_1a_3x3.conv.weight": params["Conv2d_1a_3x3"]["conv"]["kernel"].transpose(
-            3, 2, 0, 1
-        ),
-        "Conv2d_1a_3x3.bn.weight": bn["scale"],
-        "Conv2d_1a_3x3.bn.bias": bn["bias"],
-        "Conv2d_1a_3x3.bn.running_mean": bn["mean"],
-        "Conv2d_1a_3x3.bn.running_var": bn["var"],
-        "Mixed_5b.branch1x1.conv.weight": mixed["branch1x1"]["conv"]["kernel"].transpose(
-            3, 2, 0, 1
-        ),
-        "fc.weight": params["fc"]["kernel"].T,
-        "fc.bias": params["fc"]["bias"],
-    }
-    for name, value in expected.items():
-        np.testing.assert_array_equal(state[name], value, strict=True)
-    assert len(state) == 3 * 5 + 2 and state["Mixed_5b.branch5x5_1.conv.weight"].shape == (
-        2,
-        4,
-        1,
-        7,
-    )
-    state["Conv2d_1a_3x3.bn.num_batches_tracked"] = np.array(3)
-    state["AuxLogits.fc.weight"] = np.zeros((2, 3))
-    write_state(tmp_path / "x.safetensors", state)
-    state = read_state(tmp_path / "x.safetensors")
-    assert_equal_trees(from_torch(state, params, INCEPTION), params)
-    with pytest.raises(WeightsError, match=r"1 unexpected: Mixed_5c\.bn\.bias"):
-        from_torch({**state, "Mixed_5c.bn.bias": np.zeros(3)}, params, INCEPTION)

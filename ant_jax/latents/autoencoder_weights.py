@@ -5,7 +5,7 @@ from collections.abc import Mapping, Set
 
 import numpy as np
 
-from ant_jax.interop.weights import Names, Place
+from ant_jax.published_weights import Names, Place
 
 # Names of modules here as those of the paper's code.
 _OFFICIAL = (
@@ -72,7 +72,7 @@ def _select(state: Mapping[str, np.ndarray], _: Set[str]) -> dict[str, np.ndarra
 
 
 AUTOENCODER = Names("autoencoder", _place, _select)
-"""The names of `ant_jax.models.autoencoder.Autoencoder`, KL-regularised or vector-quantised.
+"""The names of `ant_jax.latents.autoencoder.Autoencoder`, KL-regularised or vector-quantised.
 
 Read are the names of latent-diffusion's `AutoencoderKL` and `VQModel`, alone or as the first stage
 of a whole checkpoint of latent-diffusion or Stable Diffusion, and those of diffusers' classes of

@@ -3,11 +3,18 @@
 import functools
 import re
 from collections.abc import Mapping, Set
+from typing import Any
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
-from ant_jax.interop.weights import Names, Place, WeightsError
+from ant_jax.models import dit
+from ant_jax.published_weights import Names, Place, Recognised, WeightsError, check_fit
+
+FACTS = ("heads=N", "no_null_row", "no_pos_embed")
+
+# The size whose weights diffusers has taken over from the paper's authors.
+_CONVERTED = "XL"
 
 _OUTSIDE = {
     "timestep_hidden": "t_embedder.mlp.0",
@@ -46,11 +53,11 @@ _DIFFUSERS = (
 _OF_DIFFUSERS = "transformer_blocks."
 # Of sines and cosines of some hundred radians in float32.
 _ROUNDING = 1e-4
-_SMALLER = (np.float16, ml_dtypes.bfloat16)
+_SMALLER = (jnp.float16, jnp.bfloat16)
 
 
-def dit_names(patch: int = 2, positions: np.ndarray | None = None, null_row: bool = True) -> Names:
-    """The names of `ant_jax.models.dit.DiT`.
+def names(model: dit.DiT, positions: np.ndarray | None = None, null_row: bool = True) -> Names:
+    """How the paper's code names and lays out the parameters of a DiT.
 
     Read are the names of the paper's code and those of diffusers, of which each block has a copy of
     the embedding of timestep and label. Diffusers' network (as of 0.42) spaces the frequencies of
@@ -65,7 +72,8 @@ def dit_names(patch: int = 2, positions: np.ndarray | None = None, null_row: boo
     image and which that code makes itself: load by `load_state_dict(state, strict=False)`.
 
     Args:
-      patch: side p of a patch in pixels. The patch embedding is a convolution of p x p there.
+      model: the network. With patches of p x p pixels the patch embedding is a convolution of p x p
+        there.
       positions: (N, width), what `ant_jax.models.dit.positions` returns for the size of the image,
         to compare `pos_embed` with; None for state dicts that have none.
       null_row: whether the label table there has a row for the null class, as it has where the
@@ -73,20 +81,73 @@ def dit_names(patch: int = 2, positions: np.ndarray | None = None, null_row: boo
         network without any label, which it never was trained as.
     """
     return Names(
-        f"DiT with patches of {patch}x{patch}",
-        functools.partial(_place, patch, null_row),
+        f"DiT with patches of {model.patch}x{model.patch}",
+        functools.partial(_place, model.patch, null_row),
         functools.partial(_select, positions),
     )
 
 
-def names_of_diffusers(state: Mapping[str, np.ndarray]) -> bool:
-    """Whether a state dict is by the names of diffusers' DiT."""
-    return any(name.startswith(_OF_DIFFUSERS) for name in state)
+def recognise(
+    state: Mapping[str, np.ndarray],
+    params: Mapping[str, Any],
+    model: dit.DiT,
+    image_shape: tuple[int, int, int],
+    facts: Mapping[str, str],
+) -> Recognised:
+    """What a state dict of the paper's code or of diffusers is; see `ant_jax.models`.
+
+    A file tells neither the attention heads, which are those of the published size or said, nor
+    whether its table of labels has a row of the null class.
+
+    Raises:
+      ValueError: if it doesn't fit the network, or if too little is known of it.
+    """
+    without_null = _without_null_row(state, model.num_classes, facts)
+    rows, columns = (side // model.patch for side in image_shape[:2])
+    found = names(model, dit.positions(rows, columns, model.width), not without_null)
+    check_fit(state, params, found)
+    of_diffusers = any(name.startswith(_OF_DIFFUSERS) for name in state)
+    # Diffusers leaves it out of its files.
+    has_positions = of_diffusers or any(name in state for name in _POSITIONS)
+    if not (has_positions or "no_pos_embed" in facts):
+        raise ValueError(
+            "it has no pos_embed, which files of the paper's code have: if its network has the "
+            "same sines and cosines, say so by no_pos_embed in config.init_facts"
+        )
+    sizes = {(size["width"], size["depth"]): name for name, size in dit.SIZES.items()}
+    size = sizes.get((model.width, model.depth))
+    if of_diffusers and size != _CONVERTED:
+        raise ValueError(
+            "diffusers' own DiT encodes timesteps otherwise than the paper's code and this one do; "
+            f"known to be converted from that code is DiT-{_CONVERTED} alone"
+        )
+    if "heads" in facts:
+        heads = int(facts["heads"])
+    elif size:
+        heads = dit.SIZES[size]["heads"]
+    else:
+        raise ValueError(
+            "a file does not tell the attention heads of a DiT, and this one is of no published "
+            "size: say them by config.init_facts = 'heads=N'"
+        )
+    untrained = "label_embedding/embedding" if without_null else ""
+    return Recognised(found, {"heads": heads}, untrained)
 
 
-def has_positions(state: Mapping[str, np.ndarray]) -> bool:
-    """Whether a state dict has a position encoding, which `dit_names` compares."""
-    return any(name in state for name in _POSITIONS)
+def _without_null_row(state, classes, facts):
+    tables = [table for name, table in state.items() if name.endswith("embedding_table.weight")]
+    shorter = bool(classes) and {table.shape[:1] for table in tables} == {(classes,)}
+    if "no_null_row" in facts and not shorter:
+        raise ValueError(
+            "no_null_row in config.init_facts is of a label table with as many rows as classes"
+        )
+    if shorter and "no_null_row" not in facts:
+        raise ValueError(
+            f"its label table has {classes} rows, one less than classes and null class here: if it "
+            f"is of these {classes} classes and none were dropped in its training, say so by "
+            "no_null_row in config.init_facts"
+        )
+    return shorter
 
 
 def _place(patch: int, null_row: bool, module: str) -> Place | None:
@@ -140,7 +201,7 @@ def _check_positions(theirs: np.ndarray, ours: np.ndarray | None) -> None:
     difference = np.abs(theirs - ours).max()
     # Whatever type they have now, they may have been rounded to a smaller one before.
     before = [kind for kind in _SMALLER if np.array_equal(theirs.astype(kind), theirs)]
-    rounding = max([_ROUNDING, *(float(ml_dtypes.finfo(kind).eps) for kind in before)])
+    rounding = max([_ROUNDING, *(float(jnp.finfo(kind).eps) for kind in before)])
     # NaN is no rounding either.
     if not difference < rounding:
         raise WeightsError(
