@@ -128,7 +128,7 @@ RULES = {
     "model.name": Rule(
         (str,),
         lambda name: ":" in name or name in ("dit", "unet"),
-        "one of 'dit', 'unet', or your own 'package.module:Class'",
+        "dit, unet, or your own 'package.module:Class'",
     ),
     "model.width": _integer(4, 2**16),
     "model.depth": _integer(1, 1024),

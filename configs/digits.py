@@ -46,7 +46,7 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     diffusion.clip_x0 = True  # clip predicted images to [-1, 1] in sampling: pixels yes, latents no
 
     config.model = model = ml_collections.ConfigDict()
-    model.name = "dit"  # a diffusion transformer, "dit", or a "unet"
+    model.name = "dit"  # a diffusion transformer, "dit", a "unet", or your "package.module:Class"
     model.width = 64  # features of a token; of a UNet: channels where channel_mult is 1
     model.depth = 4  # of "dit", as the next two: blocks
     model.heads = 4
