@@ -27,8 +27,9 @@ format: .venv/installed-test
 export PYTHONDONTWRITEBYTECODE =
 
 # The tests' installation holds the demo's: what is resolved once need not be again.
+.venv/installed: EXTRA = [experiments]
 .venv/installed-test: EXTRA = [test]
-.venv/installed .venv/installed-test: setup.cfg pyproject.toml
+.venv/installed .venv/installed-test: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ant-jax needs Python 3.11 or later; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip

@@ -1,11 +1,12 @@
 """Config files: Python whose ``get_config`` returns the settings."""
 
 import difflib
+import importlib
 import os
 import sys
 import traceback
 from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
+from importlib.util import module_from_spec, spec_from_file_location, spec_from_loader
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -13,16 +14,20 @@ from ml_collections import ConfigDict
 from ant_jax.config import ConfigError
 from ant_jax.runtime.files import user_path
 
-# Where `configs` is, on which other configs build.
-_ROOT = Path(__file__).resolve().parents[1]
+# The configs that come with the package: installed in it, or beside it in a clone.
+_PACKAGE = Path(__file__).resolve().parent
+_CONFIGS = _PACKAGE / "configs"
+if not _CONFIGS.is_dir():
+    _CONFIGS = _PACKAGE.parent / "configs"
 
-DEFAULT = str(_ROOT / "configs" / "digits.py")
+DEFAULT = str(_CONFIGS / "digits.py")
 
 
 def read(name: str) -> ConfigDict:
     """The config of ``FILE``, or of ``FILE:ARGUMENT`` where `get_config` takes one.
 
-    The file may ``import configs`` wherever the program is started.
+    ``configs/NAME.py`` that is not there is the one that comes with the package. The file may
+    ``import configs`` wherever the program is started.
 
     Raises:
       ConfigError: if there is no such file, it can't be run, or it gives no config.
@@ -30,15 +35,17 @@ def read(name: str) -> ConfigDict:
     """
     file, *argument = name.split(":", 1)
     path = user_path(file)
+    ours = _CONFIGS / path.name
+    if path.parent == Path("configs") and not path.exists() and ours.is_file():
+        path = ours
     if not path.is_file():
         raise ConfigError("it is a folder" if path.is_dir() else _not_there(path))
-    if str(_ROOT) not in sys.path:
-        sys.path.append(str(_ROOT))
     loader = SourceFileLoader("config_file", str(path))
     module = module_from_spec(spec_from_loader(loader.name, loader))
     # Dataclasses look for it there.
     sys.modules[loader.name] = module
     try:
+        _find_configs()
         loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
             raise ConfigError("it has no function get_config")
@@ -61,7 +68,24 @@ def read(name: str) -> ConfigDict:
     return config.lock()
 
 
+def _find_configs():
+    """Lets ``import configs`` find ours too, beside those of a user's package of that name."""
+    try:
+        package = importlib.import_module("configs")
+    except ModuleNotFoundError as error:
+        if error.name != "configs":
+            raise
+        spec = spec_from_file_location("configs", _CONFIGS / "__init__.py")
+        sys.modules["configs"] = package = module_from_spec(spec)
+        spec.loader.exec_module(package)
+    places = getattr(package, "__path__", ())
+    if str(_CONFIGS) not in places:
+        package.__path__ = [*places, str(_CONFIGS)]
+
+
 def _not_there(path):
     others = os.listdir(path.parent) if path.parent.is_dir() else []
+    if path.parent == Path("configs"):
+        others += os.listdir(_CONFIGS)
     near = difflib.get_close_matches(path.name, others, 1)
     return "there is no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")

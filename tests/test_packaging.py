@@ -1,0 +1,102 @@
+"""What is installed, away from the clone."""
+
+import ast
+import configparser
+import importlib.metadata
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import configs
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder of the packages, as a wheel has it."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(folder)]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=60)
+    return folder
+
+
+def test_what_is_installed(installed):
+    assert os.listdir(installed) == ["ant_jax"]
+    there = {str(path.relative_to(installed)) for path in installed.rglob("*") if path.is_file()}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ant_jax").rglob("*.py")}
+    modules |= {f"ant_jax/configs/{path.name}" for path in Path(configs.__file__).parent.glob("*")}
+    modules.discard("ant_jax/configs/__pycache__")
+    assert there == modules | {"ant_jax/py.typed", "ant_jax/data/digits.npz"}
+    assert sum((installed / name).stat().st_size for name in there) < 2**20
+
+
+def test_what_the_package_imports_is_installed_with_it():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    required = setup["options"]["install_requires"].split()
+    required = {re.match(r"[\w-]+", each)[0].replace("_", "-").lower() for each in required}
+    names = set()
+    for path in (ROOT / "ant_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module)
+    names = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"ant_jax"}
+    packages = importlib.metadata.packages_distributions()
+    imported = {packages[name][0].replace("_", "-").lower() for name in names}
+    # These are what grain and orbax give to read and write.
+    assert imported - {"array-record", "tensorstore"} <= required
+    assert required <= imported
+
+
+PROGRAM = """
+import importlib, os, sys
+import ant_jax.config_file as file, ant_jax.configs.digits
+
+print(file.__file__)
+for folder, module in CASES:
+    os.chdir(folder)
+    sys.path[0] = folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        del sys.modules[name]
+    print(*(file.read(name).data.name for name in ["mine.py", file.DEFAULT, *NAMES]))
+    print(importlib.import_module(module).MINE if module else 0)
+"""
+
+
+def test_configs_are_found_in_any_folder(installed, tmp_path):
+    """Also in one with a package of the user's named `configs`, and in none is that hidden."""
+    names = [f"configs/{path.name}" for path in Path(configs.__file__).parent.glob("[a-z]*.py")]
+    assert len(names) > 5
+    cases = []
+    for i, own in enumerate(["", "configs/__init__.py", "configs/other.py", "configs.py"]):
+        folder = tmp_path / str(i)
+        (folder / own).parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        (folder / "mine.py").write_text("from configs.digits import get_config")
+        if own:
+            (folder / own).write_text("MINE = 1")
+        module = own.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+        cases.append((str(folder), module))
+    result = subprocess.run(
+        [sys.executable, "-c", f"CASES, NAMES = {cases}, {names}\n{PROGRAM}"],
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert result.returncode == 0, result.stderr
+    where, *lines = result.stdout.splitlines()
+    assert where.startswith(str(installed))
+    assert [int(line) for line in lines[1::2]] == [0, 1, 1, 1]
+    for line in lines[::2]:
+        mine, default, *others = line.split()
+        assert mine == default == others[names.index("configs/digits.py")] == "digits"
+        assert others[names.index("configs/folder64.py")] == "folder"
