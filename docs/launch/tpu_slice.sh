@@ -65,7 +65,7 @@ cd ~/ant-jax && git pull -q --ff-only
 # The images have an older Python than is needed; uv brings one.
 python3 -m pip install -q --user uv
 [ -d .venv ] || ~/.local/bin/uv venv -q --python 3.12 .venv
-~/.local/bin/uv pip install -q -e '.[tpu]'
+~/.local/bin/uv pip install -q -e '.[tpu,tfds]'
 cat >~/ant-jax-loop.sh <<'LOOP'
 # One worker: starts again after an error, unless three in a row came within ten minutes each.
 cd ~/ant-jax || exit 1
