@@ -5,9 +5,11 @@ import importlib
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_file_location, spec_from_loader
 from pathlib import Path
+from types import MappingProxyType
 
 from ml_collections import ConfigDict
 
@@ -23,17 +25,21 @@ if not _CONFIGS.is_dir():
 DEFAULT = str(_CONFIGS / "digits.py")
 
 
-def read(name: str) -> ConfigDict:
+def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})) -> ConfigDict:
     """The config of ``FILE``, or of ``FILE:ARGUMENT`` where `get_config` takes one.
 
     ``configs/NAME.py`` that is not there is the one that comes with the package. The file may
     ``import configs`` wherever the program is started.
 
+    Args:
+      file_and_argument: ``FILE`` or ``FILE:ARGUMENT``.
+      names: names of components by setting, such as {"model.name": "unet"}, in place of the file's.
+
     Raises:
       ConfigError: if there is no such file, it can't be run, or it gives no config.
       OSError: if it can't be read.
     """
-    file, *argument = name.split(":", 1)
+    file, *argument = file_and_argument.split(":", 1)
     path = user_path(file)
     ours = _CONFIGS / path.name
     if path.parent == Path("configs") and not path.exists() and ours.is_file():
@@ -65,6 +71,11 @@ def read(name: str) -> ConfigDict:
         raise ConfigError(
             f"get_config must return an ml_collections.ConfigDict, not a {type(config).__name__}"
         )
+    for name, value in names.items():
+        # What has no such setting is refused where all that is set by hand is.
+        group, _, leaf = name.rpartition(".")
+        if isinstance(config.get(group), ConfigDict) and leaf in config[group]:
+            config[group][leaf] = value
     return config.lock()
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ant_jax import evaluate, evaluation, interop
+from ant_jax import cli, config_file, evaluate, evaluation, interop
 from ant_jax import workdir as workdir_lib
 from configs import digits
 from experiments import presets
@@ -33,7 +33,7 @@ ONE_DEVICE = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=
 # Each command line in a process of its own, all of which have imported everything before.
 FORKING = """
 import json, os, runpy, sys
-import ant_jax.config_file, ant_jax.latents.encode, ant_jax.evaluate, ant_jax.export, ant_jax.train
+import ant_jax.cli, ant_jax.latents.encode, ant_jax.evaluate, ant_jax.export, ant_jax.train
 for i, arguments in enumerate(json.load(sys.stdin)):
     if os.fork() == 0:
         os.dup2(os.open(f"{sys.argv[1]}/{i}", os.O_CREAT | os.O_WRONLY), 2)
@@ -215,6 +215,16 @@ def test_a_mistake_is_one_clear_line(message, refusals):
     (line,) = [line for line in said.splitlines() if message.lower() in line.lower()]
     assert len(line) < 300
     assert len(said.splitlines()) <= 5
+
+
+def test_names_of_components_are_known_before_the_other_settings():
+    line = ["main", "--config=x", "--config.model.name=unet", "-config.method.name", "nash", "--a"]
+    line += ["--config.model.width=3", "--config.data.name=a:b=c", "--workdir=config.no.name=1"]
+    names = cli.names_in([*line, "--config.model.name=dit"])
+    assert names == {"model.name": "dit", "method.name": "nash", "data.name": "a:b=c"}
+    config = config_file.read(config_file.DEFAULT, names | {"no.name": "x", "num_steps.name": "y"})
+    assert config.model.name == "dit" and config.data.name == "a:b=c" and "no" not in config
+    assert config.num_steps == digits.get_config().num_steps
 
 
 @pytest.mark.parametrize("mode", [evaluate.sample, evaluate.evaluate])

@@ -60,7 +60,18 @@ def initialize(
 
     Where the processes have not come together within 5 minutes, this one ends with a message.
     """
-    by_hand = coordinator is not None
+    told = {
+        "--coordinator": coordinator,
+        "--num_processes": num_processes,
+        "--process_id": process_id,
+    }
+    missing = [name for name, value in told.items() if value is None]
+    if 0 < len(missing) < len(told):
+        raise ValueError(
+            f"several processes without --distributed need {', '.join(missing)} too: each gets the "
+            "same --coordinator and --num_processes, and a --process_id of its own"
+        )
+    by_hand = not missing
     bind = None
     if by_hand:
         host, port = _host_and_port(coordinator)

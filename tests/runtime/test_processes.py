@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ant_jax import cli, experiment
 from ant_jax import config as config_lib
-from ant_jax import experiment, main
 from ant_jax.config import RULES
 from ant_jax.runtime import devices as devices_lib
 from ant_jax.runtime import processes
@@ -113,10 +113,9 @@ def test_what_one_lacks_and_many_differences_are_told_briefly():
     assert processes.differences([one, one]) == []
 
 
-def test_every_setting_is_compared_but_for_places_and_workers(monkeypatch):
-    main.flags.FLAGS.mark_as_parsed()
+def test_every_setting_is_compared_but_for_places_and_workers():
     config = digits.get_config()
-    said = main._said(config)
+    said = cli.told(config, None, mode="train", step=None)
     json.dumps({name: repr(value) for name, value in said.items()})
     left_out = RULES.keys() - {name.removeprefix("config.") for name in said}
     assert left_out == {name for name in RULES if config_lib.is_of_a_process(name)}

@@ -1,0 +1,184 @@
+"""What the command line says: the config, the workdir, and mistakes in one clear line."""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from ant_jax import config as config_lib
+from ant_jax import config_file
+from ant_jax.config import ConfigError
+from ant_jax.runtime.files import user_path
+
+# What ml_collections raises where an override fits no setting.
+_BAD_OVERRIDE = (AttributeError, KeyError, TypeError, ValueError)
+
+
+class _ConfigFileParser(flags.ArgumentParser):
+    def parse(self, argument):
+        try:
+            return config_file.read(argument, names_in(sys.argv))
+        except OSError as error:
+            # Of a flag, absl expects nothing else.
+            raise ValueError(str(error)) from error
+
+
+def names_in(arguments: Sequence[str]) -> dict[str, str]:
+    """The ``--config.GROUP.name=VALUE`` of a command line, as {"GROUP.name": VALUE}."""
+    found = {}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config\.([\w.]+\.name)(?:=(.*))?", argument):
+            found[match[1]] = following if match[2] is None else match[2]
+    return found
+
+
+def define_config() -> flags.FlagHolder:
+    """Defines ``--config``; ends the program where it, or a setting given by hand, can't be."""
+    holder = config_flags.DEFINE_config_file(
+        "config", None, "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
+    )
+    # That of ml_collections looks for relative imports nowhere and tells of mistakes by tracebacks.
+    flags.FLAGS["config"].parser = _ConfigFileParser()
+    try:
+        # Where --config is not given, this reads the file and applies the overrides.
+        flags.set_default(holder, config_file.DEFAULT)
+    except flags.Error as error:
+        sys.exit(str(error))
+    except _BAD_OVERRIDE as error:
+        _refuse(error)
+    return holder
+
+
+def define_processes() -> None:
+    """Defines the flags of `processes`."""
+    flags.DEFINE_bool(
+        "distributed", False, "Whether this is one process of many, on a TPU slice or under SLURM."
+    )
+    flags.DEFINE_string(
+        "coordinator", None, "HOST:PORT of process 0, where neither a TPU slice nor SLURM tells."
+    )
+    flags.DEFINE_integer("num_processes", None, "How many; with --coordinator.", lower_bound=1)
+    flags.DEFINE_integer(
+        "process_id", None, "Which one, from 0; with --coordinator.", lower_bound=0
+    )
+
+
+@contextlib.contextmanager
+def processes() -> Iterator[None]:
+    """Makes this process one of several where the flags say so; see `exit_all_on_error`."""
+    # Importing JAX takes its time.
+    from ant_jax.runtime import processes
+    from ant_jax.runtime.logs import quiet_console
+
+    quiet_console()
+    by_hand = [flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")]
+    if flags.FLAGS.distributed or any(value is not None for value in by_hand):
+        try:
+            processes.initialize(*by_hand)
+        except ValueError as error:
+            sys.exit(str(error))
+    with processes.exit_all_on_error():
+        yield
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
+    """Parses the flags; returns the other arguments."""
+    try:
+        return app.parse_flags_with_usage(arguments)
+    except _BAD_OVERRIDE as error:
+        _refuse(error)
+
+
+def _refuse(error):
+    # An AttributeError of ml_collections has a KeyError in it, which would print as a literal.
+    cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
+    kind = "no such setting: " if isinstance(cause, KeyError) else ""
+    message = " ".join(" ".join(map(str, cause.args)).split())
+    sys.exit(f"--config: {kind}{message} (configs/digits.py has every setting)")
+
+
+def config_of(workdir: Path | None) -> ConfigDict:
+    """The config that the command line means: without ``--config`` that of the workdir's run."""
+    from ant_jax import workdir as workdir_lib
+
+    flag = flags.FLAGS["config"]
+    if workdir is None or not flag.using_default_value:
+        return flag.value
+    saved = workdir_lib.load_config(workdir)
+    if saved is None:
+        return flag.value
+    try:
+        with saved.ignore_type():
+            # A whole number in the file may be a fraction now.
+            saved.update_from_flattened_dict(config_flags.get_override_values(flag))
+    except _BAD_OVERRIDE as error:
+        sys.exit(f"{workdir / 'config.json'} does not have what is set by hand: {error}")
+    logging.info("settings: %s, and the command line", workdir / "config.json")
+    return saved
+
+
+def usable_workdir(name: str | None) -> Path:
+    """The workdir, by default one named by the config.
+
+    Raises:
+      ConfigError: if what a mode writes in the end can't be written there.
+    """
+    flag = flags.FLAGS["config"]
+    if name is None:
+        file, settings = config_flags.get_config_filename(flag).split(":")[0], flag.value
+        name = f"runs/{Path(file).stem}-{settings.method.name}-{settings.clusters.cost}"
+        name += f"-{settings.seed}"
+    workdir = user_path(name)
+    above = next(each for each in (workdir, *workdir.absolute().parents) if os.path.exists(each))
+    if not above.is_dir():
+        raise ConfigError(f"--workdir={name}: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError(f"--workdir={name}: nothing can be written in {above}")
+    return workdir
+
+
+def told(config: ConfigDict, workdir: Path | None, **named: Any) -> dict[str, Any]:
+    """What each process of a run was told, which must be the same.
+
+    Args:
+      config: the run's config.
+      workdir: of the run; None where there is none.
+      **named: other flags.
+    """
+    from ant_jax.runtime import versions
+
+    return {
+        "--workdir": workdir and str(workdir.absolute()),
+        **{f"--{name}": value for name, value in named.items()},
+        **{
+            f"config.{name}": value
+            for name, value in config_lib.flatten(config).items()
+            if not config_lib.is_of_a_process(name)
+        },
+        **versions.in_use(),
+    }
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the program with the message of an error that says it all.
+
+    Anything else is a surprise and keeps its traceback.
+    """
+    from ant_jax.data import ExampleError
+    from ant_jax.runtime.checkpoint import CheckpointError
+    from ant_jax.runtime.extras import MissingExtraError
+    from ant_jax.runtime.lock import InUseError
+    from ant_jax.runtime.processes import DisagreementError
+
+    expected = (ConfigError, CheckpointError, DisagreementError, ExampleError, InUseError)
+    try:
+        yield
+    except (*expected, MissingExtraError, OSError, FloatingPointError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
