@@ -237,6 +237,43 @@ def restore(
       CheckpointError: if a checkpoint is intact but not of the template's structure, or if there
         were checkpoints and they are gone.
     """
+
+    def read(path):
+        with _open_orbax() as orbax:
+            return _to_local(orbax.restore(path, _to_global(template)), template)
+
+    return _read_newest(directory, step, run, read)
+
+
+def restore_part(directory: str | os.PathLike, name: str, run: str = "") -> tuple[int, Any] | None:
+    """Reads one part of what was saved from the newest intact checkpoint, as NumPy arrays.
+
+    Args:
+      directory: of a `Checkpointer`.
+      name: of the part: a key of the pytree's root.
+      run: pass over checkpoints whose record has another "id"; "" for none.
+
+    Returns:
+      (step, part), the part as nested dicts; None if there is no checkpoint at all.
+
+    Raises:
+      CheckpointError: if checkpoints are not intact, or gone; see `restore`.
+    """
+
+    def read(path):
+        import orbax.checkpoint as ocp
+
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+            tree = {name: orbax.metadata(path).item_metadata.tree[name]}
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+            wanted = ocp.args.PyTreeRestore(tree, restore_args=kinds, partial_restore=True)
+            return orbax.restore(path, args=wanted)[name]
+
+    return _read_newest(directory, None, run, read)
+
+
+def _read_newest(directory, step, run, read):
+    """The step of the newest intact checkpoint, or the one asked for, and what is read of it."""
     directory = Path(directory).absolute()
     while True:
         # Process 0 chooses: others may see the disk a little later, and once is enough to read it
@@ -249,9 +286,8 @@ def restore(
             if not processes.wait_for_file(path):
                 raise CheckpointError(f"process 0 has seen a checkpoint {path}: it is not here")
             processes.barrier()
-            with _plain_path(directory) as place, _open_orbax() as orbax:
-                state = orbax.restore(place / path.name, _to_global(template))
-                return chosen, _to_local(state, template)
+            with _plain_path(directory) as place:
+                return chosen, read(place / path.name)
         # What is removed while it is read surfaces as almost any type of error.
         except Exception as error:
             if chosen not in checkpoint_steps(directory):

@@ -1,0 +1,106 @@
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import ant_jax
+from ant_jax import train
+from ant_jax import workdir as workdir_lib
+from configs import digits
+
+SETTINGS = {
+    "num_steps": 4,
+    "data.batch_size": 40,
+    "model.width": 8,
+    "model.depth": 1,
+    "model.heads": 1,
+    "log_every": 2,
+    "tensorboard": False,
+    "sample.every": 0,
+    "checkpoint.every": 2,
+    "evaluation.features": "",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir, its config and the last state; not to be changed."""
+    config = digits.get_config("linear")
+    config.update_from_flattened_dict(SETTINGS)
+    workdir = tmp_path_factory.mktemp("run")
+    return workdir, config, train.train(config, workdir)
+
+
+def test_a_run_is_loaded_as_numpy_arrays(trained):
+    workdir, config, state = trained
+    run = ant_jax.load_run(str(workdir))
+    assert run.config == config and run.step == 4 and run.samples is None
+    assert jax.tree.structure(run.params) == jax.tree.structure(state.ema_params)
+    for leaf, expected in zip(
+        jax.tree.leaves(run.params), jax.tree.leaves(state.ema_params), strict=True
+    ):
+        assert type(leaf) is np.ndarray
+        np.testing.assert_array_equal(leaf, expected)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert run.metrics.keys() == lines[0].keys()
+    np.testing.assert_array_equal(run.metrics["step"], [2, 4])
+    for name in ("loss", "cluster_losses"):
+        np.testing.assert_array_equal(run.metrics[name], [line[name] for line in lines])
+
+
+def test_the_samples_of_a_run_s_step_are_those_drawn_last(trained):
+    workdir, _, _ = trained
+    folder = workdir / "samples"
+    folder.mkdir(exist_ok=True)
+    images, labels = np.arange(32, dtype=np.uint8).reshape(2, 4, 4, 1), np.arange(2, dtype=np.int32)
+    np.savez(folder / "00000002.npz", arr_0=images + 1)
+    np.savez(folder / "00000004.npz", arr_0=images)
+    try:
+        found, none = ant_jax.load_run(workdir).samples
+        assert none is None
+        np.testing.assert_array_equal(found, images)
+        np.savez(folder / "00000004-12345678.npz", arr_0=images + 2, arr_1=labels)
+        for array, expected in zip(
+            ant_jax.load_run(workdir).samples, (images + 2, labels), strict=True
+        ):
+            np.testing.assert_array_equal(array, expected)
+    finally:
+        for path in folder.iterdir():
+            path.unlink()
+
+
+def test_what_was_not_measured_is_nan(trained):
+    workdir, _, _ = trained
+    path = workdir / "metrics.jsonl"
+    content = path.read_text()
+    rows = [
+        {"step": 1, "loss": None, "weights": None, "cosines": None},
+        {"step": 2, "loss": 0.5, "weights": [1, None], "cosines": None},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    try:
+        metrics = ant_jax.load_run(workdir).metrics
+    finally:
+        path.write_text(content)
+    np.testing.assert_array_equal(metrics["loss"], [np.nan, 0.5])
+    np.testing.assert_array_equal(metrics["weights"], [[np.nan, np.nan], [1, np.nan]])
+    np.testing.assert_array_equal(metrics["cosines"], [np.nan, np.nan])
+
+
+def test_a_folder_without_a_run_is_named(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path}: it has no config.json"):
+        ant_jax.load_run(tmp_path)
+    workdir_lib.save_config(trained[1], tmp_path)
+    with pytest.raises(FileNotFoundError, match=f"no checkpoint in {tmp_path}: its run has saved"):
+        ant_jax.load_run(tmp_path)
+
+
+def test_the_package_is_imported_without_jax():
+    program = "import sys, ant_jax; assert not {'jax', 'numpy'} & set(sys.modules); ant_jax.no"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
+    )
+    assert "AttributeError: module 'ant_jax' has no attribute 'no'" in result.stderr
