@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from ant_jax import diffusion, models, mtl
 from ant_jax import settings as settings_lib
-from ant_jax.diffusion import loss_weights
+from ant_jax.diffusion.loss_weights.min_snr import MinSNR
+from ant_jax.diffusion.loss_weights.p2 import P2
 from ant_jax.runtime.files import user_path
 from ant_jax.tasks import affinity, clustering
 
@@ -43,36 +44,21 @@ class Method(NamedTuple):
     loss_scale: np.ndarray | None = None
 
 
-def build_diffusion(config: ConfigDict) -> diffusion.GaussianDiffusion:
-    """The noise process with its loss weight; the same object for the same settings."""
+def build_diffusion(config: ConfigDict) -> diffusion.Process:
+    """The noise process with its loss weight; the same object for the same settings.
+
+    Raises:
+      ValueError: if float32 can't hold the loss weight.
+    """
     settings = config.diffusion
-    weights = {
-        "none": (),
-        "p2": (settings.p2_k, settings.p2_gamma),
-        "min_snr": (settings.min_snr_gamma,),
-    }
-    name = settings.loss_weight
-    return _diffusion(
-        settings.schedule,
-        settings.timesteps,
-        settings.variance,
-        settings.prediction,
-        name,
-        *weights[name],
+    weight = {
+        "none": lambda: None,
+        "p2": lambda: P2(settings.p2_k, settings.p2_gamma),
+        "min_snr": lambda: MinSNR(settings.min_snr_gamma),
+    }[settings.loss_weight]()
+    return diffusion.gaussian(
+        settings.timesteps, settings.schedule, settings.variance, settings.prediction, weight
     )
-
-
-# Compiled samplers are found again by the identity of the process.
-@functools.cache
-def _diffusion(schedule, timesteps, variance, prediction, weight_name, *weight_settings):
-    alphas_bar = diffusion.alphas_bar(schedule, timesteps)
-    weight = None
-    if weight_name != "none":
-        weight_function = {"p2": loss_weights.p2, "min_snr": loss_weights.min_snr}[weight_name]
-        weight = weight_function(diffusion.log_snr(alphas_bar), *weight_settings)
-        if prediction == "v":
-            weight = weight * alphas_bar
-    return diffusion.GaussianDiffusion(alphas_bar, variance, prediction, weight)
 
 
 def _network(config):

@@ -22,10 +22,17 @@ from ant_jax.latents import dataset
 from ant_jax.runtime import processes
 from ant_jax.runtime.files import user_path, write_bytes, write_new
 from ant_jax.runtime.progress import with_time_left
+from ant_jax.runtime.tree_hash import tree_hash
 from ant_jax.sampling import cache
 from ant_jax.train_step import TrainState
 
 _VALIDATION_IMAGES = 1000
+
+# What samples of given parameters don't depend on. Batches say themselves how large they are.
+_NO_MATTER = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "evaluation.")
+_NO_MATTER += ("data.num_workers", "data.dir", "sample.every", "sample.batch_size")
+_NO_MATTER += ("autoencoder.latents", "autoencoder.weights", "autoencoder.batch_size")
+_NO_MATTER += ("init_from", "init_facts", "num_steps")
 
 
 def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
@@ -141,7 +148,7 @@ def _of_file(config, workdir):
         # Of the reference, where it is the training images.
         "settings": {
             name: value
-            for name, value in cache.settings(config).items()
+            for name, value in sample_settings(config).items()
             if name.startswith("data.")
         },
     }
@@ -152,14 +159,37 @@ def _of_file(config, workdir):
 
 def _origin(config, workdir, step, state):
     run = {"run": workdir_lib.recorded(workdir)["id"]}
-    return run | cache.origin(config, step, state.ema_params)
+    return run | origin(config, step, state.ema_params)
+
+
+def sample_settings(config: ConfigDict) -> dict[str, Any]:
+    """The settings that samples depend on, flat."""
+    return {
+        name: value
+        for name, value in config_lib.flatten(config).items()
+        if not config_lib.is_among(name, _NO_MATTER)
+    }
+
+
+def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
+    """What samples depend on, as JSON can hold it; others have another one.
+
+    Args:
+      config: the run's.
+      step: of the checkpoint.
+      params: those the samples are drawn with.
+    """
+    # The weights may be others under the same name, or the same under another.
+    decoder = dataset.open_codec(config).digest if config.autoencoder.name else ""
+    tree = {"step": step, "params": tree_hash(params)[:16], "decoder": decoder}
+    return json.loads(json.dumps(tree | {"settings": sample_settings(config)}))
 
 
 def _validation(config, step, pieces, state):
     if not config.evaluation.split:
         return {}
     apply_fn = experiment.denoiser(pieces, state.ema_params)
-    everything = np.array([0, pieces.process.num_timesteps])
+    everything = np.array([0, pieces.process.span])
     (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=25)
     if not np.isfinite(loss):
         raise FloatingPointError(f"step {step}: the validation loss is {loss}")
@@ -241,7 +271,7 @@ def _looks_own(config, workdir):
     saved = workdir_lib.load_config(workdir)
     if saved is None or saved.autoencoder.weights != config.autoencoder.weights:
         return False
-    there, now = cache.settings(saved), cache.settings(config)
+    there, now = sample_settings(saved), sample_settings(config)
     return all(there.get(name) == now[name] for name in now if name != "sample.num")
 
 
@@ -271,9 +301,10 @@ def _draw(config, place, step, pieces, state):
     processes.assert_equal(lambda: {"parameters of the run and of config.autoencoder": place.name})
     num = config.sample.num
     apply_fn = experiment.denoiser(pieces, state.ema_params)
-    draw = functools.partial(sampling.sample_batches, config, pieces, apply_fn, num)
+    draw = functools.partial(experiment.draw_samples, config, pieces, apply_fn, num)
     try:
-        cache.draw_missing(place, num, sampling.batch_size(config, num), draw)
+        batch_size = sampling.rounded_batch_size(config.sample.batch_size, num)
+        cache.draw_missing(place, num, batch_size, draw)
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}") from error
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -14,10 +14,10 @@ import numpy as np
 from jax.tree_util import Partial
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from ant_jax import builders, models
+from ant_jax import builders, models, sampling
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
-from ant_jax.diffusion import GaussianDiffusion
+from ant_jax.diffusion import Process, samplers
 from ant_jax.latents import dataset
 from ant_jax.runtime import processes
 from ant_jax.runtime.devices import compiler_options, parallel_step, replicate, replicated
@@ -36,7 +36,7 @@ class Experiment(NamedTuple):
 
     image_shape: tuple[int, int, int]
     model: nn.Module
-    process: GaussianDiffusion
+    process: Process
     method: builders.Method
 
 
@@ -69,8 +69,10 @@ def build(
             f"config.sample.guidance_channels = {config.sample.guidance_channels} must not exceed "
             f"the {channels} channels of what the network sees"
         )
-    process = builders.build_diffusion(config)
-    _check_loss_weight(config, process)
+    try:
+        process = builders.build_diffusion(config)
+    except ValueError as error:
+        raise ConfigError(f"config.diffusion: {error}") from error
     size = config.data.image_size
     if config.autoencoder.name:
         size, _, _ = dataset.latent_shape(config)
@@ -92,19 +94,10 @@ def build(
     if config.optimizer.frozen:
         _check_frozen(config.optimizer.frozen, model, (size, size, channels))
     try:
-        method = builders.build_method(config, process.log_snr, boundaries)
+        method = builders.build_method(config, process.log_snr(np.arange(process.span)), boundaries)
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.clusters: {error}") from error
     return Experiment((size, size, channels), model, process, method)
-
-
-def _check_loss_weight(config, process):
-    weight = process.loss_weight
-    if weight is not None and not 0 < np.max(np.float32(weight)) < np.inf:
-        raise ConfigError(
-            f"config.diffusion.loss_weight = {config.diffusion.loss_weight!r} has no weight that "
-            "float32 can hold: see its settings"
-        )
 
 
 def _check_memory(config, name, image_shape):
@@ -153,6 +146,39 @@ def _check_boundaries(config, boundaries):
 def denoiser(pieces: Experiment, params: dict) -> Partial:
     """The network as samplers take it, ``(x, t, y) -> output``; the parameters stay arguments."""
     return Partial(pieces.model.apply, {"params": params})
+
+
+def draw_samples(
+    config: ConfigDict,
+    pieces: Experiment,
+    denoise: Partial,
+    num: int,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Draws samples as ``config.sample`` says; see `sampling.sample_batches`."""
+    settings = config.sample
+    sampler = samplers.ddim(settings.eta) if settings.sampler == "ddim" else samplers.ddpm()
+    return sampling.sample_batches(
+        sampler,
+        pieces.process,
+        denoise,
+        pieces.image_shape,
+        models.num_classes(pieces.model),
+        samplers.SampleOptions(
+            num_steps=settings.num_steps,
+            spacing=settings.spacing,
+            guidance=settings.guidance,
+            guidance_channels=settings.guidance_channels,
+            clip_x0=config.diffusion.clip_x0,
+        ),
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        num=num,
+        start=start,
+        stop=stop,
+        decode=dataset.decoder(config),
+    )
 
 
 def training_step(config: ConfigDict, pieces: Experiment) -> Callable:

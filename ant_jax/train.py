@@ -18,7 +18,7 @@ from ant_jax import config as config_lib
 from ant_jax import data, experiment, hooks, init_from, mtl, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.diffusion import GaussianDiffusion
+from ant_jax.diffusion import Process
 from ant_jax.latents import dataset
 from ant_jax.runtime import checkpoint, logs, measurements, processes, progress, signals
 from ant_jax.runtime.loss_guard import LossGuard
@@ -34,7 +34,7 @@ def train(
     *,
     model: nn.Module | None = None,
     source: data.Source | None = None,
-    process: GaussianDiffusion | None = None,
+    process: Process | None = None,
     weighting: mtl.Weighting | None = None,
 ) -> TrainState:
     """Trains to ``config.num_steps``, from the newest checkpoint in the workdir if there is one.
@@ -246,7 +246,7 @@ def _batches(config, source, start):
 
 def _draw(config, pieces, params):
     num = min(sampling.GRID, config.sample.num)
-    return sampling.sample_batches(config, pieces, experiment.denoiser(pieces, params), num)
+    return experiment.draw_samples(config, pieces, experiment.denoiser(pieces, params), num)
 
 
 def _look_ahead(config):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from ant_jax import mtl, pixels
-from ant_jax.diffusion import GaussianDiffusion
+from ant_jax.diffusion import Process
 from ant_jax.tasks.clustering import assign_clusters
 
 GRADIENT_FORMS = ("vmap", "scan", "masked")
@@ -72,7 +72,7 @@ def train_step(
     batch: dict[str, jax.Array],
     *,
     apply_fn: Callable[..., jax.Array],
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     boundaries: jax.typing.ArrayLike,
     weighting: mtl.Weighting | None,
     optimizer: optax.GradientTransformation,
@@ -166,7 +166,7 @@ def train_step(
     factors = inverse_counts * scale
 
     def per_example_losses(params, part):
-        return diffusion.per_example_losses(
+        return diffusion.losses(
             lambda x, t, y: apply_fn(params, x, t, y), part.x0, part.t, part.noise, part.label
         )
 

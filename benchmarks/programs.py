@@ -14,7 +14,7 @@ import optax
 from jax.experimental import topologies
 
 from ant_jax import mtl
-from ant_jax.diffusion import GaussianDiffusion
+from ant_jax.diffusion import Process
 from ant_jax.runtime.devices import parallel_step, replicated
 from ant_jax.tasks import clustering
 from ant_jax.train_step import TrainState, init_state, train_step
@@ -48,7 +48,7 @@ class Task(NamedTuple):
 
     model: nn.Module
     shape: tuple[int, int, int]
-    process: GaussianDiffusion
+    process: Process
     k: int
 
 
@@ -90,7 +90,7 @@ def first_batch(task: Task, size: int) -> dict[str, np.ndarray]:
 def step_of(task: Task, variant: str) -> Callable:
     """The train step of a variant, not compiled, as an argument of `parallel_step`."""
     weighting = _weighting(task, variant)
-    costs = clustering.snr_costs(task.process.log_snr)
+    costs = clustering.snr_costs(task.process.log_snr(np.arange(task.process.span)))
     return functools.partial(
         train_step,
         apply_fn=lambda params, x, t, y: task.model.apply({"params": params}, x, t, y),

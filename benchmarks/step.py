@@ -118,7 +118,7 @@ def what(args):
             dtype=jnp.dtype(args.dtype or "float32"),
             remat=args.remat or "none",
         )
-        process = diffusion.GaussianDiffusion(diffusion.alphas_bar("cosine", 1000))
+        process = diffusion.gaussian()
     # Not in the config: building from it queries the devices, which this process must not take yet.
     model = model.clone(attention=args.attention or model.attention)
     size = int(args.batch) if args.batch not in (None, "auto") else size

@@ -82,7 +82,8 @@ def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path:
     """Grids, curves and distances of both methods, and the clusters over log-SNR."""
     config = runs[-1].config
     process = builders.build_diffusion(config)
-    boundaries = builders.build_method(config, process.log_snr).boundaries
+    log_snr = process.log_snr(np.arange(process.span))
+    boundaries = builders.build_method(config, log_snr).boundaries
     k = len(boundaries) - 1
     colours = plt.colormaps["viridis"](np.linspace(0, 0.9, k))
     figure = plt.figure(figsize=(15, 9), layout="constrained")
@@ -103,12 +104,12 @@ def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path:
     ax = axes["clusters"]
     for i in range(k):
         ax.axvspan(boundaries[i], boundaries[i + 1], color=colours[i], alpha=0.35)
-    ax.plot(process.log_snr, color="black")
+    ax.plot(log_snr, color="black")
     ax.set(
         title=f"{k} {config.clusters.cost} clusters of timesteps",
         xlabel="timestep t",
         ylabel="log-SNR",
-        xlim=(0, process.num_timesteps),
+        xlim=(0, process.span),
     )
     curves = [report.curves(runner.folder(run, out)) for run in runs]
     for logged, style in zip(curves, ("--", "-"), strict=True):

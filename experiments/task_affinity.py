@@ -92,8 +92,8 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
     folder = out / "task_affinity"
     config = plan(preset)[0].config
     process = builders.build_diffusion(config)
-    grid = affinity.timestep_grid(process.num_timesteps, preset.affinity_grid)
-    positions = {"timestep": grid, "log-SNR": process.log_snr[grid]}
+    grid = affinity.timestep_grid(process.span, preset.affinity_grid)
+    positions = {"timestep": grid, "log-SNR": process.log_snr(grid)}
     correlations = {
         name: [affinity.rank_correlation(matrix, where) for matrix in matrices]
         for name, where in positions.items()
@@ -134,7 +134,7 @@ def _draw(config, process, matrix, grid, profiles, correlations):
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
     for ax, where, name in (
         (axes[0, 0], grid, "timestep t"),
-        (axes[0, 1], process.log_snr[grid], "log-SNR"),
+        (axes[0, 1], process.log_snr(grid), "log-SNR"),
     ):
         mesh = ax.pcolormesh(
             where, where, matrix, shading="nearest", vmin=min(0, matrix.min()), vmax=1
@@ -142,9 +142,9 @@ def _draw(config, process, matrix, grid, profiles, correlations):
         ax.set(title=f"task affinity over {name}", xlabel=name, ylabel=name, aspect="equal")
     figure.colorbar(mesh, ax=axes[0], label="cosine of mean gradients")
     k = config.clusters.k
-    full = affinity.interpolate(matrix, grid, process.num_timesteps)
+    full = affinity.interpolate(matrix, grid, process.span)
     clusters = {
-        "SNR": (clustering.snr_costs(process.log_snr), "white"),
+        "SNR": (clustering.snr_costs(process.log_snr(np.arange(process.span))), "white"),
         "gradient": (clustering.gradient_costs(full), "red"),
     }
     for name, (cost, colour) in clusters.items():

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import evaluate, evaluation, experiment, sampling
+from ant_jax import evaluate, evaluation, experiment
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.tasks.transfer_gap import transfer_gap
@@ -97,7 +97,7 @@ def _measure(run, specialists, out):
     def distance(model):
         if not features:
             return np.nan
-        samples = sampling.sample_batches(config, pieces, model, config.sample.num)
+        samples = experiment.draw_samples(config, pieces, model, config.sample.num)
         return evaluation.sample_metrics(samples, features)["frechet_distance"]
 
     gap = transfer_gap(

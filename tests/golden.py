@@ -158,33 +158,29 @@ def run_case(case: str, folder: Path) -> dict:
 
 def draw(name: str, folder: Path) -> dict:
     """The digest of samples, as float32 and as pixels, of a run that is done."""
-    import functools
-
     import jax
     import jax.numpy as jnp
     import numpy as np
 
-    from ant_jax import diffusion, evaluate, experiment, sampling
+    from ant_jax import evaluate, experiment
+    from ant_jax.diffusion import samplers
 
     case, changes = SAMPLES[name]
     config = make_config(case, folder)
     config.update_from_flattened_dict({"sample.num": 24, "sample.num_steps": 12} | changes)
     _, pieces, state = evaluate.restore_run(config, folder / case)
     apply_fn = experiment.denoiser(pieces, state.ema_params)
-    pixels = [images for images, _ in sampling.sample_batches(config, pieces, apply_fn, 24)]
-    sampler = {
-        "ddpm": diffusion.ddpm_sample,
-        "ddim": functools.partial(diffusion.ddim_sample, eta=config.sample.eta),
-    }[config.sample.sampler]
+    pixels = [images for images, _ in experiment.draw_samples(config, pieces, apply_fn, 24)]
+    settings = config.sample
+    sampler = samplers.ddim(settings.eta) if settings.sampler == "ddim" else samplers.ddpm()
     x0 = sampler(
+        pieces.process,
         apply_fn,
         (8, *pieces.image_shape),
         jax.random.key(0),
-        diffusion=pieces.process,
-        num_steps=12,
-        y=jnp.arange(8),
-        null_label=pieces.model.num_classes,
-        guidance=config.sample.guidance,
+        samplers.SampleOptions(num_steps=12, guidance=settings.guidance),
+        jnp.arange(8),
+        pieces.model.num_classes,
     )
     return {"pixels": digest(np.concatenate(pixels)), "x0": digest(x0)}
 

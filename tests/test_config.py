@@ -537,7 +537,7 @@ MISFITS = {
     },
     "config.data.batch_size = 120 images of 100000x100000x1 take": {"data__image_size": 100_000},
     "config.sample.batch_size = 100000000000 images of 8x8x1 take": {"sample__batch_size": 10**11},
-    "config.diffusion.loss_weight = 'p2' has no weight that float32 can hold": {
+    "config.diffusion: P2(k=1e+30, gamma=5.0) has no weight that float32 can hold": {
         "diffusion__loss_weight": "p2",
         "diffusion__p2_k": 1e30,
         "diffusion__p2_gamma": 5.0,

@@ -107,15 +107,15 @@ def draws(monkeypatch):
         end = None
 
     seen = Draws()
-    sample_batches = evaluate.sampling.sample_batches
+    draw_samples = evaluate.experiment.draw_samples
 
     def watched(config, pieces, apply_fn, num, start, stop):
         if len(seen) == seen.end:
             raise KeyboardInterrupt
         seen.append(start)
-        yield from sample_batches(config, pieces, apply_fn, num, start, stop)
+        yield from draw_samples(config, pieces, apply_fn, num, start, stop)
 
-    monkeypatch.setattr(evaluate.sampling, "sample_batches", watched)
+    monkeypatch.setattr(evaluate.experiment, "draw_samples", watched)
     return seen
 
 
@@ -200,7 +200,7 @@ def test_samples_of_another_step_are_not_used(workdir, draws, tmp_path):
 def test_the_key_is_that_of_what_samples_depend_on(tmp_path):
     params = {"a": np.ones(3)}
     place = lambda params=params, step=3, **settings: cache.key(
-        cache.origin(configured(tmp_path, **settings), step, params)
+        evaluate.origin(configured(tmp_path, **settings), step, params)
     )
     assert place() == place()
     same = {"log_every": 7, "sample__batch_size": 99, "evaluation__split": "test", "num_steps": 99}

@@ -51,11 +51,7 @@ EXCEPTIONS = {
     ("evaluation/evaluator.py", "ml_collections"),
     ("latents/dataset.py", "config"),
     ("latents/encode.py", "config"),
-    ("sampling/cache.py", "config"),
     ("sampling/cache.py", "evaluation"),
-    ("sampling/cache.py", "ml_collections"),
-    ("sampling/draw.py", "experiment"),
-    ("sampling/draw.py", "ml_collections"),
 }
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ant_jax import builders, diffusion, experiment
+from ant_jax import builders, experiment
 from ant_jax import config as config_lib
 from configs import digits
 
@@ -96,11 +96,11 @@ def test_samplers_are_those_that_the_configs_claim(name, sampler, timesteps, end
     config = completed(name, "vanilla")
     settings = config.sample
     process = builders.build_diffusion(config)
-    used = diffusion.respace(process, settings.num_steps, settings.spacing)
+    used = process.steps(settings.num_steps, settings.spacing)
     assert settings.sampler == sampler
-    assert used.timestep_map[:3].tolist() == timesteps
-    assert used.timestep_map[-1] == end
-    with_noise = used.alphas_bar_prev[0] < 1
+    assert used.t[:3].tolist() == timesteps
+    assert used.t[-1] == end
+    with_noise = used.noise[0] > 0
     assert with_noise == (sampler == "ddim")
 
 

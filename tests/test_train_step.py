@@ -95,7 +95,7 @@ def draw(batch, timesteps, *, step=5, seed=3, first_index=0):
 
 
 def per_example(params, ex):
-    return DIFFUSION.per_example_losses(
+    return DIFFUSION.losses(
         lambda x, t, y: apply_fn(params, x, t, y), ex.x0, ex.t, ex.noise, ex.label
     )
 

@@ -1,4 +1,4 @@
-"""The Gaussian diffusion process: noising, posteriors and training losses.
+"""The Gaussian diffusion process of discrete timesteps, and its training losses.
 
 Notation follows Ho et al. 2020 ("DDPM") and Nichol & Dhariwal 2021 ("improved DDPM"), with
 timesteps counted from 0 (least noise) to T - 1.
@@ -6,17 +6,18 @@ timesteps counted from 0 (least noise) to T - 1.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import log_ndtr
 
-from ant_jax.diffusion import schedule
+from ant_jax.diffusion import posterior, schedule
+from ant_jax.diffusion.loss_weights import LossWeight
+from ant_jax.diffusion.process import Denoise, Prediction, Process, Steps
 from ant_jax.diffusion.spacing import spaced_timesteps
-
-ApplyFn = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+from ant_jax.settings import Affects, Integer, OneOf
 
 _VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 _PREDICTIONS = ("epsilon", "v")
@@ -24,44 +25,76 @@ _PREDICTIONS = ("epsilon", "v")
 _MAX_SLOPE = 12 * np.log(10)
 
 
+# "schedule" is the name of the setting, and the module's.
+def gaussian(
+    timesteps: Annotated[int, Integer(1, 10_000)] = 1000,
+    schedule: Annotated[str, OneOf(*schedule.SCHEDULES)] = "cosine",
+    variance: Annotated[str, OneOf(*_VARIANCES)] = "fixed_large",
+    prediction: Annotated[str, OneOf(*_PREDICTIONS), Affects.MEANING] = "epsilon",
+    loss_weight: LossWeight | None = None,
+) -> "GaussianDiffusion":
+    """The process of a named schedule; the same object for equal settings.
+
+    Args:
+      timesteps: T.
+      schedule: of the noise: "cosine", "linear" or "ldm"; see `schedule.alphas_bar`.
+      variance: of the reverse process: "fixed_small", "fixed_large" or "learned_range"; see
+        `GaussianDiffusion`.
+      prediction: what the network predicts: "epsilon", the noise, or "v".
+      loss_weight: of the squared error of the noise, by log-SNR; None for ones. A network that
+        predicts v gets the same loss.
+
+    Raises:
+      ValueError: for unknown settings, or a loss weight that float32 can't hold anywhere.
+    """
+    return _gaussian(timesteps, schedule, variance, prediction, loss_weight)
+
+
+# Called with its arguments in one order: a cache tells f(a=1) from f(1).
+@functools.cache
+def _gaussian(timesteps, schedule_name, variance, prediction, loss_weight):
+    alphas_bar = schedule.alphas_bar(schedule_name, timesteps)
+    weight = None
+    if loss_weight is not None:
+        weight = loss_weight(schedule.log_snr(alphas_bar))
+        if prediction == "v":
+            # The error of v is that of epsilon over the square root of alphas_bar.
+            weight = weight * alphas_bar
+        if not 0 < np.max(np.float32(weight)) < np.inf:
+            raise ValueError(f"{loss_weight} has no weight that float32 can hold: see its settings")
+    return GaussianDiffusion(alphas_bar, variance, prediction, weight)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class GaussianDiffusion:
+class GaussianDiffusion(Process):
     r"""A diffusion process, as float64 NumPy constants by timestep.
 
     Instances are immutable and hash by identity, so that one can be closed over or be a static
-    argument of ``jax.jit``. Arrays given to the methods have the shape (B, H, W, C), timesteps
-    the shape (B,); all arithmetic is in float32, whatever the dtype of the model.
+    argument of ``jax.jit``.
 
     Attributes:
       alphas_bar: (T,) signal fractions :math:`\bar\alpha_t`, strictly decreasing, in (0, 1).
       variance: Reverse-process variance: ``"fixed_small"`` is :math:`\tilde\beta_t` and
         ``"fixed_large"`` is :math:`\beta_t` (DDPM, section 3.2); ``"learned_range"`` lets the
-        model interpolate between their logarithms (improved DDPM, eq. 15), in C further output
-        channels.
-      prediction: What the model's first C output channels are: ``"epsilon"``, the noise, or
+        network interpolate between their logarithms (improved DDPM, eq. 15), in C further output
+        channels, -1 for the first and 1 for the second.
+      prediction: What the network's first C output channels are: ``"epsilon"``, the noise, or
         ``"v"``, :math:`\sqrt{\bar\alpha_t} \epsilon - \sqrt{1-\bar\alpha_t} x_0` (Salimans & Ho
         2022, appendix D).
       loss_weight: (T,) factors of the mean squared error of the prediction; None means ones.
-      timestep_map: (T,) timesteps under which the model was trained, for a process that uses only
-        some of them (see ``respace``); None means 0 .. T - 1.
-      last_alpha_bar: Signal fraction at which the reverse process ends, above all others: 1, which
-        is data without noise, or less in LDM's sampler (see ``respace``).
 
     Raises:
       ValueError: If an array has the wrong shape, ``alphas_bar`` is not strictly decreasing in
-        (0, 1), ``last_alpha_bar`` is not above it and at most 1, or ``variance`` or ``prediction``
-        is unknown.
+        (0, 1), or ``variance`` or ``prediction`` is unknown.
     """
 
     alphas_bar: np.ndarray
     variance: str = "fixed_large"
     prediction: str = "epsilon"
     loss_weight: np.ndarray | None = None
-    timestep_map: np.ndarray | None = None
-    last_alpha_bar: float = 1.0
 
     def __post_init__(self):
-        _freeze_array(self, "alphas_bar", np.float64)
+        _freeze_array(self, "alphas_bar")
         alphas_bar = self.alphas_bar
         if alphas_bar.ndim != 1 or alphas_bar.size == 0:
             raise ValueError(f"alphas_bar must have the shape (T,), got {alphas_bar.shape}")
@@ -69,64 +102,22 @@ class GaussianDiffusion:
             raise ValueError("alphas_bar must lie in (0, 1)")
         if not np.all(np.diff(alphas_bar) < 0):
             raise ValueError("alphas_bar must be strictly decreasing")
-        if not alphas_bar[0] < self.last_alpha_bar <= 1:
-            raise ValueError(
-                f"last_alpha_bar must be above {alphas_bar[0]} and at most 1, "
-                f"got {self.last_alpha_bar}"
-            )
         if self.variance not in _VARIANCES:
             raise ValueError(f"unknown variance {self.variance!r}: expected one of {_VARIANCES}")
         if self.prediction not in _PREDICTIONS:
             raise ValueError(
                 f"unknown prediction {self.prediction!r}: expected one of {_PREDICTIONS}"
             )
-        for name, dtype in (("loss_weight", np.float64), ("timestep_map", np.int32)):
-            if getattr(self, name) is not None:
-                _freeze_array(self, name, dtype)
-                shape = getattr(self, name).shape
-                if shape != alphas_bar.shape:
-                    raise ValueError(f"{name} must have the shape {alphas_bar.shape}, got {shape}")
+        if self.loss_weight is not None:
+            _freeze_array(self, "loss_weight")
+            shape = self.loss_weight.shape
+            if shape != alphas_bar.shape:
+                raise ValueError(f"loss_weight must have the shape {alphas_bar.shape}, got {shape}")
 
     @property
-    def num_timesteps(self) -> int:
-        """T, the number of noise levels."""
+    def span(self) -> int:
+        """T, the number of timesteps."""
         return len(self.alphas_bar)
-
-    @functools.cached_property
-    def alphas_bar_prev(self) -> np.ndarray:
-        r"""(T,) :math:`\bar\alpha_{t-1}`, with ``last_alpha_bar`` before the first timestep."""
-        return np.append(self.last_alpha_bar, self.alphas_bar[:-1])
-
-    @functools.cached_property
-    def betas(self) -> np.ndarray:
-        r"""(T,) :math:`\beta_t = 1 - \bar\alpha_t / \bar\alpha_{t-1}`."""
-        return 1 - self.alphas_bar / self.alphas_bar_prev
-
-    @functools.cached_property
-    def posterior_variance(self) -> np.ndarray:
-        r"""(T,) :math:`\tilde\beta_t`, variance of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7); 0 at 0."""
-        return self.betas * (1 - self.alphas_bar_prev) / (1 - self.alphas_bar)
-
-    @functools.cached_property
-    def posterior_log_variance_clipped(self) -> np.ndarray:
-        r"""(T,) :math:`\log \tilde\beta_t`; at t = 0 that of t = 1 where the variance is 0.
-
-        If T = 1 it is :math:`\log \beta_0` there.
-        """
-        variance = self.posterior_variance
-        if not variance[0]:
-            first = variance[1] if self.num_timesteps > 1 else self.betas[0]
-            variance = np.append(first, variance[1:])
-        return np.log(variance)
-
-    @functools.cached_property
-    def log_snr(self) -> np.ndarray:
-        """(T,) log signal-to-noise ratios, in nats, strictly decreasing."""
-        return schedule.log_snr(self.alphas_bar)
-
-    def model_timesteps(self, t: jax.Array) -> jax.Array:
-        """Timesteps to give to the model for the timesteps (B,) of this process."""
-        return t if self.timestep_map is None else jnp.asarray(self.timestep_map)[t]
 
     def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
         """The timestep a fraction u in [0, 1) of the way from low to high, both integers.
@@ -136,7 +127,11 @@ class GaussianDiffusion:
         xp = u.__array_namespace__()
         return low + xp.floor(u * (high - low)).astype(low.dtype)
 
-    def q_sample(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+    def log_snr(self, t: np.ndarray) -> np.ndarray:
+        """Log signal-to-noise ratios of timesteps, in nats, float64."""
+        return schedule.log_snr(self.alphas_bar)[t]
+
+    def noised(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         r"""Noises data: :math:`\sqrt{\bar\alpha_t} x_0 + \sqrt{1-\bar\alpha_t} \epsilon`.
 
         Args:
@@ -147,90 +142,43 @@ class GaussianDiffusion:
         Returns:
           (B, H, W, C) float32 samples of q(x_t | x_0) (DDPM, eq. 4).
         """
-        signal, sigma = gather(np.sqrt(self.alphas_bar), t), gather(np.sqrt(1 - self.alphas_bar), t)
+        signal, sigma = self._factors(t)
         return signal * jnp.float32(x0) + sigma * jnp.float32(noise)
 
-    def predict_x0(self, x_t: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
-        """Data (B, H, W, C) for which ``eps`` is the noise in ``x_t``; inverts ``q_sample``."""
-        ratio = 1 / self.alphas_bar
-        return gather(np.sqrt(ratio), t) * x_t - gather(np.sqrt(ratio - 1), t) * eps
-
-    def predict_eps(self, x_t: jax.Array, t: jax.Array, x0: jax.Array) -> jax.Array:
-        """Noise (B, H, W, C) in ``x_t`` if the data is ``x0``; inverts ``q_sample``."""
-        signal, sigma = gather(np.sqrt(self.alphas_bar), t), gather(np.sqrt(1 - self.alphas_bar), t)
-        return (x_t - signal * x0) / sigma
-
-    def prediction_target(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-        """What a perfect model would predict: the noise or v, (B, H, W, C) float32."""
+    def target(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """The noise or v, (B, H, W, C) float32."""
         if self.prediction == "epsilon":
             return jnp.float32(noise)
-        signal, sigma = gather(np.sqrt(self.alphas_bar), t), gather(np.sqrt(1 - self.alphas_bar), t)
+        signal, sigma = self._factors(t)
         return signal * jnp.float32(noise) - sigma * jnp.float32(x0)
 
-    def predicted_parts(
-        self, prediction: jax.Array, x_t: jax.Array, t: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Data and noise (B, H, W, C) of which ``x_t`` consists by the model's prediction."""
-        if self.prediction == "epsilon":
-            return self.predict_x0(x_t, t, prediction), prediction
-        signal, sigma = gather(np.sqrt(self.alphas_bar), t), gather(np.sqrt(1 - self.alphas_bar), t)
-        return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t
-
-    def posterior_mean(self, x0: jax.Array, x_t: jax.Array, t: jax.Array) -> jax.Array:
-        """Mean (B, H, W, C) of q(x_{t-1} | x_t, x_0) (DDPM, eq. 7)."""
-        noise = 1 - self.alphas_bar
-        x0_coef = np.sqrt(self.alphas_bar_prev) * self.betas / noise
-        x_t_coef = np.sqrt(1 - self.betas) * (1 - self.alphas_bar_prev) / noise
-        return gather(x0_coef, t) * x0 + gather(x_t_coef, t) * x_t
-
-    def model_log_variance(self, t: jax.Array, variance: jax.Array | None = None) -> jax.Array:
-        """Log-variance of the reverse process p(x_{t-1} | x_t).
-
-        Args:
-          t: (B,) integer timesteps in [0, T).
-          variance: (B, H, W, C) variance channels of the model, -1 for the least and 1 for the
-            greatest variance (improved DDPM, eq. 15); ignored unless the variance is learned.
-
-        Returns:
-          (B, H, W, C) float32 if the variance is learned, otherwise (B, 1, 1, 1).
-        """
-        small = gather(self.posterior_log_variance_clipped, t)
-        large = gather(np.log(self.betas), t)
-        if self.variance == "learned_range":
-            fraction = (variance + 1) / 2
-            return fraction * large + (1 - fraction) * small
-        return small if self.variance == "fixed_small" else large
-
-    def split_output(
-        self, output: jax.Array, shape: tuple[int, ...]
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Splits a model's output into its prediction and its variance channels.
-
-        Args:
-          output: (B, H, W, C), or (B, H, W, 2C) if the variance is learned.
-          shape: (B, H, W, C), the shape of the model's input.
-
-        Returns:
-          The pair (prediction, variance channels) in float32, each (B, H, W, C); the latter None
-          unless the variance is learned.
+    def predict(
+        self, denoise: Denoise, x: jax.Array, t: jax.Array, y: jax.Array | None = None
+    ) -> Prediction:
+        """Data, noise and variance that the network predicts for x.
 
         Raises:
-          ValueError: If the output doesn't have the shape that ``variance`` calls for.
+          ValueError: If the network's output has the wrong shape.
         """
-        channels = shape[-1]
-        learned = self.variance == "learned_range"
-        expected = (*shape[:-1], 2 * channels if learned else channels)
-        if output.shape != expected:
-            raise ValueError(
-                f"variance {self.variance!r} needs a model output of shape {expected}, "
-                f"got {output.shape}"
-            )
-        output = jnp.float32(output)
-        return output[..., :channels], output[..., channels:] if learned else None
+        prediction, variance = self._split(denoise(x, t, y), x.shape)
+        fraction = float(self.variance == "fixed_large")
+        if variance is not None:
+            fraction = (variance + 1) / 2
+        return Prediction(*self._parts(prediction, x, t), fraction)
 
-    def per_example_losses(
+    def steps(self, num_steps: int, spacing: str = "even") -> Steps:
+        """Some of the timesteps, see `spaced_timesteps`; the last step ends without noise.
+
+        With ``"ldm"`` it ends at the noise of timestep 0.
+        """
+        t = spaced_timesteps(self.span, num_steps, spacing)
+        end = self.alphas_bar[0] if spacing == "ldm" else 1.0
+        signal = np.append(end, self.alphas_bar[t])
+        return Steps(t, signal, 1 - signal)
+
+    def losses(
         self,
-        apply_fn: ApplyFn,
+        denoise: Denoise,
         x0: jax.Array,
         t: jax.Array,
         noise: jax.Array,
@@ -251,93 +199,84 @@ class GaussianDiffusion:
         other terms is not bounded, as in their code.
 
         Args:
-          apply_fn: The model, ``apply_fn(x_t, t, y)`` to (B, H, W, C), or to (B, H, W, 2C) with the
+          denoise: The network, ``denoise(x_t, t, y)`` to (B, H, W, C), or to (B, H, W, 2C) with the
             variance channels last if the variance is learned.
           x0: (B, H, W, C) data, scaled to [-1, 1].
           t: (B,) integer timesteps in [0, T).
           noise: (B, H, W, C) standard normal noise.
-          y: Labels or None, given to the model as they are.
+          y: Labels or None, given to the network as they are.
 
         Returns:
           (B,) float32 losses.
 
         Raises:
-          ValueError: If the model's output has the wrong shape.
+          ValueError: If the network's output has the wrong shape.
         """
-        x_t = self.q_sample(x0, t, noise)
-        output = apply_fn(x_t, self.model_timesteps(t), y)
-        prediction, variance = self.split_output(output, x_t.shape)
-        error = prediction - self.prediction_target(x0, t, noise)
+        x_t = self.noised(x0, t, noise)
+        output = denoise(x_t, t, y)
+        prediction, variance = self._split(output, x_t.shape)
+        error = prediction - self.target(x0, t, noise)
         losses = jnp.mean(error**2, axis=(1, 2, 3))
         if self.loss_weight is not None:
             losses *= jnp.asarray(self.loss_weight, jnp.float32)[t]
         if variance is not None:
-            predicted_x0, _ = self.predicted_parts(jax.lax.stop_gradient(prediction), x_t, t)
+            predicted_x0, _ = self._parts(jax.lax.stop_gradient(prediction), x_t, t)
             bound = self._variational_bound(jnp.float32(x0), x_t, t, predicted_x0, variance)
-            losses += self.num_timesteps / 1000 * bound
+            losses += self.span / 1000 * bound
         return losses
 
-    def _variational_bound(
-        self,
-        x0: jax.Array,
-        x_t: jax.Array,
-        t: jax.Array,
-        predicted_x0: jax.Array,
-        variance: jax.Array,
-    ) -> jax.Array:
+    def _factors(self, t):
+        """Factors (B, 1, 1, 1) of data and noise."""
+        return (
+            posterior.gather(np.sqrt(self.alphas_bar), t),
+            posterior.gather(np.sqrt(1 - self.alphas_bar), t),
+        )
+
+    def _split(self, output, shape):
+        """The network's output in float32: the prediction, and what it learns of the variance."""
+        channels = shape[-1]
+        learned = self.variance == "learned_range"
+        expected = (*shape[:-1], 2 * channels if learned else channels)
+        if output.shape != expected:
+            raise ValueError(
+                f"variance {self.variance!r} needs a model output of shape {expected}, "
+                f"got {output.shape}"
+            )
+        output = jnp.float32(output)
+        return output[..., :channels], output[..., channels:] if learned else None
+
+    def _parts(self, prediction, x_t, t):
+        """Data and noise of which ``x_t`` consists by the network's prediction."""
+        if self.prediction == "epsilon":
+            ratio = 1 / self.alphas_bar
+            to_x0 = posterior.gather(np.sqrt(ratio), t)
+            return to_x0 * x_t - posterior.gather(np.sqrt(ratio - 1), t) * prediction, prediction
+        signal, sigma = self._factors(t)
+        return signal * x_t - sigma * prediction, signal * prediction + sigma * x_t
+
+    @functools.cached_property
+    def _posterior(self):
+        signal = np.append(1.0, self.alphas_bar)
+        return posterior.posterior(Steps(np.arange(self.span), signal, 1 - signal))
+
+    def _variational_bound(self, x0, x_t, t, predicted_x0, variance):
         """(B,) terms of the variational bound in bits per dimension (DDPM, eqs. 5 and 13)."""
-        mean = self.posterior_mean(predicted_x0, x_t, t)
-        log_variance = self.model_log_variance(t, variance)
-        true_log_variance = gather(self.posterior_log_variance_clipped, t)
-        shift = self.posterior_mean(x0, x_t, t) - mean
-        log_ratio = true_log_variance - log_variance
+        constants = jax.tree.map(lambda table: posterior.gather(table, t), self._posterior)
+        mean = posterior.mean(constants, predicted_x0, x_t)
+        log_variance = posterior.log_variance(constants, (variance + 1) / 2)
+        shift = posterior.mean(constants, x0, x_t) - mean
+        log_ratio = constants.log_least - log_variance
         kl = 0.5 * (jnp.expm1(log_ratio) - log_ratio + shift**2 * jnp.exp(-log_variance))
         nll = _decoder_nll(x0, mean, log_variance)
         nats = jnp.where(t[:, None, None, None] == 0, nll, kl)
         return jnp.mean(nats, axis=(1, 2, 3)) / np.log(2)
 
 
-def respace(
-    diffusion: GaussianDiffusion, num_steps: int, spacing: str = "even"
-) -> GaussianDiffusion:
-    """The process on a subset of the timesteps, for sampling in fewer steps.
-
-    The noise levels are those of the subset, so the betas are larger, and the model is still called
-    with its own timesteps.
-
-    Args:
-      diffusion: The process, with T timesteps.
-      num_steps: Number of timesteps to keep, in 1 .. T; T gives the same process.
-      spacing: Which, see ``spaced_timesteps``. ``"ldm"`` also ends at the noise of timestep 0
-        instead of at none.
-
-    Returns:
-      A process of ``num_steps`` timesteps, whose ``timestep_map`` leads back to the model's.
-
-    Raises:
-      ValueError: If ``num_steps`` is not in 1 .. T, or there is no such spacing.
-    """
-    subset = spaced_timesteps(diffusion.num_timesteps, num_steps, spacing)
-    weight, timesteps = diffusion.loss_weight, diffusion.timestep_map
-    return dataclasses.replace(
-        diffusion,
-        alphas_bar=diffusion.alphas_bar[subset],
-        loss_weight=None if weight is None else weight[subset],
-        timestep_map=subset if timesteps is None else timesteps[subset],
-        last_alpha_bar=diffusion.alphas_bar[0] if spacing == "ldm" else diffusion.last_alpha_bar,
-    )
-
-
-def gather(constants: np.ndarray, t: jax.Array) -> jax.Array:
-    """Gathers (T,) constants at (B,) timesteps as (B, 1, 1, 1) float32, to broadcast on images."""
-    return jnp.asarray(constants, jnp.float32)[t][:, None, None, None]
-
-
-def _freeze_array(diffusion: GaussianDiffusion, name: str, dtype: type) -> None:
+def _freeze_array(process: GaussianDiffusion, name: str) -> None:
     """Replaces a field by a read-only copy: compiled functions hold its values as constants."""
-    array = np.array(getattr(diffusion, name), dtype)
+    array = np.array(getattr(process, name), np.float64)
     array.flags.writeable = False
-    object.__setattr__(diffusion, name, array)
+    object.__setattr__(process, name, array)
 
 
 def _decoder_nll(x0: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:

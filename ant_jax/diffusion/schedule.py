@@ -22,7 +22,7 @@ def _cosine_betas(num_timesteps: int) -> np.ndarray:
     return 1 - signal[1:] / signal[:-1]
 
 
-_BETAS = {"linear": _linear_betas, "cosine": _cosine_betas, "ldm": _ldm_betas}
+SCHEDULES = {"cosine": _cosine_betas, "linear": _linear_betas, "ldm": _ldm_betas}
 
 
 def alphas_bar(name: str, num_timesteps: int) -> np.ndarray:
@@ -48,11 +48,11 @@ def alphas_bar(name: str, num_timesteps: int) -> np.ndarray:
     Raises:
       ValueError: If the name is unknown or ``num_timesteps`` is below 1.
     """
-    if name not in _BETAS:
-        raise ValueError(f"unknown schedule {name!r}: expected one of {sorted(_BETAS)}")
+    if name not in SCHEDULES:
+        raise ValueError(f"unknown schedule {name!r}: expected one of {sorted(SCHEDULES)}")
     if num_timesteps < 1:
         raise ValueError(f"num_timesteps must be at least 1, got {num_timesteps}")
-    return np.cumprod(1 - np.minimum(_BETAS[name](num_timesteps), _MAX_BETA))
+    return np.cumprod(1 - np.minimum(SCHEDULES[name](num_timesteps), _MAX_BETA))
 
 
 def log_snr(alphas_bar: np.ndarray) -> np.ndarray:

@@ -14,20 +14,20 @@ def switch_by_timestep(
 ) -> Partial:
     """One model for the samplers out of m that share an architecture, chosen by timestep.
 
-    All examples of a batch must be at one timestep, as they are in ``ddpm_sample`` and
-    ``ddim_sample``, guided or not: the model of ``t[0]`` denoises the whole batch. A step costs one
+    All examples of a batch must be at one timestep, as they are in the
+    samplers, guided or not: the model of ``t[0]`` denoises the whole batch. A step costs one
     copy of one model's parameters more than without the choice. Other parameters and another
     ``which`` of the same shapes don't compile a sampler again, if ``apply_fn`` is the same::
 
       params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params_of_each_interval)
-      which = clustering.assign_clusters(np.arange(process.num_timesteps), boundaries)
-      ddpm_sample(switch_by_timestep(model.apply, {"params": params}, which), ...)
+      which = clustering.assign_clusters(np.arange(process.span), boundaries)
+      ddpm()(process, switch_by_timestep(model.apply, {"params": params}, which), ...)
 
     Args:
       apply_fn: The network, ``apply_fn(params, x, t, y)``.
       params: Pytree with leaves (m, ...), the parameters of m models.
       which: (T,) integers in [0, m): which model denoises each timestep of the process with which
-        the models were trained. A respaced sampler uses its entries at the timesteps it keeps.
+        the models were trained. A sampler in fewer steps uses its entries at those.
 
     Returns:
       The model ``(x, t, y)``. The arrays are its leaves, the network its static part.

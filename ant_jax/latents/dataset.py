@@ -1,5 +1,6 @@
 """What a config's network learns from: images or their latents."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -125,6 +126,21 @@ def open_codec(config: ConfigDict) -> Codec:
     except (ValueError, OSError) as error:
         path = str(user_path(settings.weights))
         raise ConfigError(f"config.autoencoder.weights = {path!r}: {error}") from error
+
+
+def decoder(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
+    """From what the network draws to uint8 images; None where that is pixels.
+
+    Raises:
+      ConfigError: if the autoencoder's weights can't be used.
+    """
+    settings = config.autoencoder
+    if not settings.name:
+        return None
+    codec = open_codec(config)
+    return lambda latents: codec_lib.decode(
+        codec, latents / np.float32(settings.scale), settings.batch_size
+    )
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:

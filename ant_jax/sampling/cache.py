@@ -11,11 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 
-from ant_jax import config as config_lib
 from ant_jax import evaluation
-from ant_jax.latents import dataset
 from ant_jax.runtime import processes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.runtime.progress import with_time_left
@@ -26,35 +23,6 @@ Batch = tuple[np.ndarray, np.ndarray | None]
 # Not what Finder and network disks leave beside them, such as ._00000000.npz.
 _FOLDER = re.compile(r"[0-9]{8,}-[0-9a-f]{16}")
 _PIECE = re.compile(r"([0-9]{8,})\.npz")
-
-# What samples of given parameters don't depend on. Batches say themselves how large they are.
-_NO_MATTER = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "evaluation.")
-_NO_MATTER += ("data.num_workers", "data.dir", "sample.every", "sample.batch_size")
-_NO_MATTER += ("autoencoder.latents", "autoencoder.weights", "autoencoder.batch_size")
-_NO_MATTER += ("init_from", "init_facts", "num_steps")
-
-
-def settings(config: ConfigDict) -> dict[str, Any]:
-    """The settings that samples depend on, flat."""
-    return {
-        name: value
-        for name, value in config_lib.flatten(config).items()
-        if not config_lib.is_among(name, _NO_MATTER)
-    }
-
-
-def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
-    """What the samples of a run depend on, as JSON can hold it; others have another one.
-
-    Args:
-      config: the run's.
-      step: of the checkpoint.
-      params: those the samples are drawn with.
-    """
-    # The weights may be others under the same name, or the same under another.
-    decoder = dataset.open_codec(config).digest if config.autoencoder.name else ""
-    tree = {"step": step, "params": tree_hash(params)[:16], "decoder": decoder}
-    return json.loads(json.dumps(tree | {"settings": settings(config)}))
 
 
 def key(made_from: dict[str, Any]) -> str:
@@ -70,7 +38,8 @@ def folder(workdir: Path, made_from: dict[str, Any]) -> Iterator[Path]:
 
     Args:
       workdir: of the run.
-      made_from: the `origin` of the samples; another gives another folder.
+      made_from: what the samples depend on, as JSON can hold it, with the `step` of the checkpoint;
+        another gives another folder.
 
     Raises:
       InUseError: if another job is drawing them.
@@ -115,7 +84,7 @@ def draw_missing(
       num: Number of samples.
       batch_size: How many to draw and keep at a time.
       draw: From the numbers of the first sample and of the one after the last to the batches of
-        those, such as `sampling.sample_batches`.
+        those, as `sample_batches` draws them.
     """
     parts = processes.broadcast_from_first(lambda: _missing(place, num, batch_size))
     left = sum(stop - first for first, stop in parts)

@@ -7,7 +7,9 @@ import pytest
 from scipy import stats
 
 from ant_jax import diffusion
-from ant_jax.diffusion import GaussianDiffusion, loss_weights, respace
+from ant_jax.diffusion import GaussianDiffusion
+from ant_jax.diffusion.loss_weights.p2 import P2
+from ant_jax.diffusion.posterior import posterior
 
 T = 10
 SHAPE = (7, 3, 2, 2)
@@ -61,65 +63,43 @@ def _bound(x0, noise, output, t, alphas_bar):
     return nats.mean() / np.log(2)
 
 
-def test_q_sample_inverts_and_has_the_right_moments():
+def test_noised_data_has_the_right_moments():
     process = _process()
     t = np.repeat([0, 4, 9], 20000)
     x0 = np.tile(np.array([0.7, -0.2], np.float32), (len(t), 1, 1, 1))
     noise = np.random.default_rng(0).normal(size=x0.shape).astype(np.float32)
-    x_t = process.q_sample(x0, t, noise)
+    x_t = process.noised(x0, t, noise)
     assert x_t.dtype == jnp.float32
     for step in (0, 4, 9):
         signal = process.alphas_bar[step]
         rows = np.asarray(x_t)[t == step, 0, 0]
         np.testing.assert_allclose(rows.mean(0), np.sqrt(signal) * x0[0, 0, 0], atol=0.03)
         np.testing.assert_allclose(rows.std(0), np.sqrt(1 - signal), rtol=0.02)
-    # At the last timestep next to no signal is left, so x0 can't be recovered in float32 there.
-    np.testing.assert_allclose(process.predict_x0(x_t, t, noise)[:40000], x0[:40000], atol=1e-5)
-    np.testing.assert_allclose(process.predict_eps(x_t, t, x0), noise, atol=1e-4)
 
 
-def test_constants():
+def test_log_snr_is_that_of_the_timesteps():
     process = _process()
-    np.testing.assert_allclose(np.cumprod(1 - process.betas), process.alphas_bar)
-    np.testing.assert_array_equal(process.alphas_bar_prev, [1, *process.alphas_bar[:-1]])
-    np.testing.assert_allclose(process.log_snr, diffusion.log_snr(process.alphas_bar))
-    # In terms of precisions: 1 / variance = alpha / beta + 1 / (1 - alphas_bar_prev).
-    precision = (1 - process.betas) / process.betas + 1 / (1 - process.alphas_bar_prev + 1e-300)
-    np.testing.assert_allclose(process.posterior_variance, 1 / precision, atol=1e-200)
-    clipped = np.exp(process.posterior_log_variance_clipped)
-    np.testing.assert_allclose(clipped, process.posterior_variance[[1, *range(1, T)]])
-    assert np.isfinite(GaussianDiffusion([0.5]).posterior_log_variance_clipped).all()
+    log_snr = process.log_snr(np.array([3, 0]))
+    np.testing.assert_array_equal(log_snr, diffusion.log_snr(process.alphas_bar[[3, 0]]))
+    assert log_snr.dtype == np.float64
 
 
-def test_levels_stay_in_their_interval():
-    """At the largest float32 below 1 too, for every interval of 1000 timesteps and more."""
+def test_levels_are_exact_in_float32():
+    """Where floor(low + u (high - low)) would be high: u is the largest float32 below 1."""
     process = _process()
-    low, high = np.triu_indices(1025, 1)
-    for u in (0.0, 0.5, np.nextafter(np.float32(1), np.float32(0))):
-        level = process.level(jnp.asarray(low), jnp.asarray(high), jnp.full(len(low), u))
-        assert jnp.all((low <= level) & (level < high)) and level.dtype == jnp.int32
+    low, high = (jnp.asarray(index) for index in np.triu_indices(1025, 1))
+    u = np.nextafter(np.float32(1), np.float32(0))
+    assert jnp.any(jnp.floor(low + u * (high - low)) == high)
+    level = process.level(low, high, jnp.full(low.shape, u))
     np.testing.assert_array_equal(level, high - 1)
-
-
-def test_model_log_variance():
-    t = np.arange(T)
-    for variance, expected in (
-        ("fixed_small", _process().posterior_log_variance_clipped),
-        ("fixed_large", np.log(_process().betas)),
-    ):
-        log_variance = _process(variance).model_log_variance(t)
-        np.testing.assert_allclose(log_variance[:, 0, 0, 0], expected, rtol=1e-5)
-        for v in (-1, 1):
-            learned = _process().model_log_variance(t, jnp.full((T, 2, 2, 1), v))
-            match = (v == 1) == (variance == "fixed_large")
-            assert np.allclose(learned, log_variance, rtol=1e-5) == match
+    assert level.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 def test_simple_loss(variance):
     x0, noise, output = _example()
     eps = output[..., :2]
-    weight = loss_weights.p2(_process().log_snr)
+    weight = P2()(diffusion.log_snr(_process().alphas_bar))
     seen = {}
 
     def apply_fn(x_t, t, y):
@@ -127,15 +107,13 @@ def test_simple_loss(variance):
         return jnp.asarray(eps)
 
     process = _process(variance)
-    losses = process.per_example_losses(apply_fn, x0, TIMESTEPS, noise, np.arange(7))
+    losses = process.losses(apply_fn, x0, TIMESTEPS, noise, np.arange(7))
     expected = np.mean((eps - noise) ** 2, axis=(1, 2, 3))
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     np.testing.assert_array_equal(seen["t"], TIMESTEPS)
     np.testing.assert_array_equal(seen["y"], np.arange(7))
-    np.testing.assert_allclose(seen["x_t"], process.q_sample(x0, TIMESTEPS, noise))
-    weighted = _process(variance, loss_weight=weight).per_example_losses(
-        apply_fn, x0, TIMESTEPS, noise
-    )
+    np.testing.assert_allclose(seen["x_t"], process.noised(x0, TIMESTEPS, noise))
+    weighted = _process(variance, loss_weight=weight).losses(apply_fn, x0, TIMESTEPS, noise)
     np.testing.assert_allclose(weighted, weight[TIMESTEPS] * expected, rtol=1e-5)
 
 
@@ -145,9 +123,7 @@ def test_hybrid_loss(dtype):
     output = jnp.asarray(output, dtype)
     weight = np.linspace(1, 3, T)
     process = _process(loss_weight=weight)
-    losses = jax.jit(
-        lambda x0: process.per_example_losses(lambda *_: output, x0, TIMESTEPS, noise)
-    )(x0)
+    losses = jax.jit(lambda x0: process.losses(lambda *_: output, x0, TIMESTEPS, noise))(x0)
     assert losses.shape == (7,)
     assert losses.dtype == jnp.float32
     output = np.asarray(output, np.float64)
@@ -169,7 +145,7 @@ def test_decoder_is_finite_far_from_the_data():
     t = np.zeros(7, int)
 
     def total(output):
-        return process.per_example_losses(lambda *_: output, x0, t, noise).sum()
+        return process.losses(lambda *_: output, x0, t, noise).sum()
 
     loss, gradient = jax.jit(jax.value_and_grad(total))(far)
     assert np.isfinite(loss)
@@ -190,16 +166,17 @@ def test_decoder_is_exact_and_its_gradient_exact_up_to_27_nats_and_bounded(x0, v
     def losses(channels):
         output = jnp.concatenate([jnp.asarray(error).reshape(data.shape), channels], -1)
         t = np.zeros(len(error), int)
-        loss = process.per_example_losses(lambda *_: output, data, t, jnp.zeros(data.shape))
+        loss = process.losses(lambda *_: output, data, t, jnp.zeros(data.shape))
         return jnp.sum(loss), loss
 
     channels = jnp.full(data.shape, v)
     gradient, loss = jax.grad(losses, has_aux=True)(channels)
-    range_ = np.log(process.betas[0]) - process.posterior_log_variance_clipped[0]
+    constants = posterior(process.steps(process.span))
+    range_ = constants.log_greatest[0] - constants.log_least[0]
     nats = np.asarray(loss, np.float64) * np.log(2)
     slope = np.ravel(gradient) * np.log(2) * 2 / range_
 
-    sigma = np.exp((process.posterior_log_variance_clipped[0] + (v + 1) / 2 * range_) / 2)
+    sigma = np.exp((constants.log_least[0] + (v + 1) / 2 * range_) / 2)
     shift = error * np.sqrt(1 / process.alphas_bar[0] - 1)  # of the data from the mean
     # The bin in the lower tail: its right end and its left end in standard deviations.
     right, left = (1 / 255 - abs(shift)) / sigma, (-1 / 255 - abs(shift)) / sigma
@@ -223,7 +200,7 @@ def test_bound_trains_only_the_variance_channels():
     x0, noise, output = _example()
 
     def total(output):
-        return process.per_example_losses(lambda *_: output, x0, TIMESTEPS, noise).sum()
+        return process.losses(lambda *_: output, x0, TIMESTEPS, noise).sum()
 
     gradient = np.asarray(jax.jit(jax.grad(total))(jnp.asarray(output)))
     np.testing.assert_array_equal(gradient[..., :2], 0)
@@ -234,7 +211,7 @@ def test_loss_ignores_no_channel_silently():
     x0, noise, output = _example()
     for variance, channels in (("fixed_large", 4), ("learned_range", 2)):
         with pytest.raises(ValueError, match="needs a model output of shape"):
-            _process(variance).per_example_losses(
+            _process(variance).losses(
                 lambda *_, c=channels: jnp.asarray(output[..., :c]), x0, TIMESTEPS, noise
             )
 
@@ -250,7 +227,6 @@ def test_loss_ignores_no_channel_silently():
         ({"alphas_bar": [np.nan, 0.5]}, r"\(0, 1\)"),
         ({"alphas_bar": [0.5], "variance": "learned"}, "unknown variance 'learned'"),
         ({"alphas_bar": [0.5], "loss_weight": [1, 2]}, "loss_weight must have the shape"),
-        ({"alphas_bar": [0.5], "timestep_map": [0, 1]}, "timestep_map must have the shape"),
     ],
 )
 def test_process_errors(kwargs, message):
@@ -269,41 +245,36 @@ def test_process_is_a_static_constant():
     assert process != GaussianDiffusion([0.5, 0.25])
 
 
-def test_respace():
-    weight = np.arange(1000.0)
-    process = GaussianDiffusion(
-        diffusion.alphas_bar("linear", 1000), "fixed_small", loss_weight=weight
-    )
+def test_steps():
+    process = GaussianDiffusion(diffusion.alphas_bar("linear", 1000), "fixed_small")
     # 999 / 4 = 249.75, rounded.
-    fewer = respace(process, 5)
-    np.testing.assert_array_equal(fewer.timestep_map, [0, 250, 500, 749, 999])
-    np.testing.assert_array_equal(fewer.alphas_bar, process.alphas_bar[fewer.timestep_map])
-    np.testing.assert_array_equal(fewer.loss_weight, weight[fewer.timestep_map])
-    np.testing.assert_array_equal(fewer.model_timesteps(jnp.array([4, 0])), [999, 0])
-    assert fewer.variance == "fixed_small"
-    np.testing.assert_array_equal(respace(fewer, 3).timestep_map, [0, 500, 999])
-    np.testing.assert_array_equal(respace(process, 1).timestep_map, [999])
-    for num_steps in (2, 7, 250, 667, 999, 1000):
-        part = respace(process, num_steps)
-        assert part.num_timesteps == num_steps
-        assert np.all(np.diff(part.timestep_map) > 0)
-        assert np.all((part.betas > 0) & (part.betas < 1))
-    np.testing.assert_array_equal(part.alphas_bar, process.alphas_bar)
+    fewer = process.steps(5)
+    np.testing.assert_array_equal(fewer.t, [0, 250, 500, 749, 999])
+    np.testing.assert_array_equal(fewer.signal, [1, *process.alphas_bar[fewer.t]])
+    np.testing.assert_array_equal(fewer.noise, 1 - fewer.signal)
+    assert fewer.start == 1
+    # LDM's end with the noise of timestep 0.
+    assert process.steps(200, "ldm").signal[0] == process.alphas_bar[0]
     for num_steps in (0, 1001):
         with pytest.raises(ValueError, match=r"1 \.\. 1000"):
-            respace(process, num_steps)
+            process.steps(num_steps)
 
 
-def test_respaced_losses_call_the_model_with_its_own_timesteps():
-    x0, noise, output = _example()
-    seen = []
+def test_equal_settings_give_the_same_process():
+    default = diffusion.gaussian()
+    assert diffusion.gaussian(1000, variance="fixed_large", loss_weight=None) is default
+    weighted = diffusion.gaussian(loss_weight=P2(k=2.0))
+    assert diffusion.gaussian(prediction="epsilon", loss_weight=P2(2.0, 1.0)) is weighted
+    assert weighted is not default and diffusion.gaussian(loss_weight=P2()) is not weighted
+    weight = 1 / (2 + np.exp(default.log_snr(np.arange(1000))))
+    np.testing.assert_allclose(weighted.loss_weight, weight)
+    v = diffusion.gaussian(prediction="v", loss_weight=P2(k=2.0))
+    np.testing.assert_allclose(v.loss_weight, weight * v.alphas_bar)
 
-    def apply_fn(x_t, t, y):
-        seen.append(np.asarray(t))
-        return jnp.asarray(output[..., :2])
 
-    respace(_process("fixed_large"), 4).per_example_losses(apply_fn, x0, np.full(7, 2), noise)
-    np.testing.assert_array_equal(seen, [np.full(7, 6)])
+def test_a_loss_weight_that_float32_can_not_hold_is_refused():
+    with pytest.raises(ValueError, match=r"P2\(k=1e\+30, gamma=5.0\) has no weight that float32"):
+        diffusion.gaussian(loss_weight=P2(1e30, 5.0))
 
 
 @pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
@@ -321,7 +292,7 @@ def test_v_says_the_same_as_the_epsilon_it_stands_for(variance):
     def losses(process, prediction):
         parts = [prediction, channels] if learned else [prediction]
         output = jnp.asarray(np.concatenate(parts, -1), jnp.float32)
-        return process.per_example_losses(lambda *_: output, x0, TIMESTEPS, noise)
+        return process.losses(lambda *_: output, x0, TIMESTEPS, noise)
 
     error = np.mean((v - (np.sqrt(signal) * noise - np.sqrt(1 - signal) * x0)) ** 2, (1, 2, 3))
     # The error of epsilon over sqrt(alphas_bar) is that of v.
@@ -340,6 +311,7 @@ def test_v_says_the_same_as_the_epsilon_it_stands_for(variance):
     np.testing.assert_allclose(losses(process, v), error + learned * bound, rtol=2e-4)
     weighted = _process(variance, prediction="v", loss_weight=process.alphas_bar)
     np.testing.assert_allclose(losses(weighted, v), losses(_process(variance), eps), rtol=2e-4)
-    parts = process.predicted_parts(jnp.asarray(v, jnp.float32), jnp.float32(x_t), TIMESTEPS)
-    np.testing.assert_allclose(parts[0], data, rtol=1e-3, atol=1e-3 * np.abs(data).max())
-    np.testing.assert_allclose(parts[1], eps, atol=1e-5)
+    output = jnp.concatenate([v, channels] if learned else [v], -1)
+    parts = process.predict(lambda *_: output, jnp.float32(x_t), TIMESTEPS)
+    np.testing.assert_allclose(parts.x0, data, rtol=1e-3, atol=1e-3 * np.abs(data).max())
+    np.testing.assert_allclose(parts.noise, eps, atol=1e-5)

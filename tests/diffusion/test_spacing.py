@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from ant_jax import diffusion
-from ant_jax.diffusion import GaussianDiffusion, ddim_sample, respace, spaced_timesteps
+from ant_jax.diffusion import GaussianDiffusion, spaced_timesteps
+from ant_jax.diffusion.posterior import posterior
+from ant_jax.diffusion.samplers import SampleOptions, ddim
 
 LDM = GaussianDiffusion(diffusion.alphas_bar("ldm", 1000), "fixed_small")
 
@@ -88,27 +90,12 @@ def test_ldms_sampler(eta):
     key = jax.random.key(3)
     draw = lambda level: jax.random.normal(jax.random.fold_in(key, level), (2, 2, 1))
     expected = _ddim(np.stack([draw(level) for level in range(6)]).astype(np.float64), eta)
-    samples = ddim_sample(
-        _network,
-        (1, 2, 2, 1),
-        key[None],
-        diffusion=LDM,
-        num_steps=5,
-        spacing="ldm",
-        eta=eta,
-        clip_x0=False,
-    )
+    options = SampleOptions(5, "ldm", clip_x0=False)
+    samples = ddim(eta)(LDM, _network, (1, 2, 2, 1), key[None], options)
     np.testing.assert_allclose(samples[0], expected, rtol=2e-5)
 
 
-def test_a_process_that_ends_with_noise():
-    process = respace(LDM, 200, "ldm")
-    assert process.last_alpha_bar == process.alphas_bar_prev[0] == LDM.alphas_bar[0]
-    assert (process.posterior_variance > 0).all()
-    np.testing.assert_array_equal(
-        process.posterior_log_variance_clipped, np.log(process.posterior_variance)
-    )
-    assert respace(process, 3).last_alpha_bar == LDM.alphas_bar[0]
-    for last in (LDM.alphas_bar[0], 1.1):
-        with pytest.raises(ValueError, match="last_alpha_bar must be above"):
-            GaussianDiffusion(LDM.alphas_bar, last_alpha_bar=last)
+def test_steps_that_end_with_noise():
+    constants = posterior(LDM.steps(200, "ldm"))
+    assert (constants.variance > 0).all()
+    np.testing.assert_array_equal(constants.log_least, np.log(constants.variance))

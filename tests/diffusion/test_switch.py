@@ -7,7 +7,8 @@ import pytest
 from jax.tree_util import Partial
 
 from ant_jax import diffusion
-from ant_jax.diffusion import GaussianDiffusion, ddim_sample, ddpm_sample, switch_by_timestep
+from ant_jax.diffusion import GaussianDiffusion, switch_by_timestep
+from ant_jax.diffusion.samplers import SampleOptions, ddim, ddpm
 from ant_jax.models.dit import DiT
 from ant_jax.tasks import clustering
 
@@ -32,21 +33,11 @@ def _stack(*params):
 
 
 def _draw_dit(sampler, apply_fn):
-    labels = jnp.array([0, 2, 1])
-    return sampler(
-        apply_fn,
-        (3, 4, 4, 1),
-        KEY,
-        diffusion=PROCESS,
-        num_steps=7,
-        y=labels,
-        null_label=3,
-        guidance=2.0,
-        clip_x0=False,
-    )
+    options = SampleOptions(num_steps=7, guidance=2.0, clip_x0=False)
+    return sampler(PROCESS, apply_fn, (3, 4, 4, 1), KEY, options, jnp.array([0, 2, 1]), 3)
 
 
-@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample])
+@pytest.mark.parametrize("sampler", [ddpm(), ddim()], ids=["ddpm", "ddim"])
 def test_copies_of_a_model_and_one_of_several_draw_its_samples_bit_by_bit(sampler):
     one, other = _dit_params(0), _dit_params(1)
     expected = [_draw_dit(sampler, Partial(NETWORK.apply, params)) for params in (one, other)]
@@ -79,18 +70,16 @@ def test_each_timestep_has_its_own_model(num_steps, guided):
     """Constants that differ by 0.1 move the sum of the steps by 0.001 at least, each its own."""
     rng = np.random.default_rng(0)
     which, eps = rng.permutation(T), 0.1 * rng.permutation(T) - 2
-    samples = ddim_sample(
+    samples = ddim()(
+        FIXED,
         switch_by_timestep(
             _constant_by_label if guided else _constant, {"eps": jnp.float32(eps)}, which
         ),
         (2, 1, 1, 1),
         KEY,
-        diffusion=FIXED,
-        num_steps=num_steps,
-        y=jnp.ones(2, jnp.int32) if guided else None,
-        null_label=0 if guided else None,
-        guidance=2.0 if guided else 1.0,
-        clip_x0=False,
+        SampleOptions(num_steps, guidance=2.0 if guided else 1.0, clip_x0=False),
+        jnp.ones(2, jnp.int32) if guided else None,
+        0 if guided else None,
     )
     keys = [jax.random.fold_in(jax.random.fold_in(KEY, i), num_steps) for i in range(2)]
     x = np.array([jax.random.normal(key, (1, 1, 1)) for key in keys], np.float64)
@@ -117,7 +106,7 @@ def test_boundaries_hold_in_a_respaced_sampler():
         seen.clear()
         which = clustering.assign_clusters(np.arange(T), [0, boundary, T])
         apply_fn = switch_by_timestep(report, jnp.arange(2), which)
-        ddim_sample(apply_fn, (2, 1, 1, 1), KEY, diffusion=FIXED, num_steps=5)
+        ddim()(FIXED, apply_fn, (2, 1, 1, 1), KEY, SampleOptions(5))
         jax.effects_barrier()
         assert sorted(seen) == [(t, int(t >= boundary)) for t in timesteps]
 
@@ -135,7 +124,7 @@ def test_neither_another_choice_nor_other_parameters_compile_again():
     def draw(slopes, which):
         # A bound method is a new object each time, equal to the last.
         apply_fn = switch_by_timestep(network.apply, {"slope": jnp.float32(slopes)}, which)
-        return ddpm_sample(apply_fn, (2, 2, 2, 1), KEY, diffusion=FIXED, num_steps=4)
+        return ddpm()(FIXED, apply_fn, (2, 2, 2, 1), KEY, SampleOptions(4))
 
     first = draw([0.1, 0.9], np.arange(T) // 20)
     count = len(traced)

@@ -23,7 +23,6 @@ from ant_jax.latents.autoencoder_weights import AUTOENCODER
 from ant_jax.latents.shards import LatentInfo, as_kept, complete, latents, shard_path, write_shard
 from ant_jax.runtime.files import locked
 from ant_jax.runtime.lock import InUseError
-from ant_jax.sampling import cache
 from configs import digits
 
 NUM, SIZE = 21, 16
@@ -451,10 +450,10 @@ def test_samples_of_another_decoder_do_not_go_on(place, tmp_path):
         weights.write_bytes((place / f"weights{seed}.safetensors").read_bytes())
         codec_lib._load.cache_clear()
         config = settings(place, autoencoder__weights=str(weights))
-        places.append(cache.origin(config, 3, {}))
+        places.append(evaluate.origin(config, 3, {}))
     assert places[0] == places[1] != places[2]
     elsewhere = settings(place, autoencoder__weights=str(place / "weights1.safetensors"))
-    assert cache.origin(elsewhere, 3, {}) == places[2]
+    assert evaluate.origin(elsewhere, 3, {}) == places[2]
 
 
 def test_validation_losses_are_of_latents_with_their_scale(place, encoded):

@@ -3,10 +3,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 from PIL import Image
 
-from ant_jax import builders, experiment, sampling
-from configs import digits
+from ant_jax import builders, diffusion, sampling
+from ant_jax.diffusion import samplers
 
 SHAPE = (4, 4, 1)
 
@@ -24,16 +25,24 @@ class Model(nn.Module):
         return nn.Dense(16)(jnp.concatenate(inputs, 1)).reshape(x.shape)
 
 
-def draw(num, num_classes=3, **settings):
-    config = digits.get_config()
-    config.diffusion.timesteps = 20
-    config.sample.update({"num_steps": 3, "guidance": 2.0 if num_classes else 1.0} | settings)
+def draw(num, num_classes=3, sampler=samplers.ddim, batch_size=600, **settings):
     model = Model(num_classes)
     params = builders.init_params(model, SHAPE, seed=0)
-    process = builders.build_diffusion(config)
-    pieces = experiment.Experiment(SHAPE, model, process, method=None)
-    apply_fn = experiment.denoiser(pieces, params)
-    return list(sampling.sample_batches(config, pieces, apply_fn, num))
+    options = samplers.SampleOptions(num_steps=3, guidance=2.0 if num_classes else 1.0)
+    return list(
+        sampling.sample_batches(
+            sampler(),
+            diffusion.gaussian(timesteps=20),
+            Partial(model.apply, {"params": params}),
+            SHAPE,
+            num_classes,
+            options,
+            seed=0,
+            batch_size=batch_size,
+            num=num,
+            **settings,
+        )
+    )
 
 
 def join(batches):
@@ -41,7 +50,7 @@ def join(batches):
     return np.concatenate(images), np.concatenate(labels)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", [samplers.ddim, samplers.ddpm])
 def test_samples_do_not_depend_on_the_batch_size_or_the_devices(sampler, monkeypatch):
     whole, labels = join(draw(21, batch_size=100, sampler=sampler))
     assert whole.shape == (21, *SHAPE) and whole.dtype == np.uint8
@@ -65,6 +74,38 @@ def test_an_unconditional_model_has_no_labels():
     ((images, labels),) = draw(5, num_classes=0)
     assert images.shape == (5, *SHAPE)
     assert labels is None
+
+
+def test_latents_are_decoded_as_they_were_drawn():
+    def decode(latents):
+        assert latents.dtype == np.float32
+        return np.uint8(latents > 0)
+
+    whole = np.concatenate([images for images, _ in draw(12, batch_size=8)])
+    batches = draw(6, batch_size=8, start=5, stop=11, decode=decode)
+    assert [len(images) for images, _ in batches] == [6]
+    np.testing.assert_array_equal(batches[0][0], whole[5:11] >= 128)
+
+
+def test_samples_that_are_not_finite_are_counted():
+    bad = jnp.arange(16)[:, None, None, None] % 5 == 2
+    draw = lambda decode: list(
+        sampling.sample_batches(
+            lambda *_: jnp.where(bad, jnp.nan, jnp.zeros((16, *SHAPE))),
+            None,
+            None,
+            SHAPE,
+            0,
+            None,
+            seed=0,
+            batch_size=16,
+            num=16,
+            decode=decode,
+        )
+    )
+    for decode, what in ((None, "samples"), (np.sign, "latents of samples")):
+        with pytest.raises(FloatingPointError, match=f"^3 of 16 {what} .*, such as number 2$"):
+            draw(decode)
 
 
 def test_the_grid_has_image_i_in_row_i_div_10_and_column_i_mod_10():

@@ -51,7 +51,7 @@ def reference(apply_fn, params, diffusion, x0, timesteps, y):
         def loss(p):
             model = lambda x, t, y: apply_fn(p, x, t, y)
             t_all = jnp.full(len(x0), t)
-            return diffusion.per_example_losses(model, x0, t_all, noise, y).mean()
+            return diffusion.losses(model, x0, t_all, noise, y).mean()
 
         return jax.grad(loss)(params)
 

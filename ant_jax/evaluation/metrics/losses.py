@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from ant_jax.diffusion import ApplyFn, GaussianDiffusion
+from ant_jax.diffusion import Denoise, Process
 
 
 def interval_losses(
-    apply_fn: ApplyFn,
-    diffusion: GaussianDiffusion,
+    apply_fn: Denoise,
+    diffusion: Process,
     x0: jax.Array,
     key: jax.Array,
     boundaries: np.ndarray,
@@ -64,6 +64,6 @@ def _timestep_losses(apply_fn, x0, y, key, timesteps, *, diffusion):
     def loss(t):
         noise = jax.random.normal(jax.random.fold_in(key, t), x0.shape)
         t = jnp.full(x0.shape[:1], t)
-        return diffusion.per_example_losses(apply_fn, x0, t, noise, y).mean()
+        return diffusion.losses(apply_fn, x0, t, noise, y).mean()
 
     return jax.lax.map(loss, timesteps)

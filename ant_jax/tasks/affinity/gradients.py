@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax.diffusion import GaussianDiffusion
+from ant_jax.diffusion import Process
 from ant_jax.tasks.affinity.matrix import check_integer
 
 SKETCH_SIZE = 2**17
@@ -21,7 +21,7 @@ SKETCH_SIZE = 2**17
 def task_affinity(
     apply_fn: Callable[..., jax.Array],
     params: Any,
-    diffusion: GaussianDiffusion,
+    diffusion: Process,
     x0: jax.typing.ArrayLike,
     timesteps: np.ndarray,
     key: jax.Array,
@@ -72,8 +72,8 @@ def task_affinity(
     timesteps = np.asarray(timesteps)
     if timesteps.ndim != 1 or not timesteps.size or timesteps.dtype.kind not in "iu":
         raise ValueError(f"timesteps must be integers of shape (n,), not {timesteps!r}.")
-    if timesteps.min() < 0 or timesteps.max() >= diffusion.num_timesteps:
-        raise ValueError(f"timesteps must be in [0, {diffusion.num_timesteps}), not {timesteps!r}.")
+    if timesteps.min() < 0 or timesteps.max() >= diffusion.span:
+        raise ValueError(f"timesteps must be in [0, {diffusion.span}), not {timesteps!r}.")
     if sketch_size is not None:
         check_integer("sketch_size", sketch_size)
     if microbatch is not None:
@@ -116,7 +116,7 @@ def _gram(params, x0, timesteps, key, y, *, apply_fn, diffusion, sketch_size, mi
 
     def loss_of(params, part, t):
         x0, noise, y = part
-        losses = diffusion.per_example_losses(
+        losses = diffusion.losses(
             lambda x, t, y: apply_fn(params, x, t, y), x0, jnp.full(microbatch, t), noise, y
         )
         return losses.sum()

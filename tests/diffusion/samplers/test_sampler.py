@@ -1,6 +1,4 @@
-"""Samplers against a Gaussian data set, where the optimal model is known, and NumPy loops."""
-
-import functools
+"""Samplers against data whose optimal model is known, and NumPy loops; all of the folder too."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +6,17 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from ant_jax import diffusion
-from ant_jax.diffusion import GaussianDiffusion, ddim_sample, ddpm_sample, respace
+from ant_jax import diffusion, settings
+from ant_jax.diffusion import GaussianDiffusion, Prediction, Process, samplers
+from ant_jax.diffusion.posterior import posterior
+from ant_jax.diffusion.samplers import SampleOptions, Sampler, ddim, ddpm
+
+SAMPLERS = [
+    settings.resolve(samplers, name, Sampler) for name in settings.names_in(samplers, Sampler)
+]
+PROCESSES = [
+    settings.resolve(diffusion, name, Process) for name in settings.names_in(diffusion, Process)
+]
 
 MEAN = np.array([0.5, -0.3])
 COVARIANCE = np.array([[0.30, 0.12], [0.12, 0.20]])
@@ -61,11 +68,11 @@ def _exact_moments(num_steps, sampler):
 
 def _draw(sampler, shape, num_steps, spacing="even"):
     """Samples of the Gaussian by a DDPM variance or a DDIM eta."""
-    kwargs = {"num_steps": num_steps, "spacing": spacing, "clip_x0": False}
-    apply_fn, key = _optimal_eps(COVARIANCE), jax.random.key(1)
+    options = SampleOptions(num_steps, spacing, clip_x0=False)
+    denoise, key = _optimal_eps(COVARIANCE), jax.random.key(1)
     if isinstance(sampler, str):
-        return ddpm_sample(apply_fn, shape, key, diffusion=FIXED[sampler], **kwargs)
-    return ddim_sample(apply_fn, shape, key, diffusion=PROCESS, eta=sampler, **kwargs)
+        return ddpm()(FIXED[sampler], denoise, shape, key, options)
+    return ddim(sampler)(PROCESS, denoise, shape, key, options)
 
 
 @pytest.mark.parametrize("sampler", ["fixed_small", "fixed_large", 0.0, 0.5, 1.0])
@@ -98,7 +105,7 @@ def test_exact_moments_tend_to_the_data(sampler):
 
 
 def test_full_process_returns_the_data_distribution():
-    mean, covariance = _moments(_draw("fixed_large", (2, 32, 32, 2), None))
+    mean, covariance = _moments(_draw("fixed_large", (2, 32, 32, 2), 1000))
     # Five standard errors of 2048 points.
     np.testing.assert_allclose(mean, MEAN, atol=0.06)
     np.testing.assert_allclose(covariance, COVARIANCE, atol=0.047)
@@ -108,30 +115,24 @@ def test_optimal_learned_variance_is_exact_in_few_steps():
     """With the true variance of x_{t-1} given x_t, DDPM samples any diagonal Gaussian exactly."""
     stds = np.array([0.2, 0.7])
     process = GaussianDiffusion(ALPHAS_BAR, "learned_range")
-    few = respace(process, 12)
-    ab, before = few.alphas_bar[:, None], few.alphas_bar_prev[:, None]
-    small = np.exp(few.posterior_log_variance_clipped)[:, None]
-    large = few.betas[:, None]
+    few = process.steps(12)
+    constants = jax.tree.map(lambda table: table[:, None], posterior(few))
+    ab, before = few.signal[1:, None], few.signal[:-1, None]
+    small, large = np.exp(constants.log_least), np.exp(constants.log_greatest)
     uncertainty = stds**2 * (1 - ab) / (ab * stds**2 + 1 - ab)
     optimal = small + before * (large / (1 - ab)) ** 2 * uncertainty
     table = np.full((1000, 2), np.nan)
-    table[few.timestep_map] = 2 * np.log(optimal / small) / np.log(large / small) - 1
-    assert np.abs(table[few.timestep_map[1:]]).max() <= 1
+    table[few.t] = 2 * np.log(optimal / small) / np.log(large / small) - 1
+    assert np.abs(table[few.t[1:]]).max() <= 1
     table = jnp.asarray(table, jnp.float32)
     eps_fn = _optimal_eps(np.diag(stds**2))
 
-    def apply_fn(x, t, y):
+    def denoise(x, t, y):
         v = jnp.broadcast_to(table[t][:, None, None], x.shape)
         return jnp.concatenate([eps_fn(x, t, y), v], -1)
 
-    samples = ddpm_sample(
-        apply_fn,
-        (32, 32, 32, 2),
-        jax.random.key(0),
-        diffusion=process,
-        num_steps=12,
-        clip_x0=False,
-    )
+    options = SampleOptions(num_steps=12, clip_x0=False)
+    samples = ddpm()(process, denoise, (32, 32, 32, 2), jax.random.key(0), options)
     mean, covariance = _moments(samples)
     np.testing.assert_allclose(mean, MEAN, atol=5 * 0.7 / 181)
     np.testing.assert_allclose(np.sqrt(np.diag(covariance)), stds, rtol=0.02)
@@ -166,12 +167,10 @@ def test_steps_against_numpy(sampler, clip):
         diffusion.alphas_bar("linear", 40), sampler if ancestral else "fixed_large"
     )
     labels = np.array([0, 1, 2])
-    sample = ddpm_sample if ancestral else ddim_sample
-    kwargs = {"y": labels, "num_steps": steps, "clip_x0": clip}
-    if not ancestral:
-        kwargs["eta"] = sampler
-    apply_fn = Partial(_toy_learned if learned else _toy, 0.8)
-    samples = sample(apply_fn, shape, jax.random.key(3), diffusion=process, **kwargs)
+    draw = ddpm() if ancestral else ddim(sampler)
+    denoise = Partial(_toy_learned if learned else _toy, 0.8)
+    options = SampleOptions(num_steps=steps, clip_x0=clip)
+    samples = draw(process, denoise, shape, jax.random.key(3), options, labels)
 
     def noise(level):
         keys = [jax.random.fold_in(jax.random.key(3), i) for i in range(shape[0])]
@@ -217,41 +216,41 @@ def test_guidance_extrapolates_epsilon_and_keeps_the_variance():
     process = GaussianDiffusion(diffusion.alphas_bar("linear", 50), "learned_range")
     shape, key, y = (2, 2, 2, 1), jax.random.key(0), jnp.array([1, 2])
     slopes = jnp.array([0.2, 0.3, 0.5])
-    kwargs = {"diffusion": process, "num_steps": 5, "clip_x0": False, "y": y}
+
+    def draw(slopes, guidance=1.0, null_label=None):
+        options = SampleOptions(num_steps=5, guidance=guidance, clip_x0=False)
+        denoise = Partial(_guided_model, slopes)
+        return ddpm()(process, denoise, shape, key, options, y, null_label)
+
     for guidance in (0.0, 2.5):
-        guided = ddpm_sample(
-            Partial(_guided_model, slopes), shape, key, null_label=0, guidance=guidance, **kwargs
-        )
-        extrapolated = slopes[0] + guidance * (slopes - slopes[0])
-        expected = ddpm_sample(Partial(_guided_model, extrapolated), shape, key, **kwargs)
+        guided = draw(slopes, guidance, null_label=0)
+        expected = draw(slopes[0] + guidance * (slopes - slopes[0]))
         np.testing.assert_allclose(guided, expected, rtol=1e-4, atol=1e-5)
-    plain = ddpm_sample(Partial(_guided_model, slopes), shape, key, **kwargs)
-    one = ddpm_sample(
-        Partial(_guided_model, slopes), shape, key, null_label=0, guidance=1.0, **kwargs
-    )
-    np.testing.assert_array_equal(plain, one)
+    plain = draw(slopes)
+    np.testing.assert_array_equal(plain, draw(slopes, null_label=0))
     assert np.abs(plain - guided).max() > 0.1
 
 
 def test_guidance_doubles_the_batch_only_when_used():
     sizes = []
 
-    def apply_fn(x, t, y):
+    def denoise(x, t, y):
         sizes.append((x.shape[0], t.shape[0], y.shape[0]))
         return x
 
     for guidance, size in ((1.0, 4), (2.0, 8)):
         sizes.clear()
-        kwargs = {"y": np.zeros(4, int), "null_label": 9, "guidance": guidance}
-        sample = functools.partial(ddim_sample, apply_fn, (4, 1, 1, 1), **kwargs)
-        jax.eval_shape(lambda key, f=sample: f(key, diffusion=PROCESS), jax.random.key(0))
+        options = SampleOptions(guidance=guidance)
+        draw = lambda key, o=options: ddim()(
+            PROCESS, denoise, (4, 1, 1, 1), key, o, np.zeros(4, int), 9
+        )
+        jax.eval_shape(draw, jax.random.key(0))
         assert set(sizes) == {(size, size, size)}
 
 
 def test_samples_depend_on_their_own_key_only():
-    sample = functools.partial(
-        ddpm_sample, Partial(_toy, 0.5), diffusion=PROCESS, num_steps=8, clip_x0=False
-    )
+    options = SampleOptions(num_steps=8, clip_x0=False)
+    sample = lambda shape, keys: ddpm()(PROCESS, Partial(_toy, 0.5), shape, keys, options)
     key = jax.random.key(5)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(8))
     whole = sample((8, 3, 3, 2), key)
@@ -273,17 +272,15 @@ def test_new_values_do_not_compile_again():
 
     y = jnp.arange(2)
 
-    def draw(params, seed, y, guidance, eta):
-        return ddim_sample(
+    def draw(params, seed, y, guidance, eta, spacing="even"):
+        return ddim(eta)(
+            PROCESS,
             Partial(model, jnp.float32(params)),
             (2, 2, 2, 1),
             jax.random.key(seed),
-            diffusion=PROCESS,
-            num_steps=3,
-            y=y,
+            SampleOptions(5, spacing, guidance),
+            y,
             null_label=0,
-            guidance=guidance,
-            eta=eta,
         )
 
     first = draw(0.5, 0, y, 1.5, 0.0)
@@ -291,15 +288,16 @@ def test_new_values_do_not_compile_again():
     assert traced
     for args in ((0.7, 0, y, 1.5, 0.0), (0.5, 1, y, 1.5, 0.0), (0.5, 0, y + 1, 1.5, 0.0)):
         assert np.abs(draw(*args) - first).max() > 1e-3
-    for args in ((0.5, 0, y, 2.5, 0.0), (0.5, 0, y, 1.5, 0.5)):
+    others = ((0.5, 0, y, 2.5, 0.0), (0.5, 0, y, 1.5, 0.5), (0.5, 0, y, 1.5, 0.0, "ddim"))
+    for args in others:
         assert np.abs(draw(*args) - first).max() > 1e-3
     assert len(calls) == traced
 
 
 def test_low_precision_models_give_float32_samples():
     samples = jax.eval_shape(
-        lambda key: ddpm_sample(
-            lambda x, t, y: x.astype(jnp.bfloat16), (2, 2, 2, 1), key, diffusion=PROCESS
+        lambda key: ddpm()(
+            PROCESS, lambda x, t, y: x.astype(jnp.bfloat16), (2, 2, 2, 1), key, SampleOptions()
         ),
         jax.random.key(0),
     )
@@ -307,51 +305,49 @@ def test_low_precision_models_give_float32_samples():
 
 
 @pytest.mark.parametrize(
-    ("kwargs", "message"),
+    ("options", "arguments", "message"),
     [
-        ({"guidance": 2.0}, "guidance needs both"),
-        ({"guidance": 2.0, "y": np.zeros(2, int)}, "guidance needs both"),
-        ({"guidance": 2.0, "null_label": 0}, "guidance needs both"),
-        ({"y": np.zeros(3, int)}, "batch size 2"),
-        ({"num_steps": 0}, "num_steps"),
-        ({"num_steps": 1001}, "num_steps"),
-        ({"key": jax.random.split(jax.random.key(0), 3)}, r"\(\) or \(2,\)"),
-        ({"eta": 1.5}, "eta"),
-        ({"apply_fn": lambda x, t, y: x[..., :1]}, "needs a model output"),
+        ({"guidance": 2.0}, {}, "guidance needs both"),
+        ({"guidance": 2.0}, {"y": np.zeros(2, int)}, "guidance needs both"),
+        ({"guidance": 2.0}, {"null_label": 0}, "guidance needs both"),
+        ({"guidance_channels": 3}, {}, r"guidance_channels must be in 0 .. 2, got 3"),
+        ({"num_steps": 0}, {}, "num_steps"),
+        ({"num_steps": 1001}, {}, "num_steps"),
+        ({}, {"y": np.zeros(3, int)}, "batch size 2"),
+        ({}, {"keys": jax.random.split(jax.random.key(0), 3)}, r"\(\) or \(2,\)"),
+        ({}, {"denoise": lambda x, t, y: x[..., :1]}, "needs a model output"),
     ],
 )
-def test_sampler_errors(kwargs, message):
+def test_sampler_errors(options, arguments, message):
     arguments = {
-        "apply_fn": lambda x, t, y: x,
+        "denoise": lambda x, t, y: x,
         "shape": (2, 1, 1, 2),
-        "key": jax.random.key(0),
-        "diffusion": PROCESS,
-    } | kwargs
+        "keys": jax.random.key(0),
+    } | arguments
     with pytest.raises(ValueError, match=message):
-        ddim_sample(**arguments)
+        ddim()(PROCESS, options=SampleOptions(**options), **arguments)
 
 
 def test_raw_keys_are_refused():
     with pytest.raises(TypeError, match="typed"):
-        ddpm_sample(lambda x, t, y: x, (2, 1, 1, 2), jax.random.PRNGKey(0), diffusion=PROCESS)
+        ddpm()(PROCESS, lambda x, t, y: x, (2, 1, 1, 2), jax.random.PRNGKey(0), SampleOptions())
 
 
-@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample])
-def test_a_model_of_v_draws_the_same_samples(sampler):
+def test_eta_is_checked():
+    with pytest.raises(ValueError, match=r"eta must be in \[0, 1\], got 1.5"):
+        ddim(1.5)
+
+
+@pytest.mark.parametrize("make", SAMPLERS)
+def test_a_model_of_v_draws_the_same_samples(make):
     drawn = {}
     for prediction in ("epsilon", "v"):
         process = GaussianDiffusion(ALPHAS_BAR, "fixed_large", prediction)
-        apply_fn = _optimal_eps(COVARIANCE)
+        denoise = _optimal_eps(COVARIANCE)
         if prediction == "v":
-            apply_fn = Partial(_v_from_eps, apply_fn)
-        drawn[prediction] = sampler(
-            apply_fn,
-            (4, 1, 1, 2),
-            jax.random.key(0),
-            diffusion=process,
-            num_steps=20,
-            clip_x0=False,
-        )
+            denoise = Partial(_v_from_eps, denoise)
+        options = SampleOptions(num_steps=20, clip_x0=False)
+        drawn[prediction] = make()(process, denoise, (4, 1, 1, 2), jax.random.key(0), options)
     np.testing.assert_allclose(drawn["v"], drawn["epsilon"], atol=2e-3)
 
 
@@ -361,27 +357,53 @@ def _v_from_eps(eps_fn, x, t, y):
     return (eps_fn(x, t, y) - jnp.sqrt(1 - ab) * x) / jnp.sqrt(ab)
 
 
-@pytest.mark.parametrize("sampler", [ddpm_sample, ddim_sample])
-def test_channels_that_are_not_guided_are_those_of_the_conditional_model(sampler):
+@pytest.mark.parametrize("make", SAMPLERS)
+def test_channels_that_are_not_guided_are_those_of_the_conditional_model(make):
     """Where no channel depends on another, each is what guiding all of them or none makes it."""
 
-    def apply_fn(x, t, y):
+    def denoise(x, t, y):
         return x * 0.3 + y[:, None, None, None] * 0.1
 
-    draw = functools.partial(
-        sampler,
-        Partial(apply_fn),
-        (2, 1, 1, 4),
-        jax.random.key(0),
-        diffusion=PROCESS,
-        num_steps=10,
-        y=jnp.array([1, 2]),
-        null_label=0,
-        clip_x0=False,
-    )
+    def draw(**options):
+        options = SampleOptions(num_steps=10, clip_x0=False, **options)
+        labels = jnp.array([1, 2])
+        return make()(
+            PROCESS, Partial(denoise), (2, 1, 1, 4), jax.random.key(0), options, labels, 0
+        )
+
     some, all_, none = draw(guidance=3.0, guidance_channels=3), draw(guidance=3.0), draw()
     np.testing.assert_allclose(some[..., :3], all_[..., :3], rtol=1e-6)
     np.testing.assert_allclose(some[..., 3], none[..., 3], rtol=1e-6)
     assert np.abs(all_ - none).min() > 1e-3
-    with pytest.raises(ValueError, match=r"guidance_channels must be in 1 .. 4, got 5"):
-        draw(guidance=3.0, guidance_channels=5)
+
+
+class _Perfect:
+    """A process whose network knows that the data is normal, with this mean and deviation."""
+
+    def __init__(self, process, mean, deviation):
+        self.process, self.mean, self.deviation = process, mean, deviation
+
+    def __getattr__(self, name):
+        return getattr(self.process, name)
+
+    def predict(self, denoise, x, t, y):
+        ones, zeros = jnp.ones_like(x), jnp.zeros_like(x)
+        signal, noise = self.noised(ones, t, zeros), self.noised(zeros, t, ones)
+        # Regression of data and noise on x, by their covariances with it.
+        ahead = (x - signal * self.mean) / (noise**2 + (signal * self.deviation) ** 2)
+        return Prediction(self.mean + signal * self.deviation**2 * ahead, noise * ahead)
+
+
+@pytest.mark.parametrize("make_process", PROCESSES)
+@pytest.mark.parametrize("make", SAMPLERS)
+def test_with_a_perfect_network_every_sampler_returns_the_data(make, make_process):
+    def draw(deviation, shape, clip_x0):
+        process = _Perfect(make_process(), 0.4, deviation)
+        options = SampleOptions(num_steps=250, clip_x0=clip_x0)
+        return make()(process, lambda x, t, y: x, shape, jax.random.key(0), options)
+
+    np.testing.assert_allclose(draw(0.0, (2, 1, 1, 2), True), 0.4, atol=1e-3)
+    samples = np.asarray(draw(0.5, (1, 64, 64, 2), False), np.float64)
+    # Five standard errors of 8192 points, and what 250 steps leave.
+    np.testing.assert_allclose(samples.mean(), 0.4, atol=0.03)
+    np.testing.assert_allclose(samples.std(), 0.5, rtol=0.06)

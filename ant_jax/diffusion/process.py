@@ -1,0 +1,127 @@
+r"""What a noise process is: the contract between processes, training and samplers.
+
+Every process noises data as :math:`x_t = a_t x_0 + s_t \epsilon`, with factors that depend on the
+noise level t alone. A process is one file of this folder: a component that returns it, and its
+class, a subclass of `Process`. Compiled programs are found again by the process, so it is
+immutable and hashable, and a component returns the same or an equal object for equal settings.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+# The network with its parameters bound: (x, t, y) -> output.
+Denoise = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+
+class Prediction(NamedTuple):
+    """What a network's output says about its input.
+
+    Attributes:
+      x0: (B, H, W, C) float32 data.
+      noise: (B, H, W, C) float32 noise.
+      variance: where the log-variance of a reverse step lies between the least (0), which is that
+        of q(x_s | x_t, x_0), and the greatest (1), that of q(x_t | x_s): (B, H, W, C) or a number.
+        None if the process says nothing about it.
+    """
+
+    x0: jax.Array
+    noise: jax.Array
+    variance: jax.Array | float | None = None
+
+
+class Steps(NamedTuple):
+    """The noise levels of a sampler in S steps, from the least noise to the most.
+
+    Attributes:
+      t: (S,) NumPy levels at which the network is called.
+      signal: (S + 1,) float64 squares of the factors of the data; index 0 is where sampling ends,
+        the others are of ``t``.
+      noise: (S + 1,) float64 squares of the factors of the noise.
+      start: standard deviation of what sampling starts from.
+    """
+
+    t: np.ndarray
+    signal: np.ndarray
+    noise: np.ndarray
+    start: float = 1.0
+
+
+class Process(abc.ABC):
+    """A noise process: how data is noised, what the network predicts, and its loss.
+
+    Arrays have the shape (B, H, W, C), levels (B,). All arithmetic is in float32, whatever the
+    dtype of the network.
+
+    Attributes:
+      loss_weight: what multiplies the squared error by level; None for ones. It is a field, so
+        ``dataclasses.replace(process, loss_weight=None)`` is the process without it.
+    """
+
+    loss_weight: Any
+
+    @property
+    @abc.abstractmethod
+    def span(self) -> int | float:
+        """The upper end of the levels: the integer T of levels 0 .. T - 1, or 1.0 of [0, 1]."""
+
+    @abc.abstractmethod
+    def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
+        """The level a fraction u in [0, 1) of the way from low to high, by the process's density.
+
+        NumPy arrays are taken as well, in their own precision.
+
+        Returns:
+          Levels in [low, high), whatever the rounding.
+        """
+
+    @abc.abstractmethod
+    def log_snr(self, t: np.ndarray) -> np.ndarray:
+        """Log of signal^2 / noise^2 in nats, float64, strictly decreasing in t; NumPy alone."""
+
+    @abc.abstractmethod
+    def noised(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """Data with noise of the levels t, float32."""
+
+    @abc.abstractmethod
+    def target(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+        """What a perfect network outputs for data with this noise, float32 (B, H, W, C).
+
+        The channels of a learned variance are not in it.
+        """
+
+    @abc.abstractmethod
+    def losses(
+        self,
+        denoise: Denoise,
+        x0: jax.Array,
+        t: jax.Array,
+        noise: jax.Array,
+        y: jax.Array | None = None,
+    ) -> jax.Array:
+        """(B,) float32 training losses, means over pixels and channels, times ``loss_weight``.
+
+        Args:
+          denoise: the network.
+          x0: data, scaled to [-1, 1].
+          t: levels.
+          noise: standard normal noise.
+          y: labels or None, given to the network as they are.
+        """
+
+    @abc.abstractmethod
+    def predict(
+        self, denoise: Denoise, x: jax.Array, t: jax.Array, y: jax.Array | None = None
+    ) -> Prediction:
+        """What the network says about x: affine in its first C output channels."""
+
+    @abc.abstractmethod
+    def steps(self, num_steps: int, spacing: str = "even") -> Steps:
+        """The levels of a sampler in so many steps.
+
+        Raises:
+          ValueError: if there is no such spacing, or not so many levels of it.
+        """

@@ -1,0 +1,24 @@
+"""Ancestral sampling (DDPM)."""
+
+import jax.numpy as jnp
+
+from ant_jax.diffusion import posterior
+from ant_jax.diffusion.samplers.sampler import Sampler
+
+
+def ddpm() -> Sampler:
+    """Samples by the reverse process of Ho et al. 2020, algorithm 2.
+
+    The variance of each step is what the process or its network says, or the least where it says
+    nothing.
+    """
+    return Sampler(posterior.posterior, _step)
+
+
+def _step(predict, x, level, constants, noise):
+    prediction = predict(x, level)
+    fraction = 0.0 if prediction.variance is None else prediction.variance
+    # A last step that ends without noise returns its mean.
+    keep = constants.variance > 0
+    sigma = keep * jnp.exp(0.5 * posterior.log_variance(constants, fraction))
+    return posterior.mean(constants, prediction.x0, x) + sigma * noise
