@@ -31,15 +31,15 @@ class Method(NamedTuple):
 
     Attributes:
       boundaries: (k + 1,) of the clusters.
-      weighting: the MTL method; None is vanilla, or a specialist where the draw is stratified.
-      timesteps: how timesteps are drawn.
-      timestep_order: (T,) where clusters are no intervals, otherwise None; see `train_step`.
-      loss_scale: (k,) or None; see `train_step`.
+      weighting: the MTL method.
+      draw: how timesteps are drawn.
+      timestep_order: (T,) where clusters are no intervals, otherwise None.
+      loss_scale: (k,) factors of the losses that the method sees, or None for ones.
     """
 
     boundaries: np.ndarray
-    weighting: mtl.Weighting | None
-    timesteps: str
+    weighting: mtl.Weighting
+    draw: str
     timestep_order: np.ndarray | None = None
     loss_scale: np.ndarray | None = None
 
@@ -122,15 +122,18 @@ def build_method(
     order = None
     if settings.cost == "random":
         order = np.random.default_rng(_PARTITION_SEED).permutation(num_timesteps)
-    if settings.only >= 0:
-        return Method(boundaries, None, "stratified", order)
-    if config.method.name == "vanilla":
-        return Method(boundaries, None, "uniform", order)
-    scale = None
-    if config.method.share_weighted:
-        scale = np.diff(boundaries) * (settings.k / num_timesteps)
-    weighting = build_weighting(config, settings.k, config.seed)
-    return Method(boundaries, weighting, config.method.timesteps, order, scale)
+    k, scale, draw = len(boundaries) - 1, None, config.method.timesteps
+    if is_vanilla(config):
+        draw = "stratified" if settings.only >= 0 else "uniform"
+    elif config.method.share_weighted:
+        scale = np.diff(boundaries) * (k / num_timesteps)
+    weighting = build_weighting(config, k, config.seed, is_vanilla(config), scale)
+    return Method(boundaries, weighting, draw, order, scale)
+
+
+def is_vanilla(config: ConfigDict) -> bool:
+    """Whether no method weighs the losses: vanilla, or a specialist of one interval."""
+    return config.clusters.only >= 0 or config.method.name == "vanilla"
 
 
 def _boundaries(settings, log_snr):
@@ -144,20 +147,32 @@ def _boundaries(settings, log_snr):
     return boundaries[settings.only : settings.only + 2] if settings.only >= 0 else boundaries
 
 
-def build_weighting(config: ConfigDict, k: int, seed: int | jax.Array) -> mtl.Weighting:
-    """The weighting of k cluster losses of a method other than vanilla; the seed may be traced."""
+def build_weighting(
+    config: ConfigDict,
+    k: int,
+    seed: int | jax.Array,
+    vanilla: bool,
+    loss_scale: jax.typing.ArrayLike | None = None,
+) -> mtl.Weighting:
+    """The weighting of k task losses; the seed and the scale may be traced."""
+    if vanilla:
+        return mtl.vanilla(k)
     settings = config.method
-    fixed = (
-        tuple(map(float, settings.linear_weights.split(","))) if settings.linear_weights else None
-    )
+    fixed = settings.linear_weights
     weighting = {
-        "linear": lambda: mtl.linear(k, fixed),
+        "linear": lambda: mtl.linear(k, tuple(map(float, fixed.split(","))) if fixed else ()),
         "uncertainty": lambda: mtl.uncertainty(k, settings.uncertainty_learning_rate),
         "pcgrad": lambda: mtl.pcgrad(k, seed + _ORDER_STREAM),
-        "nash": lambda: mtl.nash(k, settings.nash_update_every, settings.nash_max_norm),
+        "nash": lambda: mtl.nash(k),
     }[settings.name]()
+    if settings.name == "nash":
+        if settings.nash_update_every > 1:
+            weighting = mtl.every(weighting, settings.nash_update_every)
+        weighting = mtl.clipped(weighting, settings.nash_max_norm)
+    if loss_scale is not None:
+        weighting = mtl.scaled(weighting, loss_scale)
     # With the Gram matrix of the gradients at hand their cosines are reported, whoever needs it.
-    return weighting._replace(needs_gram=weighting.needs_gram or settings.cosines)
+    return weighting._replace(needs=weighting.needs | ({"gram"} if settings.cosines else set()))
 
 
 def build_optimizer(

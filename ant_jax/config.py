@@ -16,9 +16,9 @@ from ant_jax.diffusion import spaced_timesteps
 from ant_jax.latents import autoencoder
 from ant_jax.models.attention import ATTENTION
 from ant_jax.models.remat import REMAT
+from ant_jax.mtl.backward import FORMS
 from ant_jax.runtime.files import user_path
-from ant_jax.tasks import clustering
-from ant_jax.train_step import GRADIENT_FORMS, TIMESTEP_DRAWS
+from ant_jax.tasks import clustering, clusters
 
 
 class ConfigError(ValueError):
@@ -177,8 +177,8 @@ RULES = {
     "method.nash_max_norm": _number(0, above=True),
     "method.share_weighted": _BOOL,
     "method.cosines": _BOOL,
-    "method.timesteps": _one_of(*TIMESTEP_DRAWS),
-    "method.gradient_form": _one_of(*GRADIENT_FORMS),
+    "method.timesteps": _one_of(*clusters.DRAWS),
+    "method.gradient_form": _one_of(*FORMS),
     "optimizer.learning_rate": _number(0, above=True),
     "optimizer.warmup_steps": _integer(0, _LARGEST_COUNT),
     "optimizer.schedule": _one_of("constant", "cosine"),

@@ -21,7 +21,7 @@ from ant_jax.diffusion import Process, samplers
 from ant_jax.latents import dataset
 from ant_jax.runtime import processes
 from ant_jax.runtime.devices import compiler_options, parallel_step, replicate, replicated
-from ant_jax.train_step import TrainState, check_step, init_state, train_step
+from ant_jax.train_step import Setup, TrainState, check_step, init_state, train_step
 
 
 class Experiment(NamedTuple):
@@ -253,8 +253,8 @@ def _step_and_own(config, pieces):
         _shared(config),
         pieces.model,
         pieces.process,
-        method.timesteps,
-        method.weighting is None,
+        method.draw,
+        builders.is_vanilla(config),
         tuple(jax.local_devices()),
     )
     own = _Own(
@@ -296,8 +296,8 @@ def _first_state(shared, model, image_shape, vanilla, k, devices):
 
     def make(seed):
         params = builders.init_params(model, image_shape, seed)
-        weighting = None if vanilla else builders.build_weighting(shared, k, seed)
-        return init_state(params, builders.build_optimizer(shared, 0.0), weighting, k)
+        weighting = builders.build_weighting(shared, k, seed, vanilla)
+        return init_state(params, builders.build_optimizer(shared, 0.0), weighting)
 
     return jax.jit(
         make, out_shardings=replicated(devices), compiler_options=compiler_options(devices)
@@ -310,38 +310,35 @@ def _first_state_of(config, pieces):
         _shared(config),
         pieces.model,
         pieces.image_shape,
-        method.weighting is None,
+        builders.is_vanilla(config),
         len(method.boundaries) - 1,
         tuple(jax.local_devices()),
     )
 
 
 @functools.lru_cache(maxsize=8)
-def _training_step(shared, model, process, timesteps, vanilla, devices):
+def _training_step(shared, model, process, draw, vanilla, devices):
     def step(state, batch, own, axis_name=None):
         k = len(own.boundaries) - 1
-        return train_step(
-            state,
-            batch,
+        setup = Setup(
             apply_fn=lambda params, x, t, y: model.apply(
                 {"params": builders.stop_gradients(params, shared.optimizer.frozen)}, x, t, y
             ),
-            diffusion=process,
+            process=process,
             boundaries=own.boundaries,
-            weighting=None if vanilla else builders.build_weighting(shared, k, own.seed),
+            weighting=builders.build_weighting(shared, k, own.seed, vanilla, own.loss_scale),
             optimizer=builders.build_optimizer(shared, own.learning_rate),
             seed=own.seed,
-            timesteps=timesteps,
-            gradient_form=shared.method.gradient_form,
+            draw=draw,
+            timestep_order=own.timestep_order,
+            form=shared.method.gradient_form,
             microbatches=shared.optimizer.microbatches,
             num_classes=models.num_classes(model),
             label_dropout=shared.label_dropout,
             ema_decay=shared.ema_decay,
             skip_nonfinite=shared.optimizer.nonfinite == "skip",
-            timestep_order=own.timestep_order,
-            loss_scale=own.loss_scale,
-            axis_name=axis_name,
         )
+        return train_step(state, batch, setup, axis_name)
 
     return parallel_step(step, devices)
 
@@ -358,9 +355,9 @@ def check_batch(config: ConfigDict, method: builders.Method) -> None:
         check_step(
             len(method.boundaries) - 1,
             batch_size // count,
-            timesteps=method.timesteps,
+            draw=method.draw,
+            form=config.method.gradient_form,
             microbatches=config.optimizer.microbatches,
-            gradient_form=config.method.gradient_form,
             weighting=method.weighting,
         )
     except ValueError as error:

@@ -13,7 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import data
+from ant_jax import data, older_checkpoints
 from ant_jax.config import ConfigError
 from ant_jax.experiment import Experiment, abstract_state
 from ant_jax.latents import dataset
@@ -365,7 +365,7 @@ def restore(
     directory, template = workdir / "checkpoints", abstract_state(config, experiment)
     # Process 0 chooses; what the others see of the disk may be older.
     run = _read_facts(workdir).get("id", "") if processes.is_first() else ""
-    restored = checkpoint.restore(directory, template, step, run)
+    restored = _restore(directory, template, step, run)
     if restored is not None:
         record = processes.broadcast_from_first(
             lambda: checkpoint.read_record(directory, restored[0])
@@ -374,6 +374,22 @@ def restore(
             there = config_lib.from_json(record["config"])
             config_lib.check_same(there, config, directory / str(restored[0]))
     return restored
+
+
+def _restore(directory, template, step, run):
+    try:
+        return checkpoint.restore(directory, template, step, run)
+    except checkpoint.CorruptCheckpointError:
+        raise
+    except checkpoint.CheckpointError:
+        older = older_checkpoints.older(template)
+        try:
+            restored = older and checkpoint.restore(directory, older, step, run)
+        except checkpoint.CheckpointError:
+            restored = None
+        if restored is None:
+            raise
+    return restored[0], older_checkpoints.newer(restored[1], template)
 
 
 class Run(NamedTuple):

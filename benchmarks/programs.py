@@ -1,6 +1,5 @@
 """Train steps compiled ahead of time, for the devices of this machine or for an absent TPU."""
 
-import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -13,19 +12,12 @@ import numpy as np
 import optax
 from jax.experimental import topologies
 
-from ant_jax import mtl
+from ant_jax import mtl, settings
 from ant_jax.diffusion import Process
 from ant_jax.runtime.devices import parallel_step, replicated
 from ant_jax.tasks import clustering
-from ant_jax.train_step import TrainState, init_state, train_step
+from ant_jax.train_step import Setup, TrainState, init_state, train_step
 
-METHODS = {
-    "vanilla": lambda k: None,
-    "linear": mtl.linear,
-    "uncertainty": mtl.uncertainty,
-    "pcgrad": mtl.pcgrad,
-    "nash": mtl.nash,
-}
 # METHOD or METHOD/FORM of the k gradients.
 VARIANTS = [
     "vanilla",
@@ -75,7 +67,7 @@ def first_state(task: Task, variant: str) -> TrainState:
     # Move away from adaLN-Zero's initial values, where gradients are zero and Nash has
     # nothing to solve.
     params = jax.tree.map(lambda leaf: leaf + 0.02, params)
-    return init_state(params, _OPTIMIZER, _weighting(task, variant), task.k)
+    return init_state(params, _OPTIMIZER, _weighting(task, variant))
 
 
 def first_batch(task: Task, size: int) -> dict[str, np.ndarray]:
@@ -89,21 +81,21 @@ def first_batch(task: Task, size: int) -> dict[str, np.ndarray]:
 
 def step_of(task: Task, variant: str) -> Callable:
     """The train step of a variant, not compiled, as an argument of `parallel_step`."""
-    weighting = _weighting(task, variant)
+    method, _, form = variant.partition("/")
     costs = clustering.snr_costs(task.process.log_snr(np.arange(task.process.span)))
-    return functools.partial(
-        train_step,
+    setup = Setup(
         apply_fn=lambda params, x, t, y: task.model.apply({"params": params}, x, t, y),
-        diffusion=task.process,
+        process=task.process,
         boundaries=clustering.interval_clusters(costs, task.k),
-        weighting=weighting,
+        weighting=_weighting(task, variant),
         optimizer=_OPTIMIZER,
         seed=0,
-        timesteps="uniform" if weighting is None else "stratified",
-        gradient_form=variant.partition("/")[2] or "vmap",
+        draw="uniform" if method == "vanilla" else "stratified",
+        form=form or "vmap",
         num_classes=task.model.num_classes,
         label_dropout=0.1 if task.model.num_classes else 0.0,
     )
+    return lambda state, batch, axis_name=None: train_step(state, batch, setup, axis_name)
 
 
 def compile_step(task: Task, variant: str, size: int, devices: Sequence[jax.Device]) -> Program:
@@ -180,4 +172,5 @@ _OPTIMIZER = optax.adamw(1e-4)
 
 
 def _weighting(task, variant):
-    return METHODS[variant.partition("/")[0]](task.k)
+    method = settings.resolve(mtl, variant.partition("/")[0], mtl.Weighting)
+    return method(task.k)

@@ -42,9 +42,6 @@ def main(argv):
     source = dataset.open_data(config)
     pieces = experiment.build(config, source.image_shape[-1], source.num_classes)
     boundaries = pieces.method.boundaries
-    for curves in logged[VANILLA]:
-        # As weights of the task losses, as for the other methods.
-        curves["weights"] *= np.diff(boundaries) * (config.clusters.k / boundaries[-1])
     write_report(logged, boundaries, out / "dynamics")
 
 

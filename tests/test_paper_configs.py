@@ -79,7 +79,7 @@ def test_the_argument_chooses_the_method_and_every_method_fits_the_batch(name, m
         config_lib.validate(config)
         pieces = build(config, PAPER[name][1])
         experiment.check_batch(config, pieces.method)
-        assert (pieces.method.weighting is None) == (method == "vanilla")
+        assert (pieces.method.draw == "uniform") == (method == "vanilla")
 
 
 @pytest.mark.parametrize(

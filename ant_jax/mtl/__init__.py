@@ -1,24 +1,36 @@
-"""Multi-task weightings and the optax transformation that applies them."""
+"""Multi-task weightings and the functions that apply them.
 
-from ant_jax.mtl.combine import CombineState, combine, init_combine, weigh, where_finite
+Each method is a function of a module of its own name, ``nash`` of ``nash.py``, and is here too.
+"""
+
+import sys
+
+from ant_jax import settings
+from ant_jax.mtl.backward import Backward, backward, backward_at_features
+from ant_jax.mtl.combine import CombineState, combine, init_combine
 from ant_jax.mtl.gramian import gramian, pairwise_cosines
-from ant_jax.mtl.linear import linear
-from ant_jax.mtl.nash import nash
-from ant_jax.mtl.pcgrad import pcgrad
-from ant_jax.mtl.uncertainty import uncertainty
-from ant_jax.mtl.weighting import Weighting
+from ant_jax.mtl.weighting import TaskStats, Weighting
+from ant_jax.mtl.wrappers import averaged, clipped, every, scaled
+
+_METHODS = settings.names_in(sys.modules[__name__], Weighting)
+globals().update(
+    {name: settings.resolve(sys.modules[__name__], name, Weighting) for name in _METHODS}
+)
 
 __all__ = [
+    "Backward",
     "CombineState",
+    "TaskStats",
     "Weighting",
+    "averaged",
+    "backward",
+    "backward_at_features",
+    "clipped",
     "combine",
+    "every",
     "gramian",
     "init_combine",
-    "linear",
-    "nash",
     "pairwise_cosines",
-    "pcgrad",
-    "uncertainty",
-    "weigh",
-    "where_finite",
+    "scaled",
+    *_METHODS,
 ]

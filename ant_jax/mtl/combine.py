@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from optax.experimental import aggregating
 
 from ant_jax.mtl.gramian import gramian
-from ant_jax.mtl.weighting import State, Weighting
+from ant_jax.mtl.weighting import State, TaskStats, Weighting
 
 
 class CombineState(NamedTuple):
@@ -28,11 +28,13 @@ class CombineState(NamedTuple):
 def init_combine(weighting: Weighting) -> CombineState:
     """The `CombineState` before the first update."""
     k = weighting.k
-    gram = jnp.zeros((k, k), jnp.float32) if weighting.needs_gram else None
+    gram = jnp.zeros((k, k), jnp.float32) if "gram" in weighting.needs else None
     return CombineState(weighting.init(), jnp.zeros(k, jnp.float32), gram)
 
 
-def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.Aggregator:
+def combine(
+    weighting: Weighting, axis_name: str | None = None, shared: Any = None
+) -> aggregating.Aggregator:
     """Combines k stacked gradients into one update ``J^T w`` by a weighting.
 
     Use it in front of any optimizer::
@@ -42,7 +44,7 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
 
     A loss or gradient that is not finite makes the update not finite, whatever the method, so that
     what comes after can notice. The method's own state then is that of before; ``weights`` and
-    ``gram`` show what was found, NaN for a cluster whose loss is not finite.
+    ``gram`` show what was found, NaN for a task whose loss is not finite.
 
     Wrappers that keep gradients, such as `optax.MultiSteps` and `optax.apply_if_finite`, go around
     the optimizer inside the chain, not around `combine`, whose input has another shape than its
@@ -52,23 +54,28 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
     of its n-th of them (a reduce-scatter), the Gram matrices of the parts are added up (k, k), the
     parts are combined where they are, and the one gradient that remains is gathered. That moves
     k + 1 times the bytes of one gradient, where summing all k everywhere moves 2 k times those, and
-    training without clusters 2 times. Methods that need no Gram matrix combine first and sum one
+    training without tasks 2 times. Methods that need no Gram matrix combine first and sum one
     gradient.
 
     Args:
       weighting: the method.
       axis_name: name of a mapped axis. If given, the updates are this device's contributions and
-        are summed over the axis; ``losses`` and ``present`` must be global already. The update and
+        are summed over the axis; ``losses`` and ``counts`` must be global already. The update and
         the state are the same on all devices.
+      shared: which parameters the tasks share: a pytree of bools with the structure of the
+        parameters or the upper part of it, such as ``{"trunk": True, "heads": False}``; None for
+        all. The method sees the Gram matrix of these alone. The others, such as task heads, get the
+        sum of the gradients of the tasks that are present, without weights.
 
     Returns:
       An `optax.experimental.aggregating.Aggregator`. Its update takes a pytree with leaves
-      (k, *param_shape), and the extra arguments ``losses`` (k,) and ``present`` (k,) bool (None:
-      all are present), and returns a pytree with leaves (*param_shape) and a `CombineState`.
+      (k, *param_shape), and the extra arguments ``losses`` (k,) and ``counts`` (k,), the examples
+      of each task (None: one each), and returns a pytree with leaves (*param_shape) and a
+      `CombineState`.
 
     Raises:
-      ValueError: from update, if the method needs losses and none came, or if a leaf's leading axis
-        is not k.
+      ValueError: from update, if the method needs losses and none came, if a leaf's leading axis is
+        not k, or if ``shared`` does not fit the updates or shares nothing.
     """
     k = weighting.k
 
@@ -76,34 +83,45 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
         del params
         return init_combine(weighting)
 
-    def update(updates, state, params=None, *, losses=None, present=None, **extra_args):
+    def update(updates, state, params=None, *, losses=None, counts=None, **extra_args):
         del params, extra_args
-        if weighting.needs_losses and losses is None:
-            raise ValueError("this weighting needs the cluster losses: update(..., losses=losses)")
+        if "losses" in weighting.needs and losses is None:
+            raise ValueError("this weighting needs the task losses: update(..., losses=losses)")
         for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
             if leaf.ndim < 1 or leaf.shape[0] != k:
                 name = jax.tree_util.keystr(path)
                 raise ValueError(
                     f"leaf {name} of shape {leaf.shape} has no leading axis of k = {k}"
                 )
-        if present is None:
-            present = jnp.ones(k, bool)
-        shapes = jax.tree.map(lambda leaf: leaf.shape[1:], updates)
+        counts = jnp.ones(k) if counts is None else counts
+        leaves, treedef = jax.tree.flatten(updates)
+        is_shared = _shared_leaves(shared, updates)
+        shapes = [leaf.shape[1:] for leaf in leaves]
         gram = None
-        if weighting.needs_gram:
+        if "gram" in weighting.needs:
             if axis_name is not None:
-                updates = jax.tree.map(lambda leaf: _scattered_sum(leaf, axis_name), updates)
-            gram = gramian(updates)
+                leaves = [
+                    _scattered_sum(leaf, axis_name) if mine else leaf
+                    for leaf, mine in zip(leaves, is_shared, strict=True)
+                ]
+            gram = gramian([leaf for leaf, mine in zip(leaves, is_shared, strict=True) if mine])
             if axis_name is not None:
                 gram = jax.lax.psum(gram, axis_name)
-        weights, weighting_state = weigh(weighting, losses, gram, present, state.weighting_state)
-        update = jax.tree.map(lambda leaf: _weighted_sum(weights, leaf), updates)
-        if axis_name is not None:
-            if weighting.needs_gram:
-                gather = lambda part, shape: _gathered(part, shape, axis_name)
-                update = jax.tree.map(gather, update, shapes)
+        stats = TaskStats(losses, gram, counts)
+        weights, weighting_state = weigh(weighting, stats, state.weighting_state)
+
+        def combined(leaf, mine, shape):
+            if not mine:
+                leaf = _weighted_sum(jnp.ones(k), _present_rows(leaf, stats.present))
             else:
-                update = jax.lax.psum(update, axis_name)
+                leaf = _weighted_sum(weights, leaf)
+            if axis_name is None:
+                return leaf
+            if mine and gram is not None:
+                return _gathered(leaf, shape, axis_name)
+            return jax.lax.psum(leaf, axis_name)
+
+        update = treedef.unflatten(map(combined, leaves, is_shared, shapes))
         weighting_state = where_finite(
             (weights, gram, update), weighting_state, state.weighting_state
         )
@@ -112,21 +130,15 @@ def combine(weighting: Weighting, axis_name: str | None = None) -> aggregating.A
     return aggregating.Aggregator(init, update)
 
 
-def weigh(
-    weighting: Weighting,
-    losses: jax.Array | None,
-    gram: jax.Array | None,
-    present: jax.Array,
-    state: State,
-) -> tuple[jax.Array, State]:
+def weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Array, State]:
     """What the method's ``weigh`` returns, the weights NaN where a loss is not finite.
 
     A weight may be finite where its loss is not, and so may the gradient: the update would not show
     it.
     """
-    weights, state = weighting.weigh(losses, gram, present, state)
-    if losses is not None:
-        weights = jnp.where(present & ~jnp.isfinite(losses), jnp.nan, weights)
+    weights, state = weighting.weigh(stats, state)
+    if stats.losses is not None:
+        weights = jnp.where(stats.present & ~jnp.isfinite(stats.losses), jnp.nan, weights)
     return weights, state
 
 
@@ -134,6 +146,21 @@ def where_finite(numbers: Any, after: State, before: State) -> State:
     """The state ``after``, or that of ``before`` unless all numbers of a pytree are finite."""
     finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(numbers)]).all()
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+
+
+def _shared_leaves(shared, updates):
+    """Whether each leaf of the updates is shared by the tasks."""
+    if shared is None:
+        return [True] * len(jax.tree.leaves(updates))
+    leaves = jax.tree.leaves(jax.tree.broadcast(shared, updates))
+    if not any(leaves):
+        raise ValueError("shared = False for all parameters: the method has no gradients to weigh")
+    return leaves
+
+
+def _present_rows(leaf, present):
+    """An absent task's gradient is not read: it may be anything."""
+    return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
 
 
 def _scattered_sum(leaf, axis_name):

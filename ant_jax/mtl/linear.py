@@ -1,40 +1,53 @@
 """Linear scalarisation."""
 
-from collections.abc import Sequence
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.settings import Check, Number
 
 
-def linear(k: int, weights: Sequence[float] | None = None) -> Weighting:
-    r"""A fixed weighting of the cluster losses; by default their mean, :math:`w_i = 1/k`.
+def _are_weights(values):
+    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)
+    valid = all(number(value) and Number(0).holds(value) for value in values)
+    return valid and (not values or Number(above=0).holds(max(values)))
 
-    The mean runs over the clusters that are present. On a stratified batch the update is the
-    gradient of the plain mean of that batch; it is not vanilla training, since stratified sampling
-    changes the distribution of the timesteps.
+
+def linear(
+    k: int,
+    weights: Annotated[
+        tuple, Check(_are_weights, "() or k numbers >= 0 as '(0.3, 0.7)', not all 0")
+    ] = (),
+) -> Weighting:
+    r"""A fixed weighting of the task losses; by default their mean, :math:`w_i = 1/k`.
+
+    The mean runs over the tasks that are present. Where all have as many examples, the update is
+    the gradient of the plain mean of that batch; with stratified noise levels it is not vanilla
+    training, since stratified sampling changes the distribution of the levels.
 
     Args:
-      k: number of clusters.
-      weights: (k,) fixed weights to use instead; clusters that are absent then get 0.
+      k: number of tasks.
+      weights: k fixed weights >= 0, not all 0, to use instead; tasks that are absent then get 0.
 
     Returns:
       A stateless `Weighting`.
 
     Raises:
-      ValueError: if k < 1, or the weights are not k numbers >= 0.
+      ValueError: if k < 1, or the weights can't be.
     """
     check_k(k)
-    if weights is not None:
-        weights = np.asarray(weights, np.float32)
-        if weights.shape != (k,) or not (weights >= 0).all() or not np.isfinite(weights).all():
-            raise ValueError(f"weights must be {k} finite numbers >= 0, got {weights}")
+    fixed = np.asarray(weights, np.float32)
+    if fixed.shape != (0,) and not (
+        fixed.shape == (k,) and (fixed >= 0).all() and 0 < fixed.sum() < np.inf
+    ):
+        raise ValueError(f"weights must be {k} finite numbers >= 0, not all 0, got {weights}")
 
-    def weigh(losses, gram, present, state):
-        del losses, gram
-        if weights is not None:
-            return jnp.where(present, weights, 0), state
+    def weigh(stats, state):
+        present = stats.present
+        if fixed.size:
+            return jnp.where(present, fixed, 0), state
         return present / jnp.maximum(present.sum(), 1).astype(jnp.float32), state
 
-    return Weighting(init=tuple, weigh=weigh, k=k, needs_gram=False, needs_losses=False)
+    return Weighting(init=tuple, weigh=weigh, k=k, needs=frozenset())

@@ -13,10 +13,9 @@ _MAX_ITERATIONS = 40
 
 
 class NashState(NamedTuple):
-    """Bargaining solution alpha, (k,), 0 where none is known yet, and the number of calls."""
+    """Bargaining solution alpha, (k,), 0 where none is known yet."""
 
     alpha: jax.Array
-    count: jax.Array
 
 
 def bargaining_solution(gram: jax.Array, active: jax.Array) -> jax.Array:
@@ -73,57 +72,40 @@ def bargaining_solution(gram: jax.Array, active: jax.Array) -> jax.Array:
     return jnp.where(active, b * jax.lax.rsqrt(diagonal), 0)
 
 
-def nash(k: int, update_every: int = 1, max_norm: float = 1.0) -> Weighting:
+def nash(k: int) -> Weighting:
     r"""Multi-task learning as a bargaining game.
 
     :math:`w = \alpha / k` with :math:`G \alpha = 1 / \alpha` (Navon et al., *Multi-Task Learning as
-    a Bargaining Game*, ICML 2022, claim 3.1), then clipped to
-    :math:`\| \sum_i w_i g_i \| \le` ``max_norm`` with the current Gram matrix. An exact solution
-    has :math:`\| \sum_i \alpha_i g_i \|^2 = k`, so with ``update_every=1`` the norm is
-    :math:`1/\sqrt k` and the clip never fires; it is there for stale solutions. k counts the
-    clusters that are present. Clusters without a gradient get weight 0. Where no finite solution is
-    found, the previous one is kept, at first :math:`\alpha_i = 1 / \|g_i\|`.
+    a Bargaining Game*, ICML 2022, claim 3.1). The norm of the update is :math:`1 / \sqrt k`, since
+    :math:`\| \sum_i \alpha_i g_i \|^2 = k`. k counts the tasks that are present. Tasks without a
+    gradient get weight 0. Where no finite solution is found, the previous one is kept, at first
+    :math:`\alpha_i = 1 / \|g_i\|`.
+
+    The reference code renews the weights at every 25th step and clips the norm of the update, since
+    weights that are not renewed may not fit the gradients: ``clipped(every(nash(k), 25), 1.0)``.
 
     Args:
-      k: number of clusters.
-      update_every: alpha is renewed at every so many-th call.
-      max_norm: bound on the norm of the update direction.
+      k: number of tasks.
 
     Returns:
       A `Weighting` that needs the Gram matrix.
 
     Raises:
-      ValueError: if k < 1, update_every < 1 or max_norm <= 0.
+      ValueError: if k < 1.
     """
     check_k(k)
-    if update_every < 1:
-        raise ValueError(f"update_every must be >= 1, got {update_every}")
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be > 0, got {max_norm}")
 
-    def init():
-        return NashState(jnp.zeros(k, jnp.float32), jnp.zeros((), jnp.int32))
-
-    def weigh(losses, gram, present, state):
-        del losses
+    def weigh(stats, state):
+        gram, present = stats.gram, stats.present
         diagonal = jnp.diag(gram)
         active = present & (diagonal > 0)
         fallback = jax.lax.rsqrt(jnp.where(active, diagonal, 1))
         previous = jnp.where(active & (state.alpha == 0), fallback, state.alpha)
-
-        def renew():
-            alpha = bargaining_solution(gram, active)
-            usable = jnp.all(jnp.isfinite(alpha) & ((alpha > 0) | ~active))
-            return jnp.where(usable & active, alpha, previous)
-
-        if update_every == 1:
-            alpha = renew()
-        else:
-            alpha = jax.lax.cond(state.count % update_every == 0, renew, lambda: previous)
-
+        alpha = bargaining_solution(gram, active)
+        usable = jnp.all(jnp.isfinite(alpha) & ((alpha > 0) | ~active))
+        alpha = jnp.where(usable & active, alpha, previous)
         weights = jnp.where(active, alpha, 0) / jnp.maximum(present.sum(), 1)
-        squared = jnp.dot(weights, jnp.dot(gram, weights, precision="highest"), precision="highest")
-        norm = jnp.sqrt(jnp.maximum(squared, jnp.finfo(jnp.float32).tiny))
-        return weights * jnp.minimum(1, max_norm / norm), NashState(alpha, state.count + 1)
+        return weights, NashState(alpha)
 
-    return Weighting(init=init, weigh=weigh, k=k, needs_gram=True, needs_losses=False)
+    init = lambda: NashState(jnp.zeros(k, jnp.float32))
+    return Weighting(init=init, weigh=weigh, k=k, needs=frozenset({"gram"}))

@@ -9,25 +9,25 @@ from ant_jax.mtl.weighting import Weighting, check_k
 def projection_orders(seed: int, count: jax.Array, k: int) -> jax.Array:
     """Orders in which each gradient is projected on the others, int32 of shape (k, k).
 
-    Row i is a random permutation of all k clusters, of which i itself is passed over. A function of
+    Row i is a random permutation of all k tasks, of which i itself is passed over. A function of
     the seed and the call count alone.
     """
     key = jax.random.fold_in(jax.random.key(seed), count)
     return jax.vmap(lambda key: jax.random.permutation(key, k))(jax.random.split(key, k))
 
 
-def pcgrad(k: int, seed: int = 0) -> Weighting:
+def pcgrad(k: int, seed: int | jax.Array = 0) -> Weighting:
     r"""Gradient surgery.
 
     For each i, over the other j in random order: where :math:`\langle g_i', g_j \rangle < 0`,
     subtract the projection of :math:`g_i'` on :math:`g_j`; the update is the mean of the
     :math:`g_i'` (Yu et al., *Gradient Surgery for Multi-Task Learning*, NeurIPS 2020, algorithm 1).
     Here :math:`g_i'` is kept as its coefficients over the g_j, so only the Gram matrix is needed.
-    The mean runs over the clusters that are present.
+    The mean runs over the tasks that are present.
 
     Args:
-      k: number of clusters.
-      seed: seed of the projection orders.
+      k: number of tasks.
+      seed: seed of the projection orders; may be traced.
 
     Returns:
       A `Weighting` that needs the Gram matrix; its state counts the calls.
@@ -47,13 +47,13 @@ def pcgrad(k: int, seed: int = 0) -> Weighting:
         start = jax.nn.one_hot(i, k)
         return jax.lax.scan(project, start, order)[0]
 
-    def weigh(losses, gram, present, count):
-        del losses
+    def weigh(stats, count):
+        present = stats.present
         orders = projection_orders(seed, count, k)
-        coefficients = jax.vmap(surgery, (0, 0, None, None))(jnp.arange(k), orders, gram, present)
+        each = jax.vmap(surgery, (0, 0, None, None))
+        coefficients = each(jnp.arange(k), orders, stats.gram, present)
         total = jnp.where(present[:, None], coefficients, 0).sum(0)
         return jnp.where(present, total, 0) / jnp.maximum(present.sum(), 1), count + 1
 
-    return Weighting(
-        init=lambda: jnp.zeros((), jnp.int32), weigh=weigh, k=k, needs_gram=True, needs_losses=False
-    )
+    init = lambda: jnp.zeros((), jnp.int32)
+    return Weighting(init=init, weigh=weigh, k=k, needs=frozenset({"gram"}))

@@ -1,39 +1,40 @@
 """Uncertainty weighting (Kendall et al., 2018)."""
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.settings import Number
 
 _LEAST = -40.0
 
 
 class UncertaintyState(NamedTuple):
-    """Log-variances s of the clusters, shape (k,), and their Adam states, one a cluster."""
+    """Log-variances s of the tasks, shape (k,), and their Adam states, one a task."""
 
     log_variance: jax.Array
     adam: optax.OptState
 
 
-def uncertainty(k: int, learning_rate: float = 0.025) -> Weighting:
+def uncertainty(k: int, learning_rate: Annotated[float, Number(above=0)] = 0.025) -> Weighting:
     r"""Homoscedastic uncertainty weighting.
 
     Minimises :math:`\sum_i \frac12 (e^{-s_i} L_i / k + s_i)` jointly over the parameters and the
     log-variances s (Kendall et al., *Multi-Task Learning Using Uncertainty to Weigh Losses*, CVPR
     2018, eq. 7, with the 1/k of the ANT reference code). Hence :math:`w_i = e^{-s_i} / (2k)` from
     the s before its update, and s moves along :math:`\frac12 (1 - e^{-s_i} L_i / k)` by Adam
-    without decay, from s = 0. An absent cluster's s and Adam state stay as they are. s stays
+    without decay, from s = 0. An absent task's s and Adam state stay as they are. s stays
     at -40 or above: the weight of a loss that is 0 would grow until it overflows.
 
     Args:
-      k: number of clusters.
+      k: number of tasks.
       learning_rate: Adam's learning rate for s.
 
     Returns:
-      A `Weighting` that needs losses and no Gram matrix.
+      A `Weighting` that needs the losses.
 
     Raises:
       ValueError: if k < 1.
@@ -45,15 +46,15 @@ def uncertainty(k: int, learning_rate: float = 0.025) -> Weighting:
         log_variance = jnp.zeros(k, jnp.float32)
         return UncertaintyState(log_variance, jax.vmap(adam.init)(log_variance))
 
-    def weigh(losses, gram, present, state):
-        del gram
+    def weigh(stats, state):
+        present = stats.present
         scale = jnp.exp(-state.log_variance)
-        grads = 0.5 * (1 - scale * losses / k)
-        # One Adam a cluster, so that an absent one keeps its own step count for bias correction.
+        grads = 0.5 * (1 - scale * stats.losses / k)
+        # One Adam a task, so that an absent one keeps its own step count for bias correction.
         updates, adam_state = jax.vmap(adam.update)(grads, state.adam)
         log_variance = jnp.maximum(state.log_variance + updates, _LEAST)
         moved = UncertaintyState(log_variance, adam_state)
         state = jax.tree.map(lambda new, old: jnp.where(present, new, old), moved, state)
         return jnp.where(present, scale / (2 * k), 0.0), state
 
-    return Weighting(init=init, weigh=weigh, k=k, needs_gram=False, needs_losses=True)
+    return Weighting(init=init, weigh=weigh, k=k, needs=frozenset({"losses"}))

@@ -1,4 +1,4 @@
-"""The type of a weighting: a rule that chooses the cotangent of the cluster losses."""
+"""The type of a weighting: a rule that chooses the cotangent of the task losses."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,31 +8,48 @@ import jax
 State = Any
 
 
-class Weighting(NamedTuple):
-    """An MTL method as an (init, weigh) pair on k-sized quantities.
+class TaskStats(NamedTuple):
+    """What a method may see of k tasks, in float32; what it does not need may be None.
 
-    Every method's update direction is ``J^T w`` with ``J`` the k x P Jacobian of the cluster
-    losses; a method only chooses ``w``. Nothing of size P enters it.
+    Attributes:
+      losses: (k,), 0 for a task that is absent.
+      gram: (k, k) Gram matrix of the gradients of the losses, ``J J^T``.
+      counts: (k,) examples of each task. A task with none is absent.
+    """
+
+    losses: jax.Array | None
+    gram: jax.Array | None
+    counts: jax.Array
+
+    @property
+    def present(self) -> jax.Array:
+        """(k,) bool, whether a task has examples."""
+        return self.counts > 0
+
+
+class Weighting(NamedTuple):
+    """A multi-task method as an (init, weigh) pair on k-sized quantities.
+
+    Every method's update direction is ``J^T w`` with ``J`` the k x P Jacobian of the task losses; a
+    method only chooses ``w``. Nothing of size P enters it.
 
     Attributes:
       init: ``() -> state``; the state is any pytree of arrays and is checkpointed.
-      weigh: ``(losses (k,), gram (k, k), present (k,) bool, state) -> (weights (k,), state)``, pure
-        and jittable, in float32. ``gram = J J^T``; what the method does not need may be None.
-        Clusters that are not present get weight 0. It need not care for losses or gradients that
-        are not finite: `combine` and the train step drop the state that comes of them.
-      needs_gram: whether `weigh` reads ``gram``; if not, one backward pass is enough.
-      k: number of clusters.
-      needs_losses: whether `weigh` reads ``losses``.
+      weigh: ``(stats, state) -> (weights (k,), state)``, pure and jittable, in float32. Absent
+        tasks get weight 0, and what the state holds of them stays as it is. It need not care for
+        losses or gradients that are not finite: `combine` and `backward` drop the state that comes
+        of them.
+      k: number of tasks.
+      needs: which of "losses" and "gram" `weigh` reads. Without "gram" one backward pass is enough.
     """
 
     init: Callable[[], State]
-    weigh: Callable[[jax.Array | None, jax.Array | None, jax.Array, State], tuple[jax.Array, State]]
-    needs_gram: bool
+    weigh: Callable[[TaskStats, State], tuple[jax.Array, State]]
     k: int
-    needs_losses: bool = False
+    needs: frozenset[str]
 
 
 def check_k(k: int) -> None:
     """Raises a ValueError unless k is a positive int."""
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"k, the number of clusters, must be an int >= 1, got {k!r}")
+        raise ValueError(f"k, the number of tasks, must be an int >= 1, got {k!r}")

@@ -1,4 +1,4 @@
-"""Nash-MTL: the bargaining solution on hard Gram matrices, stale solutions, the clip."""
+"""Nash-MTL: the bargaining solution on hard Gram matrices."""
 
 import functools
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ant_jax import mtl
+from ant_jax.mtl import TaskStats
 from ant_jax.mtl.nash import NashState, bargaining_solution
 
 KS = range(2, 9)
@@ -36,7 +37,7 @@ def _check(gram, alpha):
 def _weigh(k):
     """Weights of Nash for a batch of Gram matrices, all present, from the first state."""
     weighting = mtl.nash(k)
-    weigh = lambda gram: weighting.weigh(None, gram, jnp.ones(k, bool), weighting.init())[0]
+    weigh = lambda gram: weighting.weigh(TaskStats(None, gram, jnp.ones(k)), weighting.init())[0]
     return jax.jit(jax.vmap(weigh))
 
 
@@ -134,40 +135,6 @@ def test_update_is_invariant_to_the_scale_of_a_loss():
     np.testing.assert_allclose(updates[0], updates[1], atol=1e-4 * abs(updates[0]).max())
 
 
-def test_solution_is_never_clipped_when_renewed_every_time():
-    k = 5
-    gram = sets.grams(sets.draw(sets.REGULAR, k)).astype(np.float32)
-    free = mtl.nash(k, max_norm=np.inf)
-    present = jnp.ones(k, bool)
-    expected = jax.jit(jax.vmap(lambda g: free.weigh(None, g, present, free.init())[0]))(gram)
-    np.testing.assert_array_equal(_weigh(k)(gram), expected)
-
-
-def test_renews_every_third_call_and_clips_stale_solutions():
-    k = 4
-    rng = np.random.default_rng(0)
-    weighting = mtl.nash(k, update_every=3, max_norm=0.4)
-    weigh = jax.jit(weighting.weigh)
-    state, clipped = weighting.init(), []
-    for call in range(9):
-        g = 10 ** rng.uniform(-1, 1) * rng.normal(size=(k, 20))
-        gram = np.float32(g @ g.T)
-        before = state.alpha
-        weights, state = weigh(None, gram, jnp.ones(k, bool), state)
-        assert state.count == call + 1
-        if call % 3 == 0:
-            residual, _ = _check(gram[None], state.alpha[None])
-            assert residual < 1e-3
-        else:
-            np.testing.assert_array_equal(state.alpha, before)
-        # The norm is that of the weights on the Gram matrix of this call.
-        free = np.asarray(state.alpha) / k
-        norm = np.linalg.norm(free @ g)
-        clipped.append(norm > 0.4)
-        np.testing.assert_allclose(weights, free * min(1, 0.4 / norm), rtol=1e-4)
-    assert any(clipped) and not all(clipped)
-
-
 BAD = {
     "nan everywhere": np.full((3, 3), np.nan),
     "nan pair": [[1, np.nan, 0], [np.nan, 1, 0], [0, 0, 1]],
@@ -182,36 +149,18 @@ def weigh3():
 
 @pytest.mark.parametrize("bad", BAD)
 def test_keeps_the_previous_solution_where_there_is_no_finite_one(weigh3, bad):
-    present = jnp.ones(3, bool)
+    stats = TaskStats(None, jnp.float32(BAD[bad]), jnp.ones(3))
     alpha = jnp.float32([1, 2, 3])
-    _, state = weigh3(None, jnp.float32(BAD[bad]), present, NashState(alpha, jnp.int32(4)))
+    _, state = weigh3(stats, NashState(alpha))
     np.testing.assert_array_equal(state.alpha, alpha)
-    assert state.count == 5
     # From the first state on nothing that is not finite enters it, and the next call recovers.
-    _, state = weigh3(None, jnp.float32(BAD[bad]), present, mtl.nash(3).init())
+    _, state = weigh3(stats, mtl.nash(3).init())
     assert np.isfinite(state.alpha).all()
-    weights, _ = weigh3(None, jnp.diag(jnp.float32([1, 4, 16])), present, state)
+    weights, _ = weigh3(TaskStats(None, jnp.diag(jnp.float32([1, 4, 16])), jnp.ones(3)), state)
     np.testing.assert_allclose(weights, np.float32([1, 1 / 2, 1 / 4]) / 3, rtol=1e-5)
 
 
 def test_first_fallback_is_one_over_the_norm(weigh3):
-    _, state = weigh3(
-        None,
-        jnp.float32([[4, np.nan, 0], [np.nan, 16, 0], [0, 0, 64]]),
-        jnp.ones(3, bool),
-        mtl.nash(3).init(),
-    )
+    gram = jnp.float32([[4, np.nan, 0], [np.nan, 16, 0], [0, 0, 64]])
+    _, state = weigh3(TaskStats(None, gram, jnp.ones(3)), mtl.nash(3).init())
     np.testing.assert_allclose(state.alpha, [1 / 2, 1 / 4, 1 / 8], rtol=1e-6)
-
-
-def test_cluster_first_seen_between_renewals_starts_at_one_over_its_norm():
-    weighting = mtl.nash(2, update_every=2, max_norm=np.inf)
-    weigh = jax.jit(weighting.weigh)
-    gram = jnp.diag(jnp.float32([4, 16]))
-    weights, state = weigh(None, gram, jnp.array([True, False]), weighting.init())
-    np.testing.assert_allclose(weights, [1 / 2, 0], rtol=1e-5)
-    weights, state = weigh(None, gram, jnp.array([True, True]), state)
-    np.testing.assert_allclose(weights, [1 / 4, 1 / 8], rtol=1e-5)
-    # An absent cluster's solution is kept for its return.
-    _, state = weigh(None, gram, jnp.array([False, True]), state)
-    np.testing.assert_allclose(state.alpha, [1 / 2, 1 / 4], rtol=1e-5)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ant_jax import mtl
+from ant_jax.mtl import TaskStats
 from ant_jax.mtl.pcgrad import projection_orders
 
 FAMILIES = sets.REGULAR + sets.OPPOSED
@@ -31,7 +32,7 @@ def _textbook(gradients, orders, present):
 
 def _weigh_all_present(gram, seed, count):
     k = len(gram)
-    return mtl.pcgrad(k, seed).weigh(None, gram, jnp.ones(k, bool), count)[0]
+    return mtl.pcgrad(k, seed).weigh(TaskStats(None, gram, jnp.ones(k)), count)[0]
 
 
 _jitted = jax.jit(_weigh_all_present)
@@ -53,8 +54,9 @@ def test_equals_the_textbook_on_explicit_vectors(k, p):
 
     counts = jnp.arange(n)
     orders = np.asarray(jax.jit(jax.vmap(lambda count: projection_orders(seed, count, k)))(counts))
-    weigh = jax.jit(jax.vmap(mtl.pcgrad(k, seed).weigh, (None, 0, 0, 0)))
-    weights, after = weigh(None, sets.grams(gradients).astype(np.float32), present, counts)
+    weigh = jax.jit(jax.vmap(mtl.pcgrad(k, seed).weigh))
+    stats = TaskStats(None, sets.grams(gradients).astype(np.float32), present)
+    weights, after = weigh(stats, counts)
 
     np.testing.assert_array_equal(after, counts + 1)
     updates = np.einsum("nk,nkp->np", np.asarray(weights, np.float64), gradients)
@@ -144,7 +146,7 @@ def test_orders_follow_the_state():
     state, seen = weighting.init(), []
     for call in range(3):
         assert state == call
-        weights, state = weigh(None, gram, present, state)
+        weights, state = weigh(TaskStats(None, gram, present), state)
         seen.append(np.asarray(weights))
         np.testing.assert_allclose(_weigh(gram, 3, call), weights, rtol=1e-5)
     assert not np.allclose(seen[0], seen[1])

@@ -1,0 +1,48 @@
+"""Which example trains which task, and at which noise level."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ant_jax.tasks.clustering import assign_clusters
+
+DRAWS = ("stratified", "uniform")
+
+
+def assign(index: Any, k: int) -> Any:
+    """The task of each example of a stratified batch, by its index in the global batch."""
+    return index % k
+
+
+def draw(
+    uniform: jax.Array,
+    index: jax.Array,
+    boundaries: jax.typing.ArrayLike,
+    how: str,
+    order: jax.typing.ArrayLike | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The noise level and the task of each example.
+
+    Args:
+      uniform: (B,) uniform draws in [0, 1), one an example.
+      index: (B,) int, the examples' places in the global batch.
+      boundaries: (k + 1,) int, of the tasks; may be traced.
+      how: "stratified": the tasks by `assign`, the level uniform inside the task; "uniform": the
+        level uniform over all.
+      order: (T,) a permutation of the levels: task i then is the levels at the places
+        b[i] .. b[i+1] - 1 of this order, an interval no longer. None for intervals.
+
+    Returns:
+      (B,) int levels and (B,) int tasks.
+    """
+    bounds = jnp.asarray(boundaries)
+    if how == "stratified":
+        task = assign(index, len(boundaries) - 1)
+        low, high = bounds[task], bounds[task + 1]
+    else:
+        low, high = jnp.zeros_like(index), jnp.full_like(index, bounds[-1])
+    t = low + jnp.floor(uniform * (high - low)).astype(low.dtype)
+    if how != "stratified":
+        task = assign_clusters(t, bounds)
+    return t if order is None else jnp.asarray(order)[t], task
