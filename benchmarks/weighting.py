@@ -1,19 +1,14 @@
 """Times one call of each weighting under jit: ``python -m benchmarks.weighting``."""
 
+import functools
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax import mtl
+from ant_jax import mtl, settings
 
-METHODS = {
-    "linear": mtl.linear,
-    "uncertainty": mtl.uncertainty,
-    "pcgrad": mtl.pcgrad,
-    "nash": mtl.nash,
-}
 REPEATS = 400
 
 
@@ -31,17 +26,15 @@ def _calls(k):
     gradients = {"random": rng.normal(size=(k, 100))}
     gradients["nearly parallel"] = rng.normal(size=100) + 1e-3 * gradients["random"]
     gradients["opposed"] = np.concatenate([gradients["random"][:-1], -gradients["random"][:1]])
-    losses, present = jnp.ones(k), jnp.ones(k, bool)
     calls = {}
-    for name, method in METHODS.items():
-        weighting = method(k)
+    for name in settings.names_in(mtl, mtl.Weighting):
+        weighting = settings.resolve(mtl, name, mtl.Weighting)(k)
         weigh, state = jax.jit(weighting.weigh), weighting.init()
         for kind, g in gradients.items():
-            if kind == "random" or name == "nash":
+            if kind == "random" or "gram" in weighting.needs:
                 gram = jnp.asarray(g @ g.T, jnp.float32)
-                calls[name, kind] = lambda weigh=weigh, gram=gram, state=state: weigh(
-                    losses, gram, present, state
-                )
+                stats = mtl.TaskStats(jnp.ones(k), gram, jnp.ones(k))
+                calls[name, kind] = functools.partial(weigh, stats, state)
     return calls
 
 
