@@ -1,4 +1,4 @@
-"""The paper's claims and the demo, as commands."""
+"""Commands that test the claims of the paper, and the demo."""
 
 import importlib.util
 import sys

@@ -1,0 +1,64 @@
+"""docs/adding.md: every example runs and keeps the contract that the page states."""
+
+import re
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ant_jax import data, diffusion, models, settings
+from ant_jax.diffusion import samplers
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "adding.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+
+
+@pytest.fixture
+def component(tmp_path, monkeypatch):
+    """An example by its name: a component of a module of one's own."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def load(name, folder, makes):
+        (text,) = [each for each in EXAMPLES if re.search(rf"^(class|def) {name}\(", each, re.M)]
+        (tmp_path / f"adding_{name}.py").write_text(text)
+        return settings.resolve(folder, f"adding_{name}:{name}", makes)
+
+    return load
+
+
+def test_network(component):
+    network = component("Mlp", models, nn.Module)
+    assert list(models.network_settings(network)) == ["width"]
+    model = models.build_network(network, {"width": 8}, channels=3, num_classes=2)
+    x, t, y = jnp.ones((2, 4, 4, 3)), jnp.ones(2), jnp.array([0, 2])
+    output = model.apply(model.init(jax.random.key(0), x, t, y), x, t, y)
+    assert output.shape == x.shape and not output.any()
+
+
+def test_sampler(component):
+    drawn = [
+        sampler(
+            diffusion.gaussian(timesteps=20),
+            lambda x, t, y: 0.5 * x,
+            (2, 4, 4, 1),
+            jax.random.key(0),
+            samplers.SampleOptions(num_steps=5),
+        )
+        for sampler in (component("euler", samplers, samplers.Sampler)(), samplers.ddim())
+    ]
+    np.testing.assert_allclose(*drawn, atol=1e-5)
+
+
+def test_source(component):
+    source = component("squares", data, data.Source)(num_images=6)
+    batch = next(data.batches(source, batch_size=6, seed=0, image_size=8))
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], 255 * batch["label"])
+    assert source.facts()["num_images"] == 6
+
+
+def test_every_example_is_tested():
+    assert len(EXAMPLES) == 3
