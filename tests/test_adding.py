@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax import data, diffusion, models, settings
+from ant_jax import data, diffusion, models, mtl, settings
 from ant_jax.diffusion import samplers
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +28,13 @@ def component(tmp_path, monkeypatch):
         return settings.resolve(folder, f"adding_{name}:{name}", makes)
 
     return load
+
+
+def test_method(component):
+    weighting = component("softmax", mtl, mtl.Weighting)(3, temperature=2.0)
+    losses, counts = jnp.array([1.0, 2.0, 0.0]), jnp.array([4, 4, 0])
+    weights, _ = weighting.weigh(mtl.TaskStats(losses, None, counts), weighting.init())
+    assert weights[1] > weights[0] > weights[2] == 0
 
 
 def test_network(component):
@@ -61,4 +68,4 @@ def test_source(component):
 
 
 def test_every_example_is_tested():
-    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES) == 4

@@ -1,4 +1,4 @@
-"""Which example trains which task, and at which noise level."""
+"""Chooses the task and the noise level of each example."""
 
 from typing import Any
 
@@ -25,13 +25,13 @@ def draw(
     """The noise level and the task of each example.
 
     Args:
-      uniform: (B,) uniform draws in [0, 1), one an example.
-      index: (B,) int, the examples' places in the global batch.
+      uniform: (B,) uniform random numbers in [0, 1), one per example.
+      index: (B,) int, the index of each example in the global batch.
       boundaries: (k + 1,) int, of the tasks; may be traced.
-      how: "stratified": the tasks by `assign`, the level uniform inside the task; "uniform": the
-        level uniform over all.
-      order: (T,) a permutation of the levels: task i then is the levels at the places
-        b[i] .. b[i+1] - 1 of this order, an interval no longer. None for intervals.
+      how: "stratified": `assign` chooses the task, and the level is uniform inside the task;
+        "uniform": the level is uniform over all levels.
+      order: (T,) a permutation of the levels. Task i is then not an interval, but the levels at
+        positions b[i] .. b[i+1] - 1 of this order. None for intervals.
 
     Returns:
       (B,) int levels and (B,) int tasks.
