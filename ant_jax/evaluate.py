@@ -1,11 +1,10 @@
 """Samples of a trained run, and how good they are."""
 
 import functools
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,25 +13,18 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import evaluation, experiment, models, sampling
-from ant_jax import workdir as workdir_lib
+from ant_jax import evaluation, experiment, models, results, sampling
+from ant_jax import settings as settings_lib
 from ant_jax.config import ConfigError
-from ant_jax.evaluation import evaluator
+from ant_jax.evaluation import features, metrics
+from ant_jax.evaluation.summary import Batch
 from ant_jax.latents import dataset
 from ant_jax.runtime import processes
-from ant_jax.runtime.files import user_path, write_bytes, write_new
+from ant_jax.runtime.files import user_path
 from ant_jax.runtime.progress import with_time_left
-from ant_jax.runtime.tree_hash import tree_hash
 from ant_jax.sampling import cache
-from ant_jax.train_step import TrainState
 
 _VALIDATION_IMAGES = 1000
-
-# What samples of given parameters don't depend on. Batches say themselves how large they are.
-_NO_MATTER = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "evaluation.")
-_NO_MATTER += ("data.num_workers", "data.dir", "sample.every", "sample.batch_size")
-_NO_MATTER += ("autoencoder.latents", "autoencoder.weights", "autoencoder.batch_size")
-_NO_MATTER += ("init_from", "init_facts", "num_steps")
 
 
 def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
@@ -52,19 +44,19 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
       InUseError: if another job draws the same samples.
       FloatingPointError: if samples have numbers that are not finite.
     """
-    step, pieces, state = restore_run(config, workdir, step)
-    made_from, num = _origin(config, workdir, step, state), config.sample.num
+    step, pieces, state = results.restore_run(config, workdir, step)
+    made_from, num = results.run_origin(config, workdir, step, state), config.sample.num
     with cache.folder(workdir, made_from) as place:
         logging.info("drawing %d samples from step %d", num, step)
         _draw(config, place, step, pieces, state)
         plain = workdir / "samples" / f"{step:08d}.npz"
         content = {"num_samples": num, "made_from": made_from}
-        place_of = lambda: _write_result(plain.with_suffix(".json"), content, config, workdir).stem
+        place_of = lambda: results.write(plain.with_suffix(".json"), content, config, workdir).stem
         path = plain.with_stem(processes.broadcast_from_first(place_of))
         if processes.is_first():
             first = []
-            evaluation.write_samples(path, _watched(cache.read(place, num), first), num)
-            _save_grid(path, first)
+            evaluation.write_samples(path, results.noting_first(cache.read(place, num), first), num)
+            results.save_grid(path, first)
             shutil.rmtree(place, ignore_errors=True)
     logging.info("%d samples: %s, .png and .json", num, path)
     return path
@@ -99,11 +91,11 @@ def evaluate(
       FloatingPointError: if samples or the validation loss are not finite.
     """
     config_lib.validate(config)
-    evaluator.check(config)
+    check(config)
     if config.evaluation.samples:
         return _of_file(config, workdir) if processes.is_first() else None
-    step, pieces, state = restore_run(config, workdir, step)
-    made_from = _origin(config, workdir, step, state)
+    step, pieces, state = results.restore_run(config, workdir, step)
+    made_from = results.run_origin(config, workdir, step, state)
     if not config.evaluation.features:
         if not processes.is_first():
             return None
@@ -116,18 +108,145 @@ def evaluate(
             return None
         # Before the samples: held-out images that are not there must not cost hours of drawing.
         validation = _validation(config, step, pieces, state)
-        judging = evaluator.build(config)
+        judge = judging(config)
         _draw(config, place, step, pieces, state)
         first = []
-        batches = _watched(cache.read(place, config.sample.num), first)
+        batches = results.noting_first(cache.read(place, config.sample.num), first)
         try:
-            figures = {"step": step} | judging.measure(batches) | validation
+            figures = {"step": step} | judge.measure(batches) | validation
         except ValueError as error:
             raise ConfigError(f"samples of step {step} can't be judged: {error}") from error
-        made_from = _with_evaluation(made_from, config) | judging.made_from
+        made_from = _with_evaluation(made_from, config) | judge.made_from
         _report(figures, made_from, config, workdir, first)
         shutil.rmtree(place, ignore_errors=True)
     return figures
+
+
+class Judging(NamedTuple):
+    """What measures samples.
+
+    Attributes:
+      measure: From batches of samples to figures.
+      made_from: What the figures depend on beside the samples and the settings.
+    """
+
+    measure: Callable[[Iterable[Batch]], dict[str, Any]]
+    made_from: dict[str, Any]
+
+
+def check(config: ConfigDict) -> None:
+    """Checks what can be checked before a run is restored and samples are drawn.
+
+    Raises:
+      ConfigError: If there is nothing to measure, or what it would be measured by is not named, or
+        is not there, or can't judge such images.
+    """
+    settings = config.evaluation
+    if not settings.features and (settings.samples or not settings.split):
+        split = "" if settings.samples else "; or config.evaluation.split the held-out images"
+        raise ConfigError(
+            "there is nothing to measure by: config.evaluation.features must be 'inception', or "
+            f"'digits' for those{split}"
+        )
+    paths = ["samples"]
+    if settings.features:
+        if not settings.samples and config.sample.num < 2:
+            raise ConfigError(f"config.sample.num = {config.sample.num}: figures need 2 samples")
+        component, own = _extractor(config)
+        paths.append("reference")
+    for name in paths:
+        path = settings[name]
+        if path and not user_path(path).is_file():
+            raise ConfigError(f"config.evaluation.{name} = {path!r}: there is no such file")
+    if settings.features:
+        size, channels = config.data.image_size, 3 if config.autoencoder.name else None
+        try:
+            _made(config, component, own).check(size, size, channels)
+        except ValueError as error:
+            others = [f"config.evaluation.{name}" for name in own.values()]
+            raise ConfigError(
+                f"config.evaluation.features = {settings.features!r} {error}: set "
+                f"{' or '.join([*others, 'config.evaluation.features'])}"
+            ) from error
+    if settings.split and not settings.samples:
+        try:
+            dataset.open_data(config, settings.split)
+        except ConfigError as error:
+            raise ConfigError(f"config.evaluation.split = {settings.split!r}: {error}") from error
+
+
+def judging(config: ConfigDict, names: Sequence[str] = ()) -> Judging:
+    """What ``config.evaluation`` measures samples by; the reference is worked off right away.
+
+    Args:
+      config: Of the run.
+      names: Of metrics, in `ant_jax.evaluation.metrics` or ``package.module:attribute``; () for all
+        of that folder. Those for which the extractor or the reference has too little are left out.
+
+    Raises:
+      ConfigError: If a file that the config names is not what it should be.
+    """
+    settings, batch_size = config.evaluation, config.sample.batch_size
+    names = names or settings_lib.names_in(metrics, evaluation.Metric)
+    every = [settings_lib.resolve(metrics, name, evaluation.Metric)() for name in names]
+    try:
+        judge = evaluation.judge(_made(config, *_extractor(config)), every)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config.evaluation.features = {settings.features!r}: {error}") from error
+    if settings.reference:
+        logging.info("reference: %s", settings.reference)
+        try:
+            reference = evaluation.read_reference(user_path(settings.reference), judge, batch_size)
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"config.evaluation.reference: {error}") from error
+    else:
+        images = _images(config, config.data.split)
+        held_out = _images(config, settings.split) if settings.split else None
+        try:
+            reference = evaluation.data_reference(judge, images, held_out, batch_size)
+        except ValueError as error:
+            raise ConfigError(f"config.data: {error}") from error
+    measure = functools.partial(evaluation.measure, judge=judge, reference=reference)
+    return Judging(measure, {settings.features: judge.network.digest[:16]})
+
+
+def _extractor(config):
+    """The extractor's function, and under which names the config has its settings."""
+    name = config.evaluation.features
+    try:
+        component = settings_lib.resolve(features, name, evaluation.Extractor)
+    except ValueError as error:
+        raise ConfigError(f"config.evaluation.features {error}") from error
+    names = {"weights": "inception"} if name == "inception" else {}
+    return component, {name: names.get(name, name) for name in settings_lib.settings_of(component)}
+
+
+def _made(config, component, own):
+    return component(**{name: config.evaluation[there] for name, there in own.items()})
+
+
+def _images(config, split):
+    """The images of a split as they are: neither mirrored nor cropped at random."""
+    settings = config.data
+    source = dataset.open_images(config, split)
+    crop = "none" if settings.crop == "none" else "center"
+    key = {
+        "name": settings.name,
+        "dir": str(user_path(settings.dir).absolute()) if settings.dir else "",
+        "split": split,
+        "num": len(source),
+        "size": settings.image_size,
+        "crop": crop,
+        "exif": settings.exif,
+    }
+    pipeline = {
+        "image_size": settings.image_size,
+        "crop": crop,
+        "replace_unreadable": settings.replace_unreadable,
+        "num_workers": settings.num_workers,
+    }
+    name = f"{settings.name}[{split}]" if split else settings.name
+    return evaluation.Images(name, source, pipeline, key)
 
 
 def _of_file(config, workdir):
@@ -135,54 +254,28 @@ def _of_file(config, workdir):
     first = []
     try:
         num = evaluation.num_samples(samples)
-        judging = evaluator.build(config)
+        judge = judging(config)
         batches = evaluation.read_samples(samples, config.sample.batch_size)
-        figures = judging.measure(_watched(with_time_left(batches, num, "samples judged"), first))
+        figures = judge.measure(
+            results.noting_first(with_time_left(batches, num, "samples judged"), first)
+        )
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.evaluation.samples: {error}") from error
     made_from = {
         "samples": str(samples.absolute()),
-        "samples_made_from": _made_from(samples.with_suffix(".json")),
+        "samples_made_from": results.made_from(samples.with_suffix(".json")),
         # Of the reference, where it is the training images.
         "settings": {
             name: value
-            for name, value in sample_settings(config).items()
+            for name, value in results.sample_settings(config).items()
             if name.startswith("data.")
         },
     }
-    made_from = _with_evaluation(made_from, config) | judging.made_from
+    made_from = _with_evaluation(made_from, config) | judge.made_from
     _report(figures, made_from, config, workdir, first)
     return figures
-
-
-def _origin(config, workdir, step, state):
-    run = {"run": workdir_lib.recorded(workdir)["id"]}
-    return run | origin(config, step, state.ema_params)
-
-
-def sample_settings(config: ConfigDict) -> dict[str, Any]:
-    """The settings that samples depend on, flat."""
-    return {
-        name: value
-        for name, value in config_lib.flatten(config).items()
-        if not config_lib.is_among(name, _NO_MATTER)
-    }
-
-
-def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
-    """What samples depend on, as JSON can hold it; others have another one.
-
-    Args:
-      config: the run's.
-      step: of the checkpoint.
-      params: those the samples are drawn with.
-    """
-    # The weights may be others under the same name, or the same under another.
-    decoder = dataset.open_codec(config).digest if config.autoencoder.name else ""
-    tree = {"step": step, "params": tree_hash(params)[:16], "decoder": decoder}
-    return json.loads(json.dumps(tree | {"settings": sample_settings(config)}))
 
 
 def _validation(config, step, pieces, state):
@@ -211,68 +304,14 @@ def _report(figures, made_from, config, workdir, first):
     samples = config.evaluation.samples
     name = f"samples-{Path(samples).stem}" if samples else f"{figures['step']:08d}"
     content = figures | {"made_from": made_from}
-    path = _write_result(workdir / "evaluation" / f"{name}.json", content, config, workdir)
+    path = results.write(workdir / "evaluation" / f"{name}.json", content, config, workdir)
     if first:
-        _save_grid(path, first)
+        results.save_grid(path, first)
     for name, value in figures.items():
         logging.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
     if "fid" in figures:
-        logging.info("%s", evaluator.table(figures))
+        logging.info("%s", evaluation.table(figures))
     logging.info("%s", path)
-
-
-def _write_result(path, content, config, workdir):
-    """Writes the JSON file of a result: at its place, or by a key where that has another's."""
-    made_from = json.loads(json.dumps(content["made_from"]))
-    encoded = (json.dumps(content, indent=1) + "\n").encode()
-    keyed = path.with_stem(f"{path.stem}-{cache.key(made_from)[:8]}")
-    if _made_from(path) == made_from:
-        write_bytes(path, encoded)
-        return path
-    # Samples that say nothing, or a picture of the trainer's, which may still be to come.
-    others = path.with_suffix(".npz").exists()
-    picture = path.with_suffix(".png").exists() or _is_picture(path, workdir)
-    others |= picture and not _looks_own(config, workdir)
-    if not others and write_new(path, encoded):
-        return path
-    logging.info(
-        "%s stays, for it is of other settings; this result is %s (made_from in each says of what)",
-        path,
-        keyed,
-    )
-    write_bytes(keyed, encoded)
-    return keyed
-
-
-def _made_from(path):
-    """What a result was made from; None if there is none that says it."""
-    if not path.is_file():
-        # A pipe would be waited for.
-        return None
-    try:
-        return json.loads(path.read_text())["made_from"]
-    # What isn't ours surfaces as almost any type of error.
-    except Exception:
-        return None
-
-
-def _is_picture(path, workdir):
-    """Whether the trainer draws a picture of this name."""
-    saved = workdir_lib.load_config(workdir)
-    return (
-        saved is not None
-        and path.parent.name == "samples"
-        and sampling.grid_is_due(int(path.stem), saved.sample.every, saved.num_steps)
-    )
-
-
-def _looks_own(config, workdir):
-    """Whether the first samples are those of the trainer's pictures."""
-    saved = workdir_lib.load_config(workdir)
-    if saved is None or saved.autoencoder.weights != config.autoencoder.weights:
-        return False
-    there, now = sample_settings(saved), sample_settings(config)
-    return all(there.get(name) == now[name] for name in now if name != "sample.num")
 
 
 def validation_losses(
@@ -307,48 +346,3 @@ def _draw(config, place, step, pieces, state):
         cache.draw_missing(place, num, batch_size, draw)
     except FloatingPointError as error:
         raise FloatingPointError(f"step {step}: {error}") from error
-
-
-def _watched(batches: Iterator, first: list[np.ndarray]) -> Iterator:
-    """Passes batches on, and keeps the images that a grid shows."""
-    for images, labels in batches:
-        if sum(map(len, first)) < sampling.GRID:
-            first.append(images)
-        yield images, labels
-
-
-def _save_grid(path, first):
-    grid = sampling.image_grid(np.concatenate(first)[: sampling.GRID])
-    sampling.save_png(path.with_suffix(".png"), grid)
-
-
-def restore_run(
-    config: ConfigDict, workdir: Path, step: int | None = None, *, draws: bool = True, **given: Any
-) -> tuple[int, experiment.Experiment, TrainState]:
-    """A run's step, what its config describes, and its state then.
-
-    Args:
-      config: of the run.
-      workdir: of the run.
-      step: of the checkpoint; the newest by default.
-      draws: whether samples are to be drawn, which takes the autoencoder that the run has.
-      **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
-
-    Raises:
-      FileNotFoundError: if the workdir has no checkpoint (of that step).
-      ConfigError: if the workdir is of another config, or was given other things.
-    """
-    before = workdir_lib.recorded(workdir)
-    if before is None:
-        raise FileNotFoundError(f"no run in {workdir}: give its --workdir, or train first")
-    # Without what it learned from: what there is to know of that are facts.
-    built = {name: kind for name, kind in before["given"].items() if name != "source"}
-    workdir_lib.check_run(before | {"given": built}, config, workdir_lib.names_of(given), workdir)
-    if draws:
-        workdir_lib.check_encoder(config, workdir)
-    pieces = experiment.build(config, **workdir_lib.load_facts(workdir), **given)
-    restored = workdir_lib.restore(config, pieces, workdir, step)
-    if restored is None:
-        raise FileNotFoundError(f"no checkpoint in {workdir}: train first")
-    step, state = restored
-    return step, pieces, state

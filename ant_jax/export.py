@@ -6,7 +6,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from ant_jax import evaluate, init_from, interop
+from ant_jax import init_from, interop, results
 from ant_jax.runtime import processes
 
 
@@ -20,7 +20,7 @@ def export(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config.
     """
-    step, pieces, state = evaluate.restore_run(config, workdir, step, draws=False)
+    step, pieces, state = results.restore_run(config, workdir, step, draws=False)
     path = workdir / "weights" / f"{step:08d}.safetensors"
     if processes.is_first():
         weights = interop.to_torch(

@@ -252,11 +252,11 @@ def _draw(config, pieces, params):
 def _look_ahead(config):
     """Says what --mode evaluate would refuse, before the hours of training and not after."""
     # Beside the compilation, because nothing else here needs it.
-    from ant_jax.evaluation import evaluator
+    from ant_jax import evaluate
 
     if processes.is_first() and (config.evaluation.features or config.evaluation.split):
         try:
-            evaluator.check(config)
+            evaluate.check(config)
         except ConfigError as error:
             logging.warning("--mode evaluate will refuse this: %s", error)
 

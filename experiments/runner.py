@@ -28,7 +28,6 @@ from ant_jax import config as config_lib
 from ant_jax import evaluate, experiment, train
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.evaluation import evaluator
 from ant_jax.latents import dataset
 from ant_jax.runtime import compilation_cache, logs, progress, signals
 from ant_jax.runtime.files import user_path, write_bytes
@@ -231,7 +230,7 @@ def kept(path: Path, source: Any, make: Callable[[], Any]) -> Any:
 def _check(runs):
     """Raises errors before the first run, not hours later."""
     source = dataset.open_data(runs[0].config)
-    evaluator.check(runs[0].config)
+    evaluate.check(runs[0].config)
     for run in runs:
         try:
             pieces = experiment.build(run.config, source.image_shape[-1], source.num_classes)

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import builders, evaluate, models
+from ant_jax import builders, models, results
 from ant_jax.latents import dataset
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
@@ -64,7 +64,7 @@ def _of_run(run, preset, out):
         x0, labels = dataset.images(run.config, run.config.data.split, preset.affinity_images)
         matrices = []
         for step in run.steps:
-            _, pieces, state = evaluate.restore_run(run.config, runner.folder(run, out), step)
+            _, pieces, state = results.restore_run(run.config, runner.folder(run, out), step)
             matrix = affinity.task_affinity(
                 pieces.model.apply,
                 {"params": state.params},

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import evaluate, evaluation, experiment
+from ant_jax import evaluate, experiment, results
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.tasks.transfer_gap import transfer_gap
@@ -86,19 +86,20 @@ def gaps_of(run: Run, specialists: list[Run], out: Path) -> list[dict[str, Any]]
 
 def _measure(run, specialists, out):
     config = run.config
-    _, pieces, state = evaluate.restore_run(config, runner.folder(run, out))
+    _, pieces, state = results.restore_run(config, runner.folder(run, out))
     alone = [
-        evaluate.restore_run(other.config, runner.folder(other, out))[2].ema_params
+        results.restore_run(other.config, runner.folder(other, out))[2].ema_params
         for other in specialists
     ]
     boundaries = pieces.method.boundaries
-    features = config.evaluation.features and evaluation.extractor(config.evaluation.features)
+    judge = evaluate.judging(config, ["frechet"]) if config.evaluation.features else None
 
     def distance(model):
-        if not features:
+        if judge is None:
             return np.nan
         samples = experiment.draw_samples(config, pieces, model, config.sample.num)
-        return evaluation.sample_metrics(samples, features)["frechet_distance"]
+        figures = judge.measure(samples)
+        return figures.get("frechet_distance", figures.get("fid"))
 
     gap = transfer_gap(
         distance,

@@ -162,13 +162,13 @@ def draw(name: str, folder: Path) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
-    from ant_jax import evaluate, experiment
+    from ant_jax import experiment, results
     from ant_jax.diffusion import samplers
 
     case, changes = SAMPLES[name]
     config = make_config(case, folder)
     config.update_from_flattened_dict({"sample.num": 24, "sample.num_steps": 12} | changes)
-    _, pieces, state = evaluate.restore_run(config, folder / case)
+    _, pieces, state = results.restore_run(config, folder / case)
     apply_fn = experiment.denoiser(pieces, state.ema_params)
     pixels = [images for images, _ in experiment.draw_samples(config, pieces, apply_fn, 24)]
     settings = config.sample

@@ -11,7 +11,6 @@ import pytest
 from ant_jax import builders, config_file, evaluate, experiment, train
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
-from ant_jax.evaluation import evaluator
 from ant_jax.init_from import initial_params
 from ant_jax.latents import dataset
 from configs import digits
@@ -232,6 +231,13 @@ def test_what_works_is_allowed(method, settings):
     config_lib.validate(changed(method, **settings))
 
 
+def _reference(config):
+    # Not Inception itself.
+    config.evaluation.features = "digits"
+    config.data.name = "digits"
+    evaluate.judging(config, ["frechet"])
+
+
 # How what a path setting names is opened.
 OPENERS = {
     "data.dir": lambda config: dataset.open_images(config, ""),
@@ -239,8 +245,8 @@ OPENERS = {
     "autoencoder.latents": lambda config: dataset.open_latents(config, ""),
     "init_from": lambda config: initial_params(config, None),
     "clusters.affinity": lambda config: builders.build_method(config, np.zeros(1000)),
-    "evaluation.inception": evaluator.build,
-    "evaluation.reference": lambda config: evaluator._reference(config, None),
+    "evaluation.inception": evaluate.judging,
+    "evaluation.reference": _reference,
     "evaluation.samples": lambda config: evaluate._of_file(config, Path()),
 }
 
@@ -375,10 +381,10 @@ UNJUDGEABLE = {
     "config.evaluation.split = 'validation': config.data.name = 'digits', split = 'validation'": {
         "evaluation__split": "validation"
     },
-    "config.evaluation.features = 'inception' needs config.evaluation.inception = PATH": {
+    "config.evaluation.features = 'inception' needs the path of the weights: pt_inception": {
         "evaluation__features": "inception"
     },
-    "config.evaluation.inception = '~/none': there is no such file": {
+    "config.evaluation.features = 'inception' finds no weights: there is no such file as '~/": {
         "evaluation__features": "inception",
         "evaluation__inception": "~/none",
     },

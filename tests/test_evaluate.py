@@ -9,12 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax import builders, data, evaluate, evaluation, experiment
+from ant_jax import builders, data, evaluate, evaluation, experiment, results
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.evaluation import evaluator
+from ant_jax.evaluation.features import inception
 from ant_jax.latents import dataset
-from ant_jax.models.inception import Features
 from ant_jax.runtime import checkpoint, progress
 from ant_jax.runtime.lock import InUseError
 from ant_jax.sampling import cache
@@ -62,14 +61,13 @@ _WEIGHTS = np.random.RandomState(0).standard_normal((64, 14)) / 99
 def features(batches):
     for images in batches:
         every = np.float32(images.reshape(len(images), -1) @ _WEIGHTS)
-        yield Features(*np.split(every, [5, 9], axis=1))
+        yield dict(zip(("features", "spatial", "logits"), np.split(every, [5, 9], 1), strict=True))
 
 
 @pytest.fixture(autouse=True)
 def network(monkeypatch, tmp_path):
     """A small network of 8 x 8 grey pixels instead of Inception, and no cache but this test's."""
-    stub = evaluation.Network(features, 5, 4, "digest")
-    monkeypatch.setattr(evaluation, "load_inception", lambda path: stub)
+    monkeypatch.setattr(inception, "_load", lambda path: evaluation.Network(features, "digest"))
     monkeypatch.setattr(builders, "build_model", lambda *_: MODEL)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -200,7 +198,7 @@ def test_samples_of_another_step_are_not_used(workdir, draws, tmp_path):
 def test_the_key_is_that_of_what_samples_depend_on(tmp_path):
     params = {"a": np.ones(3)}
     place = lambda params=params, step=3, **settings: cache.key(
-        evaluate.origin(configured(tmp_path, **settings), step, params)
+        results.origin(configured(tmp_path, **settings), step, params)
     )
     assert place() == place()
     same = {"log_every": 7, "sample__batch_size": 99, "evaluation__split": "test", "num_steps": 99}
@@ -300,7 +298,7 @@ def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
     do, workdir, draws, tmp_path, monkeypatch
 ):
     config = configured(tmp_path)
-    build = evaluator.build
+    judging = evaluate.judging
 
     def at_once(config):
         # In the middle of an evaluation.
@@ -309,24 +307,24 @@ def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
         assert draws == []
         evaluate.sample(configured(tmp_path, sample__seed=1), workdir)
         assert draws == [0, 8, 16]
-        return build(config)
+        return judging(config)
 
-    monkeypatch.setattr(evaluator, "build", at_once)
+    monkeypatch.setattr(evaluate, "judging", at_once)
     figures = evaluate.evaluate(config, workdir)
     assert len(draws) == 6
-    monkeypatch.setattr(evaluator, "build", build)
+    monkeypatch.setattr(evaluate, "judging", judging)
     assert evaluate.evaluate(config, workdir) == figures
 
 
 def test_samples_that_are_not_finite_are_no_black_pictures(workdir, tmp_path, monkeypatch):
-    restore = evaluate.restore_run
+    restore = results.restore_run
 
     def poisoned(*arguments):
         step, pieces, state = restore(*arguments)
         params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.ema_params)
         return step, pieces, state._replace(ema_params=params)
 
-    monkeypatch.setattr(evaluate, "restore_run", poisoned)
+    monkeypatch.setattr(results, "restore_run", poisoned)
     told = r"step 5: 8 of 8 samples have numbers that are not finite, such as number 0"
     for do in (evaluate.sample, evaluate.evaluate):
         with pytest.raises(FloatingPointError, match=told):
@@ -347,14 +345,14 @@ def test_the_figures_of_a_run(workdir, tmp_path, monkeypatch):
     images = np.load(path)["arr_0"]
     train = data.digits("train").images
     ours, theirs = (next(features([x])) for x in (images, train))
-    for name, of in (("fid", "pool"), ("sfid", "spatial")):
+    for name, of in (("fid", "features"), ("sfid", "spatial")):
         gaussians = [
             (x.mean(0, dtype=float), np.cov(x.astype(float), rowvar=False))
-            for x in (getattr(ours, of), getattr(theirs, of))
+            for x in (ours[of], theirs[of])
         ]
         distance = evaluation.frechet_distance(*gaussians[0], *gaussians[1])
         assert result[name] == pytest.approx(distance, rel=1e-6)
-    shares = evaluation.precision_recall(theirs.pool, ours.pool)
+    shares = evaluation.precision_and_recall(theirs["features"], ours["features"])
     assert (result["precision"], result["recall"]) == shares
     assert result["reference"] == "digits[train]" and result["num_samples"] == 21
     (table,) = [line for line in logged if "sFID" in line]
@@ -380,20 +378,22 @@ def test_training_data_are_cropped_in_the_centre_and_each_counts_once(tmp_path, 
             yield batch
 
     monkeypatch.setattr(data, "batches", watched)
-    counted = []
-    monkeypatch.setattr(
-        evaluation,
-        "data_reference",
-        lambda name, images, network, key: counted.extend((key, *images())),
-    )
+    keys = []
+    reference = evaluation.data_reference
+
+    def noted(judge, images, *others):
+        keys.append(images.key)
+        return reference(judge, images, *others)
+
+    monkeypatch.setattr(evaluation, "data_reference", noted)
     config = configured(tmp_path, data__crop="random", data__flip=True, sample__batch_size=600)
-    evaluator.build(config)
-    settings, key = seen[0], counted[0]
+    evaluate.judging(config)
+    (key,), settings, *counted = keys, *seen
     assert settings["crop"] == "center" == key["crop"] and "flip" not in settings
     assert key["num"] == 1497 and key["exif"] == "ignore"
     rows = lambda images: np.sort(images.reshape(-1, 64).view("V64").ravel())
     np.testing.assert_array_equal(
-        rows(np.concatenate(counted[1:])), rows(data.digits("train").images.copy())
+        rows(np.concatenate(counted)[: key["num"]]), rows(data.digits("train").images.copy())
     )
 
 
@@ -404,12 +404,7 @@ def npz(path, num=9, shape=(8, 8, 1)):
 
 
 @pytest.mark.parametrize("features", ["inception", "digits"])
-def test_a_file_of_samples_needs_no_run(features, tmp_path, draws, monkeypatch):
-    # Not the classifier itself, which takes seconds to train.
-    count = lambda batches, model: {"num_samples": sum(len(images) for images, _ in batches)}
-    monkeypatch.setattr(evaluation, "extractor", lambda name: name)
-    monkeypatch.setattr(evaluation, "real_floor", lambda model: {"copies": 0.01})
-    monkeypatch.setattr(evaluation, "sample_metrics", count)
+def test_a_file_of_samples_needs_no_run(features, tmp_path, draws):
     samples = npz(tmp_path / "samples.npz")
     # In the place of what would say what they are of: no reason to wait for a writer.
     os.mkfifo(tmp_path / "samples.json")
@@ -425,15 +420,15 @@ def test_a_file_of_samples_needs_no_run(features, tmp_path, draws, monkeypatch):
     assert kept.pop("made_from")["samples"] == samples and kept == result
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".png"]
     assert result["num_samples"] == 9 and "step" not in result and draws == []
-    assert {"inception": "fid", "digits": "real_copies"}[features] in result
+    assert {"inception": "real_fid", "digits": "real_frechet_distance"}[features] in result
     assert "validation_loss" not in result
 
 
 MISTAKES = {
-    r"needs config.evaluation.inception = PATH .*pt_inception-2015-12-05-6726825d.pth": {
+    r"needs the path of the weights: pt_inception-2015.*: set config.evaluation.inception or ": {
         "evaluation__inception": ""
     },
-    r"config.evaluation.inception = '.*absent.pth': there is no such file": {
+    r"'inception' finds no weights: there is no such file as '.*absent.pth': set config.eval": {
         "evaluation__inception": "absent.pth"
     },
     r"config.evaluation.reference = '.*absent.npz': there is no such file": {

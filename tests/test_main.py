@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ant_jax import cli, config_file, evaluate, evaluation, interop
+from ant_jax import cli, config_file, evaluate, interop
 from ant_jax import workdir as workdir_lib
 from configs import digits
 from experiments import presets
@@ -229,7 +229,6 @@ def test_names_of_components_are_known_before_the_other_settings():
 
 @pytest.mark.parametrize("mode", [evaluate.sample, evaluate.evaluate])
 def test_a_workdir_without_a_run_is_named(mode, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluation, "extractor", lambda name: None)
     with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path}: give its --workdir, or"):
         mode(digits.get_config(), tmp_path)
     assert os.listdir(tmp_path) == []

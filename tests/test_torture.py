@@ -23,7 +23,7 @@ from PIL import Image
 from test_hosts import two
 from test_train import assert_same_state, lines
 
-from ant_jax import evaluate, experiment
+from ant_jax import experiment, results
 from ant_jax import workdir as workdir_lib
 from ant_jax.runtime.checkpoint import checkpoint_steps
 from experiments import presets
@@ -497,7 +497,7 @@ def test_a_run_is_sampled_evaluated_and_exported_while_it_goes_on(tmp_path):
         while process.poll() is None:
             time.sleep(0.2)
             # Over and over, what each of them does.
-            step, _, state = evaluate.restore_run(config, workdir)
+            step, _, state = results.restore_run(config, workdir)
             assert int(state.step) == step
             seen.append(step)
         assert process.returncode == 0, log.read_text()

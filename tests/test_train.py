@@ -18,7 +18,7 @@ import optax
 import pytest
 from PIL import Image
 
-from ant_jax import builders, data, evaluate, experiment, hooks
+from ant_jax import builders, data, evaluate, experiment, hooks, results
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax import workdir as workdir_lib
@@ -935,7 +935,7 @@ def test_what_is_built_can_be_given(name, tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "build", building)
     trainer.train(config, tmp_path, **given)
-    evaluate.restore_run(config, tmp_path, **given)
+    results.restore_run(config, tmp_path, **given)
     nothing = dict.fromkeys(("model", "process", "weighting"))
     assert seen == [nothing | given] * 2
     with pytest.raises(ConfigError, match=f"was given {name} = ant_jax.*Diffusion in place of"):

@@ -1,50 +1,74 @@
-"""Judging samples: feature extractors, metrics of their features, label accuracy and copies."""
+"""Judging samples: a feature extractor gives outputs of images, metrics make figures of them.
 
-from ant_jax.evaluation.features.inception import Network, load_inception
-from ant_jax.evaluation.image_metrics import image_metrics
-from ant_jax.evaluation.image_reference import Reference, data_reference, read_reference
-from ant_jax.evaluation.metrics.frechet import Moments, covariance, frechet_distance, merge, moments
-from ant_jax.evaluation.metrics.inception_score import inception_score
-from ant_jax.evaluation.metrics.losses import interval_losses
+An extractor is one file, ``features/NAME.py``, and a metric is one file, ``metrics/NAME.py``; your
+own is ``package.module:attribute``. Each is a function of that name. Its typed arguments are its
+settings (`ant_jax.settings`), and it returns an `Extractor` or a `Metric`::
+
+  def mine(weights: Path) -> Extractor:
+      return Extractor({"features": (384,)}, check, load)
+
+  def spread() -> Metric:
+      def measure(samples, reference):
+          return {"spread": float(samples.kept["features"].std())}
+
+      return Metric(measure, samples=frozenset({"features"}))
+
+What meets in the middle are the names of outputs. An extractor may give others as well:
+
+============  =====================  ===============================================================
+``features``  (d,) floating-point    what images are compared by
+``spatial``   (d,) floating-point    features that see where things are
+``logits``    (classes,) the same    unnormalised log-probabilities of a classifier
+``labels``    () integers            what a classifier of the data's own classes sees
+``pixels``    (h, w, c) uint8        the image itself, where distances of pixels say something
+============  =====================  ===============================================================
+
+The images pass through one batch at a time. Of moments only the sums are in memory; outputs of each
+image are kept where a metric asks for them. A metric is left out where the extractor gives too
+little for it, or the reference has too little: a file of statistics alone has moments only.
+"""
+
+from ant_jax.evaluation.evaluator import Judge, judge, measure, table
+from ant_jax.evaluation.features import Extractor, Network
+from ant_jax.evaluation.losses import interval_losses
+from ant_jax.evaluation.metrics import Metric
+from ant_jax.evaluation.metrics.frechet import frechet_distance
+from ant_jax.evaluation.metrics.inception_score import inception_score_of
 from ant_jax.evaluation.metrics.nearest import nearest_distances
-from ant_jax.evaluation.metrics.precision_recall import PrecisionRecall, precision_recall
-from ant_jax.evaluation.reference import (
-    Gaussian,
-    Statistics,
-    num_samples,
-    read_samples,
-    read_statistics,
-    write_samples,
-    write_statistics,
-)
-from ant_jax.evaluation.sample_metrics import Extractor, extractor, real_floor, sample_metrics
+from ant_jax.evaluation.metrics.precision_recall import PrecisionRecall, precision_and_recall
+from ant_jax.evaluation.moments import Gaussian, Moments, covariance, gaussian, merge, moments
+from ant_jax.evaluation.real_images import Images, data_reference, read_reference
+from ant_jax.evaluation.reference import num_samples, read_samples, read_statistics, write_samples
+from ant_jax.evaluation.summary import Reference, Summary, summarise
 
 __all__ = [
     "Extractor",
     "Gaussian",
+    "Images",
+    "Judge",
+    "Metric",
     "Moments",
     "Network",
     "PrecisionRecall",
     "Reference",
-    "Statistics",
+    "Summary",
     "covariance",
     "data_reference",
-    "extractor",
     "frechet_distance",
-    "image_metrics",
-    "inception_score",
+    "gaussian",
+    "inception_score_of",
     "interval_losses",
-    "load_inception",
+    "judge",
+    "measure",
     "merge",
     "moments",
     "nearest_distances",
     "num_samples",
-    "precision_recall",
+    "precision_and_recall",
     "read_reference",
     "read_samples",
     "read_statistics",
-    "real_floor",
-    "sample_metrics",
+    "summarise",
+    "table",
     "write_samples",
-    "write_statistics",
 ]

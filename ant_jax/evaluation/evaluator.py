@@ -1,104 +1,96 @@
-"""What a config's samples are judged by, ready before any is drawn."""
+"""A feature extractor and metrics joined: from samples to figures."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from absl import logging
-from ml_collections import ConfigDict
-
-from ant_jax import data, evaluation
-from ant_jax.config import ConfigError
-from ant_jax.latents import dataset
-from ant_jax.runtime.files import user_path
-from ant_jax.runtime.progress import with_time_left
-from ant_jax.sampling.cache import Batch
+from ant_jax.evaluation.features import Extractor, Network
+from ant_jax.evaluation.metrics import Metric
+from ant_jax.evaluation.summary import Batch, Reference, summarise
 
 
 class Judge(NamedTuple):
-    """What measures samples.
+    """A loaded extractor and the metrics that it can give.
 
     Attributes:
-      measure: From batches of samples to figures.
-      made_from: What the figures depend on beside the samples and the settings.
+      extractor: What it says of itself.
+      network: The same, loaded.
+      metrics: Those whose needs it meets.
     """
 
-    measure: Callable[[Iterator[Batch]], dict[str, Any]]
-    made_from: dict[str, Any]
+    extractor: Extractor
+    network: Network
+    metrics: tuple[Metric, ...]
+
+    @property
+    def moments(self) -> frozenset[str]:
+        """Names of outputs whose mean and covariance are needed."""
+        return frozenset().union(*(metric.moments for metric in self.metrics))
+
+    @property
+    def samples(self) -> frozenset[str]:
+        """Names of outputs that are needed of each sample."""
+        return frozenset().union(*(metric.samples for metric in self.metrics))
+
+    @property
+    def real(self) -> frozenset[str]:
+        """Names of outputs that are needed of each real image."""
+        return frozenset().union(*(metric.real for metric in self.metrics))
 
 
-_WEIGHTS = (
-    "config.evaluation.features = 'inception' needs config.evaluation.inception = PATH of the "
-    "weights: pt_inception-2015-12-05-6726825d.pth of the release fid_weights of "
-    "github.com/mseitzer/pytorch-fid, or weights-inception-2015-12-05-6726825d.pth of the release "
-    "v0.2.0 of github.com/toshas/torch-fidelity"
-)
-
-
-def check(config: ConfigDict) -> None:
-    """Checks what can be checked before a run is restored and samples are drawn.
+def judge(extractor: Extractor, metrics: Sequence[Metric]) -> Judge:
+    """Loads an extractor, and leaves out the metrics for which it does not give enough.
 
     Raises:
-      ConfigError: If there is nothing to measure, or what it would be measured by is not named, or
-        is not there, or can't judge such images.
+      ValueError: If its weights are damaged or something else's.
+      OSError: If they cannot be opened.
     """
-    settings = config.evaluation
-    if not settings.features and (settings.samples or not settings.split):
-        split = "" if settings.samples else "; or config.evaluation.split the held-out images"
-        raise ConfigError(
-            "there is nothing to measure by: config.evaluation.features must be 'inception', or "
-            f"'digits' for those{split}"
-        )
-    files = ["samples"]
-    if settings.features == "inception":
-        if not settings.inception:
-            raise ConfigError(_WEIGHTS)
-        files += ["inception", "reference"]
-    if settings.features and not settings.samples and config.sample.num < 2:
-        raise ConfigError(f"config.sample.num = {config.sample.num}: figures need 2 samples")
-    for name in files:
-        path = settings[name]
-        if path and not user_path(path).is_file():
-            raise ConfigError(f"config.evaluation.{name} = {path!r}: there is no such file")
-    if settings.features == "digits" and (config.data.image_size != 8 or config.autoencoder.name):
-        raise ConfigError(
-            "config.evaluation.features = 'digits' judges grey images of 8x8 pixels, and "
-            f"config.data.image_size = {config.data.image_size}, config.autoencoder.name = "
-            f"{config.autoencoder.name!r}: set it to 'inception' or ''"
-        )
-    if settings.split and not settings.samples:
-        try:
-            dataset.open_data(config, settings.split)
-        except ConfigError as error:
-            raise ConfigError(f"config.evaluation.split = {settings.split!r}: {error}") from error
+    given = extractor.shapes.keys()
+    able = tuple(each for each in metrics if given >= each.moments | each.samples | each.real)
+    return Judge(extractor, extractor.load(), able)
 
 
-def build(config: ConfigDict) -> Judge:
-    """What ``config.evaluation.features`` measures by.
+def measure(batches: Iterable[Batch], judge: Judge, reference: Reference) -> dict[str, Any]:
+    """Judges samples, one batch of images in memory at a time.
 
-    With Inception, the reference is read, or computed from the training data, right away.
+    Every figure depends on the number of samples: compare equal numbers, and 50 000 with published
+    figures.
+
+    Args:
+      batches: Of uint8 images (n, height, width, channels), and the labels (n,) that they were
+        generated for or None. They should not be sorted by class: some metrics split them.
+      judge: What measures.
+      reference: The real images.
+
+    Returns:
+      The figures of all metrics whose needs the reference meets; ``num_samples``; as ``real_NAME``
+      what held-out real images score, where there are some; and ``reference``, its name.
 
     Raises:
-      ConfigError: If a file that the config names is not what it should be.
+      ValueError: If there are fewer than two samples, or a metric can't measure them.
     """
-    settings = config.evaluation
-    if settings.features == "digits":
-        model = evaluation.extractor(settings.features)
-        floor = {f"real_{name}": value for name, value in evaluation.real_floor(model).items()}
-        return Judge(lambda batches: evaluation.sample_metrics(batches, model) | floor, {})
-    try:
-        network = evaluation.load_inception(user_path(settings.inception))
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"config.evaluation.inception: {error}") from error
-    reference = _reference(config, network)
+    real, held_out = reference.summary, reference.held_out
+    judge = judge._replace(
+        metrics=tuple(
+            each
+            for each in judge.metrics
+            if real.gaussians.keys() >= each.moments and real.kept.keys() >= each.real
+        )
+    )
+    samples = summarise(batches, judge.network, judge.moments, judge.samples)
+    figures = {}
+    for metric in judge.metrics:
+        figures |= metric.measure(samples, reference)
+    figures["num_samples"] = samples.count
+    if held_out is not None:
+        for metric in judge.metrics:
+            if metric.floors:
+                floors = metric.measure(held_out, reference)
+                figures |= {f"real_{name}": floors[name] for name in sorted(metric.floors)}
+        figures["real_num_samples"] = held_out.count
+    return _named(figures, judge.extractor) | {"reference": reference.name}
 
-    def measure(batches):
-        figures = evaluation.image_metrics(batches, network, reference)
-        return figures | {"reference": reference.name}
 
-    return Judge(measure, {"inception": network.digest[:16]})
-
-
-def table(result: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> str:
     """The figures of the field as a line under their names."""
     columns = {
         "FID": ("fid", ".3f"),
@@ -110,7 +102,7 @@ def table(result: dict[str, Any]) -> str:
         "reference": ("reference", "s"),
     }
     cells = {
-        title: format(result[name], form) if name in result else "-"
+        title: format(figures[name], form) if name in figures else "-"
         for title, (name, form) in columns.items()
     }
     widths = {title: max(len(title), len(cell)) for title, cell in cells.items()}
@@ -121,46 +113,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _reference(config, network):
-    settings, batch_size = config.evaluation, config.sample.batch_size
-    if settings.reference:
-        logging.info("reference: %s", settings.reference)
-        try:
-            return evaluation.read_reference(user_path(settings.reference), network, batch_size)
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"config.evaluation.reference: {error}") from error
-    settings = config.data
-    source = dataset.open_images(config, config.data.split)
-    num = len(source)
-    name = f"{settings.name}[{settings.split}]" if settings.split else settings.name
-    # Samples are compared with images as they are: neither mirrored nor cropped at random.
-    crop = "none" if settings.crop == "none" else "center"
-
-    def images():
-        size = min(batch_size, num)
-        batches = data.batches(
-            source,
-            batch_size=size,
-            seed=0,
-            image_size=settings.image_size,
-            crop=crop,
-            replace_unreadable=settings.replace_unreadable,
-            num_workers=settings.num_workers,
-        )
-        # The first epoch has each image once; its last batch goes on into the second.
-        parts = ((next(batches)["image"][: num - first],) for first in range(0, num, size))
-        for (part,) in with_time_left(parts, num, f"images of {name}"):
-            yield part
-
-    key = {
-        "name": settings.name,
-        "dir": str(user_path(settings.dir).absolute()) if settings.dir else "",
-        "split": settings.split,
-        "num": num,
-        "size": settings.image_size,
-        "crop": crop,
-        "exif": settings.exif,
-    }
-    if num < 2:
-        raise ConfigError(f"config.data: {source!r} has {num} image, and a reference needs 2")
-    return evaluation.data_reference(name, images, network, key)
+def _named(figures, extractor):
+    names = dict(extractor.figure_names)
+    names |= {f"real_{old}": f"real_{new}" for old, new in extractor.figure_names.items()}
+    return {names.get(name, name): value for name, value in figures.items()}

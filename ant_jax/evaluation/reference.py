@@ -1,4 +1,4 @@
-"""Batches of images and statistics of features, as `.npz` files that others read and write too.
+"""Batches of images, and statistics of features, as `.npz` files that others read and write too.
 
 The layout is that of the evaluations of Dhariwal & Nichol, *Diffusion Models Beat GANs*, 2021
 (github.com/openai/guided-diffusion): images `arr_0` and perhaps labels `arr_1`, statistics `mu`,
@@ -17,12 +17,13 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from ant_jax.evaluation.moments import Gaussian
 from ant_jax.runtime import files
 
 _IMAGES = "arr_0"
 _LABELS = "arr_1"
-_POOL = ("mu", "sigma")
-_SPATIAL = ("mu_s", "sigma_s")
+# By the name of the output; see `ant_jax.evaluation`.
+_STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 # What a file may ask for is bounded, whatever it claims: a few compressed bytes can stand for any
 # number of zeros.
 _MOST_FEATURES = 4096  # twice Inception's
@@ -30,40 +31,15 @@ _MOST_HEADER = 10_000  # bytes; NumPy itself reads no longer ones
 _AT_ONCE = 1 << 28  # bytes of images
 
 
-class Gaussian(NamedTuple):
-    """What `frechet_distance` compares: `frechet_distance(*a, *b)`.
-
-    Attributes:
-      mean: (d,) float64.
-      cov: (d, d) float64, the unbiased covariance, as `covariance` gives it.
-    """
-
-    mean: np.ndarray
-    cov: np.ndarray
-
-
-class Statistics(NamedTuple):
-    """The statistics of a set of images.
-
-    Attributes:
-      pool: Of Inception's 2048 pool features, for the FID.
-      spatial: Of the 2023 spatial features for the sFID (Nash et al., *Generating Images with
-        Sparse Representations*, 2021): the first 7 channels of the 17 x 17 positions of the layer
-        `mixed_6/conv`, in the order height, width, channel. None where they are not known.
-    """
-
-    pool: Gaussian
-    spatial: Gaussian | None = None
-
-
-def read_statistics(path: str | os.PathLike) -> Statistics | None:
+def read_statistics(path: str | os.PathLike) -> dict[str, Gaussian]:
     """Reads the statistics of a file.
 
     Args:
       path: An `.npz` file with `mu` (d,) and `sigma` (d, d), perhaps also `mu_s` and `sigma_s`.
 
     Returns:
-      The statistics; None where the file has only images.
+      The statistics of the "features" and perhaps the "spatial" ones; none where the file has only
+      images. Of Inception these are the 2048 pool features, for the FID, and 2023 for the sFID.
 
     Raises:
       ValueError: If the file is damaged, has neither statistics nor images, or the statistics are
@@ -72,53 +48,18 @@ def read_statistics(path: str | os.PathLike) -> Statistics | None:
     """
     with _open(path) as archive:
         names = archive.namelist()
-        if not any(f"{name}.npy" in names for name in (*_POOL, *_SPATIAL)):
+        has = lambda pair: any(f"{name}.npy" in names for name in pair)
+        there = [output for output, pair in _STATISTICS.items() if has(pair)]
+        if not there:
             if f"{_IMAGES}.npy" not in names:
                 raise ValueError(f"it has neither {_IMAGES!r} nor 'mu' but {_shortened(names)}")
-            return None
-        spatial = any(f"{name}.npy" in names for name in _SPATIAL)
-        return Statistics(
-            _gaussian(archive, _POOL), _gaussian(archive, _SPATIAL) if spatial else None
-        )
-
-
-def read_features(path: str | os.PathLike, name: str, most: int) -> np.ndarray:
-    """Reads features of images.
-
-    Args:
-      path: An `.npz` file.
-      name: Of the array, float32 (n, d).
-      most: Up to so many rows.
-
-    Raises:
-      ValueError: If the file is damaged or has no such array.
-      OSError: If it cannot be opened.
-    """
-    with _open(path) as archive, _member(archive, name) as (file, header):
-        if header.dtype != np.float32 or len(header.shape) != 2:
-            raise ValueError(f"{name!r} must be float32 (n, d), got {header}")
-        if header.shape[0] > most or header.shape[1] > _MOST_FEATURES:
-            raise ValueError(f"{name!r} is larger than {most} x {_MOST_FEATURES}: {header}")
-        return _content(file, header)
-
-
-def write_statistics(path: str | os.PathLike, statistics: Statistics, **others: np.ndarray) -> None:
-    """Writes statistics as `read_statistics` reads them; the file is whole or not there.
-
-    Args:
-      path: Where to; an `.npz` file.
-      statistics: Of a set of images.
-      **others: Further arrays of the file by name.
-
-    Raises:
-      ValueError: If they are not finite floating-point numbers of fitting shapes.
-      OSError: If the file cannot be written.
-    """
-    arrays = dict(zip(_POOL, _checked(_POOL, *statistics.pool), strict=True))
-    if statistics.spatial is not None:
-        arrays |= dict(zip(_SPATIAL, _checked(_SPATIAL, *statistics.spatial), strict=True))
-    with files.writing(Path(path)) as file:
-        np.savez(file, **arrays, **others)
+            return {}
+        # Without those of the features a file is no reference of anybody's.
+        return {
+            output: _gaussian(archive, _STATISTICS[output])
+            for output in _STATISTICS
+            if output in there or output == "features"
+        }
 
 
 def num_samples(path: str | os.PathLike) -> int:

@@ -1,69 +1,141 @@
-"""Features of many images in little memory: moments, and some of the features themselves."""
+"""What is known of a set of images: moments of features, and some of the features themselves."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from ant_jax.evaluation.metrics.frechet import Moments, covariance, merge, moments
-from ant_jax.evaluation.reference import Gaussian, Statistics
-from ant_jax.models.inception import Features
+from ant_jax.evaluation.features import Network
+from ant_jax.evaluation.moments import Gaussian, Moments, gaussian, merge, moments
+from ant_jax.runtime import files
+
+# uint8 images (n, height, width, channels) and their labels (n,) or None.
+Batch = tuple[np.ndarray, np.ndarray | None]
 
 # Images whose moments are computed together: few merges of large matrices, and little memory.
 _TOGETHER = 4096
+_NO_LABEL = -1
+NO_LABELS = np.zeros(0, np.int64)
 
 
 class Summary(NamedTuple):
-    """What is known of a set of images.
+    """A set of images in little memory.
 
     Attributes:
-      count: Number of images.
-      statistics: Of all of them.
-      pool: float32 (m, 2048), pool features of the first m images.
-      logits: float32 (m, 1008), theirs.
+      count: Number of images; 0 where a file of statistics does not say it.
+      gaussians: Mean and covariance of outputs of all of them, by name.
+      kept: Outputs of each of the first m images, (m, *shape) by name.
+      labels: (m,) int64, what these images are said to show; -1 where nothing is said.
     """
 
     count: int
-    statistics: Statistics
-    pool: np.ndarray
-    logits: np.ndarray
+    gaussians: dict[str, Gaussian]
+    kept: dict[str, np.ndarray]
+    labels: np.ndarray
 
 
-def summarise(features: Iterable[Features], keep: int | None = None) -> Summary:
-    """Works features off batch by batch.
+class Reference(NamedTuple):
+    """What samples are compared with.
+
+    Attributes:
+      name: For the reader.
+      summary: Of real images: those of a file, or the training images.
+      held_out: Of real images that no model has seen; None where there are none.
+    """
+
+    name: str
+    summary: Summary
+    held_out: Summary | None = None
+
+
+def summarise(
+    batches: Iterable[Batch],
+    network: Network,
+    moments_of: Collection[str],
+    keep: Collection[str],
+    most: int | None = None,
+) -> Summary:
+    """Works images off batch by batch.
 
     Args:
-      features: In batches.
-      keep: Of how many images the features are kept; None for all.
+      batches: Of images and labels.
+      network: What gives the outputs.
+      moments_of: Names of outputs (n, d) whose mean and covariance are taken.
+      keep: Names of outputs that are kept of each image.
+      most: Of how many images they are kept; None for all.
 
     Raises:
-      ValueError: If there are fewer than two images, or features are not finite.
+      ValueError: If there are no images, or only one whose covariance is asked for; if features are
+        not finite, labels don't match their images, or the network can't judge such images.
     """
-    pool, logits, waiting = [], [], []
-    kept = 0
-    sums: tuple[Moments, ...] | None = None
-    for part in features:
-        room = len(part.pool) if keep is None else min(keep - kept, len(part.pool))
-        if room:
-            pool.append(part.pool[:room])
-            logits.append(part.logits[:room])
-            kept += room
-        waiting.append(part)
-        if sum(len(each.pool) for each in waiting) >= _TOGETHER:
-            sums, waiting = _added(sums, waiting), []
-    if waiting:
-        sums = _added(sums, waiting)
-    if sums is None:
-        raise ValueError("no images to judge")
-    gaussians = [Gaussian(each.mean, covariance(each)) for each in sums]
+    labels: list[np.ndarray] = []
+    kept: dict[str, list[np.ndarray]] = {name: [] for name in keep}
+    waiting: dict[str, list[np.ndarray]] = {name: [] for name in moments_of}
+    sums: dict[str, Moments] = {}
+    count = added = 0
+    for outputs in network.outputs(_noting(batches, labels)):
+        (size,) = {len(value) for value in outputs.values()}
+        room = size if most is None else max(0, min(size, most - count))
+        for name, parts in kept.items():
+            parts.append(outputs[name][:room])
+        for name, parts in waiting.items():
+            parts.append(outputs[name])
+        count += size
+        if count - added >= _TOGETHER:
+            _add(sums, waiting)
+            added = count
+    if not count:
+        raise ValueError("there are no images to judge: give at least 2")
+    if added < count:
+        _add(sums, waiting)
     return Summary(
-        sums[0].count, Statistics(*gaussians), np.concatenate(pool), np.concatenate(logits)
+        count,
+        {name: gaussian(each) for name, each in sums.items()},
+        {name: np.concatenate(parts) for name, parts in kept.items()},
+        np.concatenate(labels)[:most],
     )
 
 
-def _added(sums, parts):
-    new = tuple(
-        moments(np.concatenate([getattr(part, name) for part in parts]))
-        for name in ("pool", "spatial")
-    )
-    return new if sums is None else tuple(map(merge, sums, new))
+def save(path: Path, summary: Summary) -> None:
+    """Writes a summary as `load` reads it; the file is whole or not there.
+
+    Raises:
+      OSError: If the file cannot be written.
+    """
+    arrays = {"count": np.int64(summary.count), "labels": summary.labels}
+    for name, each in summary.gaussians.items():
+        arrays |= {f"mean/{name}": each.mean, f"cov/{name}": each.cov}
+    arrays |= {f"kept/{name}": value for name, value in summary.kept.items()}
+    with files.writing(path) as file:
+        np.savez(file, **arrays)
+
+
+def load(path: Path, moments_of: Collection[str], keep: Collection[str]) -> Summary:
+    """Reads what `save` wrote; damaged bytes surface as almost any type of error."""
+    with np.load(path, allow_pickle=False) as stored:
+        return Summary(
+            int(stored["count"]),
+            {name: Gaussian(stored[f"mean/{name}"], stored[f"cov/{name}"]) for name in moments_of},
+            {name: stored[f"kept/{name}"] for name in keep},
+            stored["labels"],
+        )
+
+
+def _noting(batches, every_label):
+    """The images of batches, while their labels are noted."""
+    for images, labels in batches:
+        if labels is None:
+            labels = np.full(len(images), _NO_LABEL)
+        labels = np.asarray(labels)
+        if labels.shape != (len(images),):
+            raise ValueError(f"{len(images)} images came with labels of shape {labels.shape}")
+        every_label.append(labels.astype(np.int64))
+        yield images
+
+
+def _add(sums, waiting):
+    for name, parts in waiting.items():
+        new = moments(np.concatenate(parts))
+        sums[name] = merge(sums[name], new) if name in sums else new
+        parts.clear()

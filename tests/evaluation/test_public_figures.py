@@ -28,7 +28,7 @@ def sets():
 def test_precision_and_recall_are_those_of_prdc(sets, recorded):
     real, fake, _ = sets
     # Without ties, at which prdc leaves out the border of a ball.
-    found = evaluation.precision_recall(real, fake, record.NEIGHBOURS)
+    found = evaluation.precision_and_recall(real, fake, record.NEIGHBOURS)
     assert found == (recorded["precision"], recorded["recall"])
     assert 0.1 < found.recall < found.precision < 0.95
 
@@ -41,6 +41,6 @@ def test_the_frechet_distance_is_that_of_pytorch_fid(sets, recorded):
 
 
 def test_the_inception_score_is_that_of_torch_fidelity(sets, recorded):
-    found = evaluation.inception_score(sets[2], record.SPLIT_SIZE)
+    found = evaluation.inception_score_of(sets[2], record.SPLIT_SIZE)
     assert found == pytest.approx(recorded["inception_score"], rel=1e-9)
-    assert not np.isclose(evaluation.inception_score(sets[2]), found, rtol=0.01)
+    assert not np.isclose(evaluation.inception_score_of(sets[2]), found, rtol=0.01)

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ant_jax import config as config_lib
-from ant_jax import data, evaluate, export, interop, train
+from ant_jax import data, evaluate, export, interop, results, train
 from ant_jax.config import ConfigError
 from ant_jax.data.source import UnreadableImageError
 from ant_jax.latents import codec as codec_lib
@@ -450,10 +450,10 @@ def test_samples_of_another_decoder_do_not_go_on(place, tmp_path):
         weights.write_bytes((place / f"weights{seed}.safetensors").read_bytes())
         codec_lib._load.cache_clear()
         config = settings(place, autoencoder__weights=str(weights))
-        places.append(evaluate.origin(config, 3, {}))
+        places.append(results.origin(config, 3, {}))
     assert places[0] == places[1] != places[2]
     elsewhere = settings(place, autoencoder__weights=str(place / "weights1.safetensors"))
-    assert evaluate.origin(elsewhere, 3, {}) == places[2]
+    assert results.origin(elsewhere, 3, {}) == places[2]
 
 
 def test_validation_losses_are_of_latents_with_their_scale(place, encoded):

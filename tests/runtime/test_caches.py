@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from absl import logging
 
-from ant_jax import evaluation
+from ant_jax import data, evaluation
 from ant_jax.evaluation.features import digits
-from ant_jax.models.inception import Features
+from ant_jax.evaluation.metrics.frechet import frechet
 from ant_jax.runtime import compilation_cache, files
 
 
@@ -70,16 +70,20 @@ def test_programs_are_compiled_without_a_cache(keeping_nothing, monkeypatch):
 
 
 def test_digits_are_judged_without_a_cache(keeping_nothing, monkeypatch):
-    classifier = digits.DigitsClassifier((np.eye(3),) * 3, (np.zeros(3),) * 3, 0.5)
+    classifier = digits.DigitsClassifier((np.eye(3),) * 3, (np.zeros(3),) * 3)
     monkeypatch.setattr(digits, "_train", lambda: classifier)
     with keeping_nothing():
         assert digits.load_classifier() is classifier
 
 
 def test_data_are_a_reference_without_a_cache(keeping_nothing):
-    images = np.random.RandomState(0).randint(0, 256, (5, 1, 1, 3)).astype(np.uint8)
-    of = lambda batch: Features(*[np.float32(batch.reshape(len(batch), -1))] * 3)
-    network = evaluation.Network(lambda batches: map(of, batches), 3, 3, "digest")
+    outputs = lambda batches: ({"features": np.float64(x.reshape(len(x), -1))} for x in batches)
+    network = evaluation.Network(outputs, "digest")
+    extractor = evaluation.Extractor({"features": (64,)}, None, lambda: network)
+    judge = evaluation.judge(extractor, [frechet()])
+    source = data.digits("test")
     with keeping_nothing():
-        found = evaluation.data_reference("data", lambda: [images], network, {})
-    np.testing.assert_allclose(found.statistics.pool.mean, images.reshape(5, 3).mean(0))
+        found = evaluation.data_reference(judge, evaluation.Images("data", source, key={}))
+    np.testing.assert_allclose(
+        found.summary.gaussians["features"].mean, source.images.reshape(300, 64).mean(0)
+    )

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ant_jax import evaluate, evaluation
+from ant_jax import evaluate, evaluation, results
 from ant_jax import workdir as workdir_lib
 from ant_jax.runtime import processes
 from ant_jax.runtime.lock import InUseError
@@ -131,11 +131,11 @@ def test_an_evaluation_without_samples_leaves_those_that_are_being_drawn(tmp_pat
     config.evaluation.features = ""
     state = SimpleNamespace(ema_params={})
     pieces = SimpleNamespace(process=SimpleNamespace(span=5), model=None)
-    monkeypatch.setattr(evaluate, "restore_run", lambda *_: (3, pieces, state))
+    monkeypatch.setattr(evaluate.results, "restore_run", lambda *_: (3, pieces, state))
     monkeypatch.setattr(evaluate.experiment, "denoiser", lambda *_: None)
     monkeypatch.setattr(evaluate, "validation_losses", lambda *_, timesteps_each: np.ones(1))
     workdir_lib.save_config(config, tmp_path)
-    with cache.folder(tmp_path, evaluate.origin(config, 3, state.ema_params)) as place:
+    with cache.folder(tmp_path, results.origin(config, 3, state.ema_params)) as place:
         cache.draw_missing(place, NUM, BATCH, drawing([]))
         # Nor do they keep it from being done.
         assert evaluate.evaluate(config, tmp_path) == {"step": 3, "validation_loss": 1.0}

@@ -1,54 +1,61 @@
 """Features of images by Inception, over all local devices."""
 
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ant_jax import interop
-from ant_jax.models.inception import Features, InceptionV3
+from ant_jax.evaluation.features import Extractor, Network
+from ant_jax.models.inception import InceptionV3
+from ant_jax.runtime import files
 from ant_jax.runtime.devices import replicated, split_over
 from ant_jax.runtime.tree_hash import tree_hash
+from ant_jax.settings import Path
 
 # As many as ADM's evaluation takes at once, and no more memory than a training step's.
 _PER_DEVICE = 64
 
 
-class Network(NamedTuple):
-    """What images are measured by.
-
-    Attributes:
-      features: From batches of uint8 images (n, height, width, 1 or 3) of one size to the NumPy
-        float32 features of all of them, in their order but in batches of other sizes.
-      pool_width: Number of pool features, 2048 for Inception.
-      spatial_width: Number of spatial features, 2023 for Inception.
-      digest: Of the weights.
-    """
-
-    features: Callable[[Iterable[np.ndarray]], Iterator[Features]]
-    pool_width: int
-    spatial_width: int
-    digest: str
+_WEIGHTS = (
+    "the weights: pt_inception-2015-12-05-6726825d.pth of the release fid_weights of "
+    "github.com/mseitzer/pytorch-fid, or weights-inception-2015-12-05-6726825d.pth of the release "
+    "v0.2.0 of github.com/toshas/torch-fidelity"
+)
 
 
-def load_inception(path: str | os.PathLike) -> Network:
-    """The network of the FID with its published weights, on this process's devices.
+def inception(weights: Path) -> Extractor:
+    """The network of the FID, on this process's devices.
+
+    Its outputs, float32: "features", the 2048 of the last pooling, for FID, precision and recall;
+    "spatial", 2023, for the sFID; "logits", 1008 without the bias, for the Inception score.
 
     Args:
-      path: `pt_inception-2015-12-05-6726825d.pth` of the releases of pytorch-fid, or
+      weights: Path of `pt_inception-2015-12-05-6726825d.pth` of the releases of pytorch-fid, or of
         `weights-inception-2015-12-05-6726825d.pth` of those of torch-fidelity.
-
-    Raises:
-      ValueError: If the file is damaged or its weights are not Inception's.
-      OSError: If it cannot be opened.
     """
+
+    def check(height, width, channels):
+        if not weights:
+            raise ValueError(f"needs the path of {_WEIGHTS}")
+        if not files.user_path(weights).is_file():
+            raise ValueError(f"finds no weights: there is no such file as {weights!r}")
+        if channels not in (None, 1, 3):
+            raise ValueError(f"judges images of 1 or 3 channels, not of {channels}")
+
+    return Extractor(
+        {"features": (2048,), "spatial": (2023,), "logits": (1008,)},
+        check,
+        lambda: _load(files.user_path(weights)),
+        {"frechet_distance": "fid", "group_frechet_distance": "group_fid"},
+    )
+
+
+def _load(path):
     params = interop.from_torch(interop.read_state(path), _template(), interop.INCEPTION)
     placed = jax.device_put(params, replicated(jax.local_devices()))
-    return Network(functools.partial(_features, placed), 2048, 2023, tree_hash(params))
+    return Network(functools.partial(_outputs, placed), tree_hash(params))
 
 
 @functools.cache
@@ -61,7 +68,7 @@ def _template():
 _apply = jax.jit(lambda params, images: InceptionV3().apply({"params": params}, images))
 
 
-def _features(params, batches):
+def _outputs(params, batches):
     devices = jax.local_devices()
     size, running = None, None
     for images in batches:
@@ -93,4 +100,5 @@ def _checked(images):
 
 
 def _fetched(features, count):
-    return Features(*(np.asarray(value)[:count] for value in features))
+    pool, spatial, logits = (np.asarray(value)[:count] for value in features)
+    return {"features": pool, "spatial": spatial, "logits": logits}

@@ -1,71 +1,26 @@
-"""The Frechet distance between two sets of features, in NumPy and float64."""
-
-from typing import NamedTuple
+"""The Frechet distance between two sets of features; of Inception's, the FID."""
 
 import numpy as np
 from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
+from ant_jax.evaluation.metrics import Metric
 
-class Moments(NamedTuple):
-    """Sums from which mean and covariance follow, and which can be merged.
 
-    Attributes:
-      count: Number of feature vectors.
-      mean: (d,) their mean.
-      scatter: (d, d) sum of the outer products of their deviations from the mean.
+def frechet() -> Metric:
+    """``frechet_distance``: the squared Frechet distance of the features to those of real images.
+
+    It is "fid" of Inception's features (Heusel et al. 2017). Its bias falls with the number of
+    samples, so compare only equal numbers. A perfect generator is a source of further held-out
+    images: their distance, ``real_frechet_distance``, is above zero because they are few. A model
+    that has learnt its training images by heart scores below it.
     """
 
-    count: int
-    mean: np.ndarray
-    scatter: np.ndarray
+    def measure(samples, reference):
+        real = reference.summary.gaussians["features"]
+        return {"frechet_distance": frechet_distance(*samples.gaussians["features"], *real)}
 
-
-def moments(features: np.ndarray) -> Moments:
-    """Returns the moments of features of shape (n, d).
-
-    Raises:
-      ValueError: If the features are not a non-empty matrix of finite numbers.
-    """
-    features = np.asarray(features, np.float64)
-    if features.ndim != 2 or len(features) == 0:
-        raise ValueError(f"features must be a non-empty (n, d) array, got shape {features.shape}")
-    if not np.isfinite(features).all():
-        raise ValueError("features are not finite")
-    mean = features.mean(axis=0)
-    deviations = features - mean
-    return Moments(len(features), mean, deviations.T @ deviations)
-
-
-def merge(a: Moments, b: Moments) -> Moments:
-    """Returns the moments of the union of two sets of features of the same width.
-
-    Chan, Golub & LeVeque, *Updating Formulae and a Pairwise Algorithm for Computing Sample
-    Variances*, 1979, eq. 2.1: unlike raw second moments it does not cancel when the mean is large.
-
-    Raises:
-      ValueError: If the widths differ.
-    """
-    if a.mean.shape != b.mean.shape:
-        raise ValueError(f"cannot merge features of widths {a.mean.size} and {b.mean.size}")
-    count = a.count + b.count
-    delta = b.mean - a.mean
-    return Moments(
-        count,
-        a.mean + delta * (b.count / count),
-        a.scatter + b.scatter + np.outer(delta, delta) * (a.count * b.count / count),
-    )
-
-
-def covariance(statistics: Moments) -> np.ndarray:
-    """Returns the unbiased covariance (d, d).
-
-    Raises:
-      ValueError: If there are fewer than two samples.
-    """
-    if statistics.count < 2:
-        raise ValueError(f"a covariance needs at least 2 samples, got {statistics.count}")
-    return statistics.scatter / (statistics.count - 1)
+    return Metric(measure, moments=frozenset({"features"}), floors=frozenset({"frechet_distance"}))
 
 
 def frechet_distance(

@@ -3,8 +3,22 @@
 import numpy as np
 from scipy.special import logsumexp
 
+from ant_jax.evaluation.metrics import Metric
 
-def inception_score(logits: np.ndarray, split_size: int = 5000) -> float:
+
+def inception_score() -> Metric:
+    """``inception_score`` of the logits, in splits of 5000: see `inception_score_of`.
+
+    Sample i of `sampling.sample_batches` is of class i mod classes, so the splits are balanced.
+    """
+
+    def measure(samples, reference):
+        return {"inception_score": inception_score_of(samples.kept["logits"])}
+
+    return Metric(measure, samples=frozenset({"logits"}))
+
+
+def inception_score_of(logits: np.ndarray, split_size: int = 5000) -> float:
     """Returns the inception score: how confident and how diverse a classifier's verdicts are.
 
     exp(mean over x of KL(p(y|x) | p(y))), p(y) being the mean of p(y|x) over a split (Salimans et

@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ant_jax.evaluation.metrics import Metric
+
+_NEIGHBOURS = 3
 # Bounds the memory: distances of a block.
 _BLOCK_SIZE = 2**23
 # Bounds the memory: feature vectors whose differences are taken at once.
@@ -23,7 +26,23 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
-def precision_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> PrecisionRecall:
+def precision_recall() -> Metric:
+    """``precision`` and ``recall`` by 3 neighbours: see `precision_and_recall`.
+
+    Absent where there are no more than 3 real images or samples.
+    """
+
+    def measure(samples, reference):
+        real, fake = reference.summary.kept["features"], samples.kept["features"]
+        if min(len(real), len(fake)) <= _NEIGHBOURS:
+            return {}
+        return precision_and_recall(real, fake, _NEIGHBOURS)._asdict()
+
+    features = frozenset({"features"})
+    return Metric(measure, samples=features, real=features)
+
+
+def precision_and_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> PrecisionRecall:
     """Improved precision and recall of generated features against real ones.
 
     Kynkaanniemi et al., *Improved Precision and Recall Metric for Assessing Generative Models*,

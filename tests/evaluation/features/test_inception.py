@@ -1,63 +1,26 @@
-import importlib.util
 import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax import evaluate, evaluation, interop
+from ant_jax import evaluate, evaluation
 from ant_jax.evaluation.features import inception
 from ant_jax.models.inception import Features
 from configs import digits
 
-RECORDED = Path(__file__).parents[2] / "data" / "inception"
-_spec = importlib.util.spec_from_file_location("record_inception", RECORDED / "record.py")
-record = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(record)
 
-
-@pytest.fixture(scope="module")
-def recorded():
-    with np.load(RECORDED / "inception.npz") as stored:
-        return dict(stored)
-
-
-@pytest.fixture(scope="module")
-def weights(recorded, tmp_path_factory):
-    """A file of the recorded network's weights."""
-    path = tmp_path_factory.mktemp("inception") / "weights.safetensors"
-    interop.write_state(
-        path,
-        {
-            str(name): record.weight(str(name), tuple(map(int, str(shape).split())))
-            for name, shape in zip(recorded["names"], recorded["shapes"], strict=True)
-        },
-    )
-    return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Others would work on padding."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-        yield
-
-
-def test_features_are_those_of_the_public_implementations(recorded, weights):
-    network = evaluation.load_inception(weights)
-    (features,) = network.features([recorded["images"]])
-    assert features.pool.shape == (1, network.pool_width)
-    assert features.spatial.shape == (1, network.spatial_width)
-    for name, value in features._asdict().items():
-        expected = recorded[name]
+def test_features_are_those_of_the_public_implementations(recorded, inception_weights):
+    network = inception.inception(str(inception_weights)).load()
+    (outputs,) = network.outputs([recorded["images"]])
+    for name, value in outputs.items():
+        expected = recorded["pool" if name == "features" else name]
         assert value.shape == expected.shape and value.dtype == np.float32
         assert np.abs(value - expected).max() < 1e-5 * expected.max(), name
 
 
-def test_samples_are_judged_by_inception(recorded, weights, tmp_path):
+def test_samples_are_judged_by_inception(recorded, inception_weights, tmp_path):
     """The whole of it with the real network: what `--mode evaluate` does with a file of samples."""
     images = np.random.default_rng(0).integers(0, 256, (2, *recorded["images"].shape[1:]))
     evaluation.write_samples(tmp_path / "real.npz", [(np.uint8(images), None)], 2)
@@ -66,7 +29,7 @@ def test_samples_are_judged_by_inception(recorded, weights, tmp_path):
     # As many at once as above, so that the network is compiled once.
     config.sample.batch_size = 1
     config.evaluation.features = "inception"
-    config.evaluation.inception = str(weights)
+    config.evaluation.inception = str(inception_weights)
     config.evaluation.reference = str(tmp_path / "real.npz")
 
     config.evaluation.samples = str(tmp_path / "some.npz")
@@ -99,11 +62,11 @@ def test_batches_of_any_size_are_one_program(sizes, stub, monkeypatch):
     monkeypatch.setattr(inception, "_PER_DEVICE", 2)
     images = np.uint8(np.random.default_rng(0).integers(0, 256, (sum(sizes), 4, 6, 3)))
     batches = np.split(images, np.cumsum(sizes)[:-1])
-    parts = list(inception._features(np.float32(2), iter(batches)))
+    parts = list(inception._outputs(np.float32(2), iter(batches)))
     assert stub == [(16 if sizes[0] == 20 else 8, 4, 6, 3)]
     expected = 2 * images.sum((1, 2))
-    for i, name in enumerate(Features._fields):
-        got = np.concatenate([getattr(part, name) for part in parts])
+    for i, name in enumerate(("features", "spatial", "logits")):
+        got = np.concatenate([part[name] for part in parts])
         assert got.dtype == np.float32
         np.testing.assert_array_equal(got, expected + i)
 
@@ -116,20 +79,20 @@ def test_the_next_batch_is_asked_for_before_the_last_is_fetched(stub):
             asked.append(i)
             yield np.full((8, 2, 2, 3), i, np.uint8)
 
-    parts = inception._features(np.float32(1), batches())
-    assert next(parts).pool[0, 0] == 0 and asked == [0, 1]
-    assert [part.pool[0, 0] for part in parts] == [4, 8]
+    parts = inception._outputs(np.float32(1), batches())
+    assert next(parts)["features"][0, 0] == 0 and asked == [0, 1]
+    assert [part["features"][0, 0] for part in parts] == [4, 8]
 
 
 def test_grey_images_are_colourless_ones(stub):
     grey = np.uint8(np.random.default_rng(0).integers(0, 256, (3, 2, 2, 1)))
-    (got,) = inception._features(np.float32(1), [grey])
-    (expected,) = inception._features(np.float32(1), [grey.repeat(3, -1)])
-    np.testing.assert_array_equal(got.pool, expected.pool)
+    (got,) = inception._outputs(np.float32(1), [grey])
+    (expected,) = inception._outputs(np.float32(1), [grey.repeat(3, -1)])
+    np.testing.assert_array_equal(got["features"], expected["features"])
     for bad in (np.zeros((2, 2, 2, 4), np.uint8), np.zeros((2, 2, 2, 3)), np.zeros((2, 2), "u1")):
         with pytest.raises(ValueError, match="Inception needs uint8 images"):
-            list(inception._features(np.float32(1), [bad]))
+            list(inception._outputs(np.float32(1), [bad]))
 
 
 def test_nothing_has_no_features(stub):
-    assert list(inception._features(np.float32(1), [])) == []
+    assert list(inception._outputs(np.float32(1), [])) == []

@@ -1,13 +1,10 @@
-import importlib
 import tracemalloc
 
 import numpy as np
 import pytest
 
-from ant_jax.evaluation import precision_recall
-
-# The package's attribute of this name is the function.
-module = importlib.import_module("ant_jax.evaluation.metrics.precision_recall")
+from ant_jax.evaluation import precision_and_recall
+from ant_jax.evaluation.metrics import precision_recall as module
 
 
 def _brute_force(real, fake, k):
@@ -53,13 +50,13 @@ def test_brute_force_exactly(draw, n, m, k, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_SIZE", 150)
     monkeypatch.setattr(module, "_CHUNK", 4)
     real, fake = draw(np.random.default_rng(n), n, m)
-    assert precision_recall(real, fake, k) == _brute_force(real, fake, k)
+    assert precision_and_recall(real, fake, k) == _brute_force(real, fake, k)
 
 
 def test_by_hand():
     # Real balls reach 1 far and are closed; those of the others reach 1.5, 0.5, 0.5 and 5.5.
     real, fake = np.array([[0.0], [1], [2], [3]]), np.array([[2.5], [4], [4.5], [10]])
-    assert precision_recall(real, fake, k=1) == (0.5, 0.75)
+    assert precision_and_recall(real, fake, k=1) == (0.5, 0.75)
 
 
 def test_equal_distances_in_high_dimension_are_equal():
@@ -68,29 +65,29 @@ def test_equal_distances_in_high_dimension_are_equal():
     offsets = rng.integers(-1024, 1025, (20, 2048)) / 1024
     centres = 100.0 * np.arange(20)[:, None]
     real = np.concatenate([centres + np.zeros(2048), centres + offsets])
-    assert precision_recall(real, centres - offsets, k=1) == (1, 1)
+    assert precision_and_recall(real, centres - offsets, k=1) == (1, 1)
 
 
 def test_a_point_just_outside_in_high_dimension():
     v = np.random.default_rng(0).standard_normal(2048)
     # The last two real points are each other's neighbours, far away.
     real = np.stack([0 * v, v, 0 * v + 100, 0 * v + 100.001])
-    assert precision_recall(real, np.stack([-v, -v * (1 + 1e-14)]), k=1).precision == 0.5
+    assert precision_and_recall(real, np.stack([-v, -v * (1 + 1e-14)]), k=1).precision == 0.5
 
 
 def test_sets_of_copies():
     point, others = np.full((6, 3), 0.1), np.random.default_rng(0).standard_normal((8, 3))
     # A ball of radius 0 still holds its own point.
-    assert precision_recall(point, point) == (1, 1)
-    assert precision_recall(others, point).recall == 0
-    assert precision_recall(np.concatenate([others, point[:1]]), point) == (1, 1 / 9)
+    assert precision_and_recall(point, point) == (1, 1)
+    assert precision_and_recall(others, point).recall == 0
+    assert precision_and_recall(np.concatenate([others, point[:1]]), point) == (1, 1 / 9)
 
 
 def test_the_sets_change_roles():
     real, fake = _gaussians(np.random.default_rng(0), 50, 40)
-    precision, recall = precision_recall(real, fake)
+    precision, recall = precision_and_recall(real, fake)
     assert precision != recall
-    assert precision_recall(fake, real) == (recall, precision)
+    assert precision_and_recall(fake, real) == (recall, precision)
 
 
 @pytest.mark.parametrize("collapsed", [False, True])
@@ -101,7 +98,7 @@ def test_nearly_all_is_decided_by_the_matrix_product(collapsed, monkeypatch):
         module, "_differences", lambda *args: pairs.append(len(args[2])) or differences(*args)
     )
     real, fake = _gaussians(np.random.default_rng(0), 150, 100)
-    precision_recall(real, fake[:1].repeat(100, axis=0) if collapsed else fake)
+    precision_and_recall(real, fake[:1].repeat(100, axis=0) if collapsed else fake)
     # The radii themselves.
     assert sum(pairs) == 3 * (150 + 100)
 
@@ -110,7 +107,7 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_SIZE", 2**14)
     real, fake = np.random.default_rng(0).standard_normal((2, 1000, 2))
     tracemalloc.start()
-    precision_recall(real, fake)
+    precision_and_recall(real, fake)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * 8 * 2**14 < 8 * 1000**2 / 4
@@ -130,4 +127,4 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch):
 )
 def test_errors(real, fake, k, message):
     with pytest.raises(ValueError, match=message):
-        precision_recall(real, fake, k)
+        precision_and_recall(real, fake, k)

@@ -1,0 +1,28 @@
+"""Whether a classifier sees in samples what they were generated for."""
+
+import numpy as np
+
+from ant_jax.evaluation.metrics import Metric
+
+
+def label_accuracy() -> Metric:
+    """``label_accuracy``, and ``classifier_test_accuracy``: the best to hope for.
+
+    The first is the share of the labelled samples that the extractor gives their label, absent
+    where no sample has a label; the second is that share of the held-out real images.
+    """
+
+    def measure(samples, reference):
+        figures = {"label_accuracy": _accuracy(samples)}
+        if reference.held_out is not None:
+            figures["classifier_test_accuracy"] = _accuracy(reference.held_out)
+        return {name: value for name, value in figures.items() if value is not None}
+
+    return Metric(measure, samples=frozenset({"labels"}))
+
+
+def _accuracy(summary):
+    found = summary.kept["labels"]
+    wanted = summary.labels[: len(found)]
+    labelled = wanted >= 0
+    return float(np.mean((found == wanted)[labelled])) if labelled.any() else None

@@ -1,0 +1,137 @@
+"""What samples are compared with: a file of the field, or the training data."""
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import logging
+
+from ant_jax import data
+from ant_jax.evaluation import summary as summary_lib
+from ant_jax.evaluation.evaluator import Judge
+from ant_jax.evaluation.reference import has_images, num_samples, read_samples, read_statistics
+from ant_jax.evaluation.summary import Batch, Reference, Summary, summarise
+from ant_jax.runtime import files
+from ant_jax.runtime.progress import with_time_left
+from ant_jax.runtime.tree_hash import tree_hash
+
+# Of the real images; as many as the reference batches of ADM have.
+_KEPT = 10_000
+# Part of the cache file's name: increase it whenever the summary of the same images changes.
+_VERSION = 2
+
+
+class Images(NamedTuple):
+    """Real images.
+
+    Attributes:
+      name: For the reader.
+      source: Where they come from.
+      pipeline: Settings of `data.batches` that make of them what samples are compared with.
+      key: What determines the images, for the cache; without it there is none. That their files
+        change is not noticed where it is the same.
+    """
+
+    name: str
+    source: data.Source
+    pipeline: Mapping[str, Any] = {}
+    key: Mapping[str, Any] | None = None
+
+
+def read_reference(path: str | os.PathLike, judge: Judge, batch_size: int = 512) -> Reference:
+    """Reads a reference batch of ADM's kind: statistics, images, or both.
+
+    The statistics are those of the file where it has any, and else those of its images. What is
+    taken of each image is taken of all of the file's, as in ADM's evaluation.
+
+    Args:
+      path: An `.npz` file; see `read_statistics` and `read_samples`.
+      judge: What the statistics are of.
+      batch_size: Images read at once.
+
+    Raises:
+      ValueError: If the file is damaged, has none of them, or statistics of other features.
+      OSError: If it cannot be opened.
+    """
+    statistics = read_statistics(path)
+    for output, found in statistics.items():
+        expected = judge.extractor.shapes.get(output)
+        if expected is not None and found.mean.shape != expected:
+            name = {"features": "mu", "spatial": "mu_s"}[output]
+            raise ValueError(
+                f"{os.fspath(path)} cannot be used: {name!r} is of {found.mean.size} features, "
+                f"and samples are judged by {expected[0]}"
+            )
+    if not has_images(path):
+        return Reference(os.fspath(path), Summary(0, statistics, {}, summary_lib.NO_LABELS))
+    batches = with_time_left(
+        read_samples(path, batch_size), num_samples(path), "images of the reference"
+    )
+    moments_of = () if statistics else judge.moments
+    found = summarise(batches, judge.network, moments_of, judge.real)
+    return Reference(os.fspath(path), found._replace(gaussians=statistics or found.gaussians))
+
+
+def data_reference(
+    judge: Judge,
+    images: Images,
+    held_out: Images | None = None,
+    batch_size: int = 512,
+    cache_dir: Path | None = None,
+) -> Reference:
+    """Training images, from the cache or else worked off and then cached.
+
+    Args:
+      judge: What judges them.
+      images: The training images.
+      held_out: Real images that no model has seen: the scale on which to read the figures.
+      batch_size: Images worked off at once.
+      cache_dir: None is `files.user_cache`.
+
+    Raises:
+      ValueError: If there are fewer than two images.
+    """
+    real = _summary(judge, images, judge.real, batch_size, cache_dir)
+    others = None
+    if held_out is not None:
+        others = _summary(judge, held_out, judge.samples | judge.real, batch_size, cache_dir)
+    return Reference(images.name, real, others)
+
+
+def _summary(judge, images, keep, batch_size, cache_dir):
+    if len(images.source) < 2:
+        raise ValueError(f"{images.source!r} has {len(images.source)} image: a reference needs 2")
+    path, moments_of, keep = None, sorted(judge.moments), sorted(keep)
+    if images.key is not None:
+        key = {"images": images.key, "weights": judge.network.digest, "of": [moments_of, keep]}
+        cache_dir = cache_dir or files.user_cache()
+        path = cache_dir and cache_dir / f"reference_v{_VERSION}_{tree_hash(key)[:24]}.npz"
+    if path is not None and os.path.exists(path):
+        try:
+            found = summary_lib.load(path, moments_of, keep)
+            logging.info("statistics of %s: %s", images.name, path)
+            return found
+        except Exception as error:  # Damaged bytes surface as almost any type of error.
+            logging.warning("computed again: %s is damaged: %r", path, error)
+    found = summarise(_each_once(images, batch_size), judge.network, moments_of, keep, _KEPT)
+    if path is not None:
+        with files.keeping(f"the statistics of {images.name}"):
+            summary_lib.save(path, found)
+            logging.info("statistics of %s kept for the next time: %s", images.name, path)
+    return found
+
+
+def _each_once(images: Images, batch_size: int) -> Iterator[Batch]:
+    """Each image once, in an order where the first ones stand for all."""
+    num = len(images.source)
+    size = min(batch_size, num)
+    batches = data.batches(images.source, batch_size=size, seed=0, **images.pipeline)
+
+    def parts():
+        for first in range(0, num, size):
+            # The first epoch has each image once; its last batch goes on into the second.
+            batch = next(batches)
+            yield batch["image"][: num - first], batch["label"][: num - first]
+
+    return with_time_left(parts(), num, f"images of {images.name}")

@@ -1,0 +1,164 @@
+"""What is shared by the modes that use a trained run: the run itself, and the files of results."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from ant_jax import config as config_lib
+from ant_jax import experiment, sampling
+from ant_jax import workdir as workdir_lib
+from ant_jax.latents import dataset
+from ant_jax.runtime.files import write_bytes, write_new
+from ant_jax.runtime.tree_hash import tree_hash
+from ant_jax.sampling import cache
+from ant_jax.train_step import TrainState
+
+# What samples of given parameters don't depend on. Batches say themselves how large they are.
+_NO_MATTER = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "evaluation.")
+_NO_MATTER += ("data.num_workers", "data.dir", "sample.every", "sample.batch_size")
+_NO_MATTER += ("autoencoder.latents", "autoencoder.weights", "autoencoder.batch_size")
+_NO_MATTER += ("init_from", "init_facts", "num_steps")
+
+
+def restore_run(
+    config: ConfigDict, workdir: Path, step: int | None = None, *, draws: bool = True, **given: Any
+) -> tuple[int, experiment.Experiment, TrainState]:
+    """A run's step, what its config describes, and its state then.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      step: of the checkpoint; the newest by default.
+      draws: whether samples are to be drawn, which takes the autoencoder that the run has.
+      **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
+
+    Raises:
+      FileNotFoundError: if the workdir has no checkpoint (of that step).
+      ConfigError: if the workdir is of another config, or was given other things.
+    """
+    before = workdir_lib.recorded(workdir)
+    if before is None:
+        raise FileNotFoundError(f"no run in {workdir}: give its --workdir, or train first")
+    # Without what it learned from: what there is to know of that are facts.
+    built = {name: kind for name, kind in before["given"].items() if name != "source"}
+    workdir_lib.check_run(before | {"given": built}, config, workdir_lib.names_of(given), workdir)
+    if draws:
+        workdir_lib.check_encoder(config, workdir)
+    pieces = experiment.build(config, **workdir_lib.load_facts(workdir), **given)
+    restored = workdir_lib.restore(config, pieces, workdir, step)
+    if restored is None:
+        raise FileNotFoundError(f"no checkpoint in {workdir}: train first")
+    step, state = restored
+    return step, pieces, state
+
+
+def sample_settings(config: ConfigDict) -> dict[str, Any]:
+    """The settings that samples depend on, flat."""
+    return {
+        name: value
+        for name, value in config_lib.flatten(config).items()
+        if not config_lib.is_among(name, _NO_MATTER)
+    }
+
+
+def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
+    """What samples depend on, as JSON can hold it; others have another one.
+
+    Args:
+      config: of the run.
+      step: of the checkpoint.
+      params: those the samples are drawn with.
+    """
+    # The weights may be others under the same name, or the same under another.
+    decoder = dataset.open_codec(config).digest if config.autoencoder.name else ""
+    tree = {"step": step, "params": tree_hash(params)[:16], "decoder": decoder}
+    return json.loads(json.dumps(tree | {"settings": sample_settings(config)}))
+
+
+def run_origin(config: ConfigDict, workdir: Path, step: int, state: TrainState) -> dict[str, Any]:
+    """What the samples of a step of a run depend on, and which run it is."""
+    run = {"run": workdir_lib.recorded(workdir)["id"]}
+    return run | origin(config, step, state.ema_params)
+
+
+def noting_first(batches: Iterator, first: list[np.ndarray]) -> Iterator:
+    """Passes batches on, and notes the images that a grid shows."""
+    for images, labels in batches:
+        if sum(map(len, first)) < sampling.GRID:
+            first.append(images)
+        yield images, labels
+
+
+def save_grid(path: Path, first: list[np.ndarray]) -> None:
+    """Writes the grid of the first images beside a result."""
+    grid = sampling.image_grid(np.concatenate(first)[: sampling.GRID])
+    sampling.save_png(path.with_suffix(".png"), grid)
+
+
+def write(path: Path, content: dict[str, Any], config: ConfigDict, workdir: Path) -> Path:
+    """Writes the JSON file of a result: at its place, or by a key where that has another's.
+
+    Args:
+      path: Its place.
+      content: Of the file; ``made_from`` says what the result depends on.
+      config: Of the run.
+      workdir: Of the run.
+
+    Returns:
+      Where it is.
+    """
+    ours = json.loads(json.dumps(content["made_from"]))
+    encoded = (json.dumps(content, indent=1) + "\n").encode()
+    keyed = path.with_stem(f"{path.stem}-{cache.key(ours)[:8]}")
+    if made_from(path) == ours:
+        write_bytes(path, encoded)
+        return path
+    # Samples that say nothing, or a picture of the trainer's, which may still be to come.
+    others = path.with_suffix(".npz").exists()
+    picture = path.with_suffix(".png").exists() or _is_picture(path, workdir)
+    others |= picture and not _looks_own(config, workdir)
+    if not others and write_new(path, encoded):
+        return path
+    logging.info(
+        "%s stays, for it is of other settings; this result is %s (made_from in each says of what)",
+        path,
+        keyed,
+    )
+    write_bytes(keyed, encoded)
+    return keyed
+
+
+def made_from(path: Path) -> dict[str, Any] | None:
+    """What a result was made from; None if there is none that says it."""
+    if not path.is_file():
+        # A pipe would be waited for.
+        return None
+    try:
+        return json.loads(path.read_text())["made_from"]
+    # What isn't ours surfaces as almost any type of error.
+    except Exception:
+        return None
+
+
+def _is_picture(path, workdir):
+    """Whether the trainer draws a picture of this name."""
+    saved = workdir_lib.load_config(workdir)
+    return (
+        saved is not None
+        and path.parent.name == "samples"
+        and sampling.grid_is_due(int(path.stem), saved.sample.every, saved.num_steps)
+    )
+
+
+def _looks_own(config, workdir):
+    """Whether the first samples are those of the trainer's pictures."""
+    saved = workdir_lib.load_config(workdir)
+    if saved is None or saved.autoencoder.weights != config.autoencoder.weights:
+        return False
+    there, now = sample_settings(saved), sample_settings(config)
+    return all(there.get(name) == now[name] for name in now if name != "sample.num")

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+
+from ant_jax import data, evaluation
+from ant_jax.evaluation import frechet_distance, summarise
+from ant_jax.evaluation.features.digits import digits
+
+
+def images(num, seed=0, high=256):
+    return np.uint8(np.random.default_rng(seed).integers(0, high, (num, 4, 4, 1)))
+
+
+def batches(array, size=7, labels=None):
+    for i in range(0, len(array), size):
+        yield array[i : i + size], None if labels is None else labels[i : i + size]
+
+
+@pytest.fixture
+def judge(linear, every_metric):
+    named = linear._replace(figure_names={"frechet_distance": "fid"})
+    return evaluation.judge(named, list(every_metric.values()))
+
+
+def reference(judge, real, held_out=None):
+    of = lambda array: summarise(
+        batches(array), judge.network, judge.moments, judge.samples | judge.real
+    )
+    return evaluation.Reference("real", of(real), None if held_out is None else of(held_out))
+
+
+def test_each_figure_is_that_of_its_outputs(judge):
+    real, fake = images(60), images(50, 1, 220)
+    theirs, ours = (next(judge.network.outputs([x])) for x in (real, fake))
+    labels = np.arange(50) % 5
+    found = evaluation.measure(batches(fake, 7, labels), judge, reference(judge, real))
+    gaussian = lambda x: (x.mean(0), np.cov(x, rowvar=False))
+    distance = lambda name: frechet_distance(*gaussian(ours[name]), *gaussian(theirs[name]))
+    expected = {
+        "fid": distance("features"),
+        "sfid": distance("spatial"),
+        "inception_score": evaluation.inception_score_of(ours["logits"]),
+        **evaluation.precision_and_recall(theirs["features"], ours["features"])._asdict(),
+        "label_accuracy": np.mean(ours["labels"] == labels),
+        "nearest_train_distance": evaluation.nearest_distances(fake, real).mean(),
+        "num_samples": 50,
+    }
+    assert found.pop("reference") == "real"
+    assert found == pytest.approx(expected, rel=1e-9)
+    assert expected["precision"] != expected["recall"] and expected["fid"] > 0.1
+
+
+def test_what_held_out_images_score_is_the_scale(judge):
+    real, held_out = images(60), images(20, 2)
+    found = evaluation.measure(batches(images(50, 1)), judge, reference(judge, real, held_out))
+    floors = {name: value for name, value in found.items() if name.startswith("real_")}
+    theirs = evaluation.measure(batches(held_out), judge, reference(judge, real, held_out))
+    names = ("fid", "nearest_train_distance", "num_samples")
+    assert floors == pytest.approx({f"real_{name}": theirs[name] for name in names})
+    assert floors["real_num_samples"] == 20
+
+
+def test_what_the_extractor_or_the_reference_lacks_is_absent(judge, linear):
+    whole = reference(judge, images(20))
+    statistics = whole.summary._replace(gaussians={"features": whole.summary.gaussians["features"]})
+    bare = whole._replace(summary=statistics._replace(kept={}))
+    found = evaluation.measure(batches(images(9)), judge, bare)
+    assert list(found) == ["fid", "inception_score", "num_samples", "reference"]
+    # Three neighbours need four points in either set.
+    few = whole._replace(summary=whole.summary._replace(kept={"features": np.zeros((3, 5))}))
+    for real, num in ((whole, 3), (few, 9)):
+        assert "recall" not in evaluation.measure(batches(images(num)), judge, real)
+    assert "recall" in evaluation.measure(batches(images(4)), judge, whole)
+    poorer = linear._replace(shapes={"features": (5,)})
+    assert len(evaluation.judge(poorer, judge.metrics).metrics) == 3
+    with pytest.raises(ValueError, match="no images"):
+        evaluation.measure([], judge, whole)
+
+
+def test_only_the_outputs_that_metrics_need_are_kept(judge):
+    kept = []
+
+    def measure(samples, reference):
+        kept.append((samples.gaussians, samples.kept))
+        return {"mine": 0.0}
+
+    mine = evaluation.Metric(measure)
+    whole = reference(judge, images(20))
+    found = evaluation.measure(batches(images(9)), judge._replace(metrics=(mine,)), whole)
+    assert kept == [({}, {})] and found["mine"] == 0
+
+
+@pytest.fixture(scope="module")
+def digits_judge(users_cache, every_metric):
+    judge = evaluation.judge(digits(), list(every_metric.values()))
+    real, held_out = (evaluation.Images(s, data.digits(s)) for s in ("train", "test"))
+    return judge, evaluation.data_reference(judge, real, held_out)
+
+
+def test_the_figures_of_the_digits(digits_judge):
+    test, train = data.digits("test"), data.digits("train")
+    figures = lambda images, labels=None: evaluation.measure([(images, labels)], *digits_judge)
+    found = figures(test.images, test.labels)
+    assert found["frechet_distance"] == pytest.approx(0.83734, abs=1e-4)
+    assert found["real_frechet_distance"] == pytest.approx(found["frechet_distance"])
+    assert found["group_frechet_distance"] == pytest.approx(found["frechet_distance"])
+    assert found["label_accuracy"] == found["classifier_test_accuracy"] == 0.98
+    assert found["copies"] == 0.01 and found["num_samples"] == found["real_num_samples"] == 300
+    assert found["nearest_train_distance"] == found["real_nearest_train_distance"]
+
+    found = figures(train.images, train.labels)
+    assert found["frechet_distance"] < 1e-8 and found["copies"] == 1
+    assert found["nearest_train_distance"] == 0
+    noise = np.uint8(np.random.default_rng(0).integers(0, 256, (300, 8, 8, 1)))
+    found = figures(noise)
+    assert found["frechet_distance"] > 20 * found["real_frechet_distance"]
+    assert found["nearest_train_distance"] > 2 * found["real_nearest_train_distance"]
+    assert found["copies"] == 0 and "label_accuracy" not in found
+    # Missing digits are noticed.
+    found = figures(test.images[test.labels < 5])
+    assert found["frechet_distance"] > 5 * found["real_frechet_distance"]
