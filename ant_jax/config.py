@@ -104,8 +104,8 @@ RULES = {
     "num_steps": _integer(1, _LARGEST_COUNT),
     "data.name": Rule(
         (str,),
-        lambda name: name in ("digits", "folder") or name.startswith("tfds:"),
-        "digits, folder or tfds:BUILDER",
+        lambda name: ":" in name or name in ("digits", "folder"),
+        "digits, folder, tfds:BUILDER, or your own 'package.module:function'",
     ),
     "data.split": _TEXT,
     "data.dir": _PATH,

@@ -21,7 +21,8 @@ def get_config(argument: str = "nash,snr") -> ml_collections.ConfigDict:
     config.num_steps = 3000
 
     config.data = data = ml_collections.ConfigDict()
-    data.name = "digits"  # "digits", "folder" or "tfds:BUILDER", such as "tfds:cifar10"
+    # "digits", "folder", "tfds:BUILDER" (as "tfds:cifar10"), or your own "package.module:function"
+    data.name = "digits"
     data.split = "train"  # of a folder: the subfolder of the split, "" if there is none
     data.dir = ""  # the folder, or where tensorflow-datasets keeps its data; "" is its own default
     data.image_size = 8  # pixels; images of another size need a crop

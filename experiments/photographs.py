@@ -18,7 +18,7 @@ import optax
 from absl import app, flags, logging
 from PIL import Image
 
-from ant_jax import data, interop
+from ant_jax import data, interop, pixels
 from ant_jax.latents.autoencoder import autoencoder
 from ant_jax.latents.autoencoder_weights import AUTOENCODER
 from ant_jax.models.inception import InceptionV3
@@ -112,7 +112,7 @@ def train_autoencoder(source: data.Source, num_steps: int) -> tuple[dict, float]
     for step in range(num_steps):
         top, left = rng.integers(_SIDE - _WINDOW + 1, size=2)
         window = next(batches)["image"][:, top : top + _WINDOW, left : left + _WINDOW]
-        images = np.float32(window) / 127.5 - 1
+        images = pixels.normalize(np.asarray(window))
         params, state, error = _step(params, state, images, step, model, optimizer.update)
         errors.append(error)
         if (step + 1) % 100 == 0 or step + 1 == num_steps:

@@ -121,7 +121,7 @@ BAD = {
         "optimizer__learning_rate": "3"
     },
     "config.data.flip must be True or False, got 1": {"data__flip": 1},
-    "config.data.name must be digits, folder or tfds:BUILDER, got None": {"data__name": None},
+    "config.data.name must be digits, folder, tfds:BUILDER, or your own": {"data__name": None},
     # out of range
     "config.num_steps must be an integer >= 1 and <= 2147483647, got 0": {"num_steps": 0},
     "config.seed must be an integer >= 0 and <= 1073741823, got -1": {"seed": -1},
@@ -129,7 +129,9 @@ BAD = {
     "learning_rate must be a number > 0, got nan": {"optimizer__learning_rate": float("nan")},
     "config.label_dropout must be a number >= 0 and <= 1, got 1.1": {"label_dropout": 1.1},
     "config.model.patch must be one of 1, 2, 4, 8, got 3": {"model__patch": 3},
-    "config.data.name must be digits, folder or tfds:BUILDER, got 'mnist'": {"data__name": "mnist"},
+    "config.data.name must be digits, folder, tfds:BUILDER, or your own 'package.module": {
+        "data__name": "mnist"
+    },
     "config.method.name must be one of 'vanilla', 'linear', ": {"method__name": "nahs"},
     "config.clusters.cost must be one of 'snr', 'timestep'": {"clusters__cost": "uniform"},
     "config.diffusion.timesteps must be an integer >= 1 and <= 10000, got 200000": {

@@ -7,6 +7,7 @@ a resumed run, and a run on another number of hosts or workers, sees the same da
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from absl import logging
@@ -14,8 +15,9 @@ from absl import logging
 from ant_jax.data import transforms
 from ant_jax.data.readers import Batch, ProcessReader, Reader, ThreadReader, pickled
 from ant_jax.data.source import Example, ExampleError, Source, UnreadableImageError
+from ant_jax.settings import Affects, Integer, PerProcess
 
-CROPS = ("none", "center", "random")
+Crop = Literal["none", "center", "random"]
 # So many unreadable images in a row are no accident.
 _REPLACEMENTS = 100
 
@@ -33,14 +35,14 @@ _UNHEARD_SECONDS = 30  # that one of several hosts waits on when it is asked to 
 def batches(
     source: Source,
     *,
-    batch_size: int,
+    batch_size: Annotated[int, Integer(1)],
     seed: int,
     start_step: int = 0,
     image_size: int | None = None,
-    crop: str = "none",
+    crop: Crop = "none",
     flip: bool = False,
     replace_unreadable: bool = False,
-    num_workers: int = 0,
+    num_workers: Annotated[int, Integer(0, 1024), Affects.NOTHING, PerProcess()] = 0,
     process_index: int = 0,
     process_count: int = 1,
     stopped: Callable[[], bool] = lambda: False,
@@ -53,11 +55,12 @@ def batches(
 
     Args:
       source: Where the images come from.
-      batch_size: Global batch size B.
+      batch_size: Global batch size B, over all devices of all hosts.
       seed: Seed of the order and of the augmentation.
       start_step: Step of the first batch.
       image_size: Side in pixels that the crop produces; None without a crop.
-      crop: "none", "center" or "random" (see `transforms`).
+      crop: "none" leaves images as they are, which must have one size then; "center" and "random"
+        are ADM's (see `transforms`).
       flip: Whether to mirror each image with probability 1/2.
       replace_unreadable: Whether the next image that can be read takes the place of one that can't;
         otherwise that is an error.
@@ -262,8 +265,8 @@ def check_crop(source: Source, crop: str, image_size: int | None) -> None:
     Raises:
       ValueError: If crop is unknown, or crop, image_size and the source's images don't fit.
     """
-    if crop not in CROPS:
-        raise ValueError(f"unknown crop {crop!r}; use one of {', '.join(CROPS)}")
+    if crop not in get_args(Crop):
+        raise ValueError(f"unknown crop {crop!r}; use one of {', '.join(get_args(Crop))}")
     if crop != "none":
         if image_size is None or image_size < 1:
             raise ValueError(f"crop {crop!r} needs a positive image_size, got {image_size}")

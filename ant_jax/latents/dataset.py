@@ -106,12 +106,11 @@ def open_images(config: ConfigDict, split: str) -> data.Source:
 
 def _component(settings):
     """The name of a source and its own settings."""
-    name, _, builder = settings.name.partition(":")
-    own = {
-        "folder": {"dir": settings.dir, "exif": settings.exif},
-        "tfds": {"dir": settings.dir, "builder": builder},
-    }
-    return name, own.get(name, {})
+    if settings.name.startswith("tfds:"):
+        return "tfds", {"dir": settings.dir, "builder": settings.name.removeprefix("tfds:")}
+    if settings.name == "folder":
+        return "folder", {"dir": settings.dir, "exif": settings.exif}
+    return settings.name, {}
 
 
 def open_codec(config: ConfigDict) -> Codec:

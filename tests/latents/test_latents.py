@@ -241,6 +241,34 @@ def test_a_damaged_folder_is_named(place, encoded, tmp_path):
         latents(tmp_path / "nothing", 1.0)
 
 
+MINE = """
+import numpy as np
+from ant_jax import data
+
+def squares(split):
+    return data.ArraySource(np.zeros((8, 16, 16, 3), np.uint8), name=f"squares[{split}]")
+
+def nothing(split):
+    return []
+"""
+
+
+def test_a_source_of_ones_own(place, tmp_path, monkeypatch):
+    (tmp_path / "my_sources.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = settings(place, data__name="my_sources:squares", autoencoder__name="")
+    config_lib.validate(config)
+    assert dataset.open_data(config, "val").name == "squares[val]"
+    for name, told in {
+        "my_sources:nothing": "it gives no ant_jax.data.Source, but a list",
+        "my_sources:none": "'my_sources:none' can't be imported",
+        "digit": "must be one of 'arrays', 'digits', .* did you mean 'digits'?",
+    }.items():
+        config.data.name = name
+        with pytest.raises(ConfigError, match=rf"^config.data.name = '{name}', .*{told}"):
+            dataset.open_data(config)
+
+
 def test_a_truncated_shard_is_named_and_made_again_once_removed(place, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "_SHARD", 8)
     config = settings(place, autoencoder__latents=str(tmp_path))
