@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax import data, diffusion, models, mtl, settings
+from ant_jax import data, diffusion, evaluation, models, mtl, settings
 from ant_jax.diffusion import samplers
+from ant_jax.evaluation import features, metrics
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adding.md").read_text()
@@ -67,5 +68,17 @@ def test_source(component):
     assert source.facts()["num_images"] == 6
 
 
+def test_extractor_and_metric(component):
+    extractor = component("colours", features, evaluation.Extractor)()
+    metric = component("spread", metrics, evaluation.Metric)()
+    with pytest.raises(ValueError, match="3 channels"):
+        extractor.check(8, 8, 1)
+    judge = evaluation.judge(extractor, [metric])
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    images[1] = 10
+    summary = evaluation.summarise([(images, None)], judge.network, judge.moments, judge.samples)
+    assert metric.measure(summary, None) == {"spread": 5.0}
+
+
 def test_every_example_is_tested():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 6
