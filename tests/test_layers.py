@@ -18,7 +18,7 @@ LAYERS = {
     "mtl": CORE,
     "diffusion": CORE,
     "published_weights": {"numpy"},
-    "models": CORE | {"ant_jax.settings", "ant_jax.published_weights"},
+    "models": CORE | {"ant_jax.published_weights"},
     "interop": {
         *("numpy", "ml_dtypes", "safetensors"),
         *("ant_jax.runtime", "ant_jax.published_weights"),
