@@ -16,7 +16,7 @@ from absl import logging
 
 from ant_jax import builders, models, results
 from ant_jax.latents import dataset
-from ant_jax.runtime.files import write_bytes
+from ant_jax.runtime.files import write_bytes, writing
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.tasks import affinity, clustering
 from experiments import report, runner
@@ -52,7 +52,8 @@ def measure(preset: Preset, out: Path) -> list[np.ndarray]:
     matrices = [np.array(rows) for rows in runner.parallel(_of_run, arguments, "affinity")]
     num_timesteps = runs[0].config.diffusion.timesteps
     grid = affinity.timestep_grid(num_timesteps, preset.affinity_grid)
-    affinity.save(path_of(out), np.mean(matrices, 0), grid, num_timesteps)
+    with writing(path_of(out)) as file:
+        affinity.save(file, np.mean(matrices, 0), grid, num_timesteps)
     return matrices
 
 

@@ -533,7 +533,8 @@ FOUR = {"clusters__k": 4, "data__batch_size": 32}
 def save_affinity(path, timesteps, width):
     """Two blocks: timesteps below 20 are alike, and so are the others."""
     block = np.asarray(timesteps) >= 20
-    affinity.save(path, np.where(block == block[:, None], 1.0, 0.1) ** width, timesteps, 50)
+    with path.open("wb") as file:
+        affinity.save(file, np.where(block == block[:, None], 1.0, 0.1) ** width, timesteps, 50)
 
 
 @pytest.mark.parametrize("n", [50, 11])

@@ -1,18 +1,13 @@
-"""Checkpoints by orbax: asynchronous, atomic, proved, checksummed.
+"""Checkpoints by orbax: asynchronous and atomic.
 
-A checkpoint is written beside its place. Every array in it is looked for and read, every file gets
-a checksum, and then it is renamed into place: a directory with a step's name is always whole. Orbax
-notices truncated files but not flipped bytes; the checksums notice both. Beside the arrays
-lies ``run.json``, which says of which run the checkpoint is. Files that file browsers and network
-disks leave there don't count.
+A checkpoint is written beside its place, proved, sealed (see `checkpoint_files`) and then renamed
+into place: a directory with a step's name is always whole.
 """
 
 import collections
 import contextlib
-import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import shutil
@@ -26,22 +21,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from ant_jax.runtime import processes
+from ant_jax.runtime import checkpoint_files, processes
+from ant_jax.runtime.checkpoint_files import CheckpointError, CorruptCheckpointError
 from ant_jax.runtime.files import sync, write_bytes
 
-_CHECKSUMS = "checksums.json"
-_RECORD = "run.json"
-_MANIFEST = "manifest.ocdbt"  # by which orbax finds all arrays
 _PARTIAL = "partial-"
 _LAST_STEP = 2**31 - 1  # that a state can count to
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint could not be written or read."""
-
-
-class CorruptCheckpointError(CheckpointError):
-    """A checkpoint's files are not those that were written."""
 
 
 class Checkpointer:
@@ -103,7 +88,7 @@ class Checkpointer:
         if self._orbax is None:
             self._place = self._open.enter_context(_plain_path(self.directory))
             self._orbax = self._open.enter_context(_open_orbax())
-        arrays = collections.Counter(map(_kind, jax.tree.leaves(state)))
+        arrays = collections.Counter(map(checkpoint_files.kind, jax.tree.leaves(state)))
         # Process 0 has had more to do for the one before.
         processes.barrier()
         self._orbax.save(self._place / f"{_PARTIAL}{step}", _to_global(state))
@@ -170,14 +155,8 @@ class Checkpointer:
         self._orbax.wait_until_finished()
         if not processes.is_first():
             return
-        _prove(self._place / partial.name, arrays)
-        if record is not None:
-            (partial / _RECORD).write_text(json.dumps(record, indent=1))
-        sums = _checksums(partial)
-        (partial / _CHECKSUMS).write_text(json.dumps(sums, indent=1))
-        for path in (*partial.rglob("*"), partial):
-            if path.is_dir() or not _is_foreign(path.relative_to(partial)):
-                sync(path)
+        checkpoint_files.prove(self._place / partial.name, arrays)
+        checkpoint_files.seal(partial, record)
         self._guard()
         for later in checkpoint_steps(self.directory):
             if later >= step:
@@ -284,7 +263,10 @@ def _read_newest(directory, step, run, read):
         path = directory / str(chosen)
         try:
             if not processes.wait_for_file(path):
-                raise CheckpointError(f"process 0 has seen a checkpoint {path}: it is not here")
+                raise CheckpointError(
+                    f"checkpoint {path}, which process 0 reads, is not here: the workdir must be "
+                    "on a disk that all processes share"
+                )
             processes.barrier()
             with _plain_path(directory) as place:
                 return chosen, read(place / path.name)
@@ -324,7 +306,7 @@ def read_record(
         for candidate in reversed(steps):
             if step in (None, candidate):
                 with contextlib.suppress(CorruptCheckpointError):
-                    record = _record(directory / str(candidate))
+                    record = checkpoint_files.record_of(directory / str(candidate))
                     if record is not None and not _is_of_another(record, run):
                         return record
         # Otherwise the run has gone on meanwhile and removed some.
@@ -345,8 +327,8 @@ def _newest_intact(directory: Path, step: int | None, run: str) -> int | None:
         for candidate in [step] if step is not None else reversed(steps):
             path = directory / str(candidate)
             try:
-                _verify(path)
-                if _is_of_another(_record(path) or {}, run):
+                checkpoint_files.verify(path)
+                if _is_of_another(checkpoint_files.record_of(path) or {}, run):
                     raise CorruptCheckpointError(
                         f"checkpoint {path} is of another run than {directory.parent}/facts.json"
                     )
@@ -415,7 +397,8 @@ def _open_orbax():
     # Imported where something is saved or restored: the first step need not wait for it.
     import orbax.checkpoint as ocp
 
-    # Named, they meet by messages; else by a collective, which on CPUs waits half a minute at most.
+    # Named, the processes wait for each other by messages; else by a collective, which on CPUs
+    # waits half a minute at most.
     count = jax.process_count()
     options = ocp.options.MultiprocessingOptions(
         active_processes=set(range(count)) if count > 1 else None
@@ -449,104 +432,6 @@ def _to_local(tree: Any, template: Any) -> Any:
         return jax.make_array_from_single_device_arrays(leaf.shape, like.sharding, shards)
 
     return jax.tree.map(convert, tree, template)
-
-
-def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:
-    return tuple(leaf.shape), np.dtype(leaf.dtype).name
-
-
-def _prove(path: Path, arrays: collections.Counter):
-    """Raises a CheckpointError unless every array that was saved can be found and read.
-
-    Orbax reports no error where the index of its files has not been written.
-    """
-    import tensorstore
-
-    base = {"driver": "file", "path": f"{path}/"}
-    try:
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        keys = store.list().result()
-        # Of each array a description and its chunks.
-        parts = collections.Counter(key.rpartition(b"/")[0] for key in keys)
-        found = collections.Counter()
-        for key in keys:
-            # One at a time: together they are as large as the state.
-            value = store.read(key).result().value
-            name, _, last = key.rpartition(b"/")
-            if last != b".zarray":
-                continue
-            about = json.loads(value)
-            grid = [-(-n // m) for n, m in zip(about["shape"], about["chunks"], strict=True)]
-            if parts[name] == 1 + math.prod(grid):
-                found[tuple(about["shape"]), np.dtype(about["dtype"]).name] += 1
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"what was saved in {path} can't be read: {error}") from error
-    if found != arrays:
-        raise CheckpointError(
-            f"what was saved in {path} holds {(found & arrays).total()} of {arrays.total()} arrays"
-        )
-
-
-def _verify(path: Path):
-    wrong = sorted(
-        name
-        for name, digest in _expected(path).items()
-        if not _is_foreign(Path(name)) and _digest(path / name) != digest
-    )
-    if wrong:
-        raise CorruptCheckpointError(f"checkpoint {path} is corrupt: {', '.join(wrong[:3])}")
-
-
-def _expected(path: Path) -> dict[str, str]:
-    try:
-        expected = dict(json.loads((path / _CHECKSUMS).read_bytes()))
-    except PermissionError:
-        raise
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CorruptCheckpointError(f"checkpoint {path} has no readable checksums") from error
-    if _MANIFEST not in expected:
-        raise CorruptCheckpointError(f"checkpoint {path} has no checksum of {_MANIFEST}")
-    return expected
-
-
-def _record(path: Path) -> dict[str, Any] | None:
-    """What was saved beside the arrays; None for those of before there was such a thing."""
-    digest = _expected(path).get(_RECORD)
-    if digest is None:
-        return None
-    try:
-        content = (path / _RECORD).read_bytes()
-    except PermissionError:
-        raise
-    except OSError:
-        content = b""
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise CorruptCheckpointError(f"checkpoint {path} is corrupt: {_RECORD}")
-    return json.loads(content)
-
-
-def _checksums(path: Path) -> dict[str, str]:
-    return {
-        file.relative_to(path).as_posix(): _digest(file)
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not _is_foreign(file.relative_to(path)) and file.name != _CHECKSUMS
-    }
-
-
-def _digest(file: Path) -> str | None:
-    """SHA-256 of a file's content; None if there is no such file or the disk can't read it."""
-    try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except PermissionError:
-        raise
-    except OSError:
-        return None
-
-
-def _is_foreign(name: Path) -> bool:
-    """Whether a file is of a file browser or a network disk: .DS_Store, ._x, .nfs00, Thumbs.db."""
-    return any(part.startswith(".") or part in ("Thumbs.db", "desktop.ini") for part in name.parts)
 
 
 def _remove(path: Path):

@@ -39,9 +39,9 @@ class MeanMetrics:
             if name == "cluster_losses":
                 # An empty cluster's loss is 0 by convention, not by measurement.
                 weights = np.asarray(metrics["counts"], np.float64)
-            seen = ~np.isnan(value) & ~np.isnan(weights)
-            weights = np.where(seen, weights, 0)
-            sums = np.stack([np.where(seen, value, 0) * weights, weights])
+            measured = ~np.isnan(value) & ~np.isnan(weights)
+            weights = np.where(measured, weights, 0)
+            sums = np.stack([np.where(measured, value, 0) * weights, weights])
             self._sums[name] = self._sums.get(name, 0) + sums
 
     def state(self) -> dict[str, list]:
@@ -49,7 +49,7 @@ class MeanMetrics:
         return {name: sums.tolist() for name, sums in self._sums.items()}
 
     def report(self) -> dict[str, Any]:
-        """The means as floats and lists, None where nothing was seen; starts anew."""
+        """The means as floats and lists, None where nothing was measured; starts anew."""
         sums, self._sums = self._sums, {}
         with np.errstate(invalid="ignore"):
             means = {name: total / weight for name, (total, weight) in sums.items()}

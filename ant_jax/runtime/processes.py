@@ -1,4 +1,4 @@
-"""Several processes at one run: how they meet, agree, wait for each other, and end together.
+"""Several processes at one run: how they connect, agree, wait for each other, and end together.
 
 With one process all of it does nothing.
 """
@@ -37,7 +37,7 @@ _LISTED = 8  # differences that are named
 
 _FAILED = "ant_jax/failed"
 _names = itertools.count()
-_read: list[str] = []  # decisions, which a process has read when it comes to the next `all_gather`
+_read: list[str] = []  # broadcasts, which a process has read when it comes to the next `all_gather`
 
 
 class DisagreementError(RuntimeError):
@@ -100,7 +100,7 @@ def initialize(
         )
     except (ValueError, RuntimeError) as error:
         hint = "" if by_hand else " (neither a Cloud TPU slice nor SLURM? see --coordinator)"
-        raise ValueError(f"the processes can't meet: {error}{hint}") from error
+        raise ValueError(f"the processes can't connect: {error}{hint}") from error
     finally:
         late.cancel()
 
@@ -190,7 +190,7 @@ def broadcast_from_first(function: Callable[[], Any]) -> Any:
     # Not by JAX, which would ask for the devices, and wait for those of the others.
     if distributed.global_state.num_processes == 1:
         return function()
-    name = f"ant_jax/decided/{next(_names)}"
+    name = f"ant_jax/broadcast/{next(_names)}"
     if is_first():
         distributed.global_state.client.key_value_set(name, json.dumps(function()))
         _read.append(name)
@@ -295,14 +295,14 @@ def wait_for_file(path: Path) -> bool:
 def check_shared(folder: Path) -> None:
     """Raises an OSError, after a minute, if the processes don't share the disk of a folder.
 
-    A DisagreementError, if there are others that this one has not met.
+    A DisagreementError, if there are others to which this one is not connected.
     """
     if distributed.global_state.num_processes == 1:
         if jax.process_count() > 1:
             # Every one would take itself for process 0.
             raise DisagreementError(
-                "this is one of several processes, as of a Cloud TPU slice, and they have not met: "
-                "start each one with --distributed"
+                "this is one of several processes, as of a Cloud TPU slice, and they are not "
+                "connected: start each one with --distributed"
             )
         return
 

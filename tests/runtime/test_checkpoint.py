@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.runtime import checkpoint
+from ant_jax.runtime import checkpoint, checkpoint_files
 from ant_jax.runtime.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -279,14 +279,14 @@ def test_check_does_not_wait_for_a_save(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_has_its_name_only_when_it_is_whole(tmp_path, monkeypatch):
-    checksums = checkpoint._checksums
+    checksums = checkpoint_files._checksums
     seen = []
 
     def spy(path):
         seen.append((path.name, checkpoint_steps(tmp_path)))
         return checksums(path)
 
-    monkeypatch.setattr(checkpoint, "_checksums", spy)
+    monkeypatch.setattr(checkpoint_files, "_checksums", spy)
     write(tmp_path, [5])
     assert seen == [("partial-5", [])]
     assert checkpoint_steps(tmp_path) == [5]
@@ -372,21 +372,21 @@ def test_what_was_not_written_gets_no_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["manifest.ocdbt", "d"])
 def test_what_lacks_a_part_gets_no_name(tmp_path, monkeypatch, what):
-    prove = checkpoint._prove
+    prove = checkpoint_files.prove
 
     def damaged(path, arrays):
         checkpoint._remove(path / what)
         prove(path, arrays)
 
-    monkeypatch.setattr(checkpoint, "_prove", damaged)
+    monkeypatch.setattr(checkpoint_files, "prove", damaged)
     with pytest.raises(CheckpointError, match=r"what was saved in .*partial-1 "):
         write(tmp_path, [1])
     assert checkpoint_steps(tmp_path) == []
 
 
 def test_what_holds_other_arrays_gets_no_name(tmp_path, monkeypatch):
-    kind = checkpoint._kind
-    monkeypatch.setattr(checkpoint, "_kind", lambda leaf: kind(leaf.astype(jnp.int16)))
+    kind = checkpoint_files.kind
+    monkeypatch.setattr(checkpoint_files, "kind", lambda leaf: kind(leaf.astype(jnp.int16)))
     with pytest.raises(CheckpointError, match="holds 0 of 4 arrays"):
         write(tmp_path, [1])
     assert checkpoint_steps(tmp_path) == []
@@ -402,9 +402,9 @@ def litter(path):
 
 
 def test_files_of_file_browsers_and_network_disks_do_not_count(tmp_path, monkeypatch, caplog):
-    prove = checkpoint._prove
+    prove = checkpoint_files.prove
     monkeypatch.setattr(
-        checkpoint, "_prove", lambda path, arrays: (litter(path), prove(path, arrays))
+        checkpoint_files, "prove", lambda path, arrays: (litter(path), prove(path, arrays))
     )
     directory = write(tmp_path, [1, 2], keep=2)
     monkeypatch.undo()
@@ -463,20 +463,23 @@ def run_goes_on(directory):
 
 @pytest.mark.parametrize("instant", ["before the checksums", "before the arrays", "in between"])
 def test_a_reader_takes_the_newest_again_where_the_run_goes_on(directory, monkeypatch, instant):
-    name = {"before the checksums": "_verify", "before the arrays": "_open_orbax"}.get(instant)
-    name = name or "_digest"
-    function, calls = getattr(checkpoint, name), []
+    module, name = {
+        "before the checksums": (checkpoint_files, "verify"),
+        "before the arrays": (checkpoint, "_open_orbax"),
+        "in between": (checkpoint_files, "_digest"),
+    }[instant]
+    function, calls = getattr(module, name), []
 
     def meanwhile(*args):
         calls.append(args)
         # In between: some files have been read.
         if len(calls) == (3 if instant == "in between" else 1):
             with monkeypatch.context() as patch:
-                patch.setattr(checkpoint, name, function)
+                patch.setattr(module, name, function)
                 run_goes_on(directory)
         return function(*args)
 
-    monkeypatch.setattr(checkpoint, name, meanwhile)
+    monkeypatch.setattr(module, name, meanwhile)
     step, state = restore(directory, make_state(0))
     assert step == 5
     assert_equal(state, make_state(5))

@@ -2,10 +2,9 @@
 
 import io
 import math
-import secrets
 import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -83,11 +82,11 @@ def interpolate(affinity: np.ndarray, timesteps: np.ndarray, num_timesteps: int)
     return (1 - fraction) * columns[left] + fraction * columns[left + 1]
 
 
-def save(path: str | Path, affinity: np.ndarray, timesteps: np.ndarray, num_timesteps: int) -> None:
-    """Writes a measured affinity as an .npz file; replaces an existing file atomically.
+def save(file: BinaryIO, affinity: np.ndarray, timesteps: np.ndarray, num_timesteps: int) -> None:
+    """Writes a measured affinity as an .npz file.
 
     Args:
-      path: The file; missing parent folders are created.
+      file: Opened for writing.
       affinity: (n, n), as for `interpolate`.
       timesteps: (n,), as for `interpolate`.
       num_timesteps: The number of timesteps T.
@@ -96,17 +95,7 @@ def save(path: str | Path, affinity: np.ndarray, timesteps: np.ndarray, num_time
       ValueError: If the arguments are not valid for `interpolate`.
     """
     affinity, timesteps = _check_grid(affinity, timesteps, num_timesteps)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of this call only: another process may write the same file at the same time.
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        # Pass an open file, because np.savez adds a suffix to names.
-        with partial.open("wb") as file:
-            np.savez(file, affinity=affinity, timesteps=timesteps, num_timesteps=num_timesteps)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    np.savez(file, affinity=affinity, timesteps=timesteps, num_timesteps=num_timesteps)
 
 
 def load(path: str | Path, num_timesteps: int) -> np.ndarray:
