@@ -7,11 +7,17 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
 def test_the_transforms_in_ones_own_loop():
-    """The README's Python block runs as it stands and does what the text beside it says."""
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len([line for line in block.splitlines() if line.strip()]) <= 16
+    """The README's Python blocks run as they stand and do what the text beside them says."""
+    section = README.partition("## In your own training loop")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 3
     scope = {}
-    exec(block, scope)
+    for block in blocks:
+        assert len([line for line in block.splitlines() if line.strip()]) <= 16
+        exec(block, scope)
+    assert scope["found"].gradient.shape == (3, 2)
+    assert scope["at_features"].gradient["heads"].shape == (3, 2)
+    assert (np.asarray(scope["at_features"].state.weights) > 0).all()
     combined = scope["state"][0]
     # Nash's solution alpha = k w, up to the ridge on these nearly opposed gradients.
     alpha, gram = 2 * np.asarray(combined.weights), np.asarray(combined.gram)

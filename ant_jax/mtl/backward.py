@@ -147,8 +147,8 @@ def backward_at_features(
       batch: what the functions take.
       weighting: the method.
       state: its state; `init_combine` makes the first one.
-      counts: (k,) the examples of each task; None for one each. The loss of a task that has none is
-        not read and counts as 0.
+      counts: (k,) the examples of each task; None for one each. A task that has none counts as one
+        of loss and gradient 0; both must be finite.
     """
     k = weighting.k
     counts = jnp.ones(k) if counts is None else counts

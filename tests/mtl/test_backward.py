@@ -1,0 +1,160 @@
+"""Losses and gradients of `backward` and `backward_at_features` against plain autodiff."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ant_jax import mtl
+
+K, B = 3, 12
+METHODS = {"uncertainty": mtl.uncertainty(K), "nash": mtl.nash(K)}
+
+
+@pytest.fixture(scope="module")
+def problem():
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {"trunk": draw(5, 4), "heads": draw(K, 4)}
+    return params, {"x": draw(B, 5), "y": draw(B, K)}
+
+
+def trunk(params, batch):
+    return jnp.tanh(batch["x"] @ params["trunk"])
+
+
+def heads(params, features, batch):
+    return jnp.mean((features @ params["heads"].T - batch["y"]) ** 2, 0)
+
+
+def task_losses(params, batch):
+    return heads(params, trunk(params, batch), batch)
+
+
+def assert_close(a, b):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), a, b)
+
+
+def weighted(jacobian, weights):
+    return jax.tree.map(lambda leaf: np.tensordot(weights, leaf, 1), jacobian)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_tasks_that_share_all_examples(problem, name, microbatches):
+    params, batch = problem
+    weighting = METHODS[name]
+    state = mtl.init_combine(weighting)
+    found = jax.jit(
+        lambda: mtl.backward(
+            task_losses, params, batch, weighting, state, microbatches=microbatches
+        )
+    )()
+    assert_close(found.losses, task_losses(params, batch))
+    jacobian = jax.jacrev(task_losses)(params, batch)
+    gradient, after = mtl.combine(weighting).update(jacobian, state, losses=found.losses)
+    assert_close(found.gradient, gradient)
+    assert_close(found.state, after)
+    np.testing.assert_array_equal(found.counts, np.ones(K))
+
+
+def test_grouped_forms_take_examples_in_any_order_but_as_many_of_each_task(problem):
+    params, batch = problem
+    weighting, tasks = METHODS["nash"], jnp.array([2, 0, 0, 1, 1, 2, 2, 2, 0, 1, 0, 1])
+    one_loss_each = lambda params, part: ((trunk(params, part) - part["y"][:, :1]) ** 2).mean(1)
+
+    def found(form, tasks):
+        state = mtl.init_combine(weighting)
+        return jax.jit(
+            lambda: mtl.backward(
+                one_loss_each, params, batch, weighting, state, tasks=tasks, form=form
+            )
+        )()
+
+    want = found("masked", tasks)
+    losses = one_loss_each(params, batch)
+    np.testing.assert_allclose(
+        want.losses, [losses[tasks == i].mean() for i in range(K)], rtol=1e-5
+    )
+    for form in ("vmap", "scan"):
+        got = found(form, tasks)
+        assert_close(got.gradient, want.gradient)
+        assert np.isnan(found(form, tasks.at[0].set(0)).losses).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"form": "loop"}, "form must be one of"),
+        ({"form": "vmap"}, "form = 'vmap' groups the examples by task: give it tasks"),
+        ({"microbatches": 5}, "a batch of 12 can't be split into 5 microbatches"),
+    ],
+)
+def test_what_can_not_be(problem, settings, message):
+    weighting = METHODS["nash"]
+    with pytest.raises(ValueError, match=message):
+        mtl.backward(task_losses, *problem, weighting, mtl.init_combine(weighting), **settings)
+
+
+@pytest.mark.parametrize("counts", [None, (4, 0, 2)], ids=["all", "some"])
+@pytest.mark.parametrize("name", METHODS)
+def test_backward_at_features(problem, name, counts):
+    params, batch = problem
+    weighting = METHODS[name]
+    present = np.ones(K) if counts is None else np.float32(np.array(counts) > 0)
+    counts = None if counts is None else jnp.array(counts)
+    state = mtl.init_combine(weighting)
+    found = jax.jit(
+        lambda: mtl.backward_at_features(
+            trunk, heads, params, batch, weighting, state, counts=counts
+        )
+    )()
+    losses = task_losses(params, batch) * present
+    at_features = jax.jacrev(lambda z: heads(params, z, batch) * present)(trunk(params, batch))
+    gram = mtl.gramian(at_features) if "gram" in weighting.needs else None
+    stats = mtl.TaskStats(losses, gram, present)
+    weights, _ = weighting.weigh(stats, weighting.init())
+    assert_close((found.losses, found.state.weights), (losses, weights))
+    jacobian = jax.jacrev(task_losses)(params, batch)
+    assert_close(found.gradient["trunk"], weighted(jacobian, weights)["trunk"])
+    assert_close(found.gradient["heads"], weighted(jacobian, present)["heads"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_nan_leaves_no_trace_in_the_method(problem, name):
+    params, batch = problem
+    batch, weighting = batch | {"y": batch["y"].at[3, 1].set(jnp.nan)}, METHODS[name]
+    before = jax.tree.map(lambda leaf: leaf + 1, mtl.init_combine(weighting))
+    for found in (
+        mtl.backward(task_losses, params, batch, weighting, before),
+        mtl.backward_at_features(trunk, heads, params, batch, weighting, before),
+    ):
+        np.testing.assert_array_equal(np.isnan(found.losses), [False, True, False])
+        assert np.isnan(found.gradient["trunk"]).any()
+        jax.tree.map(
+            np.testing.assert_array_equal, found.state.weighting_state, before.weighting_state
+        )
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_combine_weighs_what_the_tasks_share_and_sums_the_rest(problem, devices):
+    params, batch = problem
+    weighting = METHODS["nash"]
+    jacobian = jax.jacrev(task_losses)(params, batch)
+    # An absent task's gradients are not read.
+    counts = jnp.array([2, 0, 1])
+    jacobian["heads"] = jacobian["heads"].at[1].set(jnp.nan)
+    axis = None if devices == 1 else "devices"
+    tx = mtl.combine(weighting, axis, shared={"trunk": True, "heads": False})
+    update = lambda stacked: tx.update(stacked, tx.init(None), counts=counts)
+    if devices == 1:
+        gradient, state = update(jacobian)
+    else:
+        parts = jax.tree.map(lambda leaf: jnp.stack([leaf / devices] * devices), jacobian)
+        mapped = jax.pmap(update, axis, devices=jax.devices()[:devices])
+        gradient, state = jax.tree.map(lambda leaf: leaf[0], mapped(parts))
+    assert_close(state.gram, mtl.gramian(jacobian["trunk"]))
+    assert_close(gradient["trunk"], np.tensordot(state.weights, jacobian["trunk"], 1))
+    assert_close(gradient["heads"], jacobian["heads"][0] + jacobian["heads"][2])
+    with pytest.raises(ValueError, match="shared = False for all parameters"):
+        mtl.combine(weighting, shared=False).update(jacobian, tx.init(None))
