@@ -58,9 +58,9 @@ def backward(
       tasks: (B,) int, the task of each example; a task's loss is the mean over its examples. None
         where all tasks share all examples.
       form: how the k gradients are found. "masked" is the general form, k pullbacks of one forward
-        pass, one after the other. "vmap" and "scan" group the examples by task, and take one
-        backward pass for each group, in parallel or one after the other; every task must have as
-        many examples in every microbatch of every device, otherwise the losses are NaN.
+        pass, one after the other. "vmap" and "scan" take one backward pass for the examples of each
+        task, in parallel or one after the other. They need tasks that take turns: on each device
+        example j is of task j mod k. Otherwise the losses are NaN.
       microbatches: the batch is split into so many parts whose gradients are added up. A method
         that needs losses but no Gram matrix runs the forward pass twice then, because its weights
         must be known before the first pullback.
@@ -231,14 +231,12 @@ def _masked_gradients(task_losses, params, part, k):
 
 
 def _grouped_gradients(losses_fn, params, part, factors, form):
-    """The k gradients of one part of as many examples of each task, each from its own examples."""
-    examples, tasks = part
+    """The k gradients of one part, whose example j is of task j mod k."""
     k = factors.size
-    # A stable sort: the order inside a task stays.
-    order = jnp.argsort(tasks)
-    grouped = jax.tree.map(lambda leaf: leaf[order].reshape(k, -1, *leaf.shape[1:]), examples)
-    in_place = (tasks[order].reshape(k, -1) == jnp.arange(k)[:, None]).all()
-    factors = jnp.where(in_place, factors, jnp.nan)
+    # A reshape, where a sort by task would round otherwise and cost a copy.
+    by_task = lambda leaf: leaf.reshape(-1, k, *leaf.shape[1:]).swapaxes(0, 1)
+    grouped, tasks = jax.tree.map(by_task, part)
+    factors = jnp.where((tasks == jnp.arange(k)[:, None]).all(), factors, jnp.nan)
 
     def loss_and_gradient(group, factor):
         loss = lambda p: jnp.sum(losses_fn(p, group)) * factor
