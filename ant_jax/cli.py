@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_flags
 from ant_jax import config as config_lib
 from ant_jax import config_file
 from ant_jax.config import ConfigError
+from ant_jax.old_configs import MOVED
 from ant_jax.runtime.files import user_path
 
 # What ml_collections raises where an override fits no setting.
@@ -23,7 +24,7 @@ _BAD_OVERRIDE = (AttributeError, KeyError, TypeError, ValueError)
 class _ConfigFileParser(flags.ArgumentParser):
     def parse(self, argument):
         try:
-            return config_file.read(argument, names_in(sys.argv))
+            return config_file.read(argument, _names_of_run(sys.argv) | names_in(sys.argv))
         except OSError as error:
             # Of a flag, absl expects nothing else.
             raise ValueError(str(error)) from error
@@ -31,11 +32,29 @@ class _ConfigFileParser(flags.ArgumentParser):
 
 def names_in(arguments: Sequence[str]) -> dict[str, str]:
     """The ``--config.GROUP.name=VALUE`` of a command line, as {"GROUP.name": VALUE}."""
+    known = "|".join(map(re.escape, config_lib.component_names()))
     found = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if match := re.fullmatch(r"--?config\.([\w.]+\.name)(?:=(.*))?", argument):
+        if match := re.fullmatch(rf"--?config\.({known})(?:=(.*))?", argument):
             found[match[1]] = following if match[2] is None else match[2]
     return found
+
+
+def _names_of_run(arguments):
+    """The components of the run in ``--workdir``, where its own config is meant."""
+    from ant_jax import workdir as workdir_lib
+
+    line = " ".join(arguments) + " "
+    workdir = re.search(r" --?workdir[= ](\S+) ", line)
+    if workdir is None or re.search(r" --?config[= ]", line):
+        return {}
+    # What can't be read is said where the run is opened.
+    with contextlib.suppress(ConfigError, OSError):
+        saved = workdir_lib.load_config(user_path(workdir[1]))
+        if saved is not None:
+            flat = config_lib.flatten(saved)
+            return {name: flat[name] for name in config_lib.component_names() if name in flat}
+    return {}
 
 
 def define_config() -> flags.FlagHolder:
@@ -99,8 +118,15 @@ def _refuse(error):
     # An AttributeError of ml_collections has a KeyError in it, which would print as a literal.
     cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     kind = "no such setting: " if isinstance(cause, KeyError) else ""
-    message = " ".join(" ".join(map(str, cause.args)).split())
-    sys.exit(f"--config: {kind}{message} (configs/digits.py has every setting)")
+    message = " ".join(" ".join(map(str, cause.args)).split()).partition(" Other fields")[0]
+    sys.exit(f"--config: {kind}{message}{_moved(sys.argv)} (docs/settings.md has every setting)")
+
+
+def _moved(arguments):
+    """Where settings of earlier names are now, of those that a command line gives."""
+    given = re.findall(r" --?config\.([\w.]+)", " ".join(arguments))
+    found = [f"config.{name} is config.{MOVED[name]} now" for name in given if name in MOVED]
+    return "".join(f"; {each}" for each in found)
 
 
 def config_of(workdir: Path | None) -> ConfigDict:
@@ -113,12 +139,14 @@ def config_of(workdir: Path | None) -> ConfigDict:
     saved = workdir_lib.load_config(workdir)
     if saved is None:
         return flag.value
+    config_lib.validate(saved)
     try:
         with saved.ignore_type():
             # A whole number in the file may be a fraction now.
-            saved.update_from_flattened_dict(config_flags.get_override_values(flag))
+            config_lib.update(saved, config_flags.get_override_values(flag))
     except _BAD_OVERRIDE as error:
-        sys.exit(f"{workdir / 'config.json'} does not have what is set by hand: {error}")
+        words = " ".join(str(error).split()).partition(" Other fields")[0]
+        sys.exit(f"{workdir / 'config.json'} does not have what is set by hand: {words}")
     logging.info("settings: %s, and the command line", workdir / "config.json")
     return saved
 
@@ -131,8 +159,9 @@ def usable_workdir(name: str | None) -> Path:
     """
     flag = flags.FLAGS["config"]
     if name is None:
+        config_lib.validate(flag.value)
         file, settings = config_flags.get_config_filename(flag).split(":")[0], flag.value
-        name = f"runs/{Path(file).stem}-{settings.method.name}-{settings.clusters.cost}"
+        name = f"runs/{Path(file).stem}-{settings.method.name}-{settings.clusters.name}"
         name += f"-{settings.seed}"
     workdir = user_path(name)
     above = next(each for each in (workdir, *workdir.absolute().parents) if os.path.exists(each))
@@ -153,13 +182,14 @@ def told(config: ConfigDict, workdir: Path | None, **named: Any) -> dict[str, An
     """
     from ant_jax.runtime import versions
 
+    own = config_lib.of_a_process(config)
     return {
         "--workdir": workdir and str(workdir.absolute()),
         **{f"--{name}": value for name, value in named.items()},
         **{
             f"config.{name}": value
             for name, value in config_lib.flatten(config).items()
-            if not config_lib.is_of_a_process(name)
+            if name not in own
         },
         **versions.in_use(),
     }

@@ -1,69 +1,34 @@
-"""What a config may hold, checked before anything is compiled.
+"""A config: groups of settings, and the components that some of them name.
 
-`configs/digits.py` documents every option; this module knows the allowed values, so that a typo or
-an impossible setting is one clear error.
+A group such as ``config.method`` has a name and settings: those that all its components share,
+which are the fields of a dataclass below, and those of the component, which are its typed
+arguments. `settings_of_config` walks them all. Each setting says what it affects, and resuming,
+caches of samples, shared programs and experiments read it there.
 """
 
+import dataclasses
 import difflib
+import functools
+import importlib
+import inspect
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import placeholder
 
-from ant_jax.diffusion import spaced_timesteps
-from ant_jax.latents import autoencoder
-from ant_jax.models.attention import ATTENTION
-from ant_jax.models.remat import REMAT
-from ant_jax.mtl.backward import FORMS
-from ant_jax.runtime.files import user_path
-from ant_jax.tasks import clustering, clusters
+from ant_jax import old_configs, settings
+from ant_jax.diffusion.samplers import SampleOptions
+from ant_jax.settings import Affects, Check, Integer, Number, OneOf, Path, Setting, Traced
+
+# Which of them a network knows is its own affair; see `ant_jax.models`.
+_INIT_FACT = re.compile("[a-z_]+(=[1-9][0-9]{0,5})?")
 
 
 class ConfigError(ValueError):
     """A setting that can't be, or doesn't fit the data, the devices or the workdir."""
-
-
-class Rule(NamedTuple):
-    """What a setting must be: its types, a test and the words for it."""
-
-    kinds: tuple[type, ...]
-    holds: Callable[[Any], bool]
-    allowed: str
-
-
-# Counters of steps and samples are 32 bits wide on the devices, and so are floating-point numbers.
-_LARGEST_COUNT = 2**31 - 1
-_LARGEST, _SMALLEST = 3.4e38, 1.2e-38
-
-
-def _one_of(*values):
-    return Rule((str,), lambda value: value in values, "one of " + ", ".join(map(repr, values)))
-
-
-def _integer(low, high=None):
-    words = f"an integer >= {low}" + ("" if high is None else f" and <= {high}")
-    return Rule((int,), lambda value: value >= low and (high is None or value <= high), words)
-
-
-def _number(low, high=_LARGEST, *, above=False):
-    words = f"a number {'>' if above else '>='} {low:g}"
-    if high < _LARGEST:
-        words += f" and <= {high:g}"
-    least = low + _SMALLEST if above else low
-    return Rule((int, float), lambda value: least <= value <= high, words)
-
-
-def _multiples(high):
-    return Rule(
-        (tuple,),
-        lambda values: (
-            bool(values)
-            and all(type(value) in (int, float) and 0 < value <= high for value in values)
-        ),
-        f"numbers > 0 and <= {high} as '(1, 2)'",
-    )
 
 
 def _is_pattern(text):
@@ -74,161 +39,335 @@ def _is_pattern(text):
     return True
 
 
-def _is_path(text):
-    try:
-        user_path(text)
-    except OSError:
-        return False
-    return "\0" not in text
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What the steps do.
 
+    Attributes:
+      seed: of the parameters, the order of the data, noise levels and noise.
+      num_steps: steps of training.
+      ema_decay: decay of the moving average of the parameters, ramped up from 0.1.
+      label_dropout: share of the labels that are dropped, for classifier-free guidance.
+    """
 
-_BOOL = Rule((bool,), lambda value: True, "True or False")
-_TEXT = Rule((str,), lambda value: True, "a string")
-_PATH = Rule((str,), _is_path, "a path, in which ~ is a home that there is")
-
-
-def _are_weights(text):
-    try:
-        weights = [float(part) for part in text.split(",")] if text else [1.0]
-    except ValueError:
-        return False
-    return all(0 <= weight <= _LARGEST for weight in weights) and max(weights) >= _SMALLEST
-
-
-# Which of them a network knows is its own affair; see `ant_jax.models`.
-_INIT_FACT = re.compile("[a-z_]+(=[1-9][0-9]{0,5})?")
-
-RULES = {
     # PCGrad adds 2**30 to it, on the device in 32 bits.
-    "seed": _integer(0, 2**30 - 1),
-    "num_steps": _integer(1, _LARGEST_COUNT),
-    "data.name": Rule(
-        (str,),
-        lambda name: ":" in name or name in ("digits", "folder"),
-        "digits, folder, tfds:BUILDER, or your own 'package.module:function'",
-    ),
-    "data.split": _TEXT,
-    "data.dir": _PATH,
-    "data.image_size": _integer(1),
-    "data.crop": _one_of("none", "center", "random"),
-    "data.exif": _one_of("ignore", "apply"),
-    "data.flip": _BOOL,
-    "data.replace_unreadable": _BOOL,
-    "data.batch_size": _integer(1),
-    "data.num_workers": _integer(0, 1024),
-    "diffusion.timesteps": _integer(1, clustering.MAX_TIMESTEPS),
-    "diffusion.schedule": _one_of("cosine", "linear", "ldm"),
-    "diffusion.variance": _one_of("fixed_small", "fixed_large", "learned_range"),
-    "diffusion.prediction": _one_of("epsilon", "v"),
-    "diffusion.loss_weight": _one_of("none", "p2", "min_snr"),
-    "diffusion.p2_k": _number(0, above=True),
-    "diffusion.p2_gamma": _number(0),
-    "diffusion.min_snr_gamma": _number(0, above=True),
-    "diffusion.clip_x0": _BOOL,
-    "model.name": Rule(
-        (str,),
-        lambda name: ":" in name or name in ("dit", "unet"),
-        "dit, unet, or your own 'package.module:Class'",
-    ),
-    "model.width": _integer(4, 2**16),
-    "model.depth": _integer(1, 1024),
-    "model.heads": _integer(1),
-    "model.patch": Rule((int,), lambda value: value in (1, 2, 4, 8), "one of 1, 2, 4, 8"),
-    "model.channel_mult": _multiples(64),
-    "model.num_res_blocks": _integer(1, 64),
-    "model.attention_factors": Rule(
-        (tuple,),
-        lambda factors: all(type(factor) is int and factor >= 1 for factor in factors),
-        "integers >= 1 as '(2, 4)'",
-    ),
-    "model.head_channels": _integer(0),
-    "model.num_heads": _integer(0),
-    "model.scale_shift_norm": _BOOL,
-    "model.resblock_updown": _BOOL,
-    "model.conditional": _BOOL,
-    "model.dtype": _one_of("float32", "bfloat16"),
-    "model.remat": _one_of(*REMAT),
-    "model.attention": _one_of(*ATTENTION),
-    "autoencoder.name": _one_of("", *autoencoder.VARIANTS),
-    "autoencoder.weights": _PATH,
-    "autoencoder.latents": _PATH,
-    "autoencoder.scale": _number(0, above=True),
-    "autoencoder.batch_size": Rule(
-        (int,),
-        lambda value: 1 <= value <= 1024 and value.bit_count() == 1,
-        "a power of 2 of at most 1024",
-    ),
-    "init_from": _PATH,
-    "init_facts": Rule(
-        (str,),
-        lambda text: not text or all(map(_INIT_FACT.fullmatch, text.split(","))),
-        "'' or facts such as 'heads_first,num_heads=4', joined by commas",
-    ),
-    "clusters.k": _integer(1),
-    "clusters.cost": _one_of("snr", "timestep", "gradient", "random"),
-    "clusters.affinity": _PATH,
-    "clusters.only": _integer(-1),
-    "method.name": _one_of("vanilla", "linear", "uncertainty", "pcgrad", "nash"),
-    "method.linear_weights": Rule(
-        (str,), _are_weights, "'' or k numbers >= 0 as '0.3,0.7', not all 0"
-    ),
-    "method.uncertainty_learning_rate": _number(0, above=True),
-    "method.nash_update_every": _integer(1, _LARGEST_COUNT),
-    "method.nash_max_norm": _number(0, above=True),
-    "method.share_weighted": _BOOL,
-    "method.cosines": _BOOL,
-    "method.timesteps": _one_of(*clusters.DRAWS),
-    "method.gradient_form": _one_of(*FORMS),
-    "optimizer.learning_rate": _number(0, above=True),
-    "optimizer.warmup_steps": _integer(0, _LARGEST_COUNT),
-    "optimizer.schedule": _one_of("constant", "cosine"),
-    "optimizer.weight_decay": _number(0),
-    "optimizer.clip_norm": _number(0),
-    "optimizer.microbatches": _integer(1),
-    "optimizer.nonfinite": _one_of("stop", "skip"),
-    "optimizer.frozen": Rule((str,), _is_pattern, "a regular expression, or '' for none"),
-    "ema_decay": _number(0, 1),
-    "label_dropout": _number(0, 1),
-    "log_every": _integer(1),
-    "tensorboard": _BOOL,
-    "profile_steps": _integer(0, 1000),
-    "checkpoint.every": _integer(1),
-    "checkpoint.keep": _integer(1),
-    "checkpoint.keep_period": _integer(0),
+    seed: Annotated[int, Integer(0, 2**30 - 1), Traced()] = 0
+    num_steps: Annotated[int, Integer(1)] = 3000
+    ema_decay: Annotated[float, Number(0, 1)] = 0.999
+    label_dropout: Annotated[float, Number(0, 1)] = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """What happens around the steps.
+
+    Attributes:
+      init_from: parameters to begin with: the EMA of another run's workdir, or a .safetensors, .pt,
+        .pth or .ckpt file of published weights. "" for fresh ones.
+      init_facts: what such a file doesn't tell, unless ``--mode export`` wrote it, joined by
+        commas; the network's module lists what it may be.
+      log_every: steps between two lines of the log.
+      tensorboard: whether to write for it, where TensorFlow is installed.
+      profile_steps: trace so many steps, from the 10th on, into WORKDIR/profile.
+    """
+
+    init_from: Path = ""
+    init_facts: Annotated[
+        str,
+        Check(
+            lambda text: not text or all(map(_INIT_FACT.fullmatch, text.split(","))),
+            "'' or facts such as 'heads_first,num_heads=4', joined by commas",
+        ),
+    ] = ""
+    log_every: Annotated[int, Integer(1), Affects.NOTHING] = 100
+    tensorboard: Annotated[bool, Affects.NOTHING] = True
+    profile_steps: Annotated[int, Integer(0, 1000), Affects.NOTHING] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The images, whatever their source.
+
+    Attributes:
+      split: of the source; of a folder the subfolder of the split, "" if there is none.
+      image_size: side in pixels; images of another size need a crop.
+      crop: how images of another size are cut.
+      flip: mirror half of the images.
+      replace_unreadable: replace damaged images by the next one; else the run fails there.
+      batch_size: over all devices; each device's share must be a multiple of k.
+      num_workers: processes that decode images ahead of time.
+    """
+
+    split: str = "train"
+    image_size: Annotated[int, Integer(1)] = 8
+    crop: Literal["none", "center", "random"] = "none"
+    flip: bool = False
+    replace_unreadable: bool = False
+    batch_size: Annotated[int, Integer(1)] = 120
+    num_workers: Annotated[int, Integer(0, 1024), Affects.NOTHING, settings.PerProcess()] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What all networks share.
+
+    Attributes:
+      conditional: on the class label.
+      dtype: of activations; "bfloat16" on GPU and TPU.
+    """
+
+    conditional: Annotated[bool, Affects.PARAMETERS | Affects.SAMPLES] = True
+    dtype: Annotated[Literal["float32", "bfloat16"], Affects.PARAMETERS | Affects.SAMPLES] = (
+        "float32"
+    )
+
+
+def _variants():
+    from ant_jax.latents import autoencoder
+
+    return ("", *autoencoder.VARIANTS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencoder:
+    """Diffusion in the latents of an autoencoder.
+
+    ``--mode encode`` makes latents of the images that ``config.data`` describes; training reads
+    them; samples are decoded.
+
+    Attributes:
+      name: of one of LDM's autoencoders, "KL-f4-small" for trying out, or "" for diffusion in
+        pixels.
+      weights: its .safetensors, .pt, .pth or .ckpt file.
+      latents: the folder of the latents.
+      scale: factor that gives them about unit variance: 0.18215 for KL-f8.
+      batch_size: images encoded or decoded at a time, a power of 2.
+    """
+
+    name: Annotated[str, OneOf(*_variants()), Affects.PARAMETERS | Affects.SAMPLES] = ""
+    weights: Annotated[Path, Affects.NOTHING] = ""
+    latents: Annotated[Path, Affects.NOTHING] = ""
+    scale: Annotated[float, Number(above=0), Affects.PARAMETERS | Affects.SAMPLES] = 1.0
+    batch_size: Annotated[
+        int,
+        Check(
+            lambda value: 1 <= value <= 1024 and value.bit_count() == 1,
+            "a power of 2 of at most 1024",
+        ),
+        Affects.NOTHING,
+    ] = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Clusters:
+    """How the noise levels form tasks, by whichever costs.
+
+    Attributes:
+      k: number of tasks.
+      specialist: train on this task alone, from 0; -1 for all tasks.
+    """
+
+    k: Annotated[int, Integer(1)] = 5
+    specialist: Annotated[int, Integer(-1)] = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What all methods share: how tasks are drawn, and wrappers around the method.
+
+    Attributes:
+      draw: "stratified": batch_size / k examples in each task; "uniform": over all noise levels,
+        which methods with a Gram matrix can only do with gradient_form = "masked"; "auto": uniform
+        for vanilla, else stratified.
+      gradient_form: how k gradients are found: by "vmap", "scan" (less memory) or "masked" (the
+        general form).
+      cosines: report those of the task gradients whatever the method.
+      weight_by_interval_size: multiply task losses by k times their share of the noise levels
+        before the method sees them: linear then is vanilla in expectation.
+      update_every: renew the weights at every so many-th step.
+      max_norm: bound on the norm of the combined gradient, by the Gram matrix; 0 for none.
+    """
+
+    draw: Literal["auto", "stratified", "uniform"] = "auto"
+    gradient_form: Literal["vmap", "scan", "masked"] = "vmap"
+    cosines: bool = False
+    weight_by_interval_size: Annotated[bool, Traced()] = False
+    update_every: Annotated[int, Integer(1)] = 1
+    max_norm: Annotated[float, Number(0)] = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW on the combined gradient.
+
+    Attributes:
+      learning_rate: its highest value.
+      warmup_steps: linear, from 0.
+      schedule: "constant", or "cosine" to 0 at num_steps.
+      weight_decay: of AdamW.
+      clip_norm: of the combined gradient; 0 for no clipping.
+      frozen: parameters to leave as they are: a pattern such as "embedding|block_0/".
+      nonfinite: "stop" or "skip" at a step whose loss or gradient is not finite.
+      microbatches: the batch is worked off in so many parts.
+    """
+
+    learning_rate: Annotated[float, Number(above=0), Traced()] = 1e-3
+    warmup_steps: Annotated[int, Integer(0)] = 100
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: Annotated[float, Number(0)] = 0.0
+    clip_norm: Annotated[float, Number(0)] = 0.0
+    frozen: Annotated[str, Check(_is_pattern, "a regular expression, or '' for none")] = ""
+    # A run that has stopped at a loss that is not finite may go on and skip it.
+    nonfinite: Annotated[Literal["stop", "skip"], Affects.NOTHING] = "stop"
+    microbatches: Annotated[int, Integer(1)] = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoints:
+    """When checkpoints are saved, and which are kept.
+
+    Attributes:
+      every: steps; the last step is always saved.
+      keep: newest checkpoints.
+      keep_period: keep each checkpoint at a multiple of this; 0 for none.
+    """
+
+    every: Annotated[int, Integer(1)] = 500
+    keep: Annotated[int, Integer(1)] = 2
+    keep_period: Annotated[int, Integer(0)] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Which samples are drawn, and when.
+
+    Attributes:
+      seed: another one draws other samples from the same run.
+      every: steps between grids of samples while training; 0 for none.
+      num: how many ``--mode sample`` and ``--mode evaluate`` draw.
+      batch_size: samples drawn at a time.
+    """
+
     # A larger one would draw the samples of its last 32 bits.
-    "sample.seed": _integer(0, 2**32 - 1),
-    "sample.every": _integer(0),
-    "sample.sampler": _one_of("ddim", "ddpm"),
-    "sample.num_steps": _integer(1),
-    "sample.spacing": _TEXT,
-    "sample.eta": _number(0, 1),
-    "sample.guidance": _number(0, 1000),
-    "sample.guidance_channels": _integer(0),
-    "sample.batch_size": _integer(1),
-    "sample.num": _integer(1, _LARGEST_COUNT),
-    "evaluation.split": _TEXT,
-    "evaluation.features": _one_of("digits", "inception", ""),
-    "evaluation.inception": _PATH,
-    "evaluation.reference": _PATH,
-    "evaluation.samples": _PATH,
-}
+    seed: Annotated[int, Integer(0, 2**32 - 1)] = 0
+    every: Annotated[int, Integer(0), Affects.NOTHING] = 1000
+    num: Annotated[int, Integer(1)] = 1797
+    batch_size: Annotated[int, Integer(1), Affects.NOTHING] = 600
 
-# Settings that a restart in the same workdir may change: they don't touch the parameters. A dot at
-# the end stands for a whole group.
-_FREE = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "sample.", "evaluation.")
-# A run keeps the clusters that it has begun with, wherever the affinity lies now.
-_FREE += ("data.num_workers", "data.dir", "diffusion.clip_x0", "clusters.affinity")
-# A run that has stopped at a loss that is not finite may go on and skip it.
-_FREE += ("optimizer.nonfinite", "model.remat", "model.attention")
-_FREE += ("autoencoder.weights", "autoencoder.latents", "autoencoder.batch_size")
 
-# What a run did that was begun before there was such a setting.
-BEFORE = {
-    "data.exif": "ignore",
-    "model.num_heads": 0,
-    "init_facts": "",
-    "sample.spacing": "even",
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What samples are compared with.
+
+    Attributes:
+      reference: an .npz of images, statistics or both, as ADM's reference batches; "" for the
+        training data, whose statistics are kept in ~/.cache/ant_jax.
+      samples: an .npz of samples to evaluate, not sorted by class; "" to draw them.
+      split: held-out images for validation losses; "" for none.
+    """
+
+    reference: Path = ""
+    samples: Path = ""
+    split: str = "test"
+
+
+class Group(NamedTuple):
+    """A group of settings.
+
+    Attributes:
+      name: ``config.NAME``; "" for settings at the top.
+      common: dataclass of the settings that do not depend on the component.
+      folder: package in which components are looked for; "" if the group names none.
+      makes: "module:attribute", what a component gives.
+      given: arguments of components that the program gives.
+      affects: what the settings affect unless they say otherwise.
+      in_step: whether the compiled step is made of them.
+      key: the setting that names the component.
+      none: its value where there is no component.
+    """
+
+    name: str
+    common: type | None = None
+    folder: str = ""
+    makes: str = ""
+    given: tuple[str, ...] = ()
+    affects: Affects = Affects.PARAMETERS
+    in_step: bool = False
+    key: str = "name"
+    none: str | None = None
+
+
+_BOTH = Affects.PARAMETERS | Affects.SAMPLES
+GROUPS = (
+    Group("", Training, in_step=True),
+    Group("", Loop),
+    Group("data", Data, "ant_jax.data", "ant_jax.data:Source", ("split",)),
+    Group(
+        "process",
+        None,
+        "ant_jax.diffusion",
+        "ant_jax.diffusion:Process",
+        ("loss_weight",),
+        _BOTH,
+        in_step=True,
+    ),
+    Group(
+        "loss_weight",
+        None,
+        "ant_jax.diffusion.loss_weights",
+        "ant_jax.diffusion.loss_weights:LossWeight",
+        in_step=True,
+        none="none",
+    ),
+    Group(
+        "model",
+        Model,
+        "ant_jax.models",
+        "flax.linen:Module",
+        ("channels", "num_classes", "learned_variance", "dtype", "parent", "name"),
+        Affects.MEANING,
+        in_step=True,
+    ),
+    Group("autoencoder", Autoencoder),
+    Group(
+        "clusters",
+        Clusters,
+        "ant_jax.tasks.clusterings",
+        "ant_jax.tasks.clusterings:Clusters",
+        ("log_snr", "k"),
+    ),
+    Group("method", Method, "ant_jax.mtl", "ant_jax.mtl:Weighting", ("k", "seed"), in_step=True),
+    Group("optimizer", Optimizer, in_step=True),
+    Group("checkpoint", Checkpoints, affects=Affects.NOTHING),
+    Group(
+        "sampler",
+        SampleOptions,
+        "ant_jax.diffusion.samplers",
+        "ant_jax.diffusion.samplers:Sampler",
+        affects=Affects.SAMPLES,
+    ),
+    Group("sample", Samples, affects=Affects.SAMPLES),
+    Group(
+        "evaluation",
+        Evaluation,
+        "ant_jax.evaluation.features",
+        "ant_jax.evaluation:Extractor",
+        affects=Affects.MEASUREMENTS,
+        key="features",
+        none="",
+    ),
+)
+_DEFAULTS = {
+    "data": "digits",
+    "process": "gaussian",
+    "loss_weight": "none",
+    "model": "dit",
+    "clusters": "snr",
+    "method": "nash",
+    "sampler": "ddim",
+    "evaluation": "digits",
 }
+_OF_NAMES = {group.name: group for group in GROUPS if group.folder}
 
 
 def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
@@ -242,17 +381,240 @@ def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def is_among(name: str, names: Collection[str]) -> bool:
-    """Whether a setting is one of some, of which those that end with a dot are whole groups."""
-    return name in names or f"{name.partition('.')[0]}." in names
+def _makes(described):
+    module, _, attribute = described.makes.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
-def is_of_a_process(name: str) -> bool:
-    """Whether each process of a run may have its own: where things lie there, and its workers.
+def component(group: str, name: str) -> Callable:
+    """The component that a group's name means; see `settings.resolve`.
+
+    Raises:
+      ConfigError: naming the setting and what is allowed.
+    """
+    described = _OF_NAMES[group]
+    folder = importlib.import_module(described.folder)
+    try:
+        if not isinstance(name, str):
+            raise ValueError(f"must be a string, got {name!r}")
+        return settings.resolve(folder, name, _makes(described))
+    except ValueError as error:
+        raise ConfigError(f"config.{group}.{described.key} {error}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _settings_of_component(group: str, name: str) -> dict[str, Setting]:
+    described = _OF_NAMES[group]
+    if name == described.none:
+        return {}
+    try:
+        own = settings.settings_of(component(group, name), described.given, described.affects)
+    except (TypeError, NameError) as error:
+        raise ConfigError(f"config.{group}.{described.key} = {name!r}: {error}") from error
+    both = own.keys() & {*_common_settings(described), described.key}
+    if both:
+        raise ConfigError(
+            f"config.{group}.{described.key} = {name!r} has an argument {', '.join(sorted(both))}, "
+            f"which is a setting of all of config.{group}: give it another name"
+        )
+    return own
+
+
+@functools.cache
+def _common_settings(group: Group) -> dict[str, Setting]:
+    return settings.settings_of(group.common, (), group.affects) if group.common else {}
+
+
+def common(config: ConfigDict, group: str) -> dict[str, Any]:
+    """The settings of a group that all its components share, as keyword arguments."""
+    return {name: config[group][name] for name in _common_settings(_OF_NAMES[group])}
+
+
+def arguments(config: ConfigDict, group: str) -> dict[str, Any]:
+    """The settings of a group that are its component's own, as keyword arguments."""
+    values = config[group]
+    return {name: values[name] for name in _settings_of_component(group, values[_key(group)])}
+
+
+def _key(group):
+    return _OF_NAMES[group].key
+
+
+def build(config: ConfigDict | FrozenConfigDict, group: str, **given: Any) -> Any:
+    """What the component of a group makes of its settings.
+
+    Args:
+      config: the run's config.
+      group: its name.
+      **given: the arguments that the program gives, of which a component takes those that it has.
+
+    Raises:
+      ConfigError: naming the group, where the component raises a ValueError or can't find a file.
+    """
+    found = component(group, config[group][_key(group)])
+    takes = inspect.signature(found).parameters
+    given = {name: value for name, value in given.items() if name in takes}
+    try:
+        made = found(**given, **arguments(config, group))
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config.{group}: {error}") from error
+    makes = _makes(_OF_NAMES[group])
+    if not isinstance(made, makes):
+        raise ConfigError(
+            f"config.{group}.{_key(group)} = {config[group][_key(group)]!r} makes "
+            f"{type(made).__name__}, not {makes.__name__}: see docs/adding.md"
+        )
+    return made
+
+
+def settings_of_config(config: ConfigDict | Mapping[str, Any]) -> dict[str, Setting]:
+    """Every setting that a config with these components has, by ``"group.name"``.
+
+    Raises:
+      ConfigError: if a component can't be found.
+    """
+    found = {}
+    for group in GROUPS:
+        dot = f"{group.name}." if group.name else ""
+        values = config.get(group.name, {}) if group.name else config
+        if group.folder:
+            name = values.get(group.key) if isinstance(values, ConfigDict | Mapping) else None
+            if name is None:
+                old = "; this config is of version 0.1, see docs/settings.md" * (
+                    "diffusion" in config
+                )
+                raise ConfigError(
+                    f"missing setting config.{dot}{group.key}: a component, by default "
+                    f"{_DEFAULTS[group.name]!r}{old}"
+                )
+            if not isinstance(name, str):
+                raise ConfigError(f"config.{dot}{group.key} must be a string, got {name!r}")
+            check = Check(lambda value: True, "a component")
+            found[dot + group.key] = Setting((str,), check, None, group.affects)
+            found |= {
+                dot + each: setting
+                for each, setting in _settings_of_component(group.name, name).items()
+            }
+        found |= {dot + each: setting for each, setting in _common_settings(group).items()}
+    return found
+
+
+def default_config(**names: str) -> ConfigDict:
+    """A config with the defaults of all settings of some components.
+
+    Args:
+      **names: the component of a group: ``default_config(method="pcgrad", model="unet")``.
+    """
+    config = ConfigDict()
+    for group in GROUPS:
+        if group.name and group.name not in config:
+            config[group.name] = ConfigDict()
+        place = config[group.name] if group.name else config
+        if group.folder:
+            place[group.key] = names.get(group.name, _DEFAULTS[group.name])
+        for name, setting in _common_settings(group).items():
+            place[name] = setting.default
+        if group.folder:
+            _fill(config, group.name)
+    unknown = names.keys() - _OF_NAMES.keys()
+    if unknown:
+        raise ConfigError(f"no group of components: {', '.join(sorted(unknown))}")
+    return config.lock()
+
+
+def component_names() -> dict[str, str]:
+    """The settings that name a component, ``"group.name"``, and their groups."""
+    return {f"{group.name}.{group.key}": group.name for group in _OF_NAMES.values()}
+
+
+def update(config: ConfigDict, changes: Mapping[str, Any]) -> None:
+    """Changes settings by ``"group.name"``, in place; those that name a component first.
+
+    A group whose component changes keeps those settings that both components have with the same
+    range and default, loses the others, and gets the new one's defaults.
+
+    Raises:
+      ConfigError: if there is no such component.
+      KeyError: if there is no such setting.
+      TypeError: if a value is of another type.
+    """
+    keys = component_names()
+    for name, group in keys.items():
+        if name in changes and changes[name] != config[group][_key(group)]:
+            former = config[group][_key(group)]
+            with config.unlocked():
+                config[group][_key(group)] = changes[name]
+                _fill(config, group, former)
+    rest = {name: value for name, value in changes.items() if name not in keys}
+    config.update_from_flattened_dict(rest)
+
+
+def _fill(config, group, former=None):
+    """Gives a group the settings of its component, and takes away those of another."""
+    place = config[group]
+    own = _settings_of_component(group, place[_key(group)])
+    before = {} if former is None else _settings_of_component(group, former)
+    common = _common_settings(_OF_NAMES[group])
+    # One of the same name may mean something else.
+    kept = {name for name in own.keys() & before.keys() if _alike(own[name], before[name])}
+    for name in [each for each in place if each not in (*kept, *common, _key(group))]:
+        del place[name]
+    for name, setting in own.items():
+        if name not in place:
+            required = setting.default is settings.REQUIRED
+            place[name] = placeholder(setting.kinds[-1]) if required else setting.default
+
+
+def _alike(one, other):
+    parts = lambda setting: (setting.kinds, setting.check.allowed, setting.default)
+    return parts(one) == parts(other)
+
+
+def affecting(config: ConfigDict, affects: Affects) -> dict[str, Any]:
+    """The values of the settings that affect some of these things, by ``"group.name"``."""
+    flat = flatten(config)
+    return {
+        name: flat[name]
+        for name, setting in settings_of_config(config).items()
+        if setting.affects & affects
+    }
+
+
+def meaning(config: ConfigDict) -> dict[str, Any]:
+    """The settings that decide what given parameters do, whatever their shapes."""
+    flat = flatten(config)
+    return {
+        name: flat[name]
+        for name, setting in settings_of_config(config).items()
+        if setting.affects == Affects.MEANING
+    }
+
+
+def program(config: ConfigDict) -> FrozenConfigDict:
+    """What of a config the compiled step is made of: equal for equal programs, hashable."""
+    found = ConfigDict()
+    for group in (each for each in GROUPS if each.in_step):
+        common = _common_settings(group)
+        names = [name for name, setting in common.items() if not setting.traced]
+        if not group.name:
+            found.update({name: config[name] for name in names})
+            continue
+        if group.folder:
+            names += [group.key, *_settings_of_component(group.name, config[group.name][group.key])]
+        found[group.name] = ConfigDict({name: config[group.name][name] for name in names})
+    if config.optimizer.schedule == "constant":
+        del found["num_steps"]
+    return FrozenConfigDict(found)
+
+
+def of_a_process(config: ConfigDict) -> set[str]:
+    """The settings that each process of a run may have its own of: paths, and data workers.
 
     What lies at the paths must be the same, and is compared where it is read.
     """
-    return RULES.get(name) is _PATH or name == "data.num_workers"
+    return {name for name, setting in settings_of_config(config).items() if setting.per_process}
 
 
 def validate(config: ConfigDict) -> None:
@@ -263,36 +625,64 @@ def validate(config: ConfigDict) -> None:
         or values, and combinations that can't work.
     """
     flat = flatten(config)
-    for name in flat.keys() - RULES.keys():
-        near = difflib.get_close_matches(name, RULES, 1)
-        hint = f"; did you mean config.{near[0]}?" if near else ""
-        raise ConfigError(f"unknown setting config.{name}{hint}")
-    for name, rule in RULES.items():
-        if name not in flat:
-            raise ConfigError(f"missing setting config.{name}: {rule.allowed}")
-        value = flat[name]
-        # bool is a subclass of int, and True no number of steps.
-        of_kind = isinstance(value, rule.kinds) and (bool in rule.kinds) == isinstance(value, bool)
-        if not of_kind or not rule.holds(value):
-            raise ConfigError(f"config.{name} must be {rule.allowed}, got {value!r}")
+    known = settings_of_config(config)
+    for name in sorted(flat.keys() - known.keys()):
+        raise ConfigError(f"unknown setting config.{name}{_hint(name, known)}")
+    for name, setting in known.items():
+        if flat.get(name) is None:
+            raise ConfigError(f"missing setting config.{name}: {setting.check.allowed}")
+        allowed = setting.problem(flat[name])
+        if allowed:
+            raise ConfigError(f"config.{name} must be {allowed}, got {flat[name]!r}")
     _validate_together(flat)
+
+
+def _hint(name, known):
+    if name in old_configs.MOVED:
+        return f"; it is config.{old_configs.MOVED[name]} now"
+    group, _, leaf = name.partition(".")
+    if leaf and leaf in _settings_of_others(group):
+        key = f"{group}.{_key(group)}"
+        return (
+            f"; it is of another {key}: ant_jax.config.update(config, {{'{key}': ...}}) changes "
+            "the component with its settings"
+        )
+    near = difflib.get_close_matches(name, known, 1)
+    if near:
+        return f"; did you mean config.{near[0]}?"
+    there = [each for each in known if each.startswith(f"{group}.")]
+    return f"; config.{group} has {', '.join(each.partition('.')[2] for each in there)}" * bool(
+        there
+    )
+
+
+def _settings_of_others(group):
+    """Names of the settings of all components of a group's folder."""
+    if group not in _OF_NAMES:
+        return set()
+    described = _OF_NAMES[group]
+    names = settings.names_in(importlib.import_module(described.folder), _makes(described))
+    return {setting for name in names for setting in _settings_of_component(group, name)}
 
 
 def _validate_together(flat):
     def at_most(name, limit):
-        if flat[name] > flat[limit]:
+        if limit in flat and flat[name] > flat[limit]:
             raise ConfigError(
                 f"config.{name} = {flat[name]} must not exceed config.{limit} = {flat[limit]}"
             )
 
-    at_most("clusters.k", "diffusion.timesteps")
-    at_most("sample.num_steps", "diffusion.timesteps")
-    try:
-        spaced_timesteps(
-            flat["diffusion.timesteps"], flat["sample.num_steps"], flat["sample.spacing"]
-        )
-    except ValueError as error:
-        raise ConfigError(f"config.sample.spacing: {error}") from None
+    at_most("clusters.k", "process.timesteps")
+    at_most("sampler.num_steps", "process.timesteps")
+    if "process.timesteps" in flat:
+        from ant_jax.diffusion import spaced_timesteps
+
+        try:
+            spaced_timesteps(
+                flat["process.timesteps"], flat["sampler.num_steps"], flat["sampler.spacing"]
+            )
+        except ValueError as error:
+            raise ConfigError(f"config.sampler.spacing: {error}") from None
     if flat["autoencoder.name"]:
         for name, what in (("latents", "DIR of"), ("weights", "PATH of")):
             if not flat[f"autoencoder.{name}"]:
@@ -300,49 +690,30 @@ def _validate_together(flat):
                     f"config.autoencoder.name = {flat['autoencoder.name']!r} needs "
                     f"config.autoencoder.{name} = {what} its {name}"
                 )
-    if (
-        (flat["method.name"] in ("pcgrad", "nash") or flat["method.cosines"])
-        and flat["method.timesteps"] == "uniform"
-        and flat["method.gradient_form"] != "masked"
-    ):
-        raise ConfigError(
-            f"config.method.timesteps = 'uniform' with config.method.name = "
-            f"{flat['method.name']!r} needs config.method.gradient_form = 'masked'"
-        )
     if flat["data.name"] == "folder" and not flat["data.dir"]:
         raise ConfigError("config.data.name = 'folder' needs config.data.dir = PATH of the folder")
-    if flat["data.exif"] == "apply" and flat["data.name"] != "folder":
-        raise ConfigError("config.data.exif = 'apply' needs config.data.name = 'folder'")
-    if flat["clusters.cost"] == "gradient" and not flat["clusters.affinity"]:
+    if flat["clusters.name"] == "gradient" and not flat["clusters.affinity"]:
         raise ConfigError(
-            "config.clusters.cost = 'gradient' needs config.clusters.affinity = PATH of a task "
+            "config.clusters.name = 'gradient' needs config.clusters.affinity = PATH of a task "
             "affinity; python -m experiments.task_affinity measures one"
         )
-    if flat["clusters.only"] >= flat["clusters.k"]:
+    if flat["clusters.specialist"] >= flat["clusters.k"]:
         raise ConfigError(
-            f"config.clusters.only = {flat['clusters.only']} must be below config.clusters.k = "
-            f"{flat['clusters.k']}"
+            f"config.clusters.specialist = {flat['clusters.specialist']} must be below "
+            f"config.clusters.k = {flat['clusters.k']}"
         )
-    weights = flat["method.linear_weights"]
-    if weights and (
-        flat["method.name"] != "linear" or weights.count(",") + 1 != flat["clusters.k"]
-    ):
-        raise ConfigError(
-            f"config.method.linear_weights = {weights!r} needs config.method.name = 'linear' and "
-            f"one weight for each of config.clusters.k = {flat['clusters.k']} clusters"
-        )
-    for name in ("method.share_weighted", "method.cosines"):
-        if flat[name] and (flat["method.name"] == "vanilla" or flat["clusters.only"] >= 0):
+    for name in ("method.weight_by_interval_size", "method.cosines"):
+        if flat[name] and (flat["method.name"] == "vanilla" or flat["clusters.specialist"] >= 0):
             raise ConfigError(
-                f"config.{name} = True needs clusters to weigh: another config.method.name than "
-                "'vanilla' and config.clusters.only = -1"
+                f"config.{name} = True needs tasks to weigh: another config.method.name than "
+                "'vanilla' and config.clusters.specialist = -1"
             )
-    if flat["sample.guidance"] != 1 and not (
+    if flat["sampler.guidance"] != 1 and not (
         flat["model.conditional"] and 0 < flat["label_dropout"] < 1
     ):
         raise ConfigError(
-            f"config.sample.guidance = {flat['sample.guidance']} needs config.model.conditional = "
-            "True and 0 < config.label_dropout < 1, which train the model with and without labels"
+            f"config.sampler.guidance = {flat['sampler.guidance']} needs config.model.conditional "
+            "= True and 0 < config.label_dropout < 1, which train the model with and without labels"
         )
     decay = flat["optimizer.weight_decay"]
     if decay * flat["optimizer.learning_rate"] >= 1:
@@ -353,7 +724,7 @@ def _validate_together(flat):
         )
     if flat["evaluation.features"] == "digits" and flat["data.name"] != "digits":
         raise ConfigError(
-            f"config.evaluation.features = 'digits' can't judge config.data.name = "
+            f"config.evaluation.features = 'digits' can't evaluate config.data.name = "
             f"{flat['data.name']!r}: set it to 'inception' or ''"
         )
 
@@ -365,12 +736,8 @@ def surprises(config: ConfigDict, training: bool) -> list[str]:
     every, steps = flat["checkpoint.every"], flat["num_steps"]
     lines = [
         (
-            flat["diffusion.clip_x0"] and flat["autoencoder.name"],
-            f"{show('diffusion.clip_x0')} clips latents, which are not within [-1, 1]",
-        ),
-        (
-            flat["sample.eta"] and flat["sample.sampler"] == "ddpm",
-            f"{show('sample.eta')} is of 'ddim', and {show('sample.sampler')}",
+            flat["sampler.clip_x0"] and flat["autoencoder.name"],
+            f"{show('sampler.clip_x0')} clips latents, which are not within [-1, 1]",
         ),
     ]
     lines_of_training = [
@@ -385,9 +752,9 @@ def surprises(config: ConfigDict, training: bool) -> list[str]:
             "the steps that both divide are kept",
         ),
         (
-            flat["method.name"] == "nash" and flat["method.nash_update_every"] >= steps > 1,
-            f"{show('method.nash_update_every')} is as long as {show('num_steps')}: Nash's weights "
-            "are never renewed",
+            flat["method.update_every"] >= steps > 1,
+            f"{show('method.update_every')} is as long as {show('num_steps')}: the weights are "
+            "never renewed",
         ),
         (
             flat["label_dropout"] == 1 and flat["model.conditional"],
@@ -402,10 +769,6 @@ def surprises(config: ConfigDict, training: bool) -> list[str]:
             f"{show('autoencoder.latents')} is not used: {show('autoencoder.name')} is diffusion "
             "in pixels",
         ),
-        (
-            flat["clusters.affinity"] and flat["clusters.cost"] != "gradient",
-            f"{show('clusters.affinity')} is not used: {show('clusters.cost')}",
-        ),
     ]
     return [line for holds, line in lines + lines_of_training * training if holds]
 
@@ -413,18 +776,24 @@ def surprises(config: ConfigDict, training: bool) -> list[str]:
 def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike) -> None:
     """Checks that a config describes the run that a workdir holds.
 
-    Settings that don't change the parameters, such as ``log_every``, may differ; so may
+    Settings that don't affect the parameters, such as ``log_every``, may differ; so may
     ``num_steps`` where the learning rate does not depend on it.
 
     Raises:
       ConfigError: naming the settings that differ and both values.
     """
     there, now = flatten(saved), flatten(config)
-    free = _FREE + (("num_steps",) if now["optimizer.schedule"] == "constant" else ())
+    known = settings_of_config(saved) | settings_of_config(config)
+    free = {name for name, setting in known.items() if not setting.affects & Affects.PARAMETERS}
+    if now["optimizer.schedule"] == "constant":
+        free.add("num_steps")
+    # Where the components differ, what only one of them has need not be said.
+    changed = [group for name, group in component_names().items() if there[name] != now[name]]
+    others = {name for name in there.keys() ^ now.keys() if name.partition(".")[0] in changed}
     differing = [
         f"  config.{name}: {there.get(name, 'not set')!r} there, {now.get(name, 'not set')!r} now"
         for name in sorted(there.keys() | now.keys())
-        if there.get(name) != now.get(name) and not is_among(name, free)
+        if there.get(name) != now.get(name) and name not in free and name not in others
     ]
     if differing:
         raise ConfigError(
@@ -434,25 +803,22 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike
         )
 
 
-def from_json(settings: Mapping[str, Any]) -> ConfigDict:
+def from_json(values: Mapping[str, Any]) -> ConfigDict:
     """The config that `ConfigDict.to_dict` and JSON have made a mapping of lists.
 
-    Settings that were not there yet when it was written are set to what was done then.
+    What an earlier version wrote becomes what it would be now. Settings that were not there yet
+    when it was written are set to what was done then.
+
+    Raises:
+      TypeError: if these are no settings by name.
     """
-    if not isinstance(settings, Mapping):
-        raise TypeError(f"{type(settings).__name__} instead of settings by name")
-    config = ConfigDict(_with_tuples(settings))
-    for name, value in BEFORE.items():
-        group, _, leaf = name.rpartition(".")
-        place = config.get(group) if group else config
-        # Of a damaged file a group may be missing, or be none: `validate` says so.
-        if isinstance(place, ConfigDict) and leaf not in place:
-            place[leaf] = value
-    return config
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{type(values).__name__} instead of settings by name")
+    return ConfigDict(old_configs.migrated(_with_tuples(values))).lock()
 
 
 def _with_tuples(value):
     """JSON has lists only."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: _with_tuples(inner) for name, inner in value.items()}
     return tuple(value) if isinstance(value, list) else value

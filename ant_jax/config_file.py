@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from ml_collections import ConfigDict
 
+from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.runtime.files import user_path
 
@@ -71,11 +72,7 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
         raise ConfigError(
             f"get_config must return an ml_collections.ConfigDict, not a {type(config).__name__}"
         )
-    for name, value in names.items():
-        # What has no such setting is refused where all that is set by hand is.
-        group, _, leaf = name.rpartition(".")
-        if isinstance(config.get(group), ConfigDict) and leaf in config[group]:
-            config[group][leaf] = value
+    config_lib.update(config, names)
     return config.lock()
 
 

@@ -15,25 +15,33 @@ from ml_collections import ConfigDict
 from ant_jax import config as config_lib
 from ant_jax import evaluation, experiment, models, results, sampling
 from ant_jax import settings as settings_lib
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.evaluation import features, metrics
+from ant_jax.evaluation import metrics
 from ant_jax.evaluation.summary import Batch
 from ant_jax.latents import dataset
 from ant_jax.runtime import processes
 from ant_jax.runtime.files import user_path
 from ant_jax.runtime.progress import with_time_left
 from ant_jax.sampling import cache
+from ant_jax.settings import Affects
 
 _VALIDATION_IMAGES = 1000
 
 
-def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
+def sample(config: ConfigDict, workdir: Path, step: int | None = None, **given: Any) -> Path:
     """Draws ``config.sample.num`` samples from the EMA into an ``.npz``.
 
     Beside it are a grid of the first ones and a JSON file that says what they were made from. Their
     name is the step; a key follows where samples of other settings, or the trainer's picture of
     them, have that name. What an earlier call has drawn before it was killed is not drawn again.
     Several processes share the drawing; the files are made by process 0.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      step: of the checkpoint; the newest by default.
+      **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
 
     Returns:
       The ``.npz`` file.
@@ -44,11 +52,11 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
       InUseError: if another job draws the same samples.
       FloatingPointError: if samples have numbers that are not finite.
     """
-    step, pieces, state = results.restore_run(config, workdir, step)
+    step, setup, state = results.restore_run(config, workdir, step, **given)
     made_from, num = results.run_origin(config, workdir, step, state), config.sample.num
     with cache.folder(workdir, made_from) as place:
         logging.info("drawing %d samples from step %d", num, step)
-        _draw(config, place, step, pieces, state)
+        _draw(config, place, step, setup, state)
         plain = workdir / "samples" / f"{step:08d}.npz"
         content = {"num_samples": num, "made_from": made_from}
         place_of = lambda: results.write(plain.with_suffix(".json"), content, config, workdir).stem
@@ -63,7 +71,7 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
 
 
 def evaluate(
-    config: ConfigDict, workdir: Path, step: int | None = None
+    config: ConfigDict, workdir: Path, step: int | None = None, **given: Any
 ) -> dict[str, float | int | str] | None:
     """Measures the EMA model; logs what it finds and writes a JSON file.
 
@@ -80,13 +88,20 @@ def evaluate(
 
     Several processes share the drawing; process 0 measures, and the others return None.
 
+    Args:
+      config: of the run.
+      workdir: of the run.
+      step: of the checkpoint; the newest by default.
+      **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
+
     Returns:
       The figures.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
       ConfigError: if the workdir is of another config, or names nothing to measure by, or what it
-        names can't be used.
+        names can't be used, or if the run learned from images that were given from Python, which
+        this can't compare with.
       InUseError: if another job draws the same samples.
       FloatingPointError: if samples or the validation loss are not finite.
     """
@@ -94,35 +109,48 @@ def evaluate(
     check(config)
     if config.evaluation.samples:
         return _of_file(config, workdir) if processes.is_first() else None
-    step, pieces, state = results.restore_run(config, workdir, step)
+    _check_source(config, workdir)
+    step, setup, state = results.restore_run(config, workdir, step, **given)
     made_from = results.run_origin(config, workdir, step, state)
     if not config.evaluation.features:
         if not processes.is_first():
             return None
-        figures = {"step": step} | _validation(config, step, pieces, state)
+        figures = {"step": step} | _validation(config, step, setup, state)
         _report(figures, _with_evaluation(made_from, config), config, workdir, [])
         return figures
     with cache.folder(workdir, made_from) as place:
         if not processes.is_first():
-            _draw(config, place, step, pieces, state)
+            _draw(config, place, step, setup, state)
             return None
         # Before the samples: held-out images that are not there must not cost hours of drawing.
-        validation = _validation(config, step, pieces, state)
-        judge = judging(config)
-        _draw(config, place, step, pieces, state)
+        validation = _validation(config, step, setup, state)
+        evaluator = measuring(config)
+        _draw(config, place, step, setup, state)
         first = []
         batches = results.noting_first(cache.read(place, config.sample.num), first)
         try:
-            figures = {"step": step} | judge.measure(batches) | validation
+            figures = {"step": step} | evaluator.measure(batches) | validation
         except ValueError as error:
-            raise ConfigError(f"samples of step {step} can't be judged: {error}") from error
-        made_from = _with_evaluation(made_from, config) | judge.made_from
+            raise ConfigError(f"samples of step {step} can't be evaluated: {error}") from error
+        made_from = _with_evaluation(made_from, config) | evaluator.made_from
         _report(figures, made_from, config, workdir, first)
         shutil.rmtree(place, ignore_errors=True)
     return figures
 
 
-class Judging(NamedTuple):
+def _check_source(config, workdir):
+    before = workdir_lib.recorded(workdir)
+    settings = config.evaluation
+    by_reference = settings.reference and not settings.split
+    if before is not None and "source" in before["given"] and not by_reference:
+        raise ConfigError(
+            f"the run in {workdir} learned from images that were given from Python, and would be "
+            f"compared with those of config.data.name = {config.data.name!r}: set "
+            "config.evaluation.reference to an .npz of images and config.evaluation.split = ''"
+        )
+
+
+class Measuring(NamedTuple):
     """What measures samples.
 
     Attributes:
@@ -139,7 +167,7 @@ def check(config: ConfigDict) -> None:
 
     Raises:
       ConfigError: If there is nothing to measure, or what it would be measured by is not named, or
-        is not there, or can't judge such images.
+        is not there, or can't evaluate such images.
     """
     settings = config.evaluation
     if not settings.features and (settings.samples or not settings.split):
@@ -152,7 +180,6 @@ def check(config: ConfigDict) -> None:
     if settings.features:
         if not settings.samples and config.sample.num < 2:
             raise ConfigError(f"config.sample.num = {config.sample.num}: figures need 2 samples")
-        component, own = _extractor(config)
         paths.append("reference")
     for name in paths:
         path = settings[name]
@@ -161,9 +188,12 @@ def check(config: ConfigDict) -> None:
     if settings.features:
         size, channels = config.data.image_size, 3 if config.autoencoder.name else None
         try:
-            _made(config, component, own).check(size, size, channels)
+            config_lib.build(config, "evaluation").check(size, size, channels)
+        except ConfigError:
+            raise
         except ValueError as error:
-            others = [f"config.evaluation.{name}" for name in own.values()]
+            own = config_lib.arguments(config, "evaluation")
+            others = [f"config.evaluation.{name}" for name in own]
             raise ConfigError(
                 f"config.evaluation.features = {settings.features!r} {error}: set "
                 f"{' or '.join([*others, 'config.evaluation.features'])}"
@@ -175,7 +205,7 @@ def check(config: ConfigDict) -> None:
             raise ConfigError(f"config.evaluation.split = {settings.split!r}: {error}") from error
 
 
-def judging(config: ConfigDict, names: Sequence[str] = ()) -> Judging:
+def measuring(config: ConfigDict, names: Sequence[str] = ()) -> Measuring:
     """What ``config.evaluation`` measures samples by; the reference is worked off right away.
 
     Args:
@@ -190,54 +220,43 @@ def judging(config: ConfigDict, names: Sequence[str] = ()) -> Judging:
     names = names or settings_lib.names_in(metrics, evaluation.Metric)
     every = [settings_lib.resolve(metrics, name, evaluation.Metric)() for name in names]
     try:
-        judge = evaluation.judge(_made(config, *_extractor(config)), every)
+        evaluator = evaluation.build_evaluator(config_lib.build(config, "evaluation"), every)
+    except ConfigError:
+        raise
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.evaluation.features = {settings.features!r}: {error}") from error
     if settings.reference:
         logging.info("reference: %s", settings.reference)
         try:
-            reference = evaluation.read_reference(user_path(settings.reference), judge, batch_size)
+            reference = evaluation.read_reference(
+                user_path(settings.reference), evaluator, batch_size
+            )
         except (ValueError, OSError) as error:
             raise ConfigError(f"config.evaluation.reference: {error}") from error
     else:
         images = _images(config, config.data.split)
         held_out = _images(config, settings.split) if settings.split else None
         try:
-            reference = evaluation.data_reference(judge, images, held_out, batch_size)
+            reference = evaluation.data_reference(evaluator, images, held_out, batch_size)
         except ValueError as error:
             raise ConfigError(f"config.data: {error}") from error
-    measure = functools.partial(evaluation.measure, judge=judge, reference=reference)
-    return Judging(measure, {settings.features: judge.network.digest[:16]})
-
-
-def _extractor(config):
-    """The extractor's function, and under which names the config has its settings."""
-    name = config.evaluation.features
-    try:
-        component = settings_lib.resolve(features, name, evaluation.Extractor)
-    except ValueError as error:
-        raise ConfigError(f"config.evaluation.features {error}") from error
-    names = {"weights": "inception"} if name == "inception" else {}
-    return component, {name: names.get(name, name) for name in settings_lib.settings_of(component)}
-
-
-def _made(config, component, own):
-    return component(**{name: config.evaluation[there] for name, there in own.items()})
+    measure = functools.partial(evaluation.measure, evaluator=evaluator, reference=reference)
+    return Measuring(measure, {settings.features: evaluator.network.digest[:16]})
 
 
 def _images(config, split):
     """The images of a split as they are: neither mirrored nor cropped at random."""
     settings = config.data
-    source = dataset.open_images(config, split)
+    source, place = dataset.open_images(config, split), settings.get("dir", "")
     crop = "none" if settings.crop == "none" else "center"
     key = {
-        "name": settings.name,
-        "dir": str(user_path(settings.dir).absolute()) if settings.dir else "",
+        "name": dataset.source_name(config),
+        "dir": str(user_path(place).absolute()) if place else "",
         "split": split,
         "num": len(source),
         "size": settings.image_size,
         "crop": crop,
-        "exif": settings.exif,
+        "exif": settings.get("exif", "ignore"),
     }
     pipeline = {
         "image_size": settings.image_size,
@@ -254,10 +273,10 @@ def _of_file(config, workdir):
     first = []
     try:
         num = evaluation.num_samples(samples)
-        judge = judging(config)
+        evaluator = measuring(config)
         batches = evaluation.read_samples(samples, config.sample.batch_size)
-        figures = judge.measure(
-            results.noting_first(with_time_left(batches, num, "samples judged"), first)
+        figures = evaluator.measure(
+            results.noting_first(with_time_left(batches, num, "samples evaluated"), first)
         )
     except ConfigError:
         raise
@@ -269,21 +288,21 @@ def _of_file(config, workdir):
         # Of the reference, where it is the training images.
         "settings": {
             name: value
-            for name, value in results.sample_settings(config).items()
+            for name, value in config_lib.affecting(config, Affects.PARAMETERS).items()
             if name.startswith("data.")
         },
     }
-    made_from = _with_evaluation(made_from, config) | judge.made_from
+    made_from = _with_evaluation(made_from, config) | evaluator.made_from
     _report(figures, made_from, config, workdir, first)
     return figures
 
 
-def _validation(config, step, pieces, state):
+def _validation(config, step, setup, state):
     if not config.evaluation.split:
         return {}
-    apply_fn = experiment.denoiser(pieces, state.ema_params)
-    everything = np.array([0, pieces.process.span])
-    (loss,) = validation_losses(config, pieces, apply_fn, everything, timesteps_each=25)
+    apply_fn = experiment.denoiser(setup, state.ema_params)
+    everything = np.array([0, setup.process.span])
+    (loss,) = validation_losses(config, setup, apply_fn, everything, timesteps_each=25)
     if not np.isfinite(loss):
         raise FloatingPointError(f"step {step}: the validation loss is {loss}")
     return {"validation_loss": float(loss)}
@@ -295,7 +314,7 @@ def _with_evaluation(made_from, config):
     settings = {
         f"evaluation.{name}": value
         for name, value in config.evaluation.items()
-        if name not in ("inception", "samples")
+        if name not in ("weights", "samples")
     }
     return made_from | {"settings": made_from["settings"] | settings}
 
@@ -316,7 +335,7 @@ def _report(figures, made_from, config, workdir, first):
 
 def validation_losses(
     config: ConfigDict,
-    pieces: experiment.Experiment,
+    setup: experiment.Setup,
     apply_fn: Partial,
     boundaries: np.ndarray,
     timesteps_each: int,
@@ -325,22 +344,22 @@ def validation_losses(
     x0, labels = dataset.images(config, config.evaluation.split, _VALIDATION_IMAGES)
     return evaluation.interval_losses(
         apply_fn,
-        pieces.process,
+        setup.process,
         x0,
         jax.random.key(0),
         boundaries,
-        y=labels if models.num_classes(pieces.model) else None,
+        y=labels if models.num_classes(setup.model) else None,
         timesteps_each=timesteps_each,
     )
 
 
-def _draw(config, place, step, pieces, state):
+def _draw(config, place, step, setup, state):
     """Draws the samples of the EMA that are not there yet."""
     # Named by the parameters and the decoder.
     processes.assert_equal(lambda: {"parameters of the run and of config.autoencoder": place.name})
     num = config.sample.num
-    apply_fn = experiment.denoiser(pieces, state.ema_params)
-    draw = functools.partial(experiment.draw_samples, config, pieces, apply_fn, num)
+    apply_fn = experiment.denoiser(setup, state.ema_params)
+    draw = functools.partial(experiment.draw_samples, config, setup, apply_fn, num)
     try:
         batch_size = sampling.rounded_batch_size(config.sample.batch_size, num)
         cache.draw_missing(place, num, batch_size, draw)

@@ -7,6 +7,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from ant_jax import init_from, interop, results
+from ant_jax import workdir as workdir_lib
+from ant_jax.config import ConfigError
 from ant_jax.runtime import processes
 
 
@@ -18,13 +20,22 @@ def export(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
-      ConfigError: if the workdir is of another config.
+      ConfigError: if the workdir is of another config, or if the network or the noise process was
+        given from Python: the file could not say what its parameters do.
     """
-    step, pieces, state = results.restore_run(config, workdir, step, draws=False)
+    given = (workdir_lib.recorded(workdir) or {"given": {}})["given"]
+    for name in ("model", "process"):
+        if name in given:
+            raise ConfigError(
+                f"the run in {workdir} was given {name} = {given[name]} from Python, and the file "
+                f"could not say what it is: name it in the config, config.{name}.name = "
+                "'package.module:attribute', and train with that"
+            )
+    step, setup, state = results.restore_run(config, workdir, step, draws=False)
     path = workdir / "weights" / f"{step:08d}.safetensors"
     if processes.is_first():
         weights = interop.to_torch(
-            jax.device_get(state.ema_params), init_from.export_names(pieces.model)
+            jax.device_get(state.ema_params), init_from.export_names(setup.model)
         )
         interop.write_state(path, weights, init_from.export_metadata(config))
     logging.info("the EMA of step %d: %s", step, path)

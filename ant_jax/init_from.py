@@ -18,7 +18,8 @@ from absl import logging
 from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
-from ant_jax import builders, experiment, interop, models
+from ant_jax import config as config_lib
+from ant_jax import experiment, interop, models, old_configs
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.published_weights import OWN_NAMES, Names
@@ -29,7 +30,7 @@ from ant_jax.runtime.files import user_path
 _METADATA = "ant_jax"
 
 
-def initial_params(config: ConfigDict, pieces: experiment.Experiment) -> dict | None:
+def initial_params(config: ConfigDict, setup: experiment.Setup) -> dict | None:
     """The parameters that ``config.init_from`` names, as NumPy arrays; None for fresh ones.
 
     Raises:
@@ -43,8 +44,8 @@ def initial_params(config: ConfigDict, pieces: experiment.Experiment) -> dict | 
         if path.is_dir():
             if config.init_facts:
                 raise ValueError("a run says itself what it is: leave config.init_facts empty")
-            return _ema_of_run(path, config, pieces)
-        return _of_file(path, config, pieces)
+            return _ema_of_run(path, config, setup)
+        return _of_file(path, config, setup)
     except (OSError, ValueError, checkpoint.CheckpointError) as error:
         raise ConfigError(f"config.init_from = {config.init_from!r}: {error}") from error
 
@@ -57,27 +58,27 @@ def export_names(model: nn.Module) -> Names:
 
 def export_metadata(config: ConfigDict) -> dict[str, str]:
     """What an exported file says of itself: the settings that decide what its parameters do."""
-    return {_METADATA: json.dumps(builders.meaning_of_params(config))}
+    return {_METADATA: json.dumps(config_lib.meaning(config))}
 
 
-def _of_file(path, config, pieces):
+def _of_file(path, config, setup):
     metadata = interop.read_metadata(path).get(_METADATA)
     state = interop.read_state(path)
-    template = experiment.abstract_params(pieces)
+    template = experiment.abstract_params(setup)
     if metadata is None:
-        return _of_others(state, template, config, pieces)
+        return _of_others(state, template, config, setup)
     if config.init_facts:
         raise ValueError("the file says itself what it is: leave config.init_facts empty")
     try:
-        settings = dict(json.loads(metadata))
+        settings = old_configs.renamed(dict(json.loads(metadata)))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError("what the file says of itself is damaged") from error
     _check_meaning(settings, config)
-    return interop.from_torch(state, template, export_names(pieces.model))
+    return interop.from_torch(state, template, export_names(setup.model))
 
 
-def _of_others(state, template, config, pieces):
-    model = pieces.model
+def _of_others(state, template, config, setup):
+    model = setup.model
     weights = models.weights_module(type(model))
     if weights is None:
         raise ValueError(
@@ -85,10 +86,10 @@ def _of_others(state, template, config, pieces):
             f"weights of others for config.model.name = {config.model.name!r}: a module "
             f"{type(model).__module__}_weights can say it, see ant_jax.models"
         )
-    found = weights.recognise(state, template, model, pieces.image_shape, _facts(config, model))
+    found = weights.recognise(state, template, model, setup.image_shape, _facts(config, model))
     stated = {f"model.{name}": value for name, value in found.fields.items()}
     # What shapes tell is as it is here.
-    _check_meaning(builders.meaning_of_params(config) | stated, config)
+    _check_meaning(config_lib.meaning(config) | stated, config)
     if found.remark:
         logging.warning("config.init_facts = %r; %s", config.init_facts, found.remark)
     _check_scale(found.latent_scale, config)
@@ -122,7 +123,7 @@ def _check_scale(theirs, config):
 
 
 def _check_meaning(theirs, config):
-    ours = builders.meaning_of_params(config)
+    ours = config_lib.meaning(config)
     other_network = theirs.get("model.name", config.model.name) != config.model.name
     # JSON has lists only.
     plain = lambda value: list(value) if isinstance(value, tuple) else value
@@ -141,7 +142,7 @@ def _check_untrained(name, params, config):
     """A row of zeros for the null class is none that was trained."""
     if not config.label_dropout:
         return
-    frozen = builders.frozen(params, config.optimizer.frozen) if config.optimizer.frozen else {}
+    frozen = experiment.frozen(params, config.optimizer.frozen) if config.optimizer.frozen else {}
     if frozen and functools.reduce(operator.getitem, name.split("/"), frozen):
         raise ValueError(
             "it has no row for the null class, and config.optimizer.frozen keeps that from being "
@@ -155,11 +156,11 @@ def _check_untrained(name, params, config):
     )
 
 
-def _ema_of_run(workdir, wanted, pieces):
+def _ema_of_run(workdir, wanted, setup):
     config = workdir_lib.load_config(workdir)
     if config is None:
         raise FileNotFoundError("it is a folder without a run")
-    _check_meaning(builders.meaning_of_params(config), wanted)
+    _check_meaning(config_lib.meaning(config), wanted)
     # Its own config, because a checkpoint is restored as a whole.
     theirs = experiment.build(config, **workdir_lib.load_facts(workdir))
     restored = workdir_lib.restore(config, theirs, workdir)
@@ -170,7 +171,7 @@ def _ema_of_run(workdir, wanted, pieces):
         keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
-    theirs, ours = shapes(state.ema_params), shapes(experiment.abstract_params(pieces))
+    theirs, ours = shapes(state.ema_params), shapes(experiment.abstract_params(setup))
     differing = [
         f"{name}: {theirs.get(name, 'none')} there, {ours.get(name, 'none')} here"
         for name in sorted(theirs.keys() | ours.keys())

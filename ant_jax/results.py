@@ -16,18 +16,13 @@ from ant_jax.latents import dataset
 from ant_jax.runtime.files import write_bytes, write_new
 from ant_jax.runtime.tree_hash import tree_hash
 from ant_jax.sampling import cache
+from ant_jax.settings import Affects
 from ant_jax.train_step import TrainState
-
-# What samples of given parameters don't depend on. Batches say themselves how large they are.
-_NO_MATTER = ("log_every", "tensorboard", "profile_steps", "checkpoint.", "evaluation.")
-_NO_MATTER += ("data.num_workers", "data.dir", "sample.every", "sample.batch_size")
-_NO_MATTER += ("autoencoder.latents", "autoencoder.weights", "autoencoder.batch_size")
-_NO_MATTER += ("init_from", "init_facts", "num_steps")
 
 
 def restore_run(
     config: ConfigDict, workdir: Path, step: int | None = None, *, draws: bool = True, **given: Any
-) -> tuple[int, experiment.Experiment, TrainState]:
+) -> tuple[int, experiment.Setup, TrainState]:
     """A run's step, what its config describes, and its state then.
 
     Args:
@@ -49,21 +44,12 @@ def restore_run(
     workdir_lib.check_run(before | {"given": built}, config, workdir_lib.names_of(given), workdir)
     if draws:
         workdir_lib.check_encoder(config, workdir)
-    pieces = experiment.build(config, **workdir_lib.load_facts(workdir), **given)
-    restored = workdir_lib.restore(config, pieces, workdir, step)
+    setup = experiment.build(config, **workdir_lib.load_facts(workdir), **given)
+    restored = workdir_lib.restore(config, setup, workdir, step)
     if restored is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}: train first")
     step, state = restored
-    return step, pieces, state
-
-
-def sample_settings(config: ConfigDict) -> dict[str, Any]:
-    """The settings that samples depend on, flat."""
-    return {
-        name: value
-        for name, value in config_lib.flatten(config).items()
-        if not config_lib.is_among(name, _NO_MATTER)
-    }
+    return step, setup, state
 
 
 def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
@@ -77,7 +63,9 @@ def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
     # The weights may be others under the same name, or the same under another.
     decoder = dataset.open_codec(config).digest if config.autoencoder.name else ""
     tree = {"step": step, "params": tree_hash(params)[:16], "decoder": decoder}
-    return json.loads(json.dumps(tree | {"settings": sample_settings(config)}))
+    return json.loads(
+        json.dumps(tree | {"settings": config_lib.affecting(config, Affects.SAMPLES)})
+    )
 
 
 def run_origin(config: ConfigDict, workdir: Path, step: int, state: TrainState) -> dict[str, Any]:
@@ -160,5 +148,5 @@ def _looks_own(config, workdir):
     saved = workdir_lib.load_config(workdir)
     if saved is None or saved.autoencoder.weights != config.autoencoder.weights:
         return False
-    there, now = sample_settings(saved), sample_settings(config)
+    there, now = (config_lib.affecting(each, Affects.SAMPLES) for each in (saved, config))
     return all(there.get(name) == now[name] for name in now if name != "sample.num")

@@ -39,7 +39,10 @@ class Affects(enum.Flag):
 
 
 class Traced:
-    """Marks a setting that the compiled step takes as an argument: another value, same program."""
+    """Marks a setting of the trainer that the compiled step takes as an argument.
+
+    Runs with other values of it share one program.
+    """
 
 
 class Check(NamedTuple):
@@ -248,8 +251,12 @@ def _imported(name):
         component = importlib.import_module(module_name)
         for part in attribute.split("."):
             component = getattr(component, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name!r} can't be imported: {error}") from error
+    # Whatever goes wrong there is a mistake in that module.
+    except Exception as error:
+        kind = (
+            "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
+        )
+        raise ValueError(f"{name!r} can't be imported: {kind}{error}") from error
     if not callable(component):
         raise ValueError(f"{name!r} is not callable")
     return component

@@ -75,28 +75,28 @@ def train(
         workdir_lib.check_data(before["facts"], source, workdir)
         boundaries = before["facts"].get("boundaries")
     shape, num_classes = source.image_shape, source.num_classes
-    pieces = experiment.build(config, shape[-1], num_classes, boundaries, **built)
-    experiment.check_batch(config, pieces.method)
-    processes.assert_equal(lambda: _found(pieces, source, given))
+    setup = experiment.build(config, shape[-1], num_classes, boundaries, **built)
+    experiment.check_batch(config, setup)
+    processes.assert_equal(lambda: _found(setup, source, given))
     with workdir_lib.alone(workdir) as check_alone:
         if processes.is_first() and workdir_lib.recorded(workdir) != before:
             raise ConfigError(f"another run has begun in {workdir} just now: start again")
-        start = _start(config, workdir, pieces, len(source))
+        start = _start(config, workdir, setup, len(source))
         # Until here a start can be refused, and so nothing but the lock is written before.
         run = (before or {}).get("id") or uuid.uuid4().hex
-        record = workdir_lib.save_record(run, config, given, pieces, source, workdir)
-        with _hooks(config, workdir, source, pieces, start, record, check_alone) as on:
+        record = workdir_lib.save_record(run, config, given, setup, source, workdir)
+        with _hooks(config, workdir, source, setup, start, record, check_alone) as on:
             return _train(config, start, on)
 
 
-def _found(pieces, source, given):
+def _found(setup, source, given):
     """What each of several processes finds for itself, which must be the same."""
     devices = jax.local_devices()
     return {
         "devices of a process": len(devices),
         "kind of device": devices[0].device_kind,
         "what was given": given,
-        **workdir_lib.facts(pieces, source),
+        **workdir_lib.facts(setup, source),
     }
 
 
@@ -118,22 +118,22 @@ class _Start(NamedTuple):
     restored: bool
 
 
-def _start(config, workdir, pieces, num_images):
+def _start(config, workdir, setup, num_images):
     """Begins or restores; writes nothing, so that what can't be read is an error at once."""
     directory = (workdir / "checkpoints").absolute()
     steps = processes.broadcast_from_first(lambda: checkpoint.checkpoint_steps(directory))
-    params = None if steps else init_from.initial_params(config, pieces)
+    params = None if steps else init_from.initial_params(config, setup)
     if max(steps, default=0) < config.num_steps:
         logging.info("compiling the step ...")
-        take_step = experiment.start_compiling(config, pieces)
+        take_step = experiment.start_compiling(config, setup)
     else:
-        take_step = experiment.training_step(config, pieces)
+        take_step = experiment.training_step(config, setup)
     _look_ahead(config)
-    restored = workdir_lib.restore(config, pieces, workdir)
+    restored = workdir_lib.restore(config, setup, workdir)
     if restored is None:
         # On the devices from now on; no name keeps the host's copy as long as the training.
-        step, state = 0, experiment.new_state(config, pieces, params)
-        _log_overview(config, pieces, state, num_images)
+        step, state = 0, experiment.new_state(config, setup, params)
+        _log_overview(config, setup, state, num_images)
     else:
         step, state = restored
         _log_resumed(config, workdir, step)
@@ -195,7 +195,7 @@ class _Hooks(NamedTuple):
 
 
 @contextlib.contextmanager
-def _hooks(config, workdir, source, pieces, start, record, check_alone):
+def _hooks(config, workdir, source, setup, start, record, check_alone):
     """Opens what happens between the steps; closes it at the end, however that comes."""
     checkpoints = checkpoint.Checkpointer(
         workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period, check_alone
@@ -215,7 +215,7 @@ def _hooks(config, workdir, source, pieces, start, record, check_alone):
     guard = LossGuard(skips, saves.advice)
     measured = measurements.Measurements(start.kept, guard, skips, config.data.replace_unreadable)
     is_due = lambda step: sampling.grid_is_due(step, config.sample.every, config.num_steps)
-    draw = functools.partial(_draw, config, pieces)
+    draw = functools.partial(_draw, config, setup)
     pictures = hooks.Pictures(workdir, is_due, draw, writer, check_alone)
     first = start.step + _PROFILE_START
     with (
@@ -244,9 +244,9 @@ def _batches(config, source, start):
     )
 
 
-def _draw(config, pieces, params):
+def _draw(config, setup, params):
     num = min(sampling.GRID, config.sample.num)
-    return experiment.draw_samples(config, pieces, experiment.denoiser(pieces, params), num)
+    return experiment.draw_samples(config, setup, experiment.denoiser(setup, params), num)
 
 
 def _look_ahead(config):
@@ -261,7 +261,7 @@ def _look_ahead(config):
             logging.warning("--mode evaluate will refuse this: %s", error)
 
 
-def _log_overview(config, pieces, state, num_images):
+def _log_overview(config, setup, state, num_images):
     logging.info(
         "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
     )
@@ -269,8 +269,8 @@ def _log_overview(config, pieces, state, num_images):
     logging.info(
         "%s; clusters by %s: %s; %d images; %d %s device(s)",
         method,
-        config.clusters.cost,
-        " ".join(map(str, pieces.method.boundaries)),
+        config.clusters.name,
+        " ".join(map(str, setup.clusters.boundaries)),
         num_images,
         jax.device_count(),
         jax.default_backend(),

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ant_jax import config as config_lib
 from ant_jax import data, older_checkpoints
 from ant_jax.config import ConfigError
-from ant_jax.experiment import Experiment, abstract_state
+from ant_jax.experiment import Setup, abstract_state
 from ant_jax.latents import dataset
 from ant_jax.runtime import checkpoint, logs, processes
 from ant_jax.runtime.files import user_path, write_bytes
@@ -61,7 +61,7 @@ def _read_config(workdir):
         if not isinstance(given, dict):
             raise TypeError(f"given: {given!r}")
         return config_lib.from_json(settings), given
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({error}): {_way_out(workdir)}") from error
 
 
@@ -72,23 +72,21 @@ def _way_out(workdir: str | os.PathLike) -> str:
     return "remove it, for checkpoints hold what it says"
 
 
-def facts(pieces: Experiment, source: data.Source) -> dict[str, Any]:
+def facts(setup: Setup, source: data.Source) -> dict[str, Any]:
     """What a run finds out when it begins."""
-    return source.facts() | {"boundaries": pieces.method.boundaries.tolist()}
+    return source.facts() | {"boundaries": setup.clusters.boundaries.tolist()}
 
 
-def save_facts(
-    pieces: Experiment, source: data.Source, workdir: Path, run: str = ""
-) -> dict[str, Any]:
+def save_facts(setup: Setup, source: data.Source, workdir: Path, run: str = "") -> dict[str, Any]:
     """Writes ``facts.json``: the run's id and what it found out when it began; returns the facts.
 
     Args:
-      pieces: of the run.
+      setup: of the run.
       source: what it learns from.
       workdir: of the run.
       run: its id; "" for one that has none.
     """
-    found = facts(pieces, source)
+    found = facts(setup, source)
     write_bytes(workdir / "facts.json", json.dumps({"id": run} | found).encode())
     return found
 
@@ -161,7 +159,7 @@ def save_record(
     run: str,
     config: ConfigDict,
     given: Mapping[str, str],
-    pieces: Experiment,
+    setup: Setup,
     source: data.Source,
     workdir: Path,
 ) -> dict[str, Any]:
@@ -171,7 +169,7 @@ def save_record(
       run: its id.
       config: of the run.
       given: what was given in place of what the config names; see `names_of`.
-      pieces: what the config describes.
+      setup: what the config describes.
       source: what the run learns from.
       workdir: of the run.
 
@@ -179,9 +177,9 @@ def save_record(
       What checkpoints are to hold of it, {"id", "config", "facts", "given"}.
     """
     if processes.is_first():
-        save_facts(pieces, source, workdir, run)
+        save_facts(setup, source, workdir, run)
         save_config(config, workdir, given)
-    found = facts(pieces, source)
+    found = facts(setup, source)
     return {"id": run, "config": config.to_dict(), "facts": found, "given": dict(given)}
 
 
@@ -351,7 +349,7 @@ def check_encoder(config: ConfigDict, workdir: Path) -> None:
 
 
 def restore(
-    config: ConfigDict, experiment: Experiment, workdir: Path, step: int | None = None
+    config: ConfigDict, setup: Setup, workdir: Path, step: int | None = None
 ) -> tuple[int, TrainState] | None:
     """The newest intact checkpoint of a run, or that of a step, on this process's devices.
 
@@ -362,7 +360,7 @@ def restore(
       ConfigError: if the checkpoint was saved with another config. See `checkpoint.restore` for
         what else it raises.
     """
-    directory, template = workdir / "checkpoints", abstract_state(config, experiment)
+    directory, template = workdir / "checkpoints", abstract_state(config, setup)
     # Process 0 chooses; what the others see of the disk may be older.
     run = _read_facts(workdir).get("id", "") if processes.is_first() else ""
     restored = _restore(directory, template, step, run)

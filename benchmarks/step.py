@@ -97,15 +97,15 @@ def main():
 def what(args):
     """The task, and the batch size unless it is "auto"."""
     if args.model:
-        from ant_jax import builders
+        from ant_jax import experiment
 
         name = args.model.lower().replace("/", "")
         config = importlib.import_module(f"configs.imagenet256_dit_{name}").get_config()
         shape, classes = (32, 32, 4), 1000
         for field in ("dtype", "remat"):
             config.model[field] = getattr(args, field) or config.model[field]
-        model = builders.build_model(config, shape[-1], classes)
-        process, size = builders.build_diffusion(config), config.data.batch_size
+        model = experiment.build_model(config, shape[-1], classes)
+        process, size = experiment.build_process(config), config.data.batch_size
     else:
         shape, size = (args.size, args.size, args.channels), 40
         model = DiT(

@@ -11,12 +11,14 @@ Hardware and settings are those of ``configs/ffhq256_adm.py``. The ANT paper's f
 table 1; this config has not been run to the end yet.
 """
 
+from ant_jax.config import update
 from configs import ffhq256_adm
 
 
 def get_config(argument: str = "uncertainty,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = ffhq256_adm.get_config(argument)
-    config.data.name = "tfds:celeb_a_hq/256"
+    update(config, {"data.name": "tfds"})
+    config.data.builder = "celeb_a_hq/256"
     config.data.split = "train"
     return config

@@ -12,15 +12,17 @@ which is not divisible by five clusters. The ANT paper's figures are in its tabl
 not been run to the end yet.
 """
 
+from ant_jax.config import update
 from configs import ffhq256_ldm
 
 
 def get_config(argument: str = "uncertainty,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = ffhq256_ldm.get_config(argument)
-    config.data.name = "tfds:celeb_a_hq/256"
+    update(config, {"data.name": "tfds"})
+    config.data.builder = "celeb_a_hq/256"
     config.data.split = "train"
     config.data.batch_size = 50
     config.optimizer.learning_rate = 9.6e-5
-    config.sample.eta = 0.0
+    config.sampler.eta = 0.0
     return config

@@ -12,29 +12,37 @@ share of each device is a multiple of k = 5.
 
 The network, the linear schedule, the learned variance, the learning rate and the sampler (250 steps
 of DDPM, evenly spaced) are those of Choi et al., *Perception Prioritized Training of Diffusion
-Models* (CVPR 2022), without their loss weights (--config.diffusion.loss_weight=p2). The ANT paper
+Models* (CVPR 2022), without their loss weights (--config.loss_weight.name=p2). The ANT paper
 uses the same network. The batch size is 10; theirs is 8, which is not divisible by five clusters.
 The ANT paper's figures are in its table 1; this config has not been run to the end yet.
 """
 
+from ant_jax.config import update
 from ant_jax.models.unet import VARIANTS
 from configs import digits
 
 
 def get_config(argument: str = "uncertainty,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = digits.get_config(argument)
+    update(
+        config,
+        {
+            "data.name": "folder",
+            "model.name": "unet",
+            "sampler.name": "ddpm",
+            "evaluation.features": "inception",
+        },
+    )
     config.num_steps = 1_000_000
-    config.data.name = "folder"
     config.data.split = ""
     config.data.image_size = 256
     config.data.crop = "center"
     config.data.flip = True
     config.data.batch_size = 10
     config.data.num_workers = 4
-    config.diffusion.schedule = "linear"
-    config.diffusion.variance = "learned_range"
-    config.model.name = "unet"
+    config.process.schedule = "linear"
+    config.process.variance = "learned_range"
     config.model.update(VARIANTS["ADM-light-256"])
     config.model.conditional = False
     config.model.dtype = "bfloat16"
@@ -44,10 +52,8 @@ def get_config(argument: str = "uncertainty,snr"):
     config.checkpoint.every = 5000
     config.checkpoint.keep_period = 50_000
     config.sample.every = 20_000
-    config.sample.sampler = "ddpm"
-    config.sample.num_steps = 250
+    config.sampler.num_steps = 250
     config.sample.batch_size = 50
     config.sample.num = 50_000
-    config.evaluation.features = "inception"
     config.evaluation.split = ""
     return config

@@ -21,24 +21,25 @@ To start from LDM's own weights: --config.init_from=FFHQ-LDM.ckpt
 --config.init_facts=heads_first,head_channels=32
 """
 
+from ant_jax.config import update
 from ant_jax.models.unet import VARIANTS
 from configs import ffhq256_adm
 
 
 def get_config(argument: str = "uncertainty,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = ffhq256_adm.get_config(argument)
+    update(config, {"sampler.name": "ddim"})
     config.num_steps = 400_000
     config.data.batch_size = 40
-    config.diffusion.schedule = "ldm"
-    config.diffusion.variance = "fixed_small"
-    config.diffusion.clip_x0 = False
+    config.process.schedule = "ldm"
+    config.process.variance = "fixed_small"
+    config.sampler.clip_x0 = False
     config.autoencoder.name = "VQ-f4"
     config.autoencoder.scale = 1.0
     config.model.update(VARIANTS["LDM-4"])
     config.optimizer.learning_rate = 8.4e-5
-    config.sample.sampler = "ddim"
-    config.sample.num_steps = 200
-    config.sample.spacing = "ldm"
-    config.sample.eta = 1.0
+    config.sampler.num_steps = 200
+    config.sampler.spacing = "ldm"
+    config.sampler.eta = 1.0
     return config

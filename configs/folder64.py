@@ -14,14 +14,15 @@ Hardware: one GPU; a step takes seconds on CPUs.
 The settings are a starting point and not tuned, so there is no expected result.
 """
 
+from ant_jax.config import update
 from configs import digits
 
 
 def get_config(argument: str = "nash,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = digits.get_config(argument)
+    update(config, {"data.name": "folder", "evaluation.features": ""})
     config.num_steps = 100_000
-    config.data.name = "folder"
     config.data.split = ""
     config.data.image_size = 64
     config.data.crop = "center"
@@ -38,6 +39,5 @@ def get_config(argument: str = "nash,snr"):
     config.sample.every = 2000
     config.sample.batch_size = 100
     config.sample.num = 100
-    config.evaluation.features = ""
     config.evaluation.split = ""
     return config

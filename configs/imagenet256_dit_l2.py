@@ -18,7 +18,7 @@ k = 5: 240 examples fit 1, 2, 3, 4, 6, 8, 12, 16, 24 or 48 devices.
 The settings are those of the ANT paper and its code: AdamW 1e-4 without weight decay, batch 240,
 400 k steps, EMA 0.9999, cosine schedule, learned variance, 250 steps and guidance 1.5. There are
 three differences. The clusters have equal length in that code (:uncertainty,timestep). It updates
-Nash's weights at every 25th step (--config.method.nash_update_every=25). Its EMA has no ramp.
+Nash's weights at every 25th step (--config.method.update_every=25). Its EMA has no ramp.
 docs/differences.md lists the rest. The figures of the paper, from 50 k samples, are below; this
 config has not been run to the end yet:
 
@@ -27,22 +27,26 @@ config has not been run to the end yet:
   uncertainty weighting   FID  5.695  IS 186.66   precision 0.811   recall 0.491
 """
 
+from ant_jax.config import update
 from ant_jax.models.dit import SIZES
 from configs import digits
 
 
 def get_config(argument: str = "uncertainty,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = digits.get_config(argument)
+    update(
+        config, {"data.name": "tfds", "sampler.name": "ddpm", "evaluation.features": "inception"}
+    )
     config.num_steps = 400_000
-    config.data.name = "tfds:imagenet2012"
+    config.data.builder = "imagenet2012"
     config.data.image_size = 256
     config.data.crop = "center"
     config.data.flip = True
     config.data.batch_size = 240
     config.data.num_workers = 8
-    config.diffusion.variance = "learned_range"
-    config.diffusion.clip_x0 = False
+    config.process.variance = "learned_range"
+    config.sampler.clip_x0 = False
     config.autoencoder.name = "KL-f8"
     config.autoencoder.scale = 0.18215
     config.model.update(SIZES["L"])
@@ -54,12 +58,10 @@ def get_config(argument: str = "uncertainty,snr"):
     config.checkpoint.every = 5000
     config.checkpoint.keep_period = 50_000
     config.sample.every = 20_000
-    config.sample.sampler = "ddpm"
-    config.sample.num_steps = 250
-    config.sample.guidance = 1.5
-    config.sample.guidance_channels = 3  # of 4, as in the code of DiT and of the ANT paper
+    config.sampler.num_steps = 250
+    config.sampler.guidance = 1.5
+    config.sampler.guidance_channels = 3  # of 4, as in the code of DiT and of the ANT paper
     config.sample.batch_size = 100
     config.sample.num = 50_000
-    config.evaluation.features = "inception"
     config.evaluation.split = ""
     return config

@@ -22,7 +22,7 @@ from configs import imagenet256_dit_l2
 
 
 def get_config(argument: str = "uncertainty,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = imagenet256_dit_l2.get_config(argument)
     config.model.update(SIZES["S"])
     config.num_steps = 800_000

@@ -12,7 +12,7 @@ for the five gradients of pcgrad and nash. This config recomputes the blocks in 
 
 The settings are those of DiT-L/2. The paper has no DiT-XL, so there are no figures to compare with.
 To start from the weights of DiT's authors: --config.init_from=DiT-XL-2-256x256.pt
---config.diffusion.schedule=linear, the schedule of these weights.
+--config.process.schedule=linear, the schedule of these weights.
 """
 
 from ant_jax.models.dit import SIZES
@@ -20,7 +20,7 @@ from configs import imagenet256_dit_l2
 
 
 def get_config(argument: str = "uncertainty,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = imagenet256_dit_l2.get_config(argument)
     config.model.update(SIZES["XL"])
     config.model.remat = "blocks"

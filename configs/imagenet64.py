@@ -10,19 +10,21 @@ learned variance), with the differences listed in ``configs/imagenet256_dit_l2.p
 instead of latents. This config has not been run to the end yet, so there is no expected result.
 """
 
+from ant_jax.config import update
 from configs import digits
 
 
 def get_config(argument: str = "uncertainty,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = digits.get_config(argument)
+    update(config, {"data.name": "tfds", "sampler.name": "ddpm", "evaluation.features": ""})
     config.num_steps = 400_000
-    config.data.name = "tfds:imagenet_resized/64x64"
+    config.data.builder = "imagenet_resized/64x64"
     config.data.image_size = 64
     config.data.flip = True
     config.data.batch_size = 240
     config.data.num_workers = 8
-    config.diffusion.variance = "learned_range"
+    config.process.variance = "learned_range"
     config.model.width = 768
     config.model.depth = 12
     config.model.heads = 12
@@ -34,11 +36,9 @@ def get_config(argument: str = "uncertainty,snr"):
     config.checkpoint.every = 5000
     config.checkpoint.keep_period = 50_000
     config.sample.every = 5000
-    config.sample.sampler = "ddpm"
-    config.sample.num_steps = 250
-    config.sample.guidance = 1.5
+    config.sampler.num_steps = 250
+    config.sampler.guidance = 1.5
     config.sample.batch_size = 100
     config.sample.num = 50_000
-    config.evaluation.features = ""
     config.evaluation.split = "validation"
     return config

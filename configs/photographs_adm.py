@@ -11,7 +11,7 @@ from configs import ffhq256_adm
 
 
 def get_config(argument: str = "uncertainty,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = ffhq256_adm.get_config(argument)
     config.num_steps = 400
     config.data.dir = "photographs/images"
@@ -26,7 +26,7 @@ def get_config(argument: str = "uncertainty,snr"):
     config.checkpoint.every = 200
     config.checkpoint.keep_period = 0
     config.sample.every = 400
-    config.sample.num_steps = 25
+    config.sampler.num_steps = 25
     config.sample.num = 100
-    config.evaluation.inception = "photographs/inception.safetensors"
+    config.evaluation.weights = "photographs/inception.safetensors"
     return config

@@ -8,14 +8,15 @@ The same steps as for ``configs/imagenet256_dit_s2.py``, with 456 crops of two p
 pixels. docs/paper_row.md has the times and the results.
 """
 
+from ant_jax.config import update
 from configs import imagenet256_dit_s2
 
 
 def get_config(argument: str = "uncertainty,snr"):
-    """The config for METHOD or METHOD,CLUSTERS; options as documented in ``configs/digits.py``."""
+    """The config for METHOD or METHOD,CLUSTERS; ``docs/settings.md`` lists all settings."""
     config = imagenet256_dit_s2.get_config(argument)
+    update(config, {"data.name": "folder"})
     config.num_steps = 2000
-    config.data.name = "folder"
     config.data.split = ""
     config.data.dir = "photographs/images"
     config.data.image_size = 64
@@ -23,7 +24,7 @@ def get_config(argument: str = "uncertainty,snr"):
     config.data.num_workers = 0
     # In few steps and without clipping, the first of them would multiply the errors of a predicted
     # noise by hundreds.
-    config.diffusion.prediction = "v"
+    config.process.prediction = "v"
     config.autoencoder.name = "KL-f4-small"
     config.autoencoder.weights = "photographs/autoencoder.safetensors"
     config.autoencoder.latents = "photographs/latents"
@@ -39,9 +40,9 @@ def get_config(argument: str = "uncertainty,snr"):
     config.checkpoint.every = 500
     config.checkpoint.keep_period = 0
     config.sample.every = 1000
-    config.sample.num_steps = 50
-    config.sample.guidance = 1.0
+    config.sampler.num_steps = 50
+    config.sampler.guidance = 1.0
     config.sample.batch_size = 50
     config.sample.num = 200
-    config.evaluation.inception = "photographs/inception.safetensors"
+    config.evaluation.weights = "photographs/inception.safetensors"
     return config

@@ -59,7 +59,7 @@ def core(affinity: Path) -> list[Setting]:
             f"{method}, snr, shares",
             method,
             "snr",
-            {"method.share_weighted": True},
+            {"method.weight_by_interval_size": True},
             f"{method}, snr, shares",
         )
         for method in ("linear", "uncertainty", "pcgrad")
@@ -70,8 +70,8 @@ def core(affinity: Path) -> list[Setting]:
 
 def fixed_setting(weights: Sequence[float]) -> Setting:
     """Linear with fixed weights."""
-    text = ",".join(f"{weight:.4g}" for weight in weights)
-    return Setting(FIXED, "linear", "snr", {"method.linear_weights": text}, FIXED)
+    rounded = tuple(float(f"{weight:.4g}") for weight in weights)
+    return Setting(FIXED, "linear", "snr", {"method.weights": rounded}, FIXED)
 
 
 def runs_of(preset: Preset, setting: Setting, rate: float | None) -> list[Run]:
@@ -132,7 +132,9 @@ def ablations(preset: Preset) -> list[Setting]:
     # Random clusters have equal sizes, so evenly spaced intervals are the fair comparison.
     settings += group("timestep", ("uncertainty", "nash"), {}, "timestep")
     settings += group("random", ("uncertainty", "nash"), {}, "random", "timestep: {method}")
-    settings += group("renewed every 25", ("nash",), {"method.nash_update_every": 25})
+    settings += group(
+        "renewed every 25", ("nash",), {"method.update_every": 25, "method.max_norm": 1.0}
+    )
     for name, change in changes(preset).items():
         settings += group(name, CHANGED_METHODS, change, against=f"{name}: vanilla")
     return settings
@@ -142,10 +144,10 @@ def changes(preset: Preset) -> dict[str, dict[str, Any]]:
     """Changes of the loss, the noise schedule, the model and the length, by name."""
     narrow = make_config(preset, "vanilla", "snr", seed=0).model.width // 2
     return {
-        "P2": {"diffusion.loss_weight": "p2"},
-        "Min-SNR": {"diffusion.loss_weight": "min_snr"},
-        "linear schedule": {"diffusion.schedule": "linear"},
+        "P2": {"loss_weight.name": "p2"},
+        "Min-SNR": {"loss_weight.name": "min_snr"},
+        "linear schedule": {"process.schedule": "linear"},
         "half the width": {"model.width": narrow},
-        "unconditional": {"model.conditional": False, "sample.guidance": 1.0},
+        "unconditional": {"model.conditional": False, "sampler.guidance": 1.0},
         "three times as long": {"num_steps": 3 * full_length(preset)},
     }

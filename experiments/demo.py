@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ant_jax import builders
+from ant_jax import experiment
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.runtime.progress import duration
@@ -81,9 +81,9 @@ def make_table(results: list[dict[str, Any]]) -> str:
 def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path: Path) -> None:
     """Grids, curves and distances of both methods, and the clusters over log-SNR."""
     config = runs[-1].config
-    process = builders.build_diffusion(config)
+    process = experiment.build_process(config)
     log_snr = process.log_snr(np.arange(process.span))
-    boundaries = builders.build_method(config, log_snr).boundaries
+    boundaries = experiment.build_clusters(config, process).boundaries
     k = len(boundaries) - 1
     colours = plt.colormaps["viridis"](np.linspace(0, 0.9, k))
     figure = plt.figure(figsize=(15, 9), layout="constrained")
@@ -106,7 +106,7 @@ def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path:
         ax.axvspan(boundaries[i], boundaries[i + 1], color=colours[i], alpha=0.35)
     ax.plot(log_snr, color="black")
     ax.set(
-        title=f"{k} {config.clusters.cost} clusters of timesteps",
+        title=f"{k} {config.clusters.name} clusters of timesteps",
         xlabel="timestep t",
         ylabel="log-SNR",
         xlim=(0, process.span),

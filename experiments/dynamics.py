@@ -40,15 +40,15 @@ def main(argv):
     }
     config = next(iter(runs.values()))[0].config
     source = dataset.open_data(config)
-    pieces = experiment.build(config, source.image_shape[-1], source.num_classes)
-    boundaries = pieces.method.boundaries
+    setup = experiment.build(config, source.image_shape[-1], source.num_classes)
+    boundaries = setup.clusters.boundaries
     write_report(logged, boundaries, out / "dynamics")
 
 
 def plan(preset: Preset) -> dict[str, list[Run]]:
     """The runs of each method, one per seed, on SNR clusters with the preset's learning rate."""
     settings = {
-        VANILLA: ("linear", _WATCH | {"method.share_weighted": True}),
+        VANILLA: ("linear", _WATCH | {"method.weight_by_interval_size": True}),
         "linear": ("linear", _WATCH),
         "uncertainty": ("uncertainty", _WATCH),
         "pcgrad": ("pcgrad", {}),

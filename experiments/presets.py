@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from ant_jax.config import update
 from configs import digits, imagenet64
 
 
@@ -44,13 +45,13 @@ PRESETS = {
         {
             "num_steps": 8,
             "data.batch_size": 40,
-            "diffusion.timesteps": 40,
+            "process.timesteps": 40,
             "model.width": 8,
             "model.depth": 1,
             "model.heads": 1,
             "optimizer.warmup_steps": 2,
             "log_every": 2,
-            "sample.num_steps": 4,
+            "sampler.num_steps": 4,
             "sample.num": 100,
             "sample.batch_size": 100,
         },
@@ -64,7 +65,7 @@ PRESETS = {
     "digits": Preset(
         "digits",
         digits.get_config,
-        {"num_steps": 2000, "log_every": 50, "sample.num_steps": 25},
+        {"num_steps": 2000, "log_every": 50, "sampler.num_steps": 25},
         METHODS,
         (0, 1, 2),
         4,
@@ -91,5 +92,5 @@ def make_config(
 ) -> ConfigDict:
     """The config of one run; ``settings`` override those of the preset."""
     config = preset.config(f"{method},{clusters}")
-    config.update_from_flattened_dict(_ALWAYS | preset.settings | {"seed": seed} | (settings or {}))
+    update(config, _ALWAYS | preset.settings | {"seed": seed} | (settings or {}))
     return config

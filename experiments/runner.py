@@ -31,6 +31,7 @@ from ant_jax.config import ConfigError
 from ant_jax.latents import dataset
 from ant_jax.runtime import compilation_cache, logs, progress, signals
 from ant_jax.runtime.files import user_path, write_bytes
+from ant_jax.settings import Affects
 from experiments.presets import Preset, make_config
 
 PRESET = flags.DEFINE_string("preset", "digits", "Size of the experiment.")
@@ -39,11 +40,6 @@ DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
 # For fewer steps than this, starting a process takes longer than it saves.
 _WORTH_A_PROCESS = 1000
-# Neither the parameters nor the measurements depend on these settings.
-_INCIDENTAL = ("log_every", "tensorboard", "profile_steps", "data.num_workers", "data.dir")
-_INCIDENTAL += ("checkpoint.", "sample.every", "clusters.affinity")
-_SHARE_A_STEP = ("seed", "optimizer.learning_rate", "num_steps", "clusters.cost", "clusters.only")
-_SHARE_A_STEP += ("clusters.affinity", "method.share_weighted")
 
 
 class Run(NamedTuple):
@@ -112,21 +108,24 @@ def make_run(
         the end of the run; None for all.
     """
     plain = config_lib.flatten(make_config(preset, method, clusters, seed))
-    # Drop settings that change nothing, so that equal runs have equal names.
-    settings = {key: value for key, value in (settings or {}).items() if value != plain[key]}
+    # What changes nothing does not count, so that equal runs have equal names.
+    settings = {key: value for key, value in (settings or {}).items() if value != plain.get(key)}
     config = make_config(preset, method, clusters, seed, settings)
     every = math.ceil(config.num_steps / preset.measurements)
     # Keep the checkpoints of all measurements, for other experiments that measure the same run.
     config.checkpoint.keep_period = every
     config.checkpoint.every = math.gcd(every, config.checkpoint.every)
     steps = [*range(every, config.num_steps, every), config.num_steps]
-    words = [
-        f"{key.split('.')[-1]}={Path(value).stem if key == 'clusters.affinity' else value}"
-        for key, value in settings.items()
-    ]
+    words = [f"{key}={_in_a_name(value)}" for key, value in settings.items()]
     count = len(steps) if measurements is None else measurements
     name = "-".join([method, clusters, *words, f"seed={seed}"])
     return Run(name, config, tuple(steps[len(steps) - count :]))
+
+
+def _in_a_name(value):
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return Path(value).stem if isinstance(value, str) else value
 
 
 def print_plan(stages: dict[str, Sequence[Run]], out: Path, preset: Preset) -> None:
@@ -207,12 +206,9 @@ def folder(run: Run, out: Path) -> Path:
 
 
 def made_from(run: Run) -> dict[str, Any]:
-    """The settings that a run and its measurements depend on, to check stored results against."""
-    flat = config_lib.flatten(run.config)
-    kept = {
-        name: value for name, value in flat.items() if not config_lib.is_among(name, _INCIDENTAL)
-    }
-    return json.loads(json.dumps(kept))
+    """What a run and its measurements depend on, to tell whether something kept is still true."""
+    anything = Affects.PARAMETERS | Affects.SAMPLES | Affects.MEASUREMENTS
+    return json.loads(json.dumps(config_lib.affecting(run.config, anything)))
 
 
 def kept(path: Path, source: Any, make: Callable[[], Any]) -> Any:
@@ -233,8 +229,8 @@ def _check(runs):
     evaluate.check(runs[0].config)
     for run in runs:
         try:
-            pieces = experiment.build(run.config, source.image_shape[-1], source.num_classes)
-            experiment.check_batch(run.config, pieces.method)
+            setup = experiment.build(run.config, source.image_shape[-1], source.num_classes)
+            experiment.check_batch(run.config, setup)
         except ConfigError as error:
             raise ConfigError(f"run {run.name}: {error}") from error
 
@@ -299,16 +295,15 @@ def _groups(runs, workers):
     """
     groups = {}
     for run in runs:
-        config = config_lib.flatten(run.config)
-        key = tuple((name, value) for name, value in config.items() if name not in _SHARE_A_STEP)
+        key = config_lib.program(run.config), run.config.clusters.k, run.config.data.batch_size
         groups.setdefault(key, []).append(run)
     steps = lambda group: sum(run.config.num_steps for run in group)
     most = sum(map(steps, groups.values())) / (workers if workers == 1 else 3 * workers)
-    pieces = []
+    setup = []
     for group in groups.values():
         count = min(len(group), math.ceil(steps(group) / most))
-        pieces += [group[i::count] for i in range(count)]
-    return sorted(pieces, key=steps, reverse=True)
+        setup += [group[i::count] for i in range(count)]
+    return sorted(setup, key=steps, reverse=True)
 
 
 def _cores():

@@ -150,9 +150,9 @@ def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, 
         source = dataset.open_data(next(iter(runs.values())).config)
         steps, states, times = {}, {}, {}
         for kind, run in runs.items():
-            pieces = experiment.build(run.config, source.image_shape[-1], source.num_classes)
-            steps[kind] = experiment.training_step(run.config, pieces)
-            states[kind] = experiment.new_state(run.config, pieces)
+            setup = experiment.build(run.config, source.image_shape[-1], source.num_classes)
+            steps[kind] = experiment.training_step(run.config, setup)
+            states[kind] = experiment.new_state(run.config, setup)
             settings = run.config.data
             batch = next(
                 data.batches(

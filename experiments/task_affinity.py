@@ -2,7 +2,7 @@
 
 Trains vanilla, measures the cosines between the gradients of denoising tasks at several
 checkpoints, and draws their mean over timesteps, over log-SNR and against the gap. For gradient
-clusters (``config.clusters.cost = "gradient"``), set ``config.clusters.affinity`` to the resulting
+clusters (``config.clusters.name = "gradient"``), set ``config.clusters.affinity`` to the resulting
 ``affinity.npz``.
 """
 
@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import builders, models, results
+from ant_jax import experiment, models, results
 from ant_jax.latents import dataset
 from ant_jax.runtime.files import write_bytes, writing
 from ant_jax.runtime.logs import quiet_console
@@ -50,7 +50,7 @@ def measure(preset: Preset, out: Path) -> list[np.ndarray]:
     runner.finished(runs, out, "vanilla training")
     arguments = [(run, preset, out) for run in runs]
     matrices = [np.array(rows) for rows in runner.parallel(_of_run, arguments, "affinity")]
-    num_timesteps = runs[0].config.diffusion.timesteps
+    num_timesteps = runs[0].config.process.timesteps
     grid = affinity.timestep_grid(num_timesteps, preset.affinity_grid)
     with writing(path_of(out)) as file:
         affinity.save(file, np.mean(matrices, 0), grid, num_timesteps)
@@ -59,21 +59,21 @@ def measure(preset: Preset, out: Path) -> list[np.ndarray]:
 
 def _of_run(run, preset, out):
     """(n, n) mean over the checkpoints of a run; stored in a file."""
-    grid = affinity.timestep_grid(run.config.diffusion.timesteps, preset.affinity_grid)
+    grid = affinity.timestep_grid(run.config.process.timesteps, preset.affinity_grid)
 
     def make():
         x0, labels = dataset.images(run.config, run.config.data.split, preset.affinity_images)
         matrices = []
         for step in run.steps:
-            _, pieces, state = results.restore_run(run.config, runner.folder(run, out), step)
+            _, setup, state = results.restore_run(run.config, runner.folder(run, out), step)
             matrix = affinity.task_affinity(
-                pieces.model.apply,
+                setup.model.apply,
                 {"params": state.params},
-                pieces.process,
+                setup.process,
                 x0,
                 grid,
                 jax.random.key(step),
-                y=labels if models.num_classes(pieces.model) else None,
+                y=labels if models.num_classes(setup.model) else None,
                 microbatch=min(len(x0), run.config.data.batch_size),
             )
             matrices.append(matrix)
@@ -92,7 +92,7 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
     """Writes the tables and the picture; returns the rank correlations for each kind of gap."""
     folder = out / "task_affinity"
     config = plan(preset)[0].config
-    process = builders.build_diffusion(config)
+    process = experiment.build_process(config)
     grid = affinity.timestep_grid(process.span, preset.affinity_grid)
     positions = {"timestep": grid, "log-SNR": process.log_snr(grid)}
     correlations = {

@@ -68,7 +68,10 @@ def plan(preset: Preset) -> tuple[list[Run], list[Run]]:
             "vanilla",
             "timestep",
             seed,
-            {"clusters.only": i, "data.batch_size": config.data.batch_size // config.clusters.k},
+            {
+                "clusters.specialist": i,
+                "data.batch_size": config.data.batch_size // config.clusters.k,
+            },
             measurements=0,
         )
         for i in range(config.clusters.k)
@@ -86,32 +89,32 @@ def gaps_of(run: Run, specialists: list[Run], out: Path) -> list[dict[str, Any]]
 
 def _measure(run, specialists, out):
     config = run.config
-    _, pieces, state = results.restore_run(config, runner.folder(run, out))
+    _, setup, state = results.restore_run(config, runner.folder(run, out))
     alone = [
         results.restore_run(other.config, runner.folder(other, out))[2].ema_params
         for other in specialists
     ]
-    boundaries = pieces.method.boundaries
-    judge = evaluate.judging(config, ["frechet"]) if config.evaluation.features else None
+    boundaries = setup.clusters.boundaries
+    evaluator = evaluate.measuring(config, ["frechet"]) if config.evaluation.features else None
 
     def distance(model):
-        if judge is None:
+        if evaluator is None:
             return np.nan
-        samples = experiment.draw_samples(config, pieces, model, config.sample.num)
-        figures = judge.measure(samples)
+        samples = experiment.draw_samples(config, setup, model, config.sample.num)
+        figures = evaluator.measure(samples)
         return figures.get("frechet_distance", figures.get("fid"))
 
     gap = transfer_gap(
         distance,
-        pieces.model.apply,
+        setup.model.apply,
         {"params": state.ema_params},
         [{"params": params} for params in alone],
         boundaries,
     )
 
     def loss(params, i):
-        apply_fn, interval = experiment.denoiser(pieces, params), boundaries[i : i + 2]
-        (loss,) = evaluate.validation_losses(config, pieces, apply_fn, interval, timesteps_each=20)
+        apply_fn, interval = experiment.denoiser(setup, params), boundaries[i : i + 2]
+        (loss,) = evaluate.validation_losses(config, setup, apply_fn, interval, timesteps_each=20)
         return float(loss)
 
     rows = []

@@ -1,6 +1,6 @@
-"""Golden runs: what short runs compute, to the bit, so that a change of structure can be judged.
+"""Golden runs: what short runs compute, to the bit, so that a change of structure can be evaluated.
 
-  python -m tests.golden record     # writes tests/data/golden/runs.json
+  python -m tests.golden record     # writes tests/data/golden/runs.json; cases alone if named
   python -m tests.golden compare    # runs all again and prints what differs
   python -m tests.golden compare nash pcgrad    # these cases alone
 
@@ -36,9 +36,9 @@ SMALL_UNET = {
     "model.width": 32,
     "model.num_res_blocks": 1,
     "model.head_channels": 16,
-    "diffusion.variance": "learned_range",
-    "diffusion.prediction": "v",
-    "diffusion.loss_weight": "min_snr",
+    "process.variance": "learned_range",
+    "process.prediction": "v",
+    "loss_weight.name": "min_snr",
 }
 LATENT = {
     "num_steps": 20,
@@ -49,8 +49,8 @@ LATENT = {
     "data.crop": "center",
     "data.flip": True,
     "data.batch_size": 40,
-    "diffusion.clip_x0": False,
-    "diffusion.loss_weight": "p2",
+    "sampler.clip_x0": False,
+    "loss_weight.name": "p2",
     "model.patch": 2,
     "autoencoder.name": "KL-f4-small",
     "autoencoder.scale": 0.5,
@@ -63,18 +63,18 @@ CASES = {
     "uncertainty": ("uncertainty", {}),
     "pcgrad": ("pcgrad", {}),
     "nash": ("nash", {}),
-    "nash-renewed": ("nash", {"method.nash_update_every": 7}),
+    "nash-renewed": ("nash", {"method.update_every": 7}),
     "masked-uniform": (
         "pcgrad",
-        {"method.gradient_form": "masked", "method.timesteps": "uniform"},
+        {"method.gradient_form": "masked", "method.draw": "uniform"},
     ),
     "scan": ("nash,timestep", {"method.gradient_form": "scan"}),
     "microbatches": ("nash", {"optimizer.microbatches": 2}),
     "microbatches-losses": ("uncertainty", {"optimizer.microbatches": 2}),
-    "specialist": ("vanilla", {"clusters.only": 2}),
+    "specialist": ("vanilla", {"clusters.specialist": 2}),
     "random-clusters": ("uncertainty,random", {}),
-    "share-weighted": ("linear", {"method.share_weighted": True}),
-    "share-weighted-nash": ("nash", {"method.share_weighted": True}),
+    "share-weighted": ("linear", {"method.weight_by_interval_size": True}),
+    "share-weighted-nash": ("nash", {"method.weight_by_interval_size": True}),
     "cosines-clipped-frozen": (
         "linear",
         {"method.cosines": True, "optimizer.clip_norm": 0.5, "optimizer.frozen": "block_0/"},
@@ -84,12 +84,13 @@ CASES = {
 }
 # Of the runs above.
 SAMPLES = {
-    "ddim": ("nash", {"sample.sampler": "ddim", "sample.eta": 0.5, "sample.guidance": 2.0}),
-    "ddpm": ("unet", {"sample.sampler": "ddpm"}),
+    "ddim": ("nash", {"sampler.name": "ddim", "sampler.eta": 0.5, "sampler.guidance": 2.0}),
+    "ddpm": ("unet", {"sampler.name": "ddpm"}),
 }
 
 
 def make_config(case: str, folder: Path):
+    from ant_jax.config import update
     from configs import digits
 
     argument, changes = CASES[case]
@@ -100,7 +101,7 @@ def make_config(case: str, folder: Path):
             "autoencoder.weights": str(folder / "weights.safetensors"),
             "autoencoder.latents": str(folder / "latents"),
         }
-    config.update_from_flattened_dict(DIGITS | changes)
+    update(config, DIGITS | changes)
     return config
 
 
@@ -162,25 +163,24 @@ def draw(name: str, folder: Path) -> dict:
     import jax.numpy as jnp
     import numpy as np
 
+    from ant_jax import config as config_lib
     from ant_jax import experiment, results
     from ant_jax.diffusion import samplers
 
     case, changes = SAMPLES[name]
     config = make_config(case, folder)
-    config.update_from_flattened_dict({"sample.num": 24, "sample.num_steps": 12} | changes)
-    _, pieces, state = results.restore_run(config, folder / case)
-    apply_fn = experiment.denoiser(pieces, state.ema_params)
-    pixels = [images for images, _ in experiment.draw_samples(config, pieces, apply_fn, 24)]
-    settings = config.sample
-    sampler = samplers.ddim(settings.eta) if settings.sampler == "ddim" else samplers.ddpm()
-    x0 = sampler(
-        pieces.process,
+    config_lib.update(config, {"sample.num": 24, "sampler.num_steps": 12} | changes)
+    _, setup, state = results.restore_run(config, folder / case)
+    apply_fn = experiment.denoiser(setup, state.ema_params)
+    pixels = [images for images, _ in experiment.draw_samples(config, setup, apply_fn, 24)]
+    x0 = config_lib.build(config, "sampler")(
+        setup.process,
         apply_fn,
-        (8, *pieces.image_shape),
+        (8, *setup.image_shape),
         jax.random.key(0),
-        samplers.SampleOptions(num_steps=12, guidance=settings.guidance),
+        samplers.SampleOptions(num_steps=12, guidance=config.sampler.guidance),
         jnp.arange(8),
-        pieces.model.num_classes,
+        setup.model.num_classes,
     )
     return {"pixels": digest(np.concatenate(pixels)), "x0": digest(x0)}
 
@@ -234,7 +234,8 @@ def main(argument: str, *cases: str) -> None:
     """Runs one of the commands, or the cases on a number of devices."""
     cases = list(cases or CASES)
     if argument == "record":
-        PATH.write_text(json.dumps(compute(cases), indent=1) + "\n")
+        before = json.loads(PATH.read_text()) if PATH.exists() else {}
+        PATH.write_text(json.dumps(before | compute(cases), indent=1) + "\n")
     elif argument == "compare":
         before, now = json.loads(PATH.read_text()), compute(cases)
         differing = [name for name in now if before[name] != now[name]]

@@ -73,10 +73,12 @@ def test_extractor_and_metric(component):
     metric = component("spread", metrics, evaluation.Metric)()
     with pytest.raises(ValueError, match="3 channels"):
         extractor.check(8, 8, 1)
-    judge = evaluation.judge(extractor, [metric])
+    evaluator = evaluation.build_evaluator(extractor, [metric])
     images = np.zeros((2, 8, 8, 3), np.uint8)
     images[1] = 10
-    summary = evaluation.summarise([(images, None)], judge.network, judge.moments, judge.samples)
+    summary = evaluation.summarise(
+        [(images, None)], evaluator.network, evaluator.moments, evaluator.samples
+    )
     assert metric.measure(summary, None) == {"spread": 5.0}
 
 

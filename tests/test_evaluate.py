@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax import builders, data, evaluate, evaluation, experiment, results
+from ant_jax import config as config_lib
+from ant_jax import data, evaluate, evaluation, experiment, results
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.evaluation.features import inception
@@ -20,9 +21,9 @@ from ant_jax.sampling import cache
 from configs import digits
 
 SMALL = {
-    "diffusion.timesteps": 20,
+    "process.timesteps": 20,
     "clusters.k": 2,
-    "sample.num_steps": 2,
+    "sampler.num_steps": 2,
     "sample.batch_size": 8,
     "sample.num": 21,
     "evaluation.features": "inception",
@@ -51,7 +52,8 @@ def configured(tmp_path, **settings):
     weights = tmp_path / "weights.pth"
     weights.touch()
     named = {name.replace("__", "."): value for name, value in settings.items()}
-    config.update_from_flattened_dict(SMALL | {"evaluation.inception": str(weights)} | named)
+    config_lib.update(config, SMALL | {"evaluation.weights": str(weights)})
+    config_lib.update(config, named)
     return config
 
 
@@ -68,7 +70,7 @@ def features(batches):
 def network(monkeypatch, tmp_path):
     """A small network of 8 x 8 grey pixels instead of Inception, and no cache but this test's."""
     monkeypatch.setattr(inception, "_load", lambda path: evaluation.Network(features, "digest"))
-    monkeypatch.setattr(builders, "build_model", lambda *_: MODEL)
+    monkeypatch.setattr(experiment, "build_model", lambda *_: MODEL)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -77,13 +79,13 @@ def run(tmp_path_factory):
     """A workdir with the checkpoints of two steps."""
     workdir = tmp_path_factory.mktemp("evaluate") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builders, "build_model", lambda *_: MODEL)
+        patch.setattr(experiment, "build_model", lambda *_: MODEL)
         config = configured(workdir.parent)
         source = dataset.open_data(config)
-        pieces = experiment.build(config, 1, 10)
+        setup = experiment.build(config, 1, 10)
         workdir_lib.save_config(config, workdir)
-        workdir_lib.save_facts(pieces, source, workdir)
-        state = experiment.new_state(config, pieces)
+        workdir_lib.save_facts(setup, source, workdir)
+        state = experiment.new_state(config, setup)
         saver = checkpoint.Checkpointer(workdir / "checkpoints")
         for step in (3, 5):
             ema = jax.tree.map(lambda leaf, add=step: leaf + add / 50, state.ema_params)
@@ -107,11 +109,11 @@ def draws(monkeypatch):
     seen = Draws()
     draw_samples = evaluate.experiment.draw_samples
 
-    def watched(config, pieces, apply_fn, num, start, stop):
+    def watched(config, setup, apply_fn, num, start, stop):
         if len(seen) == seen.end:
             raise KeyboardInterrupt
         seen.append(start)
-        yield from draw_samples(config, pieces, apply_fn, num, start, stop)
+        yield from draw_samples(config, setup, apply_fn, num, start, stop)
 
     monkeypatch.setattr(evaluate.experiment, "draw_samples", watched)
     return seen
@@ -209,8 +211,8 @@ def test_the_key_is_that_of_what_samples_depend_on(tmp_path):
         place(params={"b": np.ones(3)}),
         place(sample__num=20),
         place(sample__seed=1),
-        place(sample__guidance=1.5),
-        place(diffusion__clip_x0=False),
+        place(sampler__guidance=1.5),
+        place(sampler__clip_x0=False),
     ]
     assert len({place(), *others}) == 8
 
@@ -245,8 +247,8 @@ def test_figures_of_other_settings_have_another_name(workdir, tmp_path):
     assert said(first).items() > figures.items()
     made_from = said(first)["made_from"]
     assert made_from["step"] == 5 and made_from["inception"] == "digest" and "run" in made_from
-    every = {"sample.sampler", "sample.num_steps", "sample.eta", "sample.guidance", "sample.seed"}
-    every |= {"sample.num", "sample.guidance_channels", "diffusion.clip_x0"}
+    every = {"sampler.name", "sampler.num_steps", "sampler.eta", "sampler.guidance", "sample.seed"}
+    every |= {"sample.num", "sampler.guidance_channels", "sampler.clip_x0"}
     every |= {"evaluation.features", "evaluation.reference", "evaluation.split"}
     assert every < made_from["settings"].keys()
     evaluate.evaluate(configured(tmp_path), workdir)
@@ -298,7 +300,7 @@ def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
     do, workdir, draws, tmp_path, monkeypatch
 ):
     config = configured(tmp_path)
-    judging = evaluate.judging
+    measuring = evaluate.measuring
 
     def at_once(config):
         # In the middle of an evaluation.
@@ -307,12 +309,12 @@ def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
         assert draws == []
         evaluate.sample(configured(tmp_path, sample__seed=1), workdir)
         assert draws == [0, 8, 16]
-        return judging(config)
+        return measuring(config)
 
-    monkeypatch.setattr(evaluate, "judging", at_once)
+    monkeypatch.setattr(evaluate, "measuring", at_once)
     figures = evaluate.evaluate(config, workdir)
     assert len(draws) == 6
-    monkeypatch.setattr(evaluate, "judging", judging)
+    monkeypatch.setattr(evaluate, "measuring", measuring)
     assert evaluate.evaluate(config, workdir) == figures
 
 
@@ -320,9 +322,9 @@ def test_samples_that_are_not_finite_are_no_black_pictures(workdir, tmp_path, mo
     restore = results.restore_run
 
     def poisoned(*arguments):
-        step, pieces, state = restore(*arguments)
+        step, setup, state = restore(*arguments)
         params = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), state.ema_params)
-        return step, pieces, state._replace(ema_params=params)
+        return step, setup, state._replace(ema_params=params)
 
     monkeypatch.setattr(results, "restore_run", poisoned)
     told = r"step 5: 8 of 8 samples have numbers that are not finite, such as number 0"
@@ -381,13 +383,13 @@ def test_training_data_are_cropped_in_the_centre_and_each_counts_once(tmp_path, 
     keys = []
     reference = evaluation.data_reference
 
-    def noted(judge, images, *others):
+    def noted(evaluator, images, *others):
         keys.append(images.key)
-        return reference(judge, images, *others)
+        return reference(evaluator, images, *others)
 
     monkeypatch.setattr(evaluation, "data_reference", noted)
     config = configured(tmp_path, data__crop="random", data__flip=True, sample__batch_size=600)
-    evaluate.judging(config)
+    evaluate.measuring(config)
     (key,), settings, *counted = keys, *seen
     assert settings["crop"] == "center" == key["crop"] and "flip" not in settings
     assert key["num"] == 1497 and key["exif"] == "ignore"
@@ -425,11 +427,11 @@ def test_a_file_of_samples_needs_no_run(features, tmp_path, draws):
 
 
 MISTAKES = {
-    r"needs the path of the weights: pt_inception-2015.*: set config.evaluation.inception or ": {
-        "evaluation__inception": ""
+    r"needs the path of the weights: pt_inception-2015.*: set config.evaluation.weights or ": {
+        "evaluation__weights": ""
     },
     r"'inception' finds no weights: there is no such file as '.*absent.pth': set config.eval": {
-        "evaluation__inception": "absent.pth"
+        "evaluation__weights": "absent.pth"
     },
     r"config.evaluation.reference = '.*absent.npz': there is no such file": {
         "evaluation__reference": "absent.npz"

@@ -274,7 +274,7 @@ def test_groups_share_a_step_and_keep_every_worker_busy():
         {run.name for run in runs[:4]},
         {run.name for run in runs[4:]},
     ]
-    # Among two workers there are about six pieces, of one step each.
+    # Among two workers there are about six setup, of one step each.
     more = [runner.make_run(SMOKE, "vanilla", "snr", seed) for seed in range(12)]
     split = runner._groups(more, 2)
     assert list(map(len, split)) == [2] * 6
@@ -311,7 +311,9 @@ def test_an_impossible_run_fails_before_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.train, "train", lambda *_: pytest.fail("came too late"))
     good = runner.make_run(SMOKE, "vanilla", "snr", 0)
     bad = runner.make_run(SMOKE, "nash", "snr", 0, {"clusters.k": 7})
-    with pytest.raises(ConfigError, match=r"run nash-snr-k=7-seed=0: .*must be divisible by 7"):
+    with pytest.raises(
+        ConfigError, match=r"run nash-snr-clusters.k=7-seed=0: .*must be divisible by 7"
+    ):
         runner.execute([good, bad], tmp_path)
 
 

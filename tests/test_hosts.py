@@ -98,8 +98,8 @@ def stopped(tmp_path_factory):
 
 def states(workdir, step):
     config = configured()
-    pieces = experiment.build(config, **workdir_lib.load_facts(workdir))
-    return workdir_lib.restore(config, pieces, workdir, step)[1]
+    setup = experiment.build(config, **workdir_lib.load_facts(workdir))
+    return workdir_lib.restore(config, setup, workdir, step)[1]
 
 
 def assert_close(tree, other):

@@ -7,12 +7,13 @@ from nbclient import NotebookClient
 PATH = Path(__file__).parents[1] / "experiments" / "colab.ipynb"
 # Goes in behind the first cell, which makes the packages importable; all else runs as it stands.
 SMALLEST = """
+from ant_jax.config import update
 from configs import digits
 from experiments.presets import PRESETS
 
 def smaller(argument, get_config=digits.get_config):
     config = get_config(argument)
-    config.update_from_flattened_dict(PRESETS["smoke"].settings)
+    update(config, PRESETS["smoke"].settings)
     return config
 
 digits.get_config = smaller

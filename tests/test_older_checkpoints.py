@@ -16,7 +16,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_an_older_version(tmp_path):
         archive.extractall(tmp_path, filter="data")
     workdir = tmp_path / "workdir"
     config = workdir_lib.load_config(workdir)
-    assert config.method.nash_update_every == 3
+    assert config.method.update_every == 3
     config.num_steps = 8
     train(config, workdir)
     read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ant_jax import builders, experiment
 from ant_jax import config as config_lib
+from ant_jax import experiment
 from configs import digits
 
 # Millions of parameters, and the height, width and channels of the network's input.
@@ -36,7 +36,7 @@ def completed(name, argument):
         config.autoencoder.weights = "weights.safetensors"
         config.autoencoder.latents = "latents"
     if config.evaluation.features == "inception":
-        config.evaluation.inception = "inception.pth"
+        config.evaluation.weights = "inception.pth"
     return config
 
 
@@ -52,18 +52,18 @@ def test_every_config_of_the_paper_is_here():
 @functools.cache
 def num_params(model, shape):
     """Configs of one network share it."""
-    params = jax.eval_shape(lambda: builders.init_params(model, shape, 0))
+    params = jax.eval_shape(lambda: experiment.init_params(model, shape, 0))
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize("name", PAPER)
 def test_it_builds_and_its_network_has_the_published_size(name):
     config = completed(name, "nash,timestep")
-    assert (config.method.name, config.clusters.cost) == ("nash", "timestep")
+    assert (config.method.name, config.clusters.name) == ("nash", "timestep")
     millions, shape = PAPER[name]
-    pieces = build(config, shape)
-    assert pieces.image_shape == shape
-    params = jax.eval_shape(lambda: builders.init_params(pieces.model, shape, 0))
+    setup = build(config, shape)
+    assert setup.image_shape == shape
+    params = jax.eval_shape(lambda: experiment.init_params(setup.model, shape, 0))
     size = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert round(size / 1e6) == millions
     assert f"{millions} M parameters" in (importlib.import_module(f"configs.{name}").__doc__) or (
@@ -77,9 +77,9 @@ def test_the_argument_chooses_the_method_and_every_method_fits_the_batch(name, m
     for method in METHODS:
         config = completed(name, f"{method},snr")
         config_lib.validate(config)
-        pieces = build(config, PAPER[name][1])
-        experiment.check_batch(config, pieces.method)
-        assert (pieces.method.draw == "uniform") == (method == "vanilla")
+        setup = build(config, PAPER[name][1])
+        experiment.check_batch(config, setup)
+        assert (setup.draw == "uniform") == (method == "vanilla")
 
 
 @pytest.mark.parametrize(
@@ -94,10 +94,10 @@ def test_the_argument_chooses_the_method_and_every_method_fits_the_batch(name, m
 )
 def test_samplers_are_those_that_the_configs_claim(name, sampler, timesteps, end):
     config = completed(name, "vanilla")
-    settings = config.sample
-    process = builders.build_diffusion(config)
+    settings = config.sampler
+    process = experiment.build_process(config)
     used = process.steps(settings.num_steps, settings.spacing)
-    assert settings.sampler == sampler
+    assert settings.name == sampler
     assert used.t[:3].tolist() == timesteps
     assert used.t[-1] == end
     with_noise = used.noise[0] > 0
@@ -109,17 +109,17 @@ def lower(name, method, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = completed(name, f"{method},snr")
-    pieces = build(config, PAPER[name][1])
-    state = experiment.abstract_state(config, pieces)
+    setup = build(config, PAPER[name][1])
+    state = experiment.abstract_state(config, setup)
     examples = (config.data.batch_size,)
     pixels = not config.autoencoder.name
     batch = {
         "image": jax.ShapeDtypeStruct(
-            (*examples, *pieces.image_shape), jnp.uint8 if pixels else jnp.float32
+            (*examples, *setup.image_shape), jnp.uint8 if pixels else jnp.float32
         ),
         "label": jax.ShapeDtypeStruct(examples, jnp.int32),
     }
-    lowered = jax.jit(experiment.training_step(config, pieces)).lower(state, batch)
+    lowered = jax.jit(experiment.training_step(config, setup)).lower(state, batch)
     after, metrics = lowered.out_info
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(after) == shapes(state)

@@ -49,7 +49,7 @@ CASES = {
     "nash": Case(
         "nash",
         1500,
-        {"sample.every": PICTURES, "sample.num_steps": 100, "method.nash_update_every": 7},
+        {"sample.every": PICTURES, "sampler.num_steps": 100, "method.update_every": 7},
         1,
         ("drawing", "drawing") + ("saving", "any instant", "stepping") * 6,
     ),
@@ -156,9 +156,9 @@ def wait_for(process, event, workdir):
 
 def assert_same_run(workdir, expected, case):
     config = workdir_lib.load_config(workdir)
-    pieces = experiment.build(config, **workdir_lib.load_facts(workdir))
+    setup = experiment.build(config, **workdir_lib.load_facts(workdir))
     (step, state), (_, other) = (
-        workdir_lib.restore(config, pieces, folder) for folder in (workdir, expected)
+        workdir_lib.restore(config, setup, folder) for folder in (workdir, expected)
     )
     assert step == case.num_steps
     assert_same_state(state, other)
@@ -441,13 +441,13 @@ def samples_of(path):
 def test_drawings_at_once_never_mix_and_one_that_is_killed_goes_on(reference, tmp_path):
     expected, _ = reference(SOME)
     workdir = shutil.copytree(expected, tmp_path / "run")
-    settings = {"sample__num": 800, "sample__batch_size": 40, "sample__num_steps": 40}
-    pieces = lambda: len(list((workdir / "drawn").glob("*/*.npz")))
+    settings = {"sample__num": 800, "sample__batch_size": 40, "sampler__num_steps": 40}
+    setup = lambda: len(list((workdir / "drawn").glob("*/*.npz")))
 
     def drawing(log):
         process = start_mode("sample", workdir, log, **settings)
-        before = pieces()
-        while pieces() == before and process.poll() is None:
+        before = setup()
+        while setup() == before and process.poll() is None:
             time.sleep(0.01)
         assert process.poll() is None, log.read_text()
         return process
@@ -565,9 +565,9 @@ def test_ctrl_c_at_any_instant_is_one_line_and_loses_nothing(reference, tmp_path
     # Each stop saved a step between the others: not the same two checkpoints are the newest.
     assert lines(workdir) == lines(expected)
     config = workdir_lib.load_config(workdir)
-    pieces = experiment.build(config, **workdir_lib.load_facts(workdir))
+    setup = experiment.build(config, **workdir_lib.load_facts(workdir))
     (_, state), (_, other) = (
-        workdir_lib.restore(config, pieces, folder) for folder in (workdir, expected)
+        workdir_lib.restore(config, setup, folder) for folder in (workdir, expected)
     )
     assert_same_state(state, other)
 

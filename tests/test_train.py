@@ -18,8 +18,8 @@ import optax
 import pytest
 from PIL import Image
 
-from ant_jax import builders, data, evaluate, experiment, hooks, results
 from ant_jax import config as config_lib
+from ant_jax import data, evaluate, experiment, export, hooks, mtl
 from ant_jax import train as trainer
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
@@ -33,15 +33,15 @@ STEPS, STOP = 8, 5
 TINY = {
     "num_steps": STEPS,
     "data.batch_size": 16,
-    "diffusion.timesteps": 50,
+    "process.timesteps": 50,
     "clusters.k": 2,
-    "method.nash_update_every": 3,
+    "method.update_every": 3,
     "optimizer.warmup_steps": 2,
     "log_every": 1,
     "tensorboard": False,
     "checkpoint.every": 2,
     "sample.every": 0,
-    "sample.num_steps": 2,
+    "sampler.num_steps": 2,
     "sample.batch_size": 8,
     "sample.num": 11,
 }
@@ -61,14 +61,14 @@ class Model(nn.Module):
 
 
 def use_small_model(monkeypatch):
-    monkeypatch.setattr(builders, "build_model", lambda config, channels, classes: Model(classes))
+    monkeypatch.setattr(experiment, "build_model", lambda config, channels, classes: Model(classes))
 
 
 def tiny(argument="uncertainty", **settings):
     """A config to train in a blink; settings are names with __ for the dot."""
     config = digits.get_config(argument)
     named = {name.replace("__", "."): value for name, value in settings.items()}
-    config.update_from_flattened_dict(TINY | named)
+    config_lib.update(config, TINY | named)
     return config
 
 
@@ -207,7 +207,7 @@ def test_a_finished_run_is_left_alone(finished, monkeypatch, caplog):
 
 def test_another_config_is_refused_with_both_values(finished, monkeypatch):
     _, workdir, _ = finished
-    monkeypatch.setattr(builders, "init_params", lambda *_: pytest.fail("came too late"))
+    monkeypatch.setattr(experiment, "init_params", lambda *_: pytest.fail("came too late"))
     with pytest.raises(ConfigError) as error:
         trainer.train(tiny(model__width=32, ema_decay=0.5, log_every=2), workdir)
     message = str(error.value)
@@ -440,9 +440,11 @@ def test_the_message_says_that_there_is_no_good_checkpoint(tmp_path, monkeypatch
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     """The loss and gradient of step 4 are finite; what the optimizer makes of them is not."""
-    build = builders.build_optimizer
+    build = experiment.build_optimizer
     spoil = optax.scale_by_schedule(lambda count: jnp.where(count == 3, jnp.nan, 1.0))
-    monkeypatch.setattr(builders, "build_optimizer", lambda *args: optax.chain(build(*args), spoil))
+    monkeypatch.setattr(
+        experiment, "build_optimizer", lambda *args: optax.chain(build(*args), spoil)
+    )
     # Steps are shared between runs of one config: neither an earlier one here, nor this one there.
     for name in ("_training_step", "_first_state"):
         monkeypatch.setattr(experiment, name, getattr(experiment, name).__wrapped__)
@@ -503,13 +505,13 @@ IMPOSSIBLE = {
     },
     "the images of .*digits.* are 8x8": {"data__image_size": 16},
     "digits has no split 'validation'": {"data__split": "validation"},
-    "config.clusters.k = 60 must not exceed config.diffusion.timesteps = 50": {"clusters__k": 60},
+    "config.clusters.k = 60 must not exceed config.process.timesteps = 50": {"clusters__k": 60},
 }
 
 
 @pytest.mark.parametrize("message", IMPOSSIBLE)
 def test_what_cannot_work_is_said_before_anything_is_compiled(message, tmp_path, monkeypatch):
-    monkeypatch.setattr(builders, "init_params", lambda *_: pytest.fail("came too late"))
+    monkeypatch.setattr(experiment, "init_params", lambda *_: pytest.fail("came too late"))
     with pytest.raises(ConfigError, match=message):
         trainer.train(tiny(**IMPOSSIBLE[message]), tmp_path)
     assert os.listdir(tmp_path) == [], "a workdir that says it is a run of this config"
@@ -517,13 +519,13 @@ def test_what_cannot_work_is_said_before_anything_is_compiled(message, tmp_path,
 
 def test_the_state_of_a_step_is_restored(finished, tmp_path):
     config, workdir, expected = finished
-    pieces = experiment.build(config, channels=1, num_classes=10)
-    step, state = workdir_lib.restore(config, pieces, workdir)
+    setup = experiment.build(config, channels=1, num_classes=10)
+    step, state = workdir_lib.restore(config, setup, workdir)
     assert step == STEPS
     assert_same_state(state, expected)
-    step, state = workdir_lib.restore(config, pieces, workdir, 6)
+    step, state = workdir_lib.restore(config, setup, workdir, 6)
     assert step == int(state.step) == 6
-    assert workdir_lib.restore(config, pieces, tmp_path) is None
+    assert workdir_lib.restore(config, setup, tmp_path) is None
 
 
 # SNR clusters that are not evenly spaced, and eight devices that can hold them.
@@ -562,7 +564,7 @@ def test_a_missing_affinity_is_named_before_anything_is_made(tmp_path):
 
 
 def test_a_specialist_trains_on_one_cluster(tmp_path):
-    config = tiny("vanilla,timestep", clusters__only=1, num_steps=2, evaluation__features="")
+    config = tiny("vanilla,timestep", clusters__specialist=1, num_steps=2, evaluation__features="")
     trainer.train(config, tmp_path)
     (first, second) = lines(tmp_path)
     assert workdir_lib.load_facts(tmp_path)["boundaries"] == [25, 50]
@@ -604,9 +606,9 @@ def test_runs_of_every_control_differ(tmp_path):
     norms = {}
     for name, settings in {
         "plain": {},
-        "shares": {"method__share_weighted": True},
-        "weights": {"method__linear_weights": "0.1,0.2,0.3,0.4"},
-        "random": {"clusters__cost": "random"},
+        "shares": {"method__weight_by_interval_size": True},
+        "weights": {"method__weights": (0.1, 0.2, 0.3, 0.4)},
+        "random": {"clusters__name": "random"},
     }.items():
         workdir = tmp_path / name
         trainer.train(tiny("linear", num_steps=1, **FOUR, **settings), workdir)
@@ -627,7 +629,7 @@ def test_a_shared_step_is_each_run_s_own(tmp_path, monkeypatch):
         num_steps=3,
         seed=7,
         optimizer__learning_rate=1e-2,
-        method__share_weighted=True,
+        method__weight_by_interval_size=True,
         **FOUR,
     )
     monkeypatch.setattr(experiment, "_training_step", experiment._training_step.__wrapped__)
@@ -924,23 +926,35 @@ def test_a_run_of_the_config_alone_is_given_nothing(copied):
     assert "given" not in json.loads((workdir / "config.json").read_text())
 
 
-@pytest.mark.parametrize("name", ["model", "process", "weighting"])
-def test_what_is_built_can_be_given(name, tmp_path, monkeypatch):
-    """It reaches what builds the run, and who draws from the run must give it too."""
-    config, build, seen = tiny(num_steps=2), experiment.build, []
-    given = {name: builders.build_diffusion(config)}
-
-    def building(*arguments, model=None, process=None, weighting=None, **more):
-        seen.append({"model": model, "process": process, "weighting": weighting})
-        return build(*arguments, **more)
-
-    monkeypatch.setattr(experiment, "build", building)
-    trainer.train(config, tmp_path, **given)
-    results.restore_run(config, tmp_path, **given)
-    nothing = dict.fromkeys(("model", "process", "weighting"))
-    assert seen == [nothing | given] * 2
-    with pytest.raises(ConfigError, match=f"was given {name} = ant_jax.*Diffusion in place of"):
+def test_what_is_given_trains_in_place_of_what_the_config_names(tmp_path):
+    config = tiny("nash", num_steps=2, evaluation__features="", evaluation__split="test")
+    fixed = mtl.Weighting(
+        tuple, lambda stats, state: (jnp.array([0.25, 2.0]), state), 2, frozenset()
+    )
+    process = experiment.build_process(tiny(process__schedule="linear", process__timesteps=50))
+    given = {"model": Model(num_classes=10), "process": process, "weighting": fixed}
+    state = trainer.train(config, tmp_path, **given)
+    assert set(state.params) == {"Dense_0", "Dense_1"}
+    rows = lines(tmp_path)
+    assert [row["weights"] for row in rows] == [[0.25, 2.0]] * 2
+    assert "cosines" not in rows[0]
+    config.num_steps = 3
+    assert int(trainer.train(config, tmp_path, **given).step) == 3
+    assert evaluate.sample(config, tmp_path, **given).exists()
+    assert np.isfinite(evaluate.evaluate(config, tmp_path, **given)["validation_loss"])
+    with pytest.raises(ConfigError, match=r"was given model = .*Model, process = ant_jax"):
         evaluate.sample(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"was given model = .*name it in the config, "):
+        export.export(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"given is for 2 tasks, and config.clusters.k = 4"):
+        trainer.train(tiny(clusters__k=4), tmp_path / "four", weighting=fixed)
+
+
+def test_samples_are_not_compared_with_other_images_than_those_that_were_given(tmp_path):
+    config = tiny(num_steps=1)
+    trainer.train(config, tmp_path, source=data.digits("train"))
+    with pytest.raises(ConfigError, match=r"images that were given from Python, .* set "):
+        evaluate.evaluate(config, tmp_path)
 
 
 WRONG = ["", "{", "[]", "3", "null", '"x"', "NaN", "[" * 9999, b"\xff\xfe"]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import ant_jax
+from ant_jax import config as config_lib
 from ant_jax import train
 from ant_jax import workdir as workdir_lib
 from configs import digits
@@ -29,7 +30,7 @@ SETTINGS = {
 def trained(tmp_path_factory):
     """A workdir, its config and the last state; not to be changed."""
     config = digits.get_config("linear")
-    config.update_from_flattened_dict(SETTINGS)
+    config_lib.update(config, SETTINGS)
     workdir = tmp_path_factory.mktemp("run")
     return workdir, config, train.train(config, workdir)
 

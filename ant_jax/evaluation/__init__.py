@@ -1,4 +1,4 @@
-"""Judging samples: a feature extractor gives outputs of images, metrics make figures of them.
+"""Measuring samples: a feature extractor gives outputs of images, metrics make figures of them.
 
 An extractor is one file, ``features/NAME.py``, and a metric is one file, ``metrics/NAME.py``; your
 own is ``package.module:attribute``. Each is a function of that name. Its typed arguments are its
@@ -13,7 +13,7 @@ settings (`ant_jax.settings`), and it returns an `Extractor` or a `Metric`::
 
       return Metric(measure, samples=frozenset({"features"}))
 
-What meets in the middle are the names of outputs. An extractor may give others as well:
+Extractors and metrics agree on names of outputs. An extractor may give others as well:
 
 ============  =====================  ===============================================================
 ``features``  (d,) floating-point    what images are compared by
@@ -28,7 +28,7 @@ image are kept where a metric asks for them. A metric is left out where the extr
 little for it, or the reference has too little: a file of statistics alone has moments only.
 """
 
-from ant_jax.evaluation.evaluator import Judge, judge, measure, table
+from ant_jax.evaluation.evaluator import Evaluator, build_evaluator, measure, table
 from ant_jax.evaluation.features import Extractor, Network
 from ant_jax.evaluation.losses import interval_losses
 from ant_jax.evaluation.metrics import Metric
@@ -45,7 +45,7 @@ __all__ = [
     "Extractor",
     "Gaussian",
     "Images",
-    "Judge",
+    "Evaluator",
     "Metric",
     "Moments",
     "Network",
@@ -58,7 +58,7 @@ __all__ = [
     "gaussian",
     "inception_score_of",
     "interval_losses",
-    "judge",
+    "build_evaluator",
     "measure",
     "merge",
     "moments",

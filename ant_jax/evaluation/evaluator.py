@@ -8,7 +8,7 @@ from ant_jax.evaluation.metrics import Metric
 from ant_jax.evaluation.summary import Batch, Reference, summarise
 
 
-class Judge(NamedTuple):
+class Evaluator(NamedTuple):
     """A loaded extractor and the metrics that it can give.
 
     Attributes:
@@ -37,7 +37,7 @@ class Judge(NamedTuple):
         return frozenset().union(*(metric.real for metric in self.metrics))
 
 
-def judge(extractor: Extractor, metrics: Sequence[Metric]) -> Judge:
+def build_evaluator(extractor: Extractor, metrics: Sequence[Metric]) -> Evaluator:
     """Loads an extractor, and leaves out the metrics for which it does not give enough.
 
     Raises:
@@ -46,11 +46,11 @@ def judge(extractor: Extractor, metrics: Sequence[Metric]) -> Judge:
     """
     given = extractor.shapes.keys()
     able = tuple(each for each in metrics if given >= each.moments | each.samples | each.real)
-    return Judge(extractor, extractor.load(), able)
+    return Evaluator(extractor, extractor.load(), able)
 
 
-def measure(batches: Iterable[Batch], judge: Judge, reference: Reference) -> dict[str, Any]:
-    """Judges samples, one batch of images in memory at a time.
+def measure(batches: Iterable[Batch], evaluator: Evaluator, reference: Reference) -> dict[str, Any]:
+    """Evaluates samples, one batch of images in memory at a time.
 
     Every figure depends on the number of samples: compare equal numbers, and 50 000 with published
     figures.
@@ -58,7 +58,7 @@ def measure(batches: Iterable[Batch], judge: Judge, reference: Reference) -> dic
     Args:
       batches: Of uint8 images (n, height, width, channels), and the labels (n,) that they were
         generated for or None. They should not be sorted by class: some metrics split them.
-      judge: What measures.
+      evaluator: What measures.
       reference: The real images.
 
     Returns:
@@ -69,25 +69,25 @@ def measure(batches: Iterable[Batch], judge: Judge, reference: Reference) -> dic
       ValueError: If there are fewer than two samples, or a metric can't measure them.
     """
     real, held_out = reference.summary, reference.held_out
-    judge = judge._replace(
+    evaluator = evaluator._replace(
         metrics=tuple(
             each
-            for each in judge.metrics
+            for each in evaluator.metrics
             if real.gaussians.keys() >= each.moments and real.kept.keys() >= each.real
         )
     )
-    samples = summarise(batches, judge.network, judge.moments, judge.samples)
+    samples = summarise(batches, evaluator.network, evaluator.moments, evaluator.samples)
     figures = {}
-    for metric in judge.metrics:
+    for metric in evaluator.metrics:
         figures |= metric.measure(samples, reference)
     figures["num_samples"] = samples.count
     if held_out is not None:
-        for metric in judge.metrics:
+        for metric in evaluator.metrics:
             if metric.floors:
                 floors = metric.measure(held_out, reference)
                 figures |= {f"real_{name}": floors[name] for name in sorted(metric.floors)}
         figures["real_num_samples"] = held_out.count
-    return _named(figures, judge.extractor) | {"reference": reference.name}
+    return _named(figures, evaluator.extractor) | {"reference": reference.name}
 
 
 def table(figures: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from absl import logging
 
 from ant_jax import data
 from ant_jax.evaluation import summary as summary_lib
-from ant_jax.evaluation.evaluator import Judge
+from ant_jax.evaluation.evaluator import Evaluator
 from ant_jax.evaluation.reference import has_images, num_samples, read_samples, read_statistics
 from ant_jax.evaluation.summary import Batch, Reference, Summary, summarise
 from ant_jax.runtime import files
@@ -39,7 +39,9 @@ class Images(NamedTuple):
     key: Mapping[str, Any] | None = None
 
 
-def read_reference(path: str | os.PathLike, judge: Judge, batch_size: int = 512) -> Reference:
+def read_reference(
+    path: str | os.PathLike, evaluator: Evaluator, batch_size: int = 512
+) -> Reference:
     """Reads a reference batch of ADM's kind: statistics, images, or both.
 
     The statistics are those of the file where it has any, and else those of its images. What is
@@ -47,7 +49,7 @@ def read_reference(path: str | os.PathLike, judge: Judge, batch_size: int = 512)
 
     Args:
       path: An `.npz` file; see `read_statistics` and `read_samples`.
-      judge: What the statistics are of.
+      evaluator: What the statistics are of.
       batch_size: Images read at once.
 
     Raises:
@@ -56,25 +58,25 @@ def read_reference(path: str | os.PathLike, judge: Judge, batch_size: int = 512)
     """
     statistics = read_statistics(path)
     for output, found in statistics.items():
-        expected = judge.extractor.shapes.get(output)
+        expected = evaluator.extractor.shapes.get(output)
         if expected is not None and found.mean.shape != expected:
             name = {"features": "mu", "spatial": "mu_s"}[output]
             raise ValueError(
                 f"{os.fspath(path)} cannot be used: {name!r} is of {found.mean.size} features, "
-                f"and samples are judged by {expected[0]}"
+                f"and samples are evaluated by {expected[0]}"
             )
     if not has_images(path):
         return Reference(os.fspath(path), Summary(0, statistics, {}, summary_lib.NO_LABELS))
     batches = with_time_left(
         read_samples(path, batch_size), num_samples(path), "images of the reference"
     )
-    moments_of = () if statistics else judge.moments
-    found = summarise(batches, judge.network, moments_of, judge.real)
+    moments_of = () if statistics else evaluator.moments
+    found = summarise(batches, evaluator.network, moments_of, evaluator.real)
     return Reference(os.fspath(path), found._replace(gaussians=statistics or found.gaussians))
 
 
 def data_reference(
-    judge: Judge,
+    evaluator: Evaluator,
     images: Images,
     held_out: Images | None = None,
     batch_size: int = 512,
@@ -83,7 +85,7 @@ def data_reference(
     """Training images, from the cache or else worked off and then cached.
 
     Args:
-      judge: What judges them.
+      evaluator: Of their features.
       images: The training images.
       held_out: Real images that no model has seen: the scale on which to read the figures.
       batch_size: Images worked off at once.
@@ -92,19 +94,21 @@ def data_reference(
     Raises:
       ValueError: If there are fewer than two images.
     """
-    real = _summary(judge, images, judge.real, batch_size, cache_dir)
+    real = _summary(evaluator, images, evaluator.real, batch_size, cache_dir)
     others = None
     if held_out is not None:
-        others = _summary(judge, held_out, judge.samples | judge.real, batch_size, cache_dir)
+        others = _summary(
+            evaluator, held_out, evaluator.samples | evaluator.real, batch_size, cache_dir
+        )
     return Reference(images.name, real, others)
 
 
-def _summary(judge, images, keep, batch_size, cache_dir):
+def _summary(evaluator, images, keep, batch_size, cache_dir):
     if len(images.source) < 2:
         raise ValueError(f"{images.source!r} has {len(images.source)} image: a reference needs 2")
-    path, moments_of, keep = None, sorted(judge.moments), sorted(keep)
+    path, moments_of, keep = None, sorted(evaluator.moments), sorted(keep)
     if images.key is not None:
-        key = {"images": images.key, "weights": judge.network.digest, "of": [moments_of, keep]}
+        key = {"images": images.key, "weights": evaluator.network.digest, "of": [moments_of, keep]}
         cache_dir = cache_dir or files.user_cache()
         path = cache_dir and cache_dir / f"reference_v{_VERSION}_{tree_hash(key)[:24]}.npz"
     if path is not None and os.path.exists(path):
@@ -114,7 +118,7 @@ def _summary(judge, images, keep, batch_size, cache_dir):
             return found
         except Exception as error:  # Damaged bytes surface as almost any type of error.
             logging.warning("computed again: %s is damaged: %r", path, error)
-    found = summarise(_each_once(images, batch_size), judge.network, moments_of, keep, _KEPT)
+    found = summarise(_each_once(images, batch_size), evaluator.network, moments_of, keep, _KEPT)
     if path is not None:
         with files.keeping(f"the statistics of {images.name}"):
             summary_lib.save(path, found)

@@ -67,7 +67,7 @@ def summarise(
 
     Raises:
       ValueError: If there are no images, or only one whose covariance is asked for; if features are
-        not finite, labels don't match their images, or the network can't judge such images.
+        not finite, labels don't match their images, or the network can't evaluate such images.
     """
     labels: list[np.ndarray] = []
     kept: dict[str, list[np.ndarray]] = {name: [] for name in keep}
@@ -86,7 +86,7 @@ def summarise(
             _add(sums, waiting)
             added = count
     if not count:
-        raise ValueError("there are no images to judge: give at least 2")
+        raise ValueError("there are no images to evaluate: give at least 2")
     if added < count:
         _add(sums, waiting)
     return Summary(

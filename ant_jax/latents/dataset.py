@@ -9,13 +9,13 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from ant_jax import config as config_lib
 from ant_jax import data, pixels
 from ant_jax.config import ConfigError
 from ant_jax.latents import codec as codec_lib
 from ant_jax.latents.codec import Codec
 from ant_jax.latents.shards import LatentSource, latents
 from ant_jax.runtime.files import user_path
-from ant_jax.settings import resolve
 
 
 def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
@@ -48,9 +48,9 @@ def open_latents(config: ConfigDict, split: str) -> LatentSource:
     info = source.info
     for name, there, now in (
         ("autoencoder.name", info.autoencoder, settings.name),
-        ("data.name", info.data, config.data.name),
+        ("data.name", info.data, source_name(config)),
         ("data.crop", info.crop, config.data.crop),
-        ("data.exif", info.exif, config.data.exif),
+        ("data.exif", info.exif, config.data.get("exif", "ignore")),
         ("data.image_size", info.image_size, config.data.image_size),
         ("autoencoder.name, shape of latents", info.shape, latent_shape(config)),
         ("autoencoder.weights, encoder", info.digest, open_codec(config).encoder_digest),
@@ -91,26 +91,24 @@ def open_images(config: ConfigDict, split: str) -> data.Source:
     """
     settings = config.data
     try:
-        name, own = _component(settings)
-        source = resolve(data, name, data.Source)(split=split, **own)
-        if not isinstance(source, data.Source):
-            raise ValueError(f"it gives no ant_jax.data.Source, but a {type(source).__name__}")
+        source = config_lib.build(config, "data", split=split)
         data.check_crop(source, settings.crop, settings.image_size)
-    except (ValueError, FileNotFoundError) as error:
+    except ValueError as error:
+        said = str(error).removeprefix("config.data: ")
+        own = "".join(
+            f", config.data.{name} = {value!r}"
+            for name, value in config_lib.arguments(config, "data").items()
+        )
         raise ConfigError(
-            f"config.data.name = {settings.name!r}, split = {split!r}, "
-            f"config.data.dir = {settings.dir!r}: {error}"
+            f"config.data.name = {settings.name!r}, split = {split!r}{own}: {said}"
         ) from error
     return source
 
 
-def _component(settings):
-    """The name of a source and its own settings."""
-    if settings.name.startswith("tfds:"):
-        return "tfds", {"dir": settings.dir, "builder": settings.name.removeprefix("tfds:")}
-    if settings.name == "folder":
-        return "folder", {"dir": settings.dir, "exif": settings.exif}
-    return settings.name, {}
+def source_name(config: ConfigDict) -> str:
+    """The source that a config names, with its builder where it has one."""
+    settings = config.data
+    return f"{settings.name}:{settings.builder}" if "builder" in settings else settings.name
 
 
 def open_codec(config: ConfigDict) -> Codec:

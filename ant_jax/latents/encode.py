@@ -92,9 +92,9 @@ def _encode(config, source, codec, directory, shape):
             num_images=len(source),
             num_classes=source.num_classes,
             std=0.0,
-            data=config.data.name,
+            data=dataset.source_name(config),
             crop=config.data.crop,
-            exif=config.data.exif,
+            exif=config.data.get("exif", "ignore"),
             origin=repr(source),
         )
         try:
@@ -125,15 +125,17 @@ def _plan(config, directory, codec, num_images):
         "autoencoder.name": config.autoencoder.name,
         "digest of the encoder": codec.encoder_digest,
         "number of images": num_images,
+        "data.name": dataset.source_name(config),
         **{
-            f"data.{name}": config.data[name]
-            for name in ("name", "dir", "split", "crop", "exif", "image_size", "replace_unreadable")
+            f"data.{name}": value
+            for name, value in config.data.items()
+            if name not in ("name", "builder", "flip", "batch_size", "num_workers")
         },
     }
     path = directory / "plan.json"
     if path.is_file():
         try:
-            before = config_lib.BEFORE | json.loads(path.read_text())
+            before = {"data.exif": "ignore"} | json.loads(path.read_text())
         # Lists in lists without end are a RecursionError.
         except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(

@@ -80,13 +80,13 @@ def measured(linear, every_metric):
 
     def measure(name, samples, real, held_out=None):
         metric = every_metric[name]
-        judge = evaluation.judge(linear, [metric])
-        assert judge.metrics, "the extractor of these tests lacks what the metric needs"
-        keep = judge.samples | judge.real
+        evaluator = evaluation.build_evaluator(linear, [metric])
+        assert evaluator.metrics, "the extractor of these tests lacks what the metric needs"
+        keep = evaluator.samples | evaluator.real
         of = lambda array: summarise(
-            [(array, next(judge.network.outputs([array]))["labels"])],
-            judge.network,
-            judge.moments,
+            [(array, next(evaluator.network.outputs([array]))["labels"])],
+            evaluator.network,
+            evaluator.moments,
             keep,
         )
         return metric.measure(

@@ -16,23 +16,23 @@ def batches(array, size=7, labels=None):
 
 
 @pytest.fixture
-def judge(linear, every_metric):
+def evaluator(linear, every_metric):
     named = linear._replace(figure_names={"frechet_distance": "fid"})
-    return evaluation.judge(named, list(every_metric.values()))
+    return evaluation.build_evaluator(named, list(every_metric.values()))
 
 
-def reference(judge, real, held_out=None):
+def reference(evaluator, real, held_out=None):
     of = lambda array: summarise(
-        batches(array), judge.network, judge.moments, judge.samples | judge.real
+        batches(array), evaluator.network, evaluator.moments, evaluator.samples | evaluator.real
     )
     return evaluation.Reference("real", of(real), None if held_out is None else of(held_out))
 
 
-def test_each_figure_is_that_of_its_outputs(judge):
+def test_each_figure_is_that_of_its_outputs(evaluator):
     real, fake = images(60), images(50, 1, 220)
-    theirs, ours = (next(judge.network.outputs([x])) for x in (real, fake))
+    theirs, ours = (next(evaluator.network.outputs([x])) for x in (real, fake))
     labels = np.arange(50) % 5
-    found = evaluation.measure(batches(fake, 7, labels), judge, reference(judge, real))
+    found = evaluation.measure(batches(fake, 7, labels), evaluator, reference(evaluator, real))
     gaussian = lambda x: (x.mean(0), np.cov(x, rowvar=False))
     distance = lambda name: frechet_distance(*gaussian(ours[name]), *gaussian(theirs[name]))
     expected = {
@@ -49,34 +49,36 @@ def test_each_figure_is_that_of_its_outputs(judge):
     assert expected["precision"] != expected["recall"] and expected["fid"] > 0.1
 
 
-def test_what_held_out_images_score_is_the_scale(judge):
+def test_what_held_out_images_score_is_the_scale(evaluator):
     real, held_out = images(60), images(20, 2)
-    found = evaluation.measure(batches(images(50, 1)), judge, reference(judge, real, held_out))
+    found = evaluation.measure(
+        batches(images(50, 1)), evaluator, reference(evaluator, real, held_out)
+    )
     floors = {name: value for name, value in found.items() if name.startswith("real_")}
-    theirs = evaluation.measure(batches(held_out), judge, reference(judge, real, held_out))
+    theirs = evaluation.measure(batches(held_out), evaluator, reference(evaluator, real, held_out))
     names = ("fid", "nearest_train_distance", "num_samples")
     assert floors == pytest.approx({f"real_{name}": theirs[name] for name in names})
     assert floors["real_num_samples"] == 20
 
 
-def test_what_the_extractor_or_the_reference_lacks_is_absent(judge, linear):
-    whole = reference(judge, images(20))
+def test_what_the_extractor_or_the_reference_lacks_is_absent(evaluator, linear):
+    whole = reference(evaluator, images(20))
     statistics = whole.summary._replace(gaussians={"features": whole.summary.gaussians["features"]})
     bare = whole._replace(summary=statistics._replace(kept={}))
-    found = evaluation.measure(batches(images(9)), judge, bare)
+    found = evaluation.measure(batches(images(9)), evaluator, bare)
     assert list(found) == ["fid", "inception_score", "num_samples", "reference"]
     # Three neighbours need four points in either set.
     few = whole._replace(summary=whole.summary._replace(kept={"features": np.zeros((3, 5))}))
     for real, num in ((whole, 3), (few, 9)):
-        assert "recall" not in evaluation.measure(batches(images(num)), judge, real)
-    assert "recall" in evaluation.measure(batches(images(4)), judge, whole)
+        assert "recall" not in evaluation.measure(batches(images(num)), evaluator, real)
+    assert "recall" in evaluation.measure(batches(images(4)), evaluator, whole)
     poorer = linear._replace(shapes={"features": (5,)})
-    assert len(evaluation.judge(poorer, judge.metrics).metrics) == 3
+    assert len(evaluation.build_evaluator(poorer, evaluator.metrics).metrics) == 3
     with pytest.raises(ValueError, match="no images"):
-        evaluation.measure([], judge, whole)
+        evaluation.measure([], evaluator, whole)
 
 
-def test_only_the_outputs_that_metrics_need_are_kept(judge):
+def test_only_the_outputs_that_metrics_need_are_kept(evaluator):
     kept = []
 
     def measure(samples, reference):
@@ -84,16 +86,16 @@ def test_only_the_outputs_that_metrics_need_are_kept(judge):
         return {"mine": 0.0}
 
     mine = evaluation.Metric(measure)
-    whole = reference(judge, images(20))
-    found = evaluation.measure(batches(images(9)), judge._replace(metrics=(mine,)), whole)
+    whole = reference(evaluator, images(20))
+    found = evaluation.measure(batches(images(9)), evaluator._replace(metrics=(mine,)), whole)
     assert kept == [({}, {})] and found["mine"] == 0
 
 
 @pytest.fixture(scope="module")
 def digits_judge(users_cache, every_metric):
-    judge = evaluation.judge(digits(), list(every_metric.values()))
+    evaluator = evaluation.build_evaluator(digits(), list(every_metric.values()))
     real, held_out = (evaluation.Images(s, data.digits(s)) for s in ("train", "test"))
-    return judge, evaluation.data_reference(judge, real, held_out)
+    return evaluator, evaluation.data_reference(evaluator, real, held_out)
 
 
 def test_the_figures_of_the_digits(digits_judge):

@@ -49,7 +49,7 @@ def test_a_summary_there_and_back(linear, tmp_path):
 
 def test_errors(linear):
     network = linear.load()
-    with pytest.raises(ValueError, match="there are no images to judge"):
+    with pytest.raises(ValueError, match="there are no images to evaluate"):
         summarise([], network, [], [])
     with pytest.raises(ValueError, match="at least 2"):
         summarise(batches(images(1)), network, ["features"], [])

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from ant_jax import builders
+from ant_jax import experiment
 from ant_jax.models.dit import SIZES, DiT
 from ant_jax.models.unet import VARIANTS, UNet
 from configs import digits, imagenet256_dit_s2
@@ -80,7 +80,7 @@ def test_it_is_refused_where_there_is_no_gpu():
     config = imagenet256_dit_s2.get_config()
     config.model.attention = "cudnn"
     with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
-        builders.build_model(config, 4, 1000)
+        experiment.build_model(config, 4, 1000)
 
 
 def test_it_is_refused_to_float32(monkeypatch):
@@ -88,7 +88,7 @@ def test_it_is_refused_to_float32(monkeypatch):
     config = digits.get_config()
     config.model.attention = "cudnn"
     with pytest.raises(ValueError, match="needs dtype bfloat16, not float32"):
-        builders.build_model(config, 1, 10)
+        experiment.build_model(config, 1, 10)
     config = imagenet256_dit_s2.get_config()
     config.model.attention = "cudnn"
-    assert builders.build_model(config, 4, 1000).attention == "cudnn"
+    assert experiment.build_model(config, 4, 1000).attention == "cudnn"

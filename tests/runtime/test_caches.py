@@ -80,10 +80,10 @@ def test_data_are_a_reference_without_a_cache(keeping_nothing):
     outputs = lambda batches: ({"features": np.float64(x.reshape(len(x), -1))} for x in batches)
     network = evaluation.Network(outputs, "digest")
     extractor = evaluation.Extractor({"features": (64,)}, None, lambda: network)
-    judge = evaluation.judge(extractor, [frechet()])
+    evaluator = evaluation.build_evaluator(extractor, [frechet()])
     source = data.digits("test")
     with keeping_nothing():
-        found = evaluation.data_reference(judge, evaluation.Images("data", source, key={}))
+        found = evaluation.data_reference(evaluator, evaluation.Images("data", source, key={}))
     np.testing.assert_allclose(
         found.summary.gaussians["features"].mean, source.images.reshape(300, 64).mean(0)
     )

@@ -9,7 +9,6 @@ import pytest
 
 from ant_jax import cli, experiment
 from ant_jax import config as config_lib
-from ant_jax.config import RULES
 from ant_jax.runtime import devices as devices_lib
 from ant_jax.runtime import processes
 from configs import digits
@@ -115,10 +114,12 @@ def test_what_one_lacks_and_many_differences_are_told_briefly():
 
 def test_every_setting_is_compared_but_for_places_and_workers():
     config = digits.get_config()
+    config_lib.update(config, {"data.name": "folder"})
     said = cli.told(config, None, mode="train", step=None)
     json.dumps({name: repr(value) for name, value in said.items()})
-    left_out = RULES.keys() - {name.removeprefix("config.") for name in said}
-    assert left_out == {name for name in RULES if config_lib.is_of_a_process(name)}
+    flat = config_lib.flatten(config)
+    left_out = flat.keys() - {name.removeprefix("config.") for name in said}
+    assert left_out == config_lib.of_a_process(config)
     assert {"data.dir", "autoencoder.weights", "init_from", "data.num_workers"} < left_out
     assert not left_out & {"seed", "log_every", "checkpoint.every", "sample.every", "data.split"}
     assert {

@@ -70,8 +70,8 @@ def test_several_processes_share_what_is_missing(tmp_path, monkeypatch):
     check(cache.read(place, NUM), True)
 
 
-MADE_FROM = {"step": 3, "settings": {"sample.guidance": 1.0}}
-OTHER = MADE_FROM | {"settings": {"sample.guidance": 1.5}}
+MADE_FROM = {"step": 3, "settings": {"sampler.guidance": 1.0}}
+OTHER = MADE_FROM | {"settings": {"sampler.guidance": 1.5}}
 
 
 def test_one_job_draws_the_same_samples_and_others_draw_others(tmp_path):
@@ -130,8 +130,8 @@ def test_an_evaluation_without_samples_leaves_those_that_are_being_drawn(tmp_pat
     config = digits.get_config("vanilla")
     config.evaluation.features = ""
     state = SimpleNamespace(ema_params={})
-    pieces = SimpleNamespace(process=SimpleNamespace(span=5), model=None)
-    monkeypatch.setattr(evaluate.results, "restore_run", lambda *_: (3, pieces, state))
+    setup = SimpleNamespace(process=SimpleNamespace(span=5), model=None)
+    monkeypatch.setattr(evaluate.results, "restore_run", lambda *_: (3, setup, state))
     monkeypatch.setattr(evaluate.experiment, "denoiser", lambda *_: None)
     monkeypatch.setattr(evaluate, "validation_losses", lambda *_, timesteps_each: np.ones(1))
     workdir_lib.save_config(config, tmp_path)

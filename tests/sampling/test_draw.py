@@ -6,7 +6,7 @@ import pytest
 from jax.tree_util import Partial
 from PIL import Image
 
-from ant_jax import builders, diffusion, sampling
+from ant_jax import diffusion, experiment, sampling
 from ant_jax.diffusion import samplers
 
 SHAPE = (4, 4, 1)
@@ -27,7 +27,7 @@ class Model(nn.Module):
 
 def draw(num, num_classes=3, sampler=samplers.ddim, batch_size=600, **settings):
     model = Model(num_classes)
-    params = builders.init_params(model, SHAPE, seed=0)
+    params = experiment.init_params(model, SHAPE, seed=0)
     options = samplers.SampleOptions(num_steps=3, guidance=2.0 if num_classes else 1.0)
     return list(
         sampling.sample_batches(

@@ -1,4 +1,4 @@
-"""A small classifier of the 8x8 digits: the features and the judge of generated digits.
+"""A small classifier of the 8x8 digits: the features for generated digits.
 
 Inception knows nothing about 8x8 images. This network is trained once, in seconds, on the training
 split alone, so that its accuracy on the held-out images is an honest one.
@@ -55,7 +55,7 @@ def digits() -> Extractor:
 def _check(height, width, channels):
     if (height, width) != (8, 8) or channels not in (None, 1):
         size = f"{height}x{width} pixels" + (f" in {channels} channels" if channels else "")
-        raise ValueError(f"judges grey images of 8x8 pixels, not of {size}")
+        raise ValueError(f"evaluates grey images of 8x8 pixels, not of {size}")
 
 
 # Where nothing can be kept, it is trained once a process.

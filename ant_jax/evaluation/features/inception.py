@@ -25,7 +25,7 @@ _WEIGHTS = (
 )
 
 
-def inception(weights: Path) -> Extractor:
+def inception(weights: Path = "") -> Extractor:
     """The network of the FID, on this process's devices.
 
     Its outputs, float32: "features", the 2048 of the last pooling, for FID, precision and recall;
@@ -42,7 +42,7 @@ def inception(weights: Path) -> Extractor:
         if not files.user_path(weights).is_file():
             raise ValueError(f"finds no weights: there is no such file as {weights!r}")
         if channels not in (None, 1, 3):
-            raise ValueError(f"judges images of 1 or 3 channels, not of {channels}")
+            raise ValueError(f"evaluates images of 1 or 3 channels, not of {channels}")
 
     return Extractor(
         {"features": (2048,), "spatial": (2023,), "logits": (1008,)},

@@ -1,7 +1,6 @@
 """The Frechet distance between two sets of features; of Inception's, the FID."""
 
 import numpy as np
-from scipy.linalg import lapack
 from threadpoolctl import threadpool_limits
 
 from ant_jax.evaluation.metrics import Metric
@@ -65,6 +64,9 @@ def frechet_distance(
 
 def _factor(cov: np.ndarray) -> np.ndarray:
     """Returns L (d, rank) with L L^T = cov, but for numbers that are rounding errors beside it."""
+    # Training starts without it: it takes a third of a second.
+    from scipy.linalg import lapack
+
     factor, order, rank, _ = lapack.dpstrf((cov + cov.T) / 2, lower=1)
     rows = np.empty((len(cov), rank))
     rows[order - 1] = np.tril(factor)[:, :rank]

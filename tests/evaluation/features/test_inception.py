@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ant_jax import evaluate, evaluation
+from ant_jax.config import update
 from ant_jax.evaluation.features import inception
 from ant_jax.models.inception import Features
 from configs import digits
@@ -28,8 +29,8 @@ def test_samples_are_judged_by_inception(recorded, inception_weights, tmp_path):
     config = digits.get_config()
     # As many at once as above, so that the network is compiled once.
     config.sample.batch_size = 1
-    config.evaluation.features = "inception"
-    config.evaluation.inception = str(inception_weights)
+    update(config, {"evaluation.features": "inception"})
+    config.evaluation.weights = str(inception_weights)
     config.evaluation.reference = str(tmp_path / "real.npz")
 
     config.evaluation.samples = str(tmp_path / "some.npz")

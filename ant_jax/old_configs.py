@@ -1,0 +1,138 @@
+"""Configs of earlier versions, as they would be written now."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# What a run did that was begun before there was such a setting.
+_BEFORE = {
+    "data": {"exif": "ignore"},
+    "model": {"num_heads": 0},
+    "sample": {"spacing": "even"},
+    "": {"init_facts": ""},
+}
+
+# Where settings of version 0.1 are now.
+MOVED = {
+    "diffusion.timesteps": "process.timesteps",
+    "diffusion.schedule": "process.schedule",
+    "diffusion.variance": "process.variance",
+    "diffusion.prediction": "process.prediction",
+    "diffusion.clip_x0": "sampler.clip_x0",
+    "diffusion.loss_weight": "loss_weight.name",
+    "diffusion.p2_k": "loss_weight.k",
+    "diffusion.p2_gamma": "loss_weight.gamma",
+    "diffusion.min_snr_gamma": "loss_weight.gamma",
+    "clusters.cost": "clusters.name",
+    "clusters.only": "clusters.specialist",
+    "method.linear_weights": "method.weights",
+    "method.uncertainty_learning_rate": "method.learning_rate",
+    "method.nash_update_every": "method.update_every",
+    "method.nash_max_norm": "method.max_norm",
+    "method.share_weighted": "method.weight_by_interval_size",
+    "method.timesteps": "method.draw",
+    "sample.sampler": "sampler.name",
+    "sample.num_steps": "sampler.num_steps",
+    "sample.spacing": "sampler.spacing",
+    "sample.eta": "sampler.eta",
+    "sample.guidance": "sampler.guidance",
+    "sample.guidance_channels": "sampler.guidance_channels",
+    "evaluation.inception": "evaluation.weights",
+}
+
+# Settings of a group that only some of its components had, which all of them listed.
+_OWN = {
+    "model": {
+        "dit": ("depth", "heads", "patch"),
+        "unet": (
+            "channel_mult",
+            "num_res_blocks",
+            "attention_factors",
+            "head_channels",
+            "num_heads",
+            "scale_shift_norm",
+            "resblock_updown",
+        ),
+    },
+    "data": {"digits": (), "folder": ("dir", "exif"), "tfds": ("dir", "builder")},
+    "clusters": {"snr": (), "timestep": (), "random": (), "gradient": ("affinity",)},
+    "loss_weight": {"none": (), "p2": ("k", "gamma"), "min_snr": ("gamma",)},
+    "method": {
+        "vanilla": (),
+        "linear": ("weights",),
+        "uncertainty": ("learning_rate",),
+        "pcgrad": (),
+        "nash": (),
+    },
+    "sampler": {"ddim": ("eta",), "ddpm": ()},
+    "evaluation": {"": (), "digits": (), "inception": ("weights",)},
+}
+
+
+def renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by ``"group.name"`` under the names that they have now."""
+    return {MOVED.get(name, name): value for name, value in flat.items()}
+
+
+def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of this version that means what one of any version did.
+
+    A damaged one, which lacks groups, is left as far as it goes: checking it says what is wrong.
+    """
+    if "process" in config or not isinstance(config.get("diffusion"), Mapping):
+        return dict(config)
+    old = {
+        name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()
+    }
+    for group, values in _BEFORE.items():
+        place = old if not group else old.get(group)
+        if isinstance(place, dict):
+            for name, value in values.items():
+                place.setdefault(name, value)
+    new: dict[str, Any] = {}
+
+    def put(path, value):
+        group, _, name = path.rpartition(".")
+        (new.setdefault(group, {}) if group else new)[name] = value
+
+    for group, values in old.items():
+        if not isinstance(values, dict):
+            put(group, values)
+            continue
+        for name, value in values.items():
+            path = f"{group}.{name}"
+            weight = old["diffusion"].get("loss_weight")
+            if path.startswith("diffusion.p2_") and weight != "p2":
+                continue
+            if path == "diffusion.min_snr_gamma" and weight != "min_snr":
+                continue
+            put(MOVED.get(path, path), value)
+    _convert(new)
+    for group, own in _OWN.items():
+        values = new.get(group, {})
+        key = "features" if group == "evaluation" else "name"
+        if values.get(key) in own:
+            others = {name for names in own.values() for name in names} - {*own[values[key]]}
+            new[group] = {name: value for name, value in values.items() if name not in others}
+    return new
+
+
+def _convert(new):
+    """Values that are written in another way now."""
+    new.setdefault("process", {})["name"] = "gaussian"
+    data = new.get("data", {})
+    if str(data.get("name")).startswith("tfds:"):
+        data["name"], data["builder"] = "tfds", data["name"].removeprefix("tfds:")
+    method = new.get("method", {})
+    weights = method.get("weights")
+    if isinstance(weights, str):
+        method["weights"] = tuple(float(part) for part in weights.split(",") if part)
+    if method.get("name") != "nash":
+        # They were settings of Nash-MTL alone.
+        method |= {"update_every": 1, "max_norm": 0.0}
+    if method.get("name") == "vanilla" or method.get("draw") == "stratified":
+        # Vanilla drew uniformly, whatever the setting.
+        method["draw"] = "auto"
+    bound = method.get("max_norm")
+    if method.get("update_every") == 1 and isinstance(bound, int | float) and bound >= 1:
+        # An exact solution has the norm k^-1/2, which such a bound never reaches.
+        method["max_norm"] = 0.0
