@@ -238,7 +238,8 @@ def test_a_wait_ends_where_asked_and_names_the_worker_that_is_stopped(monkeypatc
         for batch in batches:
             _assert_equal([batch], expected[taken : taken + 1])
             taken += 1
-        assert taken <= 8 and not caplog.messages
+        # Each worker is two batches ahead; the first of a set may be either.
+        assert taken <= 9 and not caplog.messages
         # Still asked for, it is a batch late and no other.
         asked.clear()
         monkeypatch.setattr(pipeline, "_STOPPED_SECONDS", 1.5)
