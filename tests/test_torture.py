@@ -316,7 +316,7 @@ def test_a_workdir_has_one_trainer_even_if_another_is_started(reference, tmp_pat
     code, text = finish(workdir, case, tmp_path / "other")
     process.send_signal(signal.SIGCONT)
     assert code == 1 and "Traceback" not in text
-    assert f"ConfigError: process {process.pid} on " in text and f"in {workdir}:" in text
+    assert f"InUseError: process {process.pid} on " in text and f"in {workdir}:" in text
     assert process.wait(timeout=200) == 0
     assert_same_run(workdir, expected, case)
 
