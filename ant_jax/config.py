@@ -264,11 +264,20 @@ class Evaluation:
         training data, whose statistics are kept in ~/.cache/ant_jax.
       samples: an .npz of samples to evaluate, not sorted by class; "" to draw them.
       split: held-out images for validation losses; "" for none.
+      metrics: names of metrics of ``ant_jax.evaluation.metrics``, or "package.module:attribute" of
+        your own, as '("frechet", "mine:spread")'; () for all of that folder.
     """
 
     reference: Path = ""
     samples: Path = ""
     split: str = "test"
+    metrics: Annotated[
+        tuple,
+        Check(
+            lambda names: all(isinstance(name, str) for name in names),
+            "names of metrics as '(\"frechet\",)', or ()",
+        ),
+    ] = ()
 
 
 class Group(NamedTuple):

@@ -186,6 +186,7 @@ def check(config: ConfigDict) -> None:
         if path and not user_path(path).is_file():
             raise ConfigError(f"config.evaluation.{name} = {path!r}: there is no such file")
     if settings.features:
+        _metrics(settings.metrics)
         size, channels = config.data.image_size, 3 if config.autoencoder.name else None
         try:
             config_lib.build(config, "evaluation").check(size, size, channels)
@@ -205,20 +206,27 @@ def check(config: ConfigDict) -> None:
             raise ConfigError(f"config.evaluation.split = {settings.split!r}: {error}") from error
 
 
+def _metrics(names):
+    names = names or settings_lib.names_in(metrics, evaluation.Metric)
+    try:
+        return [settings_lib.resolve(metrics, name, evaluation.Metric)() for name in names]
+    except ValueError as error:
+        raise ConfigError(f"config.evaluation.metrics {error}") from error
+
+
 def measuring(config: ConfigDict, names: Sequence[str] = ()) -> Measuring:
     """What ``config.evaluation`` measures samples by; the reference is worked off right away.
 
     Args:
       config: Of the run.
-      names: Of metrics, in `ant_jax.evaluation.metrics` or ``package.module:attribute``; () for all
-        of that folder. Those for which the extractor or the reference has too little are left out.
+      names: Of metrics; () for ``config.evaluation.metrics``. Those for which the extractor or the
+        reference has too little are left out.
 
     Raises:
       ConfigError: If a file that the config names is not what it should be.
     """
     settings, batch_size = config.evaluation, config.sample.batch_size
-    names = names or settings_lib.names_in(metrics, evaluation.Metric)
-    every = [settings_lib.resolve(metrics, name, evaluation.Metric)() for name in names]
+    every = _metrics(names or settings.metrics)
     try:
         evaluator = evaluation.build_evaluator(config_lib.build(config, "evaluation"), every)
     except ConfigError:

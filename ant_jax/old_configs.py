@@ -122,6 +122,7 @@ def _convert(new):
     data = new.get("data", {})
     if str(data.get("name")).startswith("tfds:"):
         data["name"], data["builder"] = "tfds", data["name"].removeprefix("tfds:")
+    new.setdefault("evaluation", {}).setdefault("metrics", ())
     method = new.get("method", {})
     weights = method.get("weights")
     if isinstance(weights, str):

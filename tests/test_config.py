@@ -434,6 +434,7 @@ REFUSED_BY_EVALUATION = {
     "config.evaluation.features = 'inception' needs the path of the weights: pt_inception": {
         "evaluation__features": "inception"
     },
+    "config.evaluation.metrics must be one of 'frechet', ": {"evaluation__metrics": ("freche",)},
     "config.evaluation.features = 'inception' finds no weights: there is no such file as '~/": {
         "evaluation__features": "inception",
         "evaluation__weights": "~/none",
