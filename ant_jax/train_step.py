@@ -211,7 +211,12 @@ def draw_examples(
 
     uniform, noise = jax.vmap(draw)(index)
     t, tasks = clusters.draw(
-        uniform[:, 0], index, setup.boundaries, setup.draw, setup.timestep_order
+        setup.process.level,
+        uniform[:, 0],
+        index,
+        setup.boundaries,
+        setup.draw,
+        setup.timestep_order,
     )
     label = None
     if setup.num_classes:

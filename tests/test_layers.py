@@ -38,7 +38,16 @@ ROOMS = [
     *("settings", "pixels", "published_weights", "runtime"),
     *("mtl", "diffusion", "tasks", "models", "train_step"),
     *("interop", "data", "latents", "sampling", "evaluation"),
-    *("older_checkpoints", "old_configs", "config", "experiment", "workdir", "init_from", "hooks"),
+    *(
+        "older_checkpoints",
+        "setting_groups",
+        "old_configs",
+        "config",
+        "experiment",
+        "workdir",
+        "init_from",
+        "hooks",
+    ),
     *("results", "evaluate", "train", "export", "config_file", "cli", "main"),
 ]
 # These take plain values and objects.

@@ -3,6 +3,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ant_jax import mtl
+
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
 
@@ -10,7 +12,7 @@ def test_the_transforms_in_ones_own_loop():
     """The README's Python blocks run as they stand and do what the text beside them says."""
     section = README.partition("## In your own training loop")[2].partition("\n## ")[0]
     blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     scope = {}
     for block in blocks:
         assert len([line for line in block.splitlines() if line.strip()]) <= 16
@@ -18,6 +20,10 @@ def test_the_transforms_in_ones_own_loop():
     assert scope["found"].gradient.shape == (3, 2)
     assert scope["at_features"].gradient["heads"].shape == (3, 2)
     assert (np.asarray(scope["at_features"].state.weights) > 0).all()
+    np.testing.assert_allclose(
+        scope["method"][0].gram, mtl.gramian(scope["stacked"]["trunk"]), rtol=1e-5
+    )
+    assert scope["updates"]["heads"].any()
     combined = scope["state"][0]
     # Nash's solution alpha = k w, up to the ridge on these nearly opposed gradients.
     alpha, gram = 2 * np.asarray(combined.weights), np.asarray(combined.gram)

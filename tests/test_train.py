@@ -935,6 +935,11 @@ def test_what_is_given_trains_in_place_of_what_the_config_names(tmp_path):
     given = {"model": Model(num_classes=10), "process": process, "weighting": fixed}
     state = trainer.train(config, tmp_path, **given)
     assert set(state.params) == {"Dense_0", "Dense_1"}
+    # Clusters by the log-SNR of the process that was given.
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    theirs = experiment.build_clusters(config, process).boundaries.tolist()
+    ours = experiment.build_clusters(config, experiment.build_process(config)).boundaries.tolist()
+    assert facts["boundaries"] == theirs != ours
     rows = lines(tmp_path)
     assert [row["weights"] for row in rows] == [[0.25, 2.0]] * 2
     assert "cosines" not in rows[0]

@@ -13,6 +13,7 @@ from ant_jax import train_step as ts
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
 from ant_jax.models.dit import DiT
 from ant_jax.runtime.devices import parallel_step, replicate
+from ant_jax.tasks import clusters
 
 T, K, BATCH, CLASSES = 100, 4, 32, 3
 BOUNDARIES = np.array([0, 7, 30, 71, T])
@@ -89,8 +90,25 @@ def draw(batch, how, *, step=5, seed=3, first_index=0):
 def draw_with(batch, how, *, step=5, seed=3, first_index=0, **settings):
     """The examples and the task of each."""
     settings = {"boundaries": BOUNDARIES, "num_classes": CLASSES, "label_dropout": 0.3} | settings
-    setup = ts.Setup(None, None, weighting=None, optimizer=None, seed=seed, draw=how, **settings)
+    settings = {"process": DIFFUSION, "weighting": None, "optimizer": None} | settings
+    setup = ts.Setup(None, seed=seed, draw=how, **settings)
     return ts.draw_examples(step, batch, setup, first_index)
+
+
+class Noisiest(GaussianDiffusion):
+    """A process whose density is all at the upper end of an interval."""
+
+    def level(self, low, high, u):
+        return high - 1 + 0 * u.astype(low.dtype)
+
+
+@pytest.mark.parametrize("how", clusters.DRAWS)
+def test_levels_are_drawn_by_the_density_of_the_process(how, batch):
+    process = Noisiest(alphas_bar("cosine", BOUNDARIES[-1]))
+    examples, tasks = draw_with(batch, how, process=process)
+    highest = np.asarray(BOUNDARIES)[np.asarray(tasks) + 1] - 1
+    np.testing.assert_array_equal(examples.t, highest)
+    assert len(set(np.asarray(tasks))) == (K if how == "stratified" else 1)
 
 
 def per_example(params, ex):

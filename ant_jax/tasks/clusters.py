@@ -1,5 +1,6 @@
 """Chooses the task and the noise level of each example."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ def assign(index: Any, k: int) -> Any:
 
 
 def draw(
+    level: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     uniform: jax.Array,
     index: jax.Array,
     boundaries: jax.typing.ArrayLike,
@@ -25,11 +27,12 @@ def draw(
     """The noise level and the task of each example.
 
     Args:
+      level: the function `diffusion.Process.level` of the noise process.
       uniform: (B,) uniform random numbers in [0, 1), one per example.
       index: (B,) int, the index of each example in the global batch.
       boundaries: (k + 1,) int, of the tasks; may be traced.
-      how: "stratified": `assign` chooses the task, and the level is uniform inside the task;
-        "uniform": the level is uniform over all levels.
+      how: "stratified": `assign` chooses the task, and the level has the process's density inside
+        the task; "uniform": the level has that density over all levels.
       order: (T,) a permutation of the levels. Task i is then not an interval, but the levels at
         positions b[i] .. b[i+1] - 1 of this order. None for intervals.
 
@@ -42,7 +45,7 @@ def draw(
         low, high = bounds[task], bounds[task + 1]
     else:
         low, high = jnp.zeros_like(index), jnp.full_like(index, bounds[-1])
-    t = low + jnp.floor(uniform * (high - low)).astype(low.dtype)
+    t = level(low, high, uniform)
     if how != "stratified":
         task = assign_clusters(t, bounds)
     return t if order is None else jnp.asarray(order)[t], task
