@@ -13,13 +13,12 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import evaluation, experiment, models, results, sampling
+from ant_jax import dataset, evaluation, experiment, models, results, sampling
 from ant_jax import settings as settings_lib
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.evaluation import metrics
 from ant_jax.evaluation.summary import Batch
-from ant_jax.latents import dataset
 from ant_jax.runtime import processes
 from ant_jax.runtime.files import user_path
 from ant_jax.runtime.progress import with_time_left

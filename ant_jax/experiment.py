@@ -18,11 +18,10 @@ from jax.tree_util import Partial, keystr
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import models, mtl, sampling
+from ant_jax import dataset, models, mtl, sampling
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import Process
 from ant_jax.diffusion.samplers import SampleOptions
-from ant_jax.latents import dataset
 from ant_jax.runtime import processes
 from ant_jax.runtime.devices import compiler_options, parallel_step, replicate, replicated
 from ant_jax.tasks.clusterings import Clusters

@@ -18,7 +18,7 @@ _MODES = {
     "train": ("train", "no step since the last checkpoint is lost; start again to go on"),
     "sample": ("evaluate", "what was drawn is kept; start again to go on"),
     "evaluate": ("evaluate", "what was drawn is kept; start again to go on"),
-    "encode": ("latents.encode", "the shards that are made are kept; start again to go on"),
+    "encode": ("encode", "the shards that are made are kept; start again to go on"),
     "export": ("export", "nothing was written"),
 }
 cli.define_config()

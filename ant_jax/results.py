@@ -10,9 +10,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import experiment, sampling
+from ant_jax import dataset, experiment, sampling
 from ant_jax import workdir as workdir_lib
-from ant_jax.latents import dataset
 from ant_jax.runtime.files import write_bytes, write_new
 from ant_jax.runtime.tree_hash import tree_hash
 from ant_jax.sampling import cache

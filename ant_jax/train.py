@@ -15,11 +15,10 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import data, experiment, hooks, init_from, mtl, sampling
+from ant_jax import data, dataset, experiment, hooks, init_from, mtl, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import Process
-from ant_jax.latents import dataset
 from ant_jax.runtime import checkpoint, logs, measurements, processes, progress, signals
 from ant_jax.runtime.loss_guard import LossGuard
 from ant_jax.runtime.profiler import profiler

@@ -12,8 +12,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import experiment
-from ant_jax.latents import dataset
+from ant_jax import dataset, experiment
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
 from experiments import report, runner

@@ -25,10 +25,9 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ant_jax import config as config_lib
-from ant_jax import evaluate, experiment, train
+from ant_jax import dataset, evaluate, experiment, train
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.latents import dataset
 from ant_jax.runtime import compilation_cache, logs, progress, signals
 from ant_jax.runtime.files import user_path, write_bytes
 from ant_jax.settings import Affects

@@ -21,8 +21,7 @@ import numpy as np
 from absl import logging
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ant_jax import data, experiment
-from ant_jax.latents import dataset
+from ant_jax import data, dataset, experiment
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
 from experiments import report, runner, task_affinity

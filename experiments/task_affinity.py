@@ -14,8 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import experiment, models, results
-from ant_jax.latents import dataset
+from ant_jax import dataset, experiment, models, results
 from ant_jax.runtime.files import write_bytes, writing
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.tasks import affinity, clustering

@@ -112,8 +112,7 @@ def make_latents(folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from ant_jax import interop
-    from ant_jax.latents import encode
+    from ant_jax import encode, interop
     from ant_jax.latents.autoencoder import autoencoder
     from ant_jax.latents.autoencoder_weights import AUTOENCODER
 

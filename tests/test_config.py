@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 
 from ant_jax import config as config_lib
-from ant_jax import config_file, evaluate, experiment, settings, train
+from ant_jax import config_file, dataset, evaluate, experiment, settings, train
 from ant_jax import workdir as workdir_lib
 from ant_jax.init_from import initial_params
-from ant_jax.latents import dataset
 from configs import digits
 
 _spec = importlib.util.spec_from_file_location(

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from ant_jax import config as config_lib
-from ant_jax import data, evaluate, evaluation, experiment, results
+from ant_jax import data, dataset, evaluate, evaluation, experiment, results
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.evaluation.features import inception
-from ant_jax.latents import dataset
 from ant_jax.runtime import checkpoint, progress
 from ant_jax.runtime.lock import InUseError
 from ant_jax.sampling import cache

@@ -43,21 +43,19 @@ ROOMS = [
         "setting_groups",
         "old_configs",
         "config",
+        "dataset",
         "experiment",
         "workdir",
         "init_from",
         "hooks",
     ),
-    *("results", "evaluate", "train", "export", "config_file", "cli", "main"),
+    *("results", "evaluate", "train", "encode", "export", "config_file", "cli", "main"),
 ]
 # These take plain values and objects.
 WITHOUT_CONFIG = ROOMS[: ROOMS.index("config")]
-WITHOUT_CONFIG.remove("latents")
 # What does not comply yet: a file, and the room or package that it is to know no longer. Remove a
 # line when it is not needed any more.
 EXCEPTIONS = {
-    ("latents/dataset.py", "config"),
-    ("latents/encode.py", "config"),
     ("sampling/cache.py", "evaluation"),
 }
 

@@ -33,7 +33,7 @@ ONE_DEVICE = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=
 # Each command line in a process of its own, all of which have imported everything before.
 FORKING = """
 import json, os, runpy, sys
-import ant_jax.cli, ant_jax.latents.encode, ant_jax.evaluate, ant_jax.export, ant_jax.train
+import ant_jax.cli, ant_jax.encode, ant_jax.evaluate, ant_jax.export, ant_jax.train
 for i, arguments in enumerate(json.load(sys.stdin)):
     if os.fork() == 0:
         os.dup2(os.open(f"{sys.argv[1]}/{i}", os.O_CREAT | os.O_WRONLY), 2)

@@ -13,11 +13,10 @@ import pytest
 from PIL import Image
 
 from ant_jax import config as config_lib
-from ant_jax import data, evaluate, export, interop, results, train
+from ant_jax import data, dataset, encode, evaluate, export, interop, results, train
 from ant_jax.config import ConfigError
 from ant_jax.data.source import UnreadableImageError
 from ant_jax.latents import codec as codec_lib
-from ant_jax.latents import dataset, encode
 from ant_jax.latents.autoencoder import autoencoder
 from ant_jax.latents.autoencoder_weights import AUTOENCODER
 from ant_jax.latents.shards import LatentInfo, as_kept, complete, latents, shard_path, write_shard

@@ -12,11 +12,10 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import data
+from ant_jax import data, dataset
 from ant_jax.config import ConfigError
 from ant_jax.data.pipeline import epoch_order
 from ant_jax.latents import codec as codec_lib
-from ant_jax.latents import dataset
 from ant_jax.latents.shards import LatentInfo, as_kept, complete, shard_path, write_shard
 from ant_jax.runtime import processes
 from ant_jax.runtime.files import write_bytes
