@@ -62,7 +62,7 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None, **given: 
         path = plain.with_stem(processes.broadcast_from_first(place_of))
         if processes.is_first():
             first = []
-            evaluation.write_samples(path, results.noting_first(cache.read(place, num), first), num)
+            sampling.write_samples(path, results.noting_first(cache.read(place, num), first), num)
             results.save_grid(path, first)
             shutil.rmtree(place, ignore_errors=True)
     logging.info("%d samples: %s, .png and .json", num, path)
@@ -279,9 +279,9 @@ def _of_file(config, workdir):
     samples = user_path(config.evaluation.samples)
     first = []
     try:
-        num = evaluation.num_samples(samples)
+        num = sampling.num_samples(samples)
         evaluator = measuring(config)
-        batches = evaluation.read_samples(samples, config.sample.batch_size)
+        batches = sampling.read_samples(samples, config.sample.batch_size)
         figures = evaluator.measure(
             results.noting_first(with_time_left(batches, num, "samples evaluated"), first)
         )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ant_jax import config as config_lib
-from ant_jax import data, dataset, evaluate, evaluation, experiment, results
+from ant_jax import data, dataset, evaluate, evaluation, experiment, results, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.evaluation.features import inception
@@ -400,7 +400,7 @@ def test_training_data_are_cropped_in_the_centre_and_each_counts_once(tmp_path, 
 
 def npz(path, num=9, shape=(8, 8, 1)):
     images = np.uint8(np.random.RandomState(0).randint(0, 256, (num, *shape)))
-    evaluation.write_samples(path, [(images, None)], num)
+    sampling.write_samples(path, [(images, None)], num)
     return str(path)
 
 

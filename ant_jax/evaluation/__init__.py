@@ -38,7 +38,7 @@ from ant_jax.evaluation.metrics.nearest import nearest_distances
 from ant_jax.evaluation.metrics.precision_recall import PrecisionRecall, precision_and_recall
 from ant_jax.evaluation.moments import Gaussian, Moments, covariance, gaussian, merge, moments
 from ant_jax.evaluation.real_images import Images, data_reference, read_reference
-from ant_jax.evaluation.reference import num_samples, read_samples, read_statistics, write_samples
+from ant_jax.evaluation.statistics import read_statistics
 from ant_jax.evaluation.summary import Reference, Summary, summarise
 
 __all__ = [
@@ -63,12 +63,9 @@ __all__ = [
     "merge",
     "moments",
     "nearest_distances",
-    "num_samples",
     "precision_and_recall",
     "read_reference",
-    "read_samples",
     "read_statistics",
     "summarise",
     "table",
-    "write_samples",
 ]

@@ -10,11 +10,12 @@ from absl import logging
 from ant_jax import data
 from ant_jax.evaluation import summary as summary_lib
 from ant_jax.evaluation.evaluator import Evaluator
-from ant_jax.evaluation.reference import has_images, num_samples, read_samples, read_statistics
+from ant_jax.evaluation.statistics import read_statistics
 from ant_jax.evaluation.summary import Batch, Reference, Summary, summarise
 from ant_jax.runtime import files
 from ant_jax.runtime.progress import with_time_left
 from ant_jax.runtime.tree_hash import tree_hash
+from ant_jax.sampling.files import has_images, num_samples, read_samples
 
 # Of the real images; as many as the reference batches of ADM have.
 _KEPT = 10_000
@@ -48,7 +49,7 @@ def read_reference(
     taken of each image is taken of all of the file's, as in ADM's evaluation.
 
     Args:
-      path: An `.npz` file; see `read_statistics` and `read_samples`.
+      path: An `.npz` file; see `read_statistics` and `sampling.read_samples`.
       evaluator: What the statistics are of.
       batch_size: Images read at once.
 

@@ -1,13 +1,17 @@
 """Samples of a trained model: drawn in batches, kept on disk, laid out as a picture."""
 
 from ant_jax.sampling.draw import rounded_batch_size, sample_batches
+from ant_jax.sampling.files import num_samples, read_samples, write_samples
 from ant_jax.sampling.grid import GRID, grid_is_due, image_grid, save_png
 
 __all__ = [
     "GRID",
     "grid_is_due",
     "image_grid",
+    "num_samples",
+    "read_samples",
     "rounded_batch_size",
     "sample_batches",
     "save_png",
+    "write_samples",
 ]

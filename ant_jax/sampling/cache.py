@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from absl import logging
 
-from ant_jax import evaluation
 from ant_jax.runtime import processes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.runtime.progress import with_time_left
 from ant_jax.runtime.tree_hash import tree_hash
+from ant_jax.sampling.files import read_samples, write_samples
 
 Batch = tuple[np.ndarray, np.ndarray | None]
 
@@ -95,7 +95,7 @@ def draw_missing(
     def batches():
         for first, stop in mine:
             for images, labels in draw(first, stop):
-                evaluation.write_samples(_piece(place, first), [(images, labels)], len(images))
+                write_samples(_piece(place, first), [(images, labels)], len(images))
                 first += len(images)
                 yield images, labels
 
@@ -145,7 +145,7 @@ def _piece(place, first):
 
 def _read(path):
     try:
-        images, labels = zip(*evaluation.read_samples(path, 1 << 16), strict=True)
+        images, labels = zip(*read_samples(path, 1 << 16), strict=True)
     except (ValueError, OSError) as error:
         logging.warning("to be drawn again: %s", error)
         return None

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ant_jax import evaluate, evaluation, results
+from ant_jax import evaluate, results, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.runtime import processes
 from ant_jax.runtime.lock import InUseError
@@ -56,7 +56,7 @@ def test_what_was_drawn_before_a_kill_is_not_drawn_again(tmp_path, labelled):
 def test_several_processes_share_what_is_missing(tmp_path, monkeypatch):
     place = tmp_path / "place"
     there = place / "00000004.npz"
-    evaluation.write_samples(there, [(images_of(4, 2), np.arange(4, 6))], 2)
+    sampling.write_samples(there, [(images_of(4, 2), np.arange(4, 6))], 2)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     # Process 0 says what is missing before either has drawn anything.
     missing = cache._missing(place, NUM, 3)

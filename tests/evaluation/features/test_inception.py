@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax import evaluate, evaluation
+from ant_jax import evaluate, sampling
 from ant_jax.config import update
 from ant_jax.evaluation.features import inception
 from ant_jax.models.inception import Features
@@ -24,8 +24,8 @@ def test_features_are_those_of_the_public_implementations(recorded, inception_we
 def test_samples_are_judged_by_inception(recorded, inception_weights, tmp_path):
     """The whole of it with the real network: what `--mode evaluate` does with a file of samples."""
     images = np.random.default_rng(0).integers(0, 256, (2, *recorded["images"].shape[1:]))
-    evaluation.write_samples(tmp_path / "real.npz", [(np.uint8(images), None)], 2)
-    evaluation.write_samples(tmp_path / "some.npz", [(np.uint8(images[::-1] // 2), None)], 2)
+    sampling.write_samples(tmp_path / "real.npz", [(np.uint8(images), None)], 2)
+    sampling.write_samples(tmp_path / "some.npz", [(np.uint8(images[::-1] // 2), None)], 2)
     config = digits.get_config()
     # As many at once as above, so that the network is compiled once.
     config.sample.batch_size = 1
