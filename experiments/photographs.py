@@ -19,9 +19,9 @@ from absl import app, flags, logging
 from PIL import Image
 
 from ant_jax import data, interop, pixels
+from ant_jax.evaluation.features.inception_network import INCEPTION, InceptionV3
 from ant_jax.latents.autoencoder import autoencoder
 from ant_jax.latents.autoencoder_weights import AUTOENCODER
-from ant_jax.models.inception import InceptionV3
 from ant_jax.runtime import signals
 from ant_jax.runtime.files import user_path, write_bytes
 from ant_jax.runtime.logs import quiet_console
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     out = user_path(_OUT.value)
     count = write_crops(out / "images")
     logging.info("%d images: %s", count, out / "images")
-    inception = interop.to_torch(random_inception(), interop.INCEPTION)
+    inception = interop.to_torch(random_inception(), INCEPTION)
     interop.write_state(out / "inception.safetensors", inception)
     logging.info("Inception with random weights: %s", out / "inception.safetensors")
     path = out / "autoencoder.safetensors"

@@ -1,13 +1,11 @@
 """What others have written, read without running it: PyTorch's files and published weights."""
 
-from ant_jax.interop.inception import INCEPTION
 from ant_jax.interop.plain_pickle import Global, Unread
 from ant_jax.interop.state_file import read_metadata, read_state, write_state
 from ant_jax.interop.torch_file import read
 from ant_jax.published_weights import Names, WeightsError, from_torch, to_torch
 
 __all__ = [
-    "INCEPTION",
     "Global",
     "Names",
     "Unread",

@@ -8,7 +8,7 @@ import numpy as np
 
 from ant_jax import interop
 from ant_jax.evaluation.features import Extractor, Network
-from ant_jax.models.inception import InceptionV3
+from ant_jax.evaluation.features.inception_network import INCEPTION, InceptionV3
 from ant_jax.runtime import files
 from ant_jax.runtime.devices import replicated, split_over
 from ant_jax.runtime.tree_hash import tree_hash
@@ -53,7 +53,7 @@ def inception(weights: Path = "") -> Extractor:
 
 
 def _load(path):
-    params = interop.from_torch(interop.read_state(path), _template(), interop.INCEPTION)
+    params = interop.from_torch(interop.read_state(path), _template(), INCEPTION)
     placed = jax.device_put(params, replicated(jax.local_devices()))
     return Network(functools.partial(_outputs, placed), tree_hash(params))
 

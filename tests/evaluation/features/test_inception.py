@@ -8,7 +8,7 @@ import pytest
 from ant_jax import evaluate, sampling
 from ant_jax.config import update
 from ant_jax.evaluation.features import inception
-from ant_jax.models.inception import Features
+from ant_jax.evaluation.features.inception_network import Features
 from configs import digits
 
 

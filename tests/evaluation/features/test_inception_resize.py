@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.models.inception import resize
+from ant_jax.evaluation.features.inception_network import resize
 
-RECORDED = Path(__file__).parents[1] / "data" / "inception"
+RECORDED = Path(__file__).parents[2] / "data" / "inception"
 _spec = importlib.util.spec_from_file_location("record_inception", RECORDED / "record.py")
 record = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(record)

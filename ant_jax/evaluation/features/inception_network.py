@@ -7,13 +7,15 @@ pytorch-fid, which carried that graph's weights over.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from ant_jax.published_weights import Names, Place
 
 SIZE = 299  # pixels, of what the network sees
 
@@ -223,3 +225,18 @@ def _average(x):
 
 def _largest(x):
     return nn.max_pool(x, (3, 3), padding="SAME")
+
+
+def _select(state: Mapping[str, np.ndarray], _: Set[str]) -> dict[str, np.ndarray]:
+    return {
+        name: value
+        for name, value in state.items()
+        if not name.startswith("AuxLogits.") and not name.endswith(".num_batches_tracked")
+    }
+
+
+INCEPTION = Names("Inception", Place, _select)
+"""The names of the weights in mseitzer/pytorch-fid, `inception.py`, which are the modules' names.
+
+What only training uses is left out: the auxiliary classifier and the counts of batches.
+"""

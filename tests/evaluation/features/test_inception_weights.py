@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from ant_jax.interop import INCEPTION, WeightsError, from_torch, read_state, to_torch, write_state
+from ant_jax.evaluation.features.inception_network import INCEPTION
+from ant_jax.interop import WeightsError, from_torch, read_state, to_torch, write_state
 
 
 def test_inception(tmp_path):
