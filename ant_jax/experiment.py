@@ -1,32 +1,27 @@
-"""What a config describes: the setup of a run, checked before anything is compiled."""
+"""From a config to a `Setup`, with all checks that need no compilation."""
 
 import functools
 import itertools
 import math
 import os
-import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.tree_util import Partial, keystr
-from ml_collections import ConfigDict
+from jax.tree_util import Partial
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from ant_jax import config as config_lib
 from ant_jax import dataset, models, mtl, sampling
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import Process
 from ant_jax.diffusion.samplers import SampleOptions
-from ant_jax.runtime import processes
-from ant_jax.runtime.devices import compiler_options, parallel_step, replicate, replicated
+from ant_jax.optimizer import frozen
 from ant_jax.tasks.clusterings import Clusters
-from ant_jax.train_step import Setup as StepSetup
-from ant_jax.train_step import TrainState, check_step, init_state, train_step
+from ant_jax.train_step import check_step
 
 # Keeps a method's random draws apart from those of the train step, which use the bare seed.
 _METHOD_STREAM = 1 << 30
@@ -36,13 +31,13 @@ class Setup(NamedTuple):
     """What a config describes, before anything is compiled.
 
     Attributes:
-      image_shape: (H, W, C) of what the network sees.
+      image_shape: (H, W, C) of the network's input.
       model: the network; see `ant_jax.models`.
       process: the noise process.
-      clusters: which noise levels are which task; of a specialist, its own alone.
-      weighting: the multi-task method.
+      clusters: the noise levels of each task; a specialist has one task.
+      weighting: the multi-task method with its wrappers.
       draw: how noise levels are drawn; see `tasks.clusters.draw`.
-      given_weighting: the method that was given in place of the one that the config names.
+      given_weighting: the method that the caller gave, if any.
     """
 
     image_shape: tuple[int, int, int]
@@ -69,16 +64,16 @@ def build(
     Args:
       config: the run's config.
       channels: of the images, or of their latents.
-      num_classes: of the data.
-      boundaries: of the tasks where they are known already, as those of a run are once it has
-        begun, whatever becomes of the file they came from.
-      model: a network in place of the one that the config names.
-      process: a noise process in place of the one that the config names.
-      weighting: a method in place of the one that the config names.
+      num_classes: of the data; 0 if it has no labels.
+      boundaries: of the tasks, if they are known. A run that goes on keeps its boundaries, even
+        if the file that they came from has changed.
+      model: a network, instead of the one that the config names.
+      process: a noise process, instead of the one that the config names.
+      weighting: a method, instead of the one that the config names.
 
     Raises:
-      ConfigError: naming the setting, if the config is not valid or asks for labels there are not,
-        or if the boundaries can't be of its tasks.
+      ConfigError: naming the setting, if the config is not valid, needs labels that the data does
+        not have, or does not fit the boundaries.
     """
     config_lib.validate(config)
     if config.model.conditional and not num_classes and model is None:
@@ -116,14 +111,14 @@ def build(
         raise ConfigError(
             f"the weighting that was given is for {weighting.k} tasks, and config.clusters.k = {k}"
         )
-    specialist, scale = config.clusters.specialist >= 0, _loss_scale(config, clusters)
-    built = _build_weighting(config, k, config.seed, scale, specialist, weighting)
+    specialist, scale = config.clusters.specialist >= 0, interval_scale(config, clusters)
+    built = build_weighting(config, k, config.seed, scale, specialist, weighting)
     draw = _draw(config, weighting)
     return Setup(shape, model, process, clusters, built, draw, weighting)
 
 
 def build_process(config: ConfigDict) -> Process:
-    """The noise process with its loss weight; the same object for the same settings."""
+    """The noise process with its loss weight; equal settings give equal processes."""
     weight = None
     if config.loss_weight.name != "none":
         weight = config_lib.build(config, "loss_weight")
@@ -131,12 +126,12 @@ def build_process(config: ConfigDict) -> Process:
 
 
 def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Module:
-    """The network; the same object for the same settings.
+    """The network; equal settings give equal networks.
 
     Args:
       config: the run's config.
-      channels: of what it sees.
-      num_classes: of the data, or 0 for an unconditional network.
+      channels: of the network's input.
+      num_classes: of the data; 0 for an unconditional network.
 
     Raises:
       ConfigError: if the settings don't fit each other or the devices.
@@ -158,7 +153,13 @@ def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Modul
 def build_clusters(
     config: ConfigDict, process: Process, boundaries: Sequence[int] | None = None
 ) -> Clusters:
-    """Which noise levels are which task; ``boundaries`` where they are known already."""
+    """The noise levels of each task.
+
+    Args:
+      config: the run's config.
+      process: the noise process.
+      boundaries: of the tasks, if they are known; otherwise they are computed.
+    """
     settings = config.clusters
     if boundaries is not None and settings.name != "random":
         return Clusters(np.array(boundaries))
@@ -170,15 +171,32 @@ def build_clusters(
     return clusters._replace(boundaries=found if boundaries is None else np.array(boundaries))
 
 
-def _loss_scale(config, clusters):
+def interval_scale(config: ConfigDict, clusters: Clusters) -> np.ndarray | None:
+    """The factor of each task loss that ``weight_by_interval_size`` asks for, (k,), else None."""
     if not config.method.weight_by_interval_size:
         return None
     sizes = np.diff(clusters.boundaries)
     return sizes * (len(sizes) / clusters.boundaries[-1])
 
 
-def _build_weighting(config, k, seed, loss_scale, specialist, given):
-    """The weighting of k task losses with its wrappers; the seed and the scale may be traced."""
+def build_weighting(
+    config: ConfigDict | FrozenConfigDict,
+    k: int,
+    seed: int | jax.Array,
+    loss_scale: jax.typing.ArrayLike | None,
+    specialist: bool,
+    given: mtl.Weighting | None,
+) -> mtl.Weighting:
+    """The weighting of k tasks with the wrappers that the config names.
+
+    Args:
+      config: the run's config, or the part of it that decides the program.
+      k: number of tasks.
+      seed: of the run; may be traced.
+      loss_scale: see `interval_scale`; may be traced.
+      specialist: whether one task is trained alone, which needs no method.
+      given: a method, instead of the one that the config names.
+    """
     if specialist:
         return mtl.vanilla(k)
     settings = config.method
@@ -191,7 +209,7 @@ def _build_weighting(config, k, seed, loss_scale, specialist, given):
         weighting = mtl.clipped(weighting, settings.max_norm)
     if loss_scale is not None:
         weighting = mtl.scaled(weighting, loss_scale)
-    # With the Gram matrix of the gradients at hand their cosines are reported, whoever needs it.
+    # The cosines are computed from the Gram matrix, which the method may not need itself.
     return weighting._replace(needs=weighting.needs | ({"gram"} if settings.cosines else set()))
 
 
@@ -204,7 +222,7 @@ def _draw(config, given):
 
 
 def _check_memory(config, group, name, image_shape):
-    """Refuses a batch whose images alone, as float32, don't fit this machine."""
+    """Raises an error if the images of a batch, as float32, need more memory than there is."""
     need = 4 * config[group][name] * math.prod(image_shape)
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > there:
@@ -221,7 +239,7 @@ def _check_frozen(pattern, model, image_shape):
     if not any(names) or all(names):
         raise ConfigError(
             f"config.optimizer.frozen = {pattern!r} matches {'all' if any(names) else 'none'} of "
-            "the parameters; they are named as in the table at the start of a run"
+            "the parameters; the log of a run begins with a table of their names"
         )
 
 
@@ -271,55 +289,6 @@ def check_batch(config: ConfigDict, setup: Setup) -> None:
         ) from None
 
 
-def build_optimizer(
-    config: ConfigDict, learning_rate: float | jax.Array | None = None
-) -> optax.GradientTransformation:
-    """AdamW with warm-up, clipping of the combined gradient in front of it where asked for.
-
-    Args:
-      config: the run's config.
-      learning_rate: used instead of the config's; may be traced.
-    """
-    settings = config.optimizer
-    if learning_rate is None:
-        learning_rate = settings.learning_rate
-    schedule = optax.constant_schedule(learning_rate)
-    if settings.schedule == "cosine":
-        decay_steps = max(config.num_steps - settings.warmup_steps, 1)
-        schedule = optax.cosine_decay_schedule(learning_rate, decay_steps)
-    if settings.warmup_steps:
-        warmup = optax.linear_schedule(0, learning_rate, settings.warmup_steps)
-        schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
-    optimizer = optax.adamw(schedule, weight_decay=settings.weight_decay)
-    if settings.clip_norm:
-        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
-    if settings.frozen:
-        # Without moments for what does not move.
-        optimizer = optax.partition(
-            {True: optax.set_to_zero(), False: optimizer},
-            lambda params: frozen(params, settings.frozen),
-        )
-    return optimizer
-
-
-def frozen(params: Any, pattern: str) -> Any:
-    """Whether each parameter's name, such as "block_0/qkv/kernel", has the pattern in it."""
-    return jax.tree.map_with_path(
-        lambda path, _: bool(re.search(pattern, keystr(path, simple=True, separator="/"))), params
-    )
-
-
-def stop_gradients(params: Any, pattern: str) -> Any:
-    """Makes constants of the parameters that are frozen, so that no gradient counts for them."""
-    if not pattern:
-        return params
-    return jax.tree.map(
-        lambda leaf, stop: jax.lax.stop_gradient(leaf) if stop else leaf,
-        params,
-        frozen(params, pattern),
-    )
-
-
 def init_params(model: nn.Module, image_shape: tuple[int, int, int], seed: int) -> dict:
     """The network's parameters before training."""
     return _init_params(jax.random.key(seed), model, image_shape)
@@ -337,7 +306,7 @@ def abstract_params(setup: Setup) -> dict:
 
 
 def denoiser(setup: Setup, params: dict) -> Partial:
-    """The network as samplers take it, ``(x, t, y) -> output``; the parameters stay arguments."""
+    """The network with its parameters bound, ``(x, t, y) -> output``; a pytree of them."""
     return Partial(setup.model.apply, {"params": params})
 
 
@@ -364,181 +333,3 @@ def draw_samples(
         stop=stop,
         decode=dataset.decoder(config),
     )
-
-
-def training_step(config: ConfigDict, setup: Setup) -> Callable:
-    """The train step on this process's devices, compiled at its first call.
-
-    Runs that differ in nothing but the seed, the learning rate, which timesteps the k clusters are,
-    and what happens between the steps share one step and its compiled programs.
-
-    Returns:
-      ``(state, batch) -> (state, metrics)``; see `train_step`. The state is donated. On CPUs not
-      to be called inside another `jax.jit`, because it is compiled with options of its own.
-
-    Several processes begin the first step together, however long each of them has compiled: a
-    collective on CPUs waits half a minute and no longer. So there they begin every step together,
-    whatever keeps one of them.
-    """
-    step, own = _step_and_own(config, setup)
-    if jax.process_count() > 1:
-        return _in_step(step, own)
-    return lambda state, batch: step(state, batch, own)
-
-
-def start_compiling(config: ConfigDict, setup: Setup) -> Callable:
-    """The `training_step`, compiled from now on by a thread of its own.
-
-    The first call waits for the thread and raises what went wrong in it. The thread ends with the
-    compilation, whether or not anybody waits, and the program not before.
-
-    With several processes it is the `training_step`, compiled at its first call, because JAX then
-    asks for arrays.
-    """
-    if jax.process_count() > 1:
-        return training_step(config, setup)
-    step, own = _step_and_own(config, setup)
-    lowered = step.lower(abstract_state(config, setup), _abstract_batch(config, setup), own)
-    compiling = _in_a_thread(lowered.compile)
-
-    def run(state, batch):
-        compiling.result()
-        return step(state, batch, own)
-
-    return run
-
-
-def _in_step(step, own):
-    on_cpus = jax.default_backend() == "cpu"
-    first = True
-
-    def run(state, batch):
-        nonlocal first
-        if first:
-            # In a thread, so that the main one hears of a signal.
-            _in_a_thread(step.lower(state, batch, own).compile).result()
-        if first or on_cpus:
-            processes.barrier()
-        first = False
-        return step(state, batch, own)
-
-    return run
-
-
-def _in_a_thread(function):
-    executor = ThreadPoolExecutor(1, thread_name_prefix="compiler")
-    future = executor.submit(function)
-    executor.shutdown(wait=False)
-    return future
-
-
-def _step_and_own(config, setup):
-    step = _training_step(*_program(config, setup), tuple(jax.local_devices()))
-    scale, order = _loss_scale(config, setup.clusters), setup.clusters.order
-    own = _Own(
-        np.int32(config.seed),
-        np.float32(config.optimizer.learning_rate),
-        setup.clusters.boundaries.astype(np.int32),
-        None if order is None else order.astype(np.int32),
-        None if scale is None else scale.astype(np.float32),
-    )
-    return step, own
-
-
-def _program(config, setup):
-    """What decides the program of a step; hashable."""
-    specialist = config.clusters.specialist >= 0
-    given = setup.given_weighting
-    return config_lib.program(config), setup.model, setup.process, setup.draw, specialist, given
-
-
-class _Own(NamedTuple):
-    """What of a run its step takes as an argument."""
-
-    seed: np.ndarray
-    learning_rate: np.ndarray
-    boundaries: np.ndarray
-    timestep_order: np.ndarray | None
-    loss_scale: np.ndarray | None
-
-
-@functools.lru_cache(maxsize=8)
-def _first_state(program, model, process, draw, specialist, given, image_shape, k, devices):
-    """The state before the first step as a function of the seed: one program for all its leaves."""
-    del process, draw
-
-    def make(seed):
-        params = init_params(model, image_shape, seed)
-        weighting = _build_weighting(program, k, seed, None, specialist, given)
-        return init_state(params, build_optimizer(program, 0.0), weighting)
-
-    return jax.jit(
-        make, out_shardings=replicated(devices), compiler_options=compiler_options(devices)
-    )
-
-
-def _first_state_of(config, setup):
-    k = len(setup.clusters.boundaries) - 1
-    return _first_state(*_program(config, setup), setup.image_shape, k, tuple(jax.local_devices()))
-
-
-@functools.lru_cache(maxsize=8)
-def _training_step(program, model, process, draw, specialist, given, devices):
-    def step(state, batch, own, axis_name=None):
-        k = len(own.boundaries) - 1
-        setup = StepSetup(
-            apply_fn=lambda params, x, t, y: model.apply(
-                {"params": stop_gradients(params, program.optimizer.frozen)}, x, t, y
-            ),
-            process=process,
-            boundaries=own.boundaries,
-            weighting=_build_weighting(program, k, own.seed, own.loss_scale, specialist, given),
-            optimizer=build_optimizer(program, own.learning_rate),
-            seed=own.seed,
-            draw=draw,
-            timestep_order=own.timestep_order,
-            form=program.method.gradient_form,
-            microbatches=program.optimizer.microbatches,
-            num_classes=models.num_classes(model),
-            label_dropout=program.label_dropout,
-            ema_decay=program.ema_decay,
-            skip_nonfinite=program.optimizer.nonfinite == "skip",
-        )
-        return train_step(state, batch, setup, axis_name)
-
-    return parallel_step(step, devices)
-
-
-def new_state(config: ConfigDict, setup: Setup, params: dict | None = None) -> TrainState:
-    """The state before the first step, on this process's devices.
-
-    Args:
-      config: the run's config.
-      setup: what it describes.
-      params: to begin with instead of fresh ones; see `init_from.initial_params`.
-    """
-    state = _first_state_of(config, setup)(np.int32(config.seed))
-    if params is None:
-        return state
-    place = lambda: replicate(params, jax.local_devices())
-    return state._replace(params=place(), ema_params=place())
-
-
-def abstract_state(config: ConfigDict, setup: Setup) -> TrainState:
-    """The shapes, types and places of a state's arrays."""
-    abstract = jax.eval_shape(_first_state_of(config, setup), np.int32(0))
-    sharding = replicated(jax.local_devices())
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
-    )
-
-
-def _abstract_batch(config, setup):
-    """The shapes and types of a batch of one process that has all of it."""
-    size = config.data.batch_size
-    return {
-        "image": jax.ShapeDtypeStruct(
-            (size, *setup.image_shape), np.float32 if config.autoencoder.name else np.uint8
-        ),
-        "label": jax.ShapeDtypeStruct((size,), np.int32),
-    }

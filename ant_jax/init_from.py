@@ -19,7 +19,7 @@ from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import experiment, interop, models, old_configs
+from ant_jax import experiment, interop, models, old_configs, optimizer
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.published_weights import OWN_NAMES, Names
@@ -142,7 +142,7 @@ def _check_untrained(name, params, config):
     """A row of zeros for the null class is none that was trained."""
     if not config.label_dropout:
         return
-    frozen = experiment.frozen(params, config.optimizer.frozen) if config.optimizer.frozen else {}
+    frozen = optimizer.frozen(params, config.optimizer.frozen) if config.optimizer.frozen else {}
     if frozen and functools.reduce(operator.getitem, name.split("/"), frozen):
         raise ValueError(
             "it has no row for the null class, and config.optimizer.frozen keeps that from being "

@@ -14,8 +14,8 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
+from ant_jax import compiled_step, data, dataset, experiment, hooks, init_from, mtl, sampling
 from ant_jax import config as config_lib
-from ant_jax import data, dataset, experiment, hooks, init_from, mtl, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import Process
@@ -124,14 +124,14 @@ def _start(config, workdir, setup, num_images):
     params = None if steps else init_from.initial_params(config, setup)
     if max(steps, default=0) < config.num_steps:
         logging.info("compiling the step ...")
-        take_step = experiment.start_compiling(config, setup)
+        take_step = compiled_step.start_compiling(config, setup)
     else:
-        take_step = experiment.training_step(config, setup)
+        take_step = compiled_step.training_step(config, setup)
     _look_ahead(config)
     restored = workdir_lib.restore(config, setup, workdir)
     if restored is None:
         # On the devices from now on; no name keeps the host's copy as long as the training.
-        step, state = 0, experiment.new_state(config, setup, params)
+        step, state = 0, compiled_step.new_state(config, setup, params)
         _log_overview(config, setup, state, num_images)
     else:
         step, state = restored

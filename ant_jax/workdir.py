@@ -14,8 +14,9 @@ from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
 from ant_jax import data, dataset, older_checkpoints
+from ant_jax.compiled_step import abstract_state
 from ant_jax.config import ConfigError
-from ant_jax.experiment import Setup, abstract_state
+from ant_jax.experiment import Setup
 from ant_jax.runtime import checkpoint, logs, processes
 from ant_jax.runtime.files import user_path, write_bytes
 from ant_jax.runtime.lock import job_lock

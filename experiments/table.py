@@ -21,7 +21,7 @@ import numpy as np
 from absl import logging
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ant_jax import data, dataset, experiment
+from ant_jax import compiled_step, data, dataset, experiment
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
 from experiments import report, runner, task_affinity
@@ -150,8 +150,8 @@ def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, 
         steps, states, times = {}, {}, {}
         for kind, run in runs.items():
             setup = experiment.build(run.config, source.image_shape[-1], source.num_classes)
-            steps[kind] = experiment.training_step(run.config, setup)
-            states[kind] = experiment.new_state(run.config, setup)
+            steps[kind] = compiled_step.training_step(run.config, setup)
+            states[kind] = compiled_step.new_state(run.config, setup)
             settings = run.config.data
             batch = next(
                 data.batches(

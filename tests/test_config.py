@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from ant_jax import compiled_step, config_file, dataset, evaluate, experiment, settings, train
 from ant_jax import config as config_lib
-from ant_jax import config_file, dataset, evaluate, experiment, settings, train
 from ant_jax import workdir as workdir_lib
 from ant_jax.init_from import initial_params
 from configs import digits
@@ -70,12 +70,12 @@ def test_the_default_network_takes_a_train_step(method, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     config = digits.get_config(method)
     setup = experiment.build(config, channels=1, num_classes=10)
-    state = jax.eval_shape(lambda: experiment.new_state(config, setup))
+    state = jax.eval_shape(lambda: compiled_step.new_state(config, setup))
     batch = {
         "image": jax.ShapeDtypeStruct((config.data.batch_size, 8, 8, 1), np.uint8),
         "label": jax.ShapeDtypeStruct((config.data.batch_size,), np.int32),
     }
-    after, metrics = jax.eval_shape(experiment.training_step(config, setup), state, batch)
+    after, metrics = jax.eval_shape(compiled_step.training_step(config, setup), state, batch)
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(after) == shapes(state)
     assert metrics["cluster_losses"].shape == metrics["weights"].shape == (config.clusters.k,)

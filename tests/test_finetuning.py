@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from ant_jax import compiled_step, experiment, export, init_from, interop, optimizer, train
 from ant_jax import config as config_lib
-from ant_jax import experiment, export, init_from, interop, train
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.models import dit, dit_weights, unet, unet_weights
@@ -72,7 +72,7 @@ def begun(tmp_path_factory, one_device):
 
 def state_of(config):
     setup = experiment.build(config, 1, 10)
-    return experiment.new_state(config, setup, init_from.initial_params(config, setup))
+    return compiled_step.new_state(config, setup, init_from.initial_params(config, setup))
 
 
 def test_a_run_begins_with_the_moving_average_of_another(begun, tmp_path):
@@ -381,7 +381,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written_or_c
     def never(*_):
         raise AssertionError("compiling")
 
-    monkeypatch.setattr(experiment, "start_compiling", never)
+    monkeypatch.setattr(compiled_step, "start_compiling", never)
     config, _, state = dit_file
     state["final_layer.linear.bias"][2] = np.nan
     interop.write_state(config.init_from, state)
@@ -449,7 +449,7 @@ def test_frozen_parameters_stay_and_count_for_nothing(begun, tmp_path):
     pattern = "block_0/(qkv|mlp)|embedding"
     config = tiny(optimizer__frozen=pattern, **settings)
     state = train.train(config, tmp_path)
-    frozen = experiment.frozen(state.params, pattern)
+    frozen = optimizer.frozen(state.params, pattern)
     assert frozen["block_0"]["qkv"]["kernel"] and frozen["label_embedding"]["embedding"]
     assert not frozen["output"]["kernel"]
 
@@ -480,14 +480,14 @@ def test_frozen_parameters_stay_and_count_for_nothing(begun, tmp_path):
 def test_the_gram_matrix_is_of_the_gradients_of_what_is_not_frozen():
     config = tiny(optimizer__frozen="output")
     setup = experiment.build(config, 1, 10)
-    params = experiment.new_state(config, setup).params
+    params = compiled_step.new_state(config, setup).params
     rng = np.random.default_rng(0)
     noisy = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape), params)
     x = jnp.ones((2, 8, 8, 1))
     t, y = jnp.arange(2), jnp.arange(2)
 
     def loss(params, pattern):
-        params = experiment.stop_gradients(params, pattern)
+        params = optimizer.stop_gradients(params, pattern)
         return jnp.mean(setup.model.apply({"params": params}, x, t, y) ** 2)
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)

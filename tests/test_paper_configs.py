@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ant_jax import compiled_step, experiment
 from ant_jax import config as config_lib
-from ant_jax import experiment
 from configs import digits
 
 # Millions of parameters, and the height, width and channels of the network's input.
@@ -110,7 +110,7 @@ def lower(name, method, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = completed(name, f"{method},snr")
     setup = build(config, PAPER[name][1])
-    state = experiment.abstract_state(config, setup)
+    state = compiled_step.abstract_state(config, setup)
     examples = (config.data.batch_size,)
     pixels = not config.autoencoder.name
     batch = {
@@ -119,7 +119,7 @@ def lower(name, method, monkeypatch):
         ),
         "label": jax.ShapeDtypeStruct(examples, jnp.int32),
     }
-    lowered = jax.jit(experiment.training_step(config, setup)).lower(state, batch)
+    lowered = jax.jit(compiled_step.training_step(config, setup)).lower(state, batch)
     after, metrics = lowered.out_info
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(after) == shapes(state)

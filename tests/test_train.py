@@ -18,8 +18,8 @@ import optax
 import pytest
 from PIL import Image
 
+from ant_jax import compiled_step, data, evaluate, experiment, export, hooks, mtl
 from ant_jax import config as config_lib
-from ant_jax import data, evaluate, experiment, export, hooks, mtl
 from ant_jax import train as trainer
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
@@ -258,7 +258,7 @@ def test_what_is_compiled_with_options_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: one)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     options = {"xla_backend_optimization_level": 0}
-    for module in (devices_lib, experiment):
+    for module in (devices_lib, compiled_step):
         monkeypatch.setattr(module, "compiler_options", lambda devices: options)
     # No other test has this decay: their programs would be taken.
     assert trainer.train(tiny(ema_decay=0.91, num_steps=2), tmp_path).step == 2
@@ -440,14 +440,14 @@ def test_the_message_says_that_there_is_no_good_checkpoint(tmp_path, monkeypatch
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     """The loss and gradient of step 4 are finite; what the optimizer makes of them is not."""
-    build = experiment.build_optimizer
+    build = compiled_step.build_optimizer
     spoil = optax.scale_by_schedule(lambda count: jnp.where(count == 3, jnp.nan, 1.0))
     monkeypatch.setattr(
-        experiment, "build_optimizer", lambda *args: optax.chain(build(*args), spoil)
+        compiled_step, "build_optimizer", lambda *args: optax.chain(build(*args), spoil)
     )
     # Steps are shared between runs of one config: neither an earlier one here, nor this one there.
     for name in ("_training_step", "_first_state"):
-        monkeypatch.setattr(experiment, name, getattr(experiment, name).__wrapped__)
+        monkeypatch.setattr(compiled_step, name, getattr(compiled_step, name).__wrapped__)
     with pytest.raises(FloatingPointError, match="last good checkpoint: step 2 "):
         trainer.train(tiny(), tmp_path)
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [2]
@@ -632,12 +632,13 @@ def test_a_shared_step_is_each_run_s_own(tmp_path, monkeypatch):
         method__weight_by_interval_size=True,
         **FOUR,
     )
-    monkeypatch.setattr(experiment, "_training_step", experiment._training_step.__wrapped__)
+    monkeypatch.setattr(compiled_step, "_training_step", compiled_step._training_step.__wrapped__)
     alone = trainer.train(second, tmp_path / "alone")
-    monkeypatch.setattr(experiment, "_training_step", functools.cache(experiment._training_step))
+    counted = functools.cache(compiled_step._training_step)
+    monkeypatch.setattr(compiled_step, "_training_step", counted)
     other = trainer.train(first, tmp_path / "first")
     shared = trainer.train(second, tmp_path / "shared")
-    assert experiment._training_step.cache_info().misses == 1
+    assert compiled_step._training_step.cache_info().misses == 1
     assert_same_state(shared, alone)
     kernels = [np.asarray(state.params["Dense_0"]["kernel"]) for state in (shared, other)]
     assert np.abs(kernels[0] - kernels[1]).max() > 0.01
@@ -781,7 +782,7 @@ def test_a_start_that_is_refused_at_the_end_makes_nothing(tmp_path, monkeypatch)
     def refused(*_):
         raise ConfigError("refused")
 
-    monkeypatch.setattr(experiment, "new_state", refused)
+    monkeypatch.setattr(compiled_step, "new_state", refused)
     (tmp_path / "there").mkdir()
     for workdir in (tmp_path / "runs" / "a", tmp_path / "there"):
         with pytest.raises(ConfigError, match="refused"):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax import cli, experiment
+from ant_jax import cli, compiled_step
 from ant_jax import config as config_lib
 from ant_jax.runtime import devices as devices_lib
 from ant_jax.runtime import processes
@@ -166,7 +166,7 @@ def test_a_process_of_a_slice_that_was_started_alone_says_how(tmp_path, monkeypa
         processes.check_shared(tmp_path)
 
 
-@pytest.mark.parametrize("make", [experiment.training_step, experiment.start_compiling])
+@pytest.mark.parametrize("make", [compiled_step.training_step, compiled_step.start_compiling])
 @pytest.mark.parametrize(("backend", "waits"), [("cpu", 3), ("tpu", 1)])
 def test_all_meet_when_each_has_compiled_and_on_cpus_before_every_step(
     backend, waits, make, monkeypatch
@@ -186,7 +186,7 @@ def test_all_meet_when_each_has_compiled_and_on_cpus_before_every_step(
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(processes, "barrier", lambda: done.append("met"))
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(experiment, "_step_and_own", lambda *_: (Step(), None))
+    monkeypatch.setattr(compiled_step, "_step_and_arguments", lambda *_: (Step(), None))
     run = make(None, None)
     for _ in range(3):
         run(None, None)

@@ -1,0 +1,198 @@
+"""The train step of a config, compiled for the devices, and the state that it starts from."""
+
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ant_jax import config as config_lib
+from ant_jax import experiment, models
+from ant_jax.experiment import Setup
+from ant_jax.optimizer import build_optimizer, stop_gradients
+from ant_jax.runtime import processes
+from ant_jax.runtime.devices import compiler_options, parallel_step, replicate, replicated
+from ant_jax.train_step import Setup as StepSetup
+from ant_jax.train_step import TrainState, init_state, train_step
+
+
+def training_step(config: ConfigDict, setup: Setup) -> Callable:
+    """The train step on the devices of this process, compiled at its first call.
+
+    Runs share one compiled step if they differ only in the seed, the learning rate, the boundaries
+    of their k tasks, and in what happens between the steps.
+
+    With several processes, all start the first step together, because one may compile longer than
+    the others. On CPUs they start every step together: a collective there fails after 30 seconds.
+
+    Returns:
+      ``(state, batch) -> (state, metrics)``; see `train_step`. The state is donated. On CPUs, do
+      not call it inside another `jax.jit`: it has compiler options of its own.
+    """
+    step, arguments = _step_and_arguments(config, setup)
+    if jax.process_count() > 1:
+        return _in_step(step, arguments)
+    return lambda state, batch: step(state, batch, arguments)
+
+
+def start_compiling(config: ConfigDict, setup: Setup) -> Callable:
+    """The `training_step`; a thread starts to compile it now.
+
+    The first call waits for the thread, and raises the error of the compilation if there is one.
+    Python exits only after the thread has ended.
+
+    With several processes the step is compiled at its first call instead, because JAX then needs
+    the arrays themselves.
+    """
+    if jax.process_count() > 1:
+        return training_step(config, setup)
+    step, arguments = _step_and_arguments(config, setup)
+    lowered = step.lower(abstract_state(config, setup), _abstract_batch(config, setup), arguments)
+    compiling = _in_a_thread(lowered.compile)
+
+    def run(state, batch):
+        compiling.result()
+        return step(state, batch, arguments)
+
+    return run
+
+
+def _in_step(step, arguments):
+    on_cpus = jax.default_backend() == "cpu"
+    first = True
+
+    def run(state, batch):
+        nonlocal first
+        if first:
+            # The main thread must stay free to receive signals.
+            _in_a_thread(step.lower(state, batch, arguments).compile).result()
+        if first or on_cpus:
+            processes.barrier()
+        first = False
+        return step(state, batch, arguments)
+
+    return run
+
+
+def _in_a_thread(function):
+    executor = ThreadPoolExecutor(1, thread_name_prefix="compiler")
+    future = executor.submit(function)
+    executor.shutdown(wait=False)
+    return future
+
+
+def _step_and_arguments(config, setup):
+    step = _training_step(*_program(config, setup), tuple(jax.local_devices()))
+    scale, order = experiment.interval_scale(config, setup.clusters), setup.clusters.order
+    arguments = _StepArguments(
+        np.int32(config.seed),
+        np.float32(config.optimizer.learning_rate),
+        setup.clusters.boundaries.astype(np.int32),
+        None if order is None else order.astype(np.int32),
+        None if scale is None else scale.astype(np.float32),
+    )
+    return step, arguments
+
+
+def _program(config, setup):
+    """All that the compiled step depends on; hashable."""
+    specialist = config.clusters.specialist >= 0
+    given = setup.given_weighting
+    return config_lib.program(config), setup.model, setup.process, setup.draw, specialist, given
+
+
+class _StepArguments(NamedTuple):
+    """The values of a run that its step takes as arguments."""
+
+    seed: np.ndarray
+    learning_rate: np.ndarray
+    boundaries: np.ndarray
+    timestep_order: np.ndarray | None
+    loss_scale: np.ndarray | None
+
+
+@functools.lru_cache(maxsize=8)
+def _first_state(program, model, process, draw, specialist, given, image_shape, k, devices):
+    """A compiled function from the seed to the state before the first step."""
+    del process, draw
+
+    def make(seed):
+        params = experiment.init_params(model, image_shape, seed)
+        weighting = experiment.build_weighting(program, k, seed, None, specialist, given)
+        return init_state(params, build_optimizer(program, 0.0), weighting)
+
+    return jax.jit(
+        make, out_shardings=replicated(devices), compiler_options=compiler_options(devices)
+    )
+
+
+def _first_state_of(config, setup):
+    k = len(setup.clusters.boundaries) - 1
+    return _first_state(*_program(config, setup), setup.image_shape, k, tuple(jax.local_devices()))
+
+
+@functools.lru_cache(maxsize=8)
+def _training_step(program, model, process, draw, specialist, given, devices):
+    def step(state, batch, arguments, axis_name=None):
+        k = len(arguments.boundaries) - 1
+        setup = StepSetup(
+            apply_fn=lambda params, x, t, y: model.apply(
+                {"params": stop_gradients(params, program.optimizer.frozen)}, x, t, y
+            ),
+            process=process,
+            boundaries=arguments.boundaries,
+            weighting=experiment.build_weighting(
+                program, k, arguments.seed, arguments.loss_scale, specialist, given
+            ),
+            optimizer=build_optimizer(program, arguments.learning_rate),
+            seed=arguments.seed,
+            draw=draw,
+            timestep_order=arguments.timestep_order,
+            form=program.method.gradient_form,
+            microbatches=program.optimizer.microbatches,
+            num_classes=models.num_classes(model),
+            label_dropout=program.label_dropout,
+            ema_decay=program.ema_decay,
+            skip_nonfinite=program.optimizer.nonfinite == "skip",
+        )
+        return train_step(state, batch, setup, axis_name)
+
+    return parallel_step(step, devices)
+
+
+def new_state(config: ConfigDict, setup: Setup, params: dict | None = None) -> TrainState:
+    """The state before the first step, on the devices of this process.
+
+    Args:
+      config: the run's config.
+      setup: what the config describes.
+      params: initial parameters instead of random ones; see `init_from.initial_params`.
+    """
+    state = _first_state_of(config, setup)(np.int32(config.seed))
+    if params is None:
+        return state
+    place = lambda: replicate(params, jax.local_devices())
+    return state._replace(params=place(), ema_params=place())
+
+
+def abstract_state(config: ConfigDict, setup: Setup) -> TrainState:
+    """The shapes, types and shardings of a state's arrays."""
+    abstract = jax.eval_shape(_first_state_of(config, setup), np.int32(0))
+    sharding = replicated(jax.local_devices())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
+    )
+
+
+def _abstract_batch(config, setup):
+    """The shapes and types of a batch, where one process holds all of it."""
+    size = config.data.batch_size
+    return {
+        "image": jax.ShapeDtypeStruct(
+            (size, *setup.image_shape), np.float32 if config.autoencoder.name else np.uint8
+        ),
+        "label": jax.ShapeDtypeStruct((size,), np.int32),
+    }
