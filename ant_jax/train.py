@@ -251,11 +251,11 @@ def _draw(config, setup, params):
 def _look_ahead(config):
     """Says what --mode evaluate would refuse, before the hours of training and not after."""
     # Beside the compilation, because nothing else here needs it.
-    from ant_jax import evaluate
+    from ant_jax import measuring
 
     if processes.is_first() and (config.evaluation.features or config.evaluation.split):
         try:
-            evaluate.check(config)
+            measuring.check(config)
         except ConfigError as error:
             logging.warning("--mode evaluate will refuse this: %s", error)
 

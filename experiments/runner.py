@@ -25,7 +25,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from ant_jax import config as config_lib
-from ant_jax import dataset, evaluate, experiment, train
+from ant_jax import dataset, evaluate, experiment, measuring, train
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.runtime import compilation_cache, logs, progress, signals
@@ -225,7 +225,7 @@ def kept(path: Path, source: Any, make: Callable[[], Any]) -> Any:
 def _check(runs):
     """Raises errors before the first run, not hours later."""
     source = dataset.open_data(runs[0].config)
-    evaluate.check(runs[0].config)
+    measuring.check(runs[0].config)
     for run in runs:
         try:
             setup = experiment.build(run.config, source.image_shape[-1], source.num_classes)

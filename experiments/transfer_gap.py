@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import evaluate, experiment, results
+from ant_jax import experiment, measuring, results
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.tasks.transfer_gap import transfer_gap
@@ -95,7 +95,7 @@ def _measure(run, specialists, out):
         for other in specialists
     ]
     boundaries = setup.clusters.boundaries
-    evaluator = evaluate.measuring(config, ["frechet"]) if config.evaluation.features else None
+    evaluator = measuring.build(config, ["frechet"]) if config.evaluation.features else None
 
     def distance(model):
         if evaluator is None:
@@ -114,7 +114,7 @@ def _measure(run, specialists, out):
 
     def loss(params, i):
         apply_fn, interval = experiment.denoiser(setup, params), boundaries[i : i + 2]
-        (loss,) = evaluate.validation_losses(config, setup, apply_fn, interval, timesteps_each=20)
+        (loss,) = measuring.validation_losses(config, setup, apply_fn, interval, timesteps_each=20)
         return float(loss)
 
     rows = []

@@ -10,7 +10,16 @@ import jax
 import numpy as np
 import pytest
 
-from ant_jax import compiled_step, config_file, dataset, evaluate, experiment, settings, train
+from ant_jax import (
+    compiled_step,
+    config_file,
+    dataset,
+    evaluate,
+    experiment,
+    measuring,
+    settings,
+    train,
+)
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
 from ant_jax.init_from import initial_params
@@ -285,7 +294,7 @@ def test_what_works_is_allowed(method, settings):
 def _reference(config):
     # Not Inception itself.
     config_lib.update(config, {"evaluation.features": "digits", "data.name": "digits"})
-    evaluate.measuring(config, ["frechet"])
+    measuring.build(config, ["frechet"])
 
 
 # How what a path setting names is opened.
@@ -297,7 +306,7 @@ OPENERS = {
     "clusters.affinity": lambda config: experiment.build_clusters(
         config, experiment.build_process(config)
     ),
-    "evaluation.weights": evaluate.measuring,
+    "evaluation.weights": measuring.build,
     "evaluation.reference": _reference,
     "evaluation.samples": lambda config: evaluate._of_file(config, Path()),
 }

@@ -16,6 +16,7 @@ from ant_jax import (
     evaluate,
     evaluation,
     experiment,
+    measuring,
     results,
     sampling,
 )
@@ -308,7 +309,7 @@ def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
     do, workdir, draws, tmp_path, monkeypatch
 ):
     config = configured(tmp_path)
-    measuring = evaluate.measuring
+    build = measuring.build
 
     def at_once(config):
         # In the middle of an evaluation.
@@ -317,12 +318,12 @@ def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
         assert draws == []
         evaluate.sample(configured(tmp_path, sample__seed=1), workdir)
         assert draws == [0, 8, 16]
-        return measuring(config)
+        return build(config)
 
-    monkeypatch.setattr(evaluate, "measuring", at_once)
+    monkeypatch.setattr(measuring, "build", at_once)
     figures = evaluate.evaluate(config, workdir)
     assert len(draws) == 6
-    monkeypatch.setattr(evaluate, "measuring", measuring)
+    monkeypatch.setattr(measuring, "build", build)
     assert evaluate.evaluate(config, workdir) == figures
 
 
@@ -397,7 +398,7 @@ def test_training_data_are_cropped_in_the_centre_and_each_counts_once(tmp_path, 
 
     monkeypatch.setattr(evaluation, "data_reference", noted)
     config = configured(tmp_path, data__crop="random", data__flip=True, sample__batch_size=600)
-    evaluate.measuring(config)
+    measuring.build(config)
     (key,), settings, *counted = keys, *seen
     assert settings["crop"] == "center" == key["crop"] and "flip" not in settings
     assert key["num"] == 1497 and key["exif"] == "ignore"
@@ -459,12 +460,12 @@ MISTAKES = {
     r"config.evaluation.samples: a covariance needs at least 2 samples": {
         "evaluation__samples": "single.npz"
     },
-    r"config.evaluation.features must be 'inception', or 'digits' for those$": {
+    r"set config.evaluation.features to 'inception', or to 'digits' for the 8x8 digits$": {
         "evaluation__features": "",
         "evaluation__samples": "single.npz",
     },
-    "config.sample.num = 1: figures need 2 samples": {"sample__num": 1},
-    r"config.evaluation.features must be .*; or config.evaluation.split the held-out": {
+    "config.sample.num = 1: metrics need 2 samples": {"sample__num": 1},
+    r"set config.evaluation.features to .*, or set config.evaluation.split to held-out images": {
         "evaluation__features": ""
     },
 }

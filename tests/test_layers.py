@@ -51,7 +51,8 @@ ROOMS = [
         "init_from",
         "hooks",
     ),
-    *("results", "evaluate", "train", "encode", "export", "config_file", "cli", "main"),
+    *("results", "measuring", "evaluate", "train", "encode", "export"),
+    *("config_file", "cli", "main"),
 ]
 # These take plain values and objects.
 WITHOUT_CONFIG = ROOMS[: ROOMS.index("config")]

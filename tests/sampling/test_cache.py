@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from ant_jax import evaluate, results, sampling
+from ant_jax import evaluate, measuring, results, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.runtime import processes
 from ant_jax.runtime.lock import InUseError
@@ -133,7 +133,7 @@ def test_an_evaluation_without_samples_leaves_those_that_are_being_drawn(tmp_pat
     setup = SimpleNamespace(process=SimpleNamespace(span=5), model=None)
     monkeypatch.setattr(evaluate.results, "restore_run", lambda *_: (3, setup, state))
     monkeypatch.setattr(evaluate.experiment, "denoiser", lambda *_: None)
-    monkeypatch.setattr(evaluate, "validation_losses", lambda *_, timesteps_each: np.ones(1))
+    monkeypatch.setattr(measuring, "validation_losses", lambda *_, timesteps_each: np.ones(1))
     workdir_lib.save_config(config, tmp_path)
     with cache.folder(tmp_path, results.origin(config, 3, state.ema_params)) as place:
         cache.draw_missing(place, NUM, BATCH, drawing([]))

@@ -1,0 +1,167 @@
+"""Builds what ``config.evaluation`` describes: a function that measures samples."""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+from jax.tree_util import Partial
+from ml_collections import ConfigDict
+
+from ant_jax import config as config_lib
+from ant_jax import dataset, evaluation, experiment, models
+from ant_jax import settings as settings_lib
+from ant_jax.config import ConfigError
+from ant_jax.evaluation import metrics
+from ant_jax.evaluation.summary import Batch
+from ant_jax.runtime.files import user_path
+
+_VALIDATION_IMAGES = 1000
+
+
+class Measuring(NamedTuple):
+    """A function that measures samples, and what it was made from.
+
+    Attributes:
+      measure: From batches of samples to figures by name; see `evaluation.measure`.
+      made_from: What the figures depend on besides the samples and the settings.
+    """
+
+    measure: Callable[[Iterable[Batch]], dict[str, Any]]
+    made_from: dict[str, Any]
+
+
+def check(config: ConfigDict) -> None:
+    """Checks what can be checked before a run is restored and samples are drawn.
+
+    Raises:
+      ConfigError: If ``config.evaluation`` names nothing to measure by, names a file that does not
+        exist, or names an extractor that can't evaluate such images.
+    """
+    settings = config.evaluation
+    if not settings.features and (settings.samples or not settings.split):
+        split = "" if settings.samples else ", or set config.evaluation.split to held-out images"
+        raise ConfigError(
+            "there is nothing to measure by: set config.evaluation.features to 'inception', or to "
+            f"'digits' for the 8x8 digits{split}"
+        )
+    paths = ["samples"]
+    if settings.features:
+        if not settings.samples and config.sample.num < 2:
+            raise ConfigError(f"config.sample.num = {config.sample.num}: metrics need 2 samples")
+        paths.append("reference")
+    for name in paths:
+        path = settings[name]
+        if path and not user_path(path).is_file():
+            raise ConfigError(f"config.evaluation.{name} = {path!r}: there is no such file")
+    if settings.features:
+        _metrics(settings.metrics)
+        size, channels = config.data.image_size, 3 if config.autoencoder.name else None
+        try:
+            config_lib.build(config, "evaluation").check(size, size, channels)
+        except ConfigError:
+            raise
+        except ValueError as error:
+            own = config_lib.arguments(config, "evaluation")
+            others = [f"config.evaluation.{name}" for name in own]
+            raise ConfigError(
+                f"config.evaluation.features = {settings.features!r} {error}: set "
+                f"{' or '.join([*others, 'config.evaluation.features'])}"
+            ) from error
+    if settings.split and not settings.samples:
+        try:
+            dataset.open_data(config, settings.split)
+        except ConfigError as error:
+            raise ConfigError(f"config.evaluation.split = {settings.split!r}: {error}") from error
+
+
+def build(config: ConfigDict, names: Sequence[str] = ()) -> Measuring:
+    """Builds what ``config.evaluation`` describes, the summary of the reference included.
+
+    Args:
+      config: Of the run.
+      names: Of metrics; () for ``config.evaluation.metrics``. Metrics are left out if the extractor
+        or the reference lacks what they need.
+
+    Raises:
+      ConfigError: If a file that the config names can't be used.
+    """
+    settings, batch_size = config.evaluation, config.sample.batch_size
+    every = _metrics(names or settings.metrics)
+    try:
+        evaluator = evaluation.build_evaluator(config_lib.build(config, "evaluation"), every)
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config.evaluation.features = {settings.features!r}: {error}") from error
+    if settings.reference:
+        logging.info("reference: %s", settings.reference)
+        try:
+            reference = evaluation.read_reference(
+                user_path(settings.reference), evaluator, batch_size
+            )
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"config.evaluation.reference: {error}") from error
+    else:
+        images = _images(config, config.data.split)
+        held_out = _images(config, settings.split) if settings.split else None
+        try:
+            reference = evaluation.data_reference(evaluator, images, held_out, batch_size)
+        except ValueError as error:
+            raise ConfigError(f"config.data: {error}") from error
+    measure = functools.partial(evaluation.measure, evaluator=evaluator, reference=reference)
+    return Measuring(measure, {settings.features: evaluator.network.digest[:16]})
+
+
+def validation_losses(
+    config: ConfigDict,
+    setup: experiment.Setup,
+    apply_fn: Partial,
+    boundaries: np.ndarray,
+    timesteps_each: int,
+) -> np.ndarray:
+    """(k,) mean loss of each interval on held-out images; see `evaluation.interval_losses`."""
+    x0, labels = dataset.images(config, config.evaluation.split, _VALIDATION_IMAGES)
+    return evaluation.interval_losses(
+        apply_fn,
+        setup.process,
+        x0,
+        jax.random.key(0),
+        boundaries,
+        y=labels if models.num_classes(setup.model) else None,
+        timesteps_each=timesteps_each,
+    )
+
+
+def _metrics(names):
+    names = names or settings_lib.names_in(metrics, evaluation.Metric)
+    try:
+        return [settings_lib.resolve(metrics, name, evaluation.Metric)() for name in names]
+    except ValueError as error:
+        raise ConfigError(f"config.evaluation.metrics {error}") from error
+
+
+def _images(config, split):
+    """The images of a split, neither mirrored nor cropped at random."""
+    settings = config.data
+    source, place = dataset.open_images(config, split), settings.get("dir", "")
+    crop = "none" if settings.crop == "none" else "center"
+    key = {
+        "name": dataset.source_name(config),
+        "dir": str(user_path(place).absolute()) if place else "",
+        "split": split,
+        "num": len(source),
+        "size": settings.image_size,
+        "crop": crop,
+        "exif": settings.get("exif", "ignore"),
+    }
+    pipeline = {
+        "image_size": settings.image_size,
+        "crop": crop,
+        "replace_unreadable": settings.replace_unreadable,
+        "num_workers": settings.num_workers,
+    }
+    name = f"{settings.name}[{split}]" if split else settings.name
+    return evaluation.Images(name, source, pipeline, key)
