@@ -1,4 +1,4 @@
-"""What the command line says: the config, the workdir, and mistakes in one clear line."""
+"""The command line: the config, the workdir, and errors of one line."""
 
 import contextlib
 import os
@@ -26,12 +26,12 @@ class _ConfigFileParser(flags.ArgumentParser):
         try:
             return config_file.read(argument, _names_of_run(sys.argv) | names_in(sys.argv))
         except OSError as error:
-            # Of a flag, absl expects nothing else.
+            # absl expects a ValueError from a flag.
             raise ValueError(str(error)) from error
 
 
 def names_in(arguments: Sequence[str]) -> dict[str, str]:
-    """The ``--config.GROUP.name=VALUE`` of a command line, as {"GROUP.name": VALUE}."""
+    """The components that a command line names, ``--config.GROUP.name=VALUE``, by setting."""
     known = "|".join(map(re.escape, config_lib.component_names()))
     found = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
@@ -41,14 +41,14 @@ def names_in(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _names_of_run(arguments):
-    """The components of the run in ``--workdir``, where its own config is meant."""
+    """The components of the run in ``--workdir``, if the command line has no ``--config``."""
     from ant_jax import workdir as workdir_lib
 
     line = " ".join(arguments) + " "
     workdir = re.search(r" --?workdir[= ](\S+) ", line)
     if workdir is None or re.search(r" --?config[= ]", line):
         return {}
-    # What can't be read is said where the run is opened.
+    # Opening the run later gives the error, if there is one.
     with contextlib.suppress(ConfigError, OSError):
         saved = workdir_lib.load_config(user_path(workdir[1]))
         if saved is not None:
@@ -58,14 +58,14 @@ def _names_of_run(arguments):
 
 
 def define_config() -> flags.FlagHolder:
-    """Defines ``--config``; ends the program where it, or a setting given by hand, can't be."""
+    """Defines ``--config``; exits with a message if the file or a ``--config.NAME`` is wrong."""
     holder = config_flags.DEFINE_config_file(
         "config", None, "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
     )
-    # That of ml_collections looks for relative imports nowhere and tells of mistakes by tracebacks.
+    # The parser of ml_collections does not find relative imports, and shows tracebacks.
     flags.FLAGS["config"].parser = _ConfigFileParser()
     try:
-        # Where --config is not given, this reads the file and applies the overrides.
+        # Without --config, this reads the default file and applies the overrides.
         flags.set_default(holder, config_file.DEFAULT)
     except flags.Error as error:
         sys.exit(str(error))
@@ -90,8 +90,8 @@ def define_processes() -> None:
 
 @contextlib.contextmanager
 def processes() -> Iterator[None]:
-    """Makes this process one of several where the flags say so; see `exit_all_on_error`."""
-    # Importing JAX takes its time.
+    """Makes this process one of several if the flags ask for it; see `exit_all_on_error`."""
+    # Importing JAX is slow.
     from ant_jax.runtime import processes
     from ant_jax.runtime.logs import quiet_console
 
@@ -115,7 +115,7 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
 
 
 def _refuse(error):
-    # An AttributeError of ml_collections has a KeyError in it, which would print as a literal.
+    # An AttributeError of ml_collections contains a KeyError, which prints its message in quotes.
     cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     kind = "no such setting: " if isinstance(cause, KeyError) else ""
     message = " ".join(" ".join(map(str, cause.args)).split()).partition(" Other fields")[0]
@@ -123,14 +123,14 @@ def _refuse(error):
 
 
 def _moved(arguments):
-    """Where settings of earlier names are now, of those that a command line gives."""
+    """The new names of the settings on a command line that have been renamed."""
     given = re.findall(r" --?config\.([\w.]+)", " ".join(arguments))
     found = [f"config.{name} is config.{MOVED[name]} now" for name in given if name in MOVED]
     return "".join(f"; {each}" for each in found)
 
 
 def config_of(workdir: Path | None) -> ConfigDict:
-    """The config that the command line means: without ``--config`` that of the workdir's run."""
+    """The config of the command line; without ``--config``, that of the run in the workdir."""
     from ant_jax import workdir as workdir_lib
 
     flag = flags.FLAGS["config"]
@@ -152,10 +152,10 @@ def config_of(workdir: Path | None) -> ConfigDict:
 
 
 def usable_workdir(name: str | None) -> Path:
-    """The workdir, by default one named by the config.
+    """The workdir; the default name comes from the config.
 
     Raises:
-      ConfigError: if what a mode writes in the end can't be written there.
+      ConfigError: if no file can be written there.
     """
     flag = flags.FLAGS["config"]
     if name is None:
@@ -173,11 +173,11 @@ def usable_workdir(name: str | None) -> Path:
 
 
 def told(config: ConfigDict, workdir: Path | None, **named: Any) -> dict[str, Any]:
-    """What each process of a run was told, which must be the same.
+    """Flags, settings and versions, which must be equal in all processes of a run.
 
     Args:
       config: the run's config.
-      workdir: of the run; None where there is none.
+      workdir: of the run; None if there is none.
       **named: other flags.
     """
     from ant_jax.runtime import versions
@@ -197,10 +197,7 @@ def told(config: ConfigDict, workdir: Path | None, **named: Any) -> dict[str, An
 
 @contextlib.contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Ends the program with the message of an error that says it all.
-
-    Anything else is a surprise and keeps its traceback.
-    """
+    """Exits with the message of an expected error; other errors keep their traceback."""
     from ant_jax.data import ExampleError
     from ant_jax.runtime.checkpoint import CheckpointError
     from ant_jax.runtime.extras import MissingExtraError

@@ -1,9 +1,9 @@
-"""A config: groups of settings, and the components that some of them name.
+"""A config: groups of settings, and the components that they name.
 
 A group such as ``config.method`` names a component. Its settings are those that all components
 share (`setting_groups`) and the typed arguments of the component. `settings_of_config` lists all
-settings of a config. Each setting says what it affects; resuming, caches of samples, shared
-programs and experiments read it there.
+settings of a config. Each setting says what it affects. Resuming, the cache of samples, the
+compiled step and the experiments read it there.
 """
 
 import difflib
@@ -23,7 +23,7 @@ from ant_jax.settings import Affects, Check, Setting
 
 
 class ConfigError(ValueError):
-    """A setting that can't be, or doesn't fit the data, the devices or the workdir."""
+    """A setting is impossible, or does not fit the data, the devices or the workdir."""
 
 
 _OF_NAMES = {group.name: group for group in GROUPS if group.folder}
@@ -46,7 +46,7 @@ def _makes(described):
 
 
 def component(group: str, name: str) -> Callable:
-    """The component that a group's name means; see `settings.resolve`.
+    """The component of a group by its name; see `settings.resolve`.
 
     Raises:
       ConfigError: naming the setting and what is allowed.
@@ -90,7 +90,7 @@ def common(config: ConfigDict, group: str) -> dict[str, Any]:
 
 
 def arguments(config: ConfigDict, group: str) -> dict[str, Any]:
-    """The settings of a group that are its component's own, as keyword arguments."""
+    """The settings of a group that belong to its component, as keyword arguments."""
     values = config[group]
     return {name: values[name] for name in _settings_of_component(group, values[_key(group)])}
 
@@ -100,15 +100,15 @@ def _key(group):
 
 
 def build(config: ConfigDict | FrozenConfigDict, group: str, **given: Any) -> Any:
-    """What the component of a group makes of its settings.
+    """Calls the component of a group with its settings.
 
     Args:
       config: the run's config.
       group: its name.
-      **given: the arguments that the program gives, of which a component takes those that it has.
+      **given: arguments that the program gives; the component gets those that it has.
 
     Raises:
-      ConfigError: naming the group, where the component raises a ValueError or can't find a file.
+      ConfigError: naming the group, if the component raises a ValueError or an OSError.
     """
     found = component(group, config[group][_key(group)])
     takes = inspect.signature(found).parameters
@@ -129,7 +129,7 @@ def build(config: ConfigDict | FrozenConfigDict, group: str, **given: Any) -> An
 
 
 def settings_of_config(config: ConfigDict | Mapping[str, Any]) -> dict[str, Setting]:
-    """Every setting that a config with these components has, by ``"group.name"``.
+    """All settings of a config with these components, by ``"group.name"``.
 
     Raises:
       ConfigError: if a component can't be found.
@@ -161,10 +161,11 @@ def settings_of_config(config: ConfigDict | Mapping[str, Any]) -> dict[str, Sett
 
 
 def default_config(**names: str) -> ConfigDict:
-    """A config with the defaults of all settings of some components.
+    """A config with the default of every setting.
 
     Args:
-      **names: the component of a group: ``default_config(method="pcgrad", model="unet")``.
+      **names: components by group, as in ``default_config(method="pcgrad", model="unet")``. The
+        other groups have their default component.
     """
     config = ConfigDict()
     for group in GROUPS:
@@ -189,10 +190,10 @@ def component_names() -> dict[str, str]:
 
 
 def update(config: ConfigDict, changes: Mapping[str, Any]) -> None:
-    """Changes settings by ``"group.name"``, in place; those that name a component first.
+    """Changes settings by ``"group.name"``, in place.
 
-    A group whose component changes keeps those settings that both components have with the same
-    range and default, loses the others, and gets the new one's defaults.
+    If the component of a group changes, the group gets the settings of the new component. It keeps
+    the value of a setting that both components have with the same range and default.
 
     Raises:
       ConfigError: if there is no such component.
@@ -211,12 +212,12 @@ def update(config: ConfigDict, changes: Mapping[str, Any]) -> None:
 
 
 def _fill(config, group, former=None):
-    """Gives a group the settings of its component, and takes away those of another."""
+    """Gives a group the settings of its component, and removes those of the former one."""
     place = config[group]
     own = _settings_of_component(group, place[_key(group)])
     before = {} if former is None else _settings_of_component(group, former)
     common = _common_settings(_OF_NAMES[group])
-    # One of the same name may mean something else.
+    # A setting of the same name may mean something else.
     kept = {name for name in own.keys() & before.keys() if _alike(own[name], before[name])}
     for name in [each for each in place if each not in (*kept, *common, _key(group))]:
         del place[name]
@@ -232,7 +233,7 @@ def _alike(one, other):
 
 
 def affecting(config: ConfigDict, affects: Affects) -> dict[str, Any]:
-    """The values of the settings that affect some of these things, by ``"group.name"``."""
+    """The values of the settings that affect any of these, by ``"group.name"``."""
     flat = flatten(config)
     return {
         name: flat[name]
@@ -242,7 +243,7 @@ def affecting(config: ConfigDict, affects: Affects) -> dict[str, Any]:
 
 
 def meaning(config: ConfigDict) -> dict[str, Any]:
-    """The settings that decide what given parameters do, whatever their shapes."""
+    """The values of the settings that decide what given parameters compute."""
     flat = flatten(config)
     return {
         name: flat[name]
@@ -252,7 +253,7 @@ def meaning(config: ConfigDict) -> dict[str, Any]:
 
 
 def program(config: ConfigDict) -> FrozenConfigDict:
-    """What of a config the compiled step is made of: equal for equal programs, hashable."""
+    """The part of a config that the compiled step depends on; hashable."""
     found = ConfigDict()
     for group in (each for each in GROUPS if each.in_step):
         common = _common_settings(group)
@@ -269,9 +270,9 @@ def program(config: ConfigDict) -> FrozenConfigDict:
 
 
 def of_a_process(config: ConfigDict) -> set[str]:
-    """The settings that each process of a run may have its own of: paths, and data workers.
+    """The settings that may differ between the processes of a run: paths, and data workers.
 
-    What lies at the paths must be the same, and is compared where it is read.
+    The contents of the paths must be equal; the code that reads them compares them.
     """
     return {name for name, setting in settings_of_config(config).items() if setting.per_process}
 
@@ -280,8 +281,8 @@ def validate(config: ConfigDict) -> None:
     """Checks every setting.
 
     Raises:
-      ConfigError: naming the setting and what is allowed, for unknown or missing names, wrong types
-        or values, and combinations that can't work.
+      ConfigError: naming the setting and what is allowed, if a name is unknown or missing, a type
+        or a value is wrong, or two settings exclude each other.
     """
     flat = flatten(config)
     known = settings_of_config(config)
@@ -303,8 +304,8 @@ def _hint(name, known):
     if leaf and leaf in _settings_of_others(group):
         key = f"{group}.{_key(group)}"
         return (
-            f"; it is of another {key}: ant_jax.config.update(config, {{'{key}': ...}}) changes "
-            "the component with its settings"
+            f"; it belongs to another {key}: ant_jax.config.update(config, {{'{key}': ...}}) "
+            "changes the component with its settings"
         )
     near = difflib.get_close_matches(name, known, 1)
     if near:
@@ -378,8 +379,8 @@ def _validate_together(flat):
     if decay * flat["optimizer.learning_rate"] >= 1:
         raise ConfigError(
             f"config.optimizer.weight_decay = {decay} times config.optimizer.learning_rate = "
-            f"{flat['optimizer.learning_rate']} must be below 1: each step takes that share of "
-            "each parameter away"
+            f"{flat['optimizer.learning_rate']} must be below 1: each step removes that share of "
+            "each parameter"
         )
     if flat["evaluation.features"] == "digits" and flat["data.name"] != "digits":
         raise ConfigError(
@@ -389,7 +390,7 @@ def _validate_together(flat):
 
 
 def surprises(config: ConfigDict, training: bool) -> list[str]:
-    """What a valid config may mean, but not everybody does: a line each."""
+    """Warnings about a valid config that may not do what its author wants, a line each."""
     flat = flatten(config)
     show = lambda name: f"config.{name} = {flat[name]!r}"
     every, steps = flat["checkpoint.every"], flat["num_steps"]
@@ -433,10 +434,10 @@ def surprises(config: ConfigDict, training: bool) -> list[str]:
 
 
 def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike) -> None:
-    """Checks that a config describes the run that a workdir holds.
+    """Checks that a config describes the run in a workdir.
 
-    Settings that don't affect the parameters, such as ``log_every``, may differ; so may
-    ``num_steps`` where the learning rate does not depend on it.
+    Settings that do not affect the parameters, such as ``log_every``, may differ. ``num_steps`` may
+    differ if the learning rate does not depend on it.
 
     Raises:
       ConfigError: naming the settings that differ and both values.
@@ -446,7 +447,7 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike
     free = {name for name, setting in known.items() if not setting.affects & Affects.PARAMETERS}
     if now["optimizer.schedule"] == "constant":
         free.add("num_steps")
-    # Where the components differ, what only one of them has need not be said.
+    # If the components differ, the settings that only one of them has need no line.
     changed = [group for name, group in component_names().items() if there[name] != now[name]]
     others = {name for name in there.keys() ^ now.keys() if name.partition(".")[0] in changed}
     differing = [
@@ -463,13 +464,13 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike
 
 
 def from_json(values: Mapping[str, Any]) -> ConfigDict:
-    """The config that `ConfigDict.to_dict` and JSON have made a mapping of lists.
+    """The inverse of `ConfigDict.to_dict` and JSON.
 
-    What an earlier version wrote becomes what it would be now. Settings that were not there yet
-    when it was written are set to what was done then.
+    A config of an earlier version is migrated: names become those of today, and settings that did
+    not exist yet get the value that does the same as that version.
 
     Raises:
-      TypeError: if these are no settings by name.
+      TypeError: if ``values`` is not a mapping.
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"{type(values).__name__} instead of settings by name")
@@ -477,7 +478,7 @@ def from_json(values: Mapping[str, Any]) -> ConfigDict:
 
 
 def _with_tuples(value):
-    """JSON has lists only."""
+    """Tuples instead of lists, because JSON has lists only."""
     if isinstance(value, Mapping):
         return {name: _with_tuples(inner) for name, inner in value.items()}
     return tuple(value) if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""Config files: Python whose ``get_config`` returns the settings."""
+"""Config files: Python files whose function ``get_config`` returns a config."""
 
 import difflib
 import importlib
@@ -17,7 +17,7 @@ from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.runtime.files import user_path
 
-# The configs that come with the package: installed in it, or beside it in a clone.
+# The configs of the package: inside it when installed, beside it in a clone.
 _PACKAGE = Path(__file__).resolve().parent
 _CONFIGS = _PACKAGE / "configs"
 if not _CONFIGS.is_dir():
@@ -27,17 +27,17 @@ DEFAULT = str(_CONFIGS / "digits.py")
 
 
 def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})) -> ConfigDict:
-    """The config of ``FILE``, or of ``FILE:ARGUMENT`` where `get_config` takes one.
+    """Reads the config of ``FILE``, or of ``FILE:ARGUMENT`` if its `get_config` takes an argument.
 
-    ``configs/NAME.py`` that is not there is the one that comes with the package. The file may
-    ``import configs`` wherever the program is started.
+    If there is no ``configs/NAME.py`` here, that of the package is read. The file may ``import
+    configs`` from any folder.
 
     Args:
       file_and_argument: ``FILE`` or ``FILE:ARGUMENT``.
-      names: names of components by setting, such as {"model.name": "unet"}, in place of the file's.
+      names: components by setting, such as {"model.name": "unet"}; they replace those of the file.
 
     Raises:
-      ConfigError: if there is no such file, it can't be run, or it gives no config.
+      ConfigError: if the file does not exist, raises an error, or returns no config.
       OSError: if it can't be read.
     """
     file, *argument = file_and_argument.split(":", 1)
@@ -49,7 +49,7 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
         raise ConfigError("it is a folder" if path.is_dir() else _not_there(path))
     loader = SourceFileLoader("config_file", str(path))
     module = module_from_spec(spec_from_loader(loader.name, loader))
-    # Dataclasses look for it there.
+    # Dataclasses look up their module here.
     sys.modules[loader.name] = module
     try:
         _find_configs()
@@ -60,7 +60,7 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
     except ConfigError:
         raise
     except Exception as error:
-        # Whatever a config does wrong is a mistake in that file.
+        # Any error here is a mistake in that file.
         lines = [
             f"line {frame.lineno}: "
             for frame in traceback.extract_tb(error.__traceback__)
@@ -77,7 +77,7 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
 
 
 def _find_configs():
-    """Lets ``import configs`` find ours too, beside those of a user's package of that name."""
+    """Lets ``import configs`` find ours, also if the user has a package of that name."""
     try:
         package = importlib.import_module("configs")
     except ModuleNotFoundError as error:

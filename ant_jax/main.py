@@ -4,7 +4,7 @@ import importlib
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    # Without a word, until there is something to say: the imports below take their time.
+    # Until the imports below are done, Ctrl-C exits without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from absl import app, flags, logging
@@ -13,7 +13,7 @@ from ant_jax import cli
 from ant_jax import config as config_lib
 from ant_jax.runtime import signals
 
-# Where each mode is, and how to go on where it is asked to stop.
+# The module of each mode, and what a stopped program tells its user.
 _MODES = {
     "train": ("train", "no step since the last checkpoint is lost; start again to go on"),
     "sample": ("evaluate", "what was drawn is kept; start again to go on"),
@@ -24,7 +24,7 @@ _MODES = {
 cli.define_config()
 cli.define_processes()
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Where the run lives; default runs/CONFIG-METHOD-CLUSTERS-SEED."
+    "workdir", None, "Folder of the run; default runs/CONFIG-METHOD-CLUSTERS-SEED."
 )
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default the newest.", lower_bound=1)
@@ -50,10 +50,10 @@ def main(argv: list[str]) -> None:
 def _run(name):
     from ant_jax.runtime import compilation_cache, processes
 
-    # Imported late and alone, so that --help and a mistyped flag answer at once, and no mode waits
-    # for what another needs.
+    # Imported here, so that --help and errors in flags are fast, and no mode imports what only
+    # another needs.
     mode = getattr(importlib.import_module(f"ant_jax.{_MODES[name][0]}"), name)
-    # Latents belong to no run.
+    # Latents do not belong to a run.
     workdir = None if name == "encode" else cli.usable_workdir(_WORKDIR.value)
     config = cli.config_of(workdir)
     processes.assert_equal(lambda: cli.told(config, workdir, mode=name, step=_STEP.value))

@@ -1,9 +1,9 @@
-"""Configs of earlier versions, as they would be written now."""
+"""Configs of earlier versions, and how they are migrated."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# What a run did that was begun before there was such a setting.
+# Settings that did not exist in earlier versions, with the value that does the same.
 _BEFORE = {
     "data": {"exif": "ignore"},
     "model": {"num_heads": 0},
@@ -11,7 +11,7 @@ _BEFORE = {
     "": {"init_facts": ""},
 }
 
-# Where settings of version 0.1 are now.
+# The new names of settings of version 0.1.
 MOVED = {
     "diffusion.timesteps": "process.timesteps",
     "diffusion.schedule": "process.schedule",
@@ -39,7 +39,7 @@ MOVED = {
     "evaluation.inception": "evaluation.weights",
 }
 
-# Settings of a group that only some of its components had, which all of them listed.
+# Settings that belong to one component. Version 0.1 listed them for all components of the group.
 _OWN = {
     "model": {
         "dit": ("depth", "heads", "patch"),
@@ -69,14 +69,14 @@ _OWN = {
 
 
 def renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by ``"group.name"`` under the names that they have now."""
+    """Settings by ``"group.name"`` under their new names."""
     return {MOVED.get(name, name): value for name, value in flat.items()}
 
 
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of this version that means what one of any version did.
+    """A config of this version that does the same as one of any version.
 
-    A damaged one, which lacks groups, is left as far as it goes: checking it says what is wrong.
+    If a config lacks groups, the result lacks them too; `config.validate` then names them.
     """
     if "process" in config or not isinstance(config.get("diffusion"), Mapping):
         return dict(config)
@@ -117,7 +117,7 @@ def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _convert(new):
-    """Values that are written in another way now."""
+    """Converts values whose form has changed."""
     new.setdefault("process", {})["name"] = "gaussian"
     data = new.get("data", {})
     if str(data.get("name")).startswith("tfds:"):
@@ -128,12 +128,12 @@ def _convert(new):
     if isinstance(weights, str):
         method["weights"] = tuple(float(part) for part in weights.split(",") if part)
     if method.get("name") != "nash":
-        # They were settings of Nash-MTL alone.
+        # Only Nash-MTL had these settings.
         method |= {"update_every": 1, "max_norm": 0.0}
     if method.get("name") == "vanilla" or method.get("draw") == "stratified":
-        # Vanilla drew uniformly, whatever the setting.
+        # Vanilla ignored the setting and drew uniformly.
         method["draw"] = "auto"
     bound = method.get("max_norm")
     if method.get("update_every") == 1 and isinstance(bound, int | float) and bound >= 1:
-        # An exact solution has the norm k^-1/2, which such a bound never reaches.
+        # The norm of an exact solution is k^-1/2, so such a bound had no effect.
         method["max_norm"] = 0.0

@@ -1,7 +1,7 @@
 """The groups of settings: those at the top of a config, and ``config.NAME``.
 
-The fields of a dataclass are the settings that do not depend on a component. `GROUPS` says which
-groups there are, and in which folder the components of each are.
+The fields of each dataclass are the settings of a group that all its components share. `GROUPS`
+lists the groups, each with the folder of its components.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Annotated, Literal, NamedTuple
 from ant_jax.diffusion.samplers import SampleOptions
 from ant_jax.settings import Affects, Check, Integer, Number, OneOf, Path, PerProcess, Traced
 
-# Which of them a network knows is its own affair; see `ant_jax.models`.
+# Each network knows its own facts; see `ant_jax.models`.
 _INIT_FACT = re.compile("[a-z_]+(=[1-9][0-9]{0,5})?")
 
 
@@ -25,7 +25,7 @@ def _is_pattern(text):
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What the steps do.
+    """Settings of the train step.
 
     Attributes:
       seed: of the parameters, the order of the data, noise levels and noise.
@@ -43,16 +43,16 @@ class Training:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What happens around the steps.
+    """Settings of the training loop.
 
     Attributes:
-      init_from: parameters to begin with: the EMA of another run's workdir, or a .safetensors, .pt,
-        .pth or .ckpt file of published weights. "" for fresh ones.
-      init_facts: what such a file doesn't tell, unless ``--mode export`` wrote it, joined by
-        commas; the network's module lists what it may be.
+      init_from: initial parameters: the workdir of another run, for its EMA, or a .safetensors,
+        .pt, .pth or .ckpt file of published weights. "" for random ones.
+      init_facts: facts that a file of published weights does not contain, joined by commas; the
+        module of the network lists them. A file of ``--mode export`` needs none.
       log_every: steps between two lines of the log.
-      tensorboard: whether to write for it, where TensorFlow is installed.
-      profile_steps: trace so many steps, from the 10th on, into WORKDIR/profile.
+      tensorboard: write TensorBoard files, if TensorFlow is installed.
+      profile_steps: number of steps to trace, from the 10th on, into WORKDIR/profile.
     """
 
     init_from: Path = ""
@@ -70,16 +70,16 @@ class Loop:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """The images, whatever their source.
+    """What all data sources share.
 
     Attributes:
-      split: of the source; of a folder the subfolder of the split, "" if there is none.
-      image_size: side in pixels; images of another size need a crop.
-      crop: how images of another size are cut.
+      split: of the source; of a folder its subfolder, or "" if it has none.
+      image_size: side in pixels.
+      crop: how images of another size are cropped.
       flip: mirror half of the images.
-      replace_unreadable: replace damaged images by the next one; else the run fails there.
-      batch_size: over all devices; each device's share must be a multiple of k.
-      num_workers: processes that decode images ahead of time.
+      replace_unreadable: use the next image instead of a damaged one; otherwise the run stops.
+      batch_size: over all devices; the share of each device must be a multiple of k.
+      num_workers: processes that decode images in advance.
     """
 
     split: str = "train"
@@ -96,7 +96,7 @@ class Model:
     """What all networks share.
 
     Attributes:
-      conditional: on the class label.
+      conditional: whether the network gets the class label.
       dtype: of activations; "bfloat16" on GPU and TPU.
     """
 
@@ -116,16 +116,16 @@ def _variants():
 class Autoencoder:
     """Diffusion in the latents of an autoencoder.
 
-    ``--mode encode`` makes latents of the images that ``config.data`` describes; training reads
-    them; samples are decoded.
+    ``--mode encode`` encodes the images of ``config.data``. Training reads these latents. Samples
+    are decoded.
 
     Attributes:
-      name: of one of LDM's autoencoders, "KL-f4-small" for trying out, or "" for diffusion in
+      name: one of the autoencoders of LDM, "KL-f4-small" for a first try, or "" for diffusion in
         pixels.
       weights: its .safetensors, .pt, .pth or .ckpt file.
-      latents: the folder of the latents.
-      scale: factor that gives them about unit variance: 0.18215 for KL-f8.
-      batch_size: images encoded or decoded at a time, a power of 2.
+      latents: folder of the latents.
+      scale: factor that gives the latents about unit variance: 0.18215 for KL-f8.
+      batch_size: number of images to encode or decode at a time, a power of 2.
     """
 
     name: Annotated[str, OneOf(*_variants()), Affects.PARAMETERS | Affects.SAMPLES] = ""
@@ -144,7 +144,7 @@ class Autoencoder:
 
 @dataclasses.dataclass(frozen=True)
 class Clusters:
-    """How the noise levels form tasks, by whichever costs.
+    """What all clusterings share.
 
     Attributes:
       k: number of tasks.
@@ -157,19 +157,19 @@ class Clusters:
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What all methods share: how tasks are drawn, and wrappers around the method.
+    """What all methods share: the draw of noise levels, and wrappers around the method.
 
     Attributes:
-      draw: "stratified": batch_size / k examples in each task; "uniform": over all noise levels,
-        which methods with a Gram matrix can only do with gradient_form = "masked"; "auto": uniform
-        for vanilla, else stratified.
-      gradient_form: how k gradients are found: by "vmap", "scan" (less memory) or "masked" (the
-        general form).
-      cosines: report those of the task gradients whatever the method.
-      weight_by_interval_size: multiply task losses by k times their share of the noise levels
-        before the method sees them: linear then is vanilla in expectation.
-      update_every: renew the weights at every so many-th step.
-      max_norm: bound on the norm of the combined gradient, by the Gram matrix; 0 for none.
+      draw: "stratified": batch_size / k examples in each task; "uniform": over all noise levels (a
+        method that needs the Gram matrix then needs gradient_form = "masked"); "auto": uniform for
+        vanilla, stratified for the other methods.
+      gradient_form: how the k gradients are computed: "vmap", "scan" (less memory) or "masked" (for
+        any draw).
+      cosines: log the cosines between task gradients, also with a method that does not need them.
+      weight_by_interval_size: multiply each task loss by k times the share of its interval in the
+        noise levels. linear then equals vanilla in expectation.
+      update_every: number of steps from one renewal of the weights to the next.
+      max_norm: bound on the norm of the combined gradient, from the Gram matrix; 0 for none.
     """
 
     draw: Literal["auto", "stratified", "uniform"] = "auto"
@@ -185,14 +185,14 @@ class Optimizer:
     """AdamW on the combined gradient.
 
     Attributes:
-      learning_rate: its highest value.
-      warmup_steps: linear, from 0.
+      learning_rate: the value after the warm-up.
+      warmup_steps: steps in which the learning rate rises from 0.
       schedule: "constant", or "cosine" to 0 at num_steps.
       weight_decay: of AdamW.
-      clip_norm: of the combined gradient; 0 for no clipping.
-      frozen: parameters to leave as they are: a pattern such as "embedding|block_0/".
-      nonfinite: "stop" or "skip" at a step whose loss or gradient is not finite.
-      microbatches: the batch is worked off in so many parts.
+      clip_norm: bound on the norm of the combined gradient; 0 for none.
+      frozen: regular expression for parameters that do not change, such as "embedding|block_0/".
+      nonfinite: what to do at a step whose loss or gradient is not finite.
+      microbatches: number of parts into which a batch is split to save memory.
     """
 
     learning_rate: Annotated[float, Number(above=0), Traced()] = 1e-3
@@ -201,7 +201,7 @@ class Optimizer:
     weight_decay: Annotated[float, Number(0)] = 0.0
     clip_norm: Annotated[float, Number(0)] = 0.0
     frozen: Annotated[str, Check(_is_pattern, "a regular expression, or '' for none")] = ""
-    # A run that has stopped at a loss that is not finite may go on and skip it.
+    # A run that stopped at such a step may go on with "skip".
     nonfinite: Annotated[Literal["stop", "skip"], Affects.NOTHING] = "stop"
     microbatches: Annotated[int, Integer(1)] = 1
 
@@ -211,9 +211,9 @@ class Checkpoints:
     """When checkpoints are saved, and which are kept.
 
     Attributes:
-      every: steps; the last step is always saved.
-      keep: newest checkpoints.
-      keep_period: keep each checkpoint at a multiple of this; 0 for none.
+      every: steps between two checkpoints; the last step is always saved.
+      keep: how many of the newest checkpoints are kept.
+      keep_period: also keep the checkpoints whose step is a multiple of this; 0 for none.
     """
 
     every: Annotated[int, Integer(1)] = 500
@@ -226,13 +226,13 @@ class Samples:
     """Which samples are drawn, and when.
 
     Attributes:
-      seed: another one draws other samples from the same run.
-      every: steps between grids of samples while training; 0 for none.
-      num: how many ``--mode sample`` and ``--mode evaluate`` draw.
-      batch_size: samples drawn at a time.
+      seed: of the samples.
+      every: steps between two grids of samples during training; 0 for none.
+      num: number of samples of ``--mode sample`` and ``--mode evaluate``.
+      batch_size: number of samples drawn at a time.
     """
 
-    # A larger one would draw the samples of its last 32 bits.
+    # JAX keeps the last 32 bits of a seed.
     seed: Annotated[int, Integer(0, 2**32 - 1)] = 0
     every: Annotated[int, Integer(0), Affects.NOTHING] = 1000
     num: Annotated[int, Integer(1)] = 1797
@@ -241,15 +241,15 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What samples are compared with.
+    """How samples are evaluated.
 
     Attributes:
-      reference: an .npz of images, statistics or both, as ADM's reference batches; "" for the
-        training data, whose statistics are kept in ~/.cache/ant_jax.
-      samples: an .npz of samples to evaluate, not sorted by class; "" to draw them.
-      split: held-out images for validation losses; "" for none.
-      metrics: names of metrics of ``ant_jax.evaluation.metrics``, or "package.module:attribute" of
-        your own, as '("frechet", "mine:spread")'; () for all of that folder.
+      reference: .npz file of images, statistics or both, such as a reference batch of ADM; "" for
+        the training data. Statistics of the training data are cached in ~/.cache/ant_jax.
+      samples: .npz file of samples to evaluate, in random order; "" to draw them from the run.
+      split: of held-out images for the validation losses; "" for none.
+      metrics: names in ``ant_jax.evaluation.metrics``, or your own as "package.module:attribute":
+        '("frechet", "mine:spread")'. () for all metrics of that folder.
     """
 
     reference: Path = ""
@@ -269,15 +269,15 @@ class Group(NamedTuple):
 
     Attributes:
       name: ``config.NAME``; "" for settings at the top.
-      common: dataclass of the settings that do not depend on the component.
-      folder: package in which components are looked for; "" if the group names none.
-      makes: "module:attribute", what a component gives.
+      common: dataclass of the settings that all components share.
+      folder: package of the components; "" if the group has none.
+      makes: "module:attribute" of the type that a component returns.
       given: arguments of components that the program gives.
-      affects: what the settings affect unless they say otherwise.
-      in_step: whether the compiled step is made of them.
+      affects: what a setting affects if it has no mark of its own.
+      in_step: whether the compiled step depends on these settings.
       key: the setting that names the component.
-      none: its value where there is no component.
-      default: its default.
+      none: the value of ``key`` that means no component.
+      default: the default of ``key``.
     """
 
     name: str

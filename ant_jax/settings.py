@@ -1,13 +1,12 @@
-"""Settings of components: typed arguments, what they may be, and what they affect.
+"""Settings of components: their types, their ranges, and what they affect.
 
 A component is a function or dataclass that makes a part of a run: a method, a network, a noise
-process. Its typed arguments with their defaults are its settings; they are documented there and
-nowhere else::
+process. Its settings are its typed arguments with their defaults. Its docstring documents them::
 
   def nash(k: int, max_norm: Annotated[float, Number(above=0)] = 1.0) -> Weighting: ...
 
-A plain type is enough. `Annotated` adds what the type does not say: a range, and what the setting
-affects where that is not what the settings of its group affect.
+A plain type is enough. `Annotated` adds a range, or what the setting affects if that differs from
+the rest of its group.
 """
 
 import difflib
@@ -22,31 +21,31 @@ from collections.abc import Callable, Collection
 from types import ModuleType
 from typing import Annotated, Any, Literal, NamedTuple
 
-# Counters are 32 bits wide on the devices, and so are floating-point numbers.
+# Devices count and calculate in 32 bits.
 LARGEST_COUNT = 2**31 - 1
 _LARGEST, _SMALLEST = 3.4e38, 1.2e-38
 
 
 class Affects(enum.Flag):
-    """What changes with a setting."""
+    """What a setting changes."""
 
-    NOTHING = 0  # how something is computed, not what
+    NOTHING = 0  # only how a result is computed, not the result
     MEASUREMENTS = 1  # of given samples
-    SAMPLES = 2  # of given parameters
-    PARAMETERS = 4  # that training leads to
-    # Also what given parameters compute: a file of them is of no use to another network.
+    SAMPLES = 2  # from given parameters
+    PARAMETERS = 4  # that training finds
+    # What given parameters compute: with another value, a file of parameters is useless.
     MEANING = SAMPLES | PARAMETERS | 8
 
 
 class Traced:
-    """Marks a setting of the trainer that the compiled step takes as an argument.
+    """Marks a setting that is an argument of the compiled step.
 
-    Runs with other values of it share one program.
+    Runs that differ only in such settings share one compiled step.
     """
 
 
 class Check(NamedTuple):
-    """What a value must be, beside its type, and the words for it."""
+    """A condition on a value, beside its type, and the words for it."""
 
     holds: Callable[[Any], bool]
     allowed: str
@@ -62,7 +61,7 @@ def Integer(low: int = -LARGEST_COUNT, high: int = LARGEST_COUNT) -> Check:
 
 
 def Number(low: float = -_LARGEST, high: float = _LARGEST, *, above: float | None = None) -> Check:
-    """A number that float32 can hold, in low .. high, or greater than `above`."""
+    """A number within the range of float32, in low .. high, or greater than ``above``."""
     words = "a number" if low == -_LARGEST else f"a number >= {low:g}"
     least = low
     if above is not None:
@@ -73,20 +72,20 @@ def Number(low: float = -_LARGEST, high: float = _LARGEST, *, above: float | Non
 
 
 def OneOf(*values: Any) -> Check:
-    """One of some values; where they are written out, `typing.Literal` says the same."""
+    """One of some values. If they are constants, `typing.Literal` does the same."""
     return Check(lambda value: value in values, "one of " + ", ".join(map(repr, values)))
 
 
 def _is_path(text):
-    # `~user` is a home only if there is such a user.
+    # `~user` stays as it is if there is no such user.
     return "\0" not in text and not os.path.expanduser(text).startswith("~")
 
 
 class PerProcess:
-    """Marks a setting of which each process of a run may have its own value, such as a path."""
+    """Marks a setting that may differ between the processes of a run, such as a path."""
 
 
-Path = Annotated[str, Check(_is_path, "a path, in which ~ is a home that there is"), PerProcess()]
+Path = Annotated[str, Check(_is_path, "a path; a home folder ~ must exist"), PerProcess()]
 
 
 REQUIRED = inspect.Parameter.empty
@@ -97,11 +96,11 @@ class Setting(NamedTuple):
 
     Attributes:
       kinds: types that a value may have.
-      check: of its value.
-      default: its default; `REQUIRED` where it must be given.
-      affects: what changes with it.
-      traced: whether the compiled step takes it as an argument.
-      per_process: whether each process of a run may have its own.
+      check: condition on the value.
+      default: its default; `REQUIRED` if there is none.
+      affects: what the setting changes.
+      traced: whether it is an argument of the compiled step.
+      per_process: whether it may differ between the processes of a run.
     """
 
     kinds: tuple[type, ...]
@@ -112,8 +111,8 @@ class Setting(NamedTuple):
     per_process: bool = False
 
     def problem(self, value: Any) -> str | None:
-        """What the setting must be, where a value is not that."""
-        # bool is a subclass of int, and True no number of steps.
+        """What the value must be, in words, if it is wrong; None if it is right."""
+        # bool is a subclass of int, but True is not a number of steps.
         of_kind = isinstance(value, self.kinds) and (bool in self.kinds) == isinstance(value, bool)
         return None if of_kind and self.check.holds(value) else self.check.allowed
 
@@ -130,15 +129,15 @@ _KINDS = {
 def settings_of(
     component: Callable, given: Collection[str] = (), affects: Affects = Affects.PARAMETERS
 ) -> dict[str, Setting]:
-    """The settings of a component: its typed arguments but for those that the program gives.
+    """The settings of a component: its typed arguments, except those that the program gives.
 
     Args:
       component: a function, a dataclass or a Flax module.
-      given: names of arguments that the program gives, which are no settings.
-      affects: what its settings affect unless they say otherwise.
+      given: names of the arguments that the program gives; they are not settings.
+      affects: what a setting affects if it has no mark of its own.
 
     Raises:
-      TypeError: naming an argument whose type no setting can have.
+      TypeError: naming the argument, if its type is not one of those that settings can have.
     """
     hints = typing.get_type_hints(
         component.__init__ if inspect.isclass(component) else component, include_extras=True
@@ -172,7 +171,7 @@ def _setting(hint, default, affects):
         names = ", ".join(kind.__name__ for kind in _KINDS)
         raise TypeError(f"a setting is one of {names}, or a Literal of them, not {hint!r}")
     kinds, words = _KINDS[hint]
-    # A number that float32 can't hold is none, whatever its range.
+    # Every number must be within the range of float32.
     plain = Number() if hint is float else Integer() if hint is int else Check(_anything, words)
     for mark in marks:
         affects = mark if isinstance(mark, Affects) else affects
@@ -187,16 +186,16 @@ def _anything(value):
 
 
 def names_in(folder: ModuleType, makes: type) -> list[str]:
-    """Names of the components of a folder: its modules that define what makes a type of thing."""
+    """Names of the components of a folder: the modules with a function that returns ``makes``."""
     names = sorted(module.name for module in pkgutil.iter_modules(folder.__path__))
     return [name for name in names if _component(folder, name, makes) is not None]
 
 
 def resolve(folder: ModuleType, name: str, makes: type) -> Callable:
-    """The component of a name: ``NAME`` of a folder, or one's own ``package.module:attribute``.
+    """The component with a name: ``NAME`` in a folder, or the user's ``package.module:attribute``.
 
-    A module ``NAME.py`` defines its component as ``NAME``, whatever the case, without underscores
-    or with them: ``dit.py`` a class ``DiT``, ``nash.py`` a function ``nash``.
+    The module ``NAME.py`` defines a component of the same name. Case and underscores do not count:
+    ``dit.py`` defines the class ``DiT``, ``nash.py`` the function ``nash``.
 
     Args:
       folder: a package such as `ant_jax.mtl`.
@@ -204,7 +203,7 @@ def resolve(folder: ModuleType, name: str, makes: type) -> Callable:
       makes: what a component of the folder returns, or is a subclass of.
 
     Raises:
-      ValueError: naming the nearest known name, or what of the user's own can't be imported.
+      ValueError: with the nearest known name, or with the reason why the import failed.
     """
     if ":" in name:
         return _imported(name)
@@ -251,7 +250,7 @@ def _imported(name):
         component = importlib.import_module(module_name)
         for part in attribute.split("."):
             component = getattr(component, part)
-    # Whatever goes wrong there is a mistake in that module.
+    # Any error here is a mistake in that module.
     except Exception as error:
         kind = (
             "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "

@@ -36,28 +36,28 @@ def train(
     process: Process | None = None,
     weighting: mtl.Weighting | None = None,
 ) -> TrainState:
-    """Trains to ``config.num_steps``, from the newest checkpoint in the workdir if there is one.
+    """Trains up to step ``config.num_steps``, from the newest checkpoint in the workdir if any.
 
     Args:
       config: see ``configs/digits.py``.
-      workdir: gets ``config.json``, ``facts.json``, ``metrics.jsonl``, TensorBoard files,
-        ``samples/`` and ``checkpoints/``.
-      model: a network in place of the one that the config names. The workdir records that it was
-        given, and so for the others: to go on, give it again.
-      source: images and labels in place of those that the config names.
-      process: a noise process in place of the one that the config names.
-      weighting: a multi-task method in place of the one that the config names.
+      workdir: folder of the run. It gets ``config.json``, ``facts.json``, ``metrics.jsonl``,
+        TensorBoard files, ``samples/`` and ``checkpoints/``.
+      model: a network, instead of the one that the config names. The workdir records that you gave
+        a model: give it again to resume the run. The same holds for the next three arguments.
+      source: images and labels, instead of those that the config names.
+      process: a noise process, instead of the one that the config names.
+      weighting: a multi-task method, instead of the one that the config names.
 
     Returns:
-      The state reached: the last one, or on SIGTERM, SIGHUP or Ctrl-C the one that was saved.
+      The state after the last step. After SIGTERM, SIGHUP or Ctrl-C, the state that was saved.
 
     Raises:
-      KeyboardInterrupt: on one of these before the first step, when there is nothing to save yet,
-        or on a second one.
-      ConfigError: for impossible settings, or a workdir of another config.
+      KeyboardInterrupt: after such a signal before the first step, when there is nothing to save,
+        or after a second signal.
+      ConfigError: if a setting is impossible, or the workdir has a run of another config.
       InUseError: if another run trains in the workdir.
-      FloatingPointError: at the first loss or gradient that is not finite, or, where
-        ``config.optimizer.nonfinite`` skips them, at the tenth in a row since the start.
+      FloatingPointError: at the first loss or gradient that is not finite. With
+        ``config.optimizer.nonfinite = "skip"``, at the tenth in a row.
     """
     workdir = Path(workdir)
     config_lib.validate(config)
@@ -66,7 +66,7 @@ def train(
     given = workdir_lib.names_of(built if source is None else built | {"source": source})
     if source is None:
         source = dataset.open_data(config)
-    # Process 0's: another may see the disk a little later.
+    # Process 0 reads for all, because another may see the disk a little later.
     before = processes.broadcast_from_first(lambda: workdir_lib.recorded(workdir))
     boundaries = None
     if before is not None:
@@ -81,7 +81,7 @@ def train(
         if processes.is_first() and workdir_lib.recorded(workdir) != before:
             raise ConfigError(f"another run has begun in {workdir} just now: start again")
         start = _start(config, workdir, setup, len(source))
-        # Until here a start can be refused, and so nothing but the lock is written before.
+        # All checks are done: until here nothing but the lock is written.
         run = (before or {}).get("id") or uuid.uuid4().hex
         record = workdir_lib.save_record(run, config, given, setup, source, workdir)
         with _hooks(config, workdir, source, setup, start, record, check_alone) as on:
@@ -89,7 +89,7 @@ def train(
 
 
 def _found(setup, source, given):
-    """What each of several processes finds for itself, which must be the same."""
+    """What must be equal in all processes."""
     devices = jax.local_devices()
     return {
         "devices of a process": len(devices),
@@ -103,11 +103,11 @@ class _Start(NamedTuple):
     """Where training starts.
 
     Attributes:
-      step: the last one that is done.
-      state: after it.
+      step: number of steps done.
+      state: the state after them.
       take_step: ``(state, batch) -> (state, metrics)``.
-      kept: what the checkpoint says of the steps since the last report.
-      restored: whether it is that of a checkpoint.
+      kept: measurements of the steps since the last report, from the checkpoint.
+      restored: whether the state comes from a checkpoint.
     """
 
     step: int
@@ -118,7 +118,7 @@ class _Start(NamedTuple):
 
 
 def _start(config, workdir, setup, num_images):
-    """Begins or restores; writes nothing, so that what can't be read is an error at once."""
+    """Makes a new state or restores one; writes nothing."""
     directory = (workdir / "checkpoints").absolute()
     steps = processes.broadcast_from_first(lambda: checkpoint.checkpoint_steps(directory))
     params = None if steps else init_from.initial_params(config, setup)
@@ -130,14 +130,14 @@ def _start(config, workdir, setup, num_images):
     _look_ahead(config)
     restored = workdir_lib.restore(config, setup, workdir)
     if restored is None:
-        # On the devices from now on; no name keeps the host's copy as long as the training.
+        # The state moves to the devices; no variable keeps the copy on the host.
         step, state = 0, compiled_step.new_state(config, setup, params)
         _log_overview(config, setup, state, num_images)
     else:
         step, state = restored
         _log_resumed(config, workdir, step)
     record = processes.broadcast_from_first(lambda: checkpoint.read_record(directory, step))
-    # Of a checkpoint of an older version nothing is known.
+    # A checkpoint of an older version has no measurements.
     kept = record["metrics"] if record else measurements.NOTHING | {"lines": None}
     hooks.check_replicas(step, state)
     return _Start(step, state, take_step, kept, restored is not None)
@@ -149,7 +149,7 @@ def _train(config, start, on):
         on.pictures.draw(start.step, state.ema_params)
     for step in range(start.step + 1, config.num_steps + 1):
         on.profile(step)
-        # Read while the devices work on the step before; the call below sends it to them.
+        # The devices still compute the previous step while the next batch is read here.
         batch = next(on.batches, None)
         if batch is None:
             logging.info("asked to stop while waiting for data: saving step %d", step - 1)
@@ -159,20 +159,20 @@ def _train(config, start, on):
         state, metrics = start.take_step(state, batch)
         if step == start.step + 1:
             on.reports.restart_clock(start.step)
-            # From now on there is something to save.
+            # Now there is a state to save.
             on.stop.saving = True
         on.measured.add(step, metrics, replaced)
         on.saves.check()
 
         log, last = step % config.log_every == 0, step == config.num_steps
         stopping = not last and hooks.stops_here(on.stop, waits=log)
-        # Between two reports a run that stops keeps its numbers in the checkpoint.
+        # If a run stops between two reports, the checkpoint keeps its measurements.
         if log or last:
             on.reports.write(step, on.measured.report())
         if step % config.checkpoint.every == 0 or last or stopping:
             on.saves.save(step, state)
         if stopping:
-            # A picture that is due now is drawn at the next start.
+            # If a picture is due now, the next start draws it.
             logging.info("asked to stop: saving step %d, start again to go on", step)
             break
         if on.pictures.is_due(step):
@@ -195,11 +195,11 @@ class _Hooks(NamedTuple):
 
 @contextlib.contextmanager
 def _hooks(config, workdir, source, setup, start, record, check_alone):
-    """Opens what happens between the steps; closes it at the end, however that comes."""
+    """Opens the hooks; closes them at the end, also after an error."""
     checkpoints = checkpoint.Checkpointer(
         workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period, check_alone
     )
-    # A kill may have come between the save and the pruning that follows it.
+    # The last run may have been killed between saving and pruning.
     checkpoints.prune(start.step)
     writer = logs.MetricWriter(workdir, start.step, config.tensorboard, start.kept["lines"])
     batches = _batches(config, source, start.step)
@@ -249,8 +249,8 @@ def _draw(config, setup, params):
 
 
 def _look_ahead(config):
-    """Says what --mode evaluate would refuse, before the hours of training and not after."""
-    # Beside the compilation, because nothing else here needs it.
+    """Warns before training if ``--mode evaluate`` would refuse this config."""
+    # A slow import that only this needs; the step compiles meanwhile.
     from ant_jax import measuring
 
     if processes.is_first() and (config.evaluation.features or config.evaluation.split):

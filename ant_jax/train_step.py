@@ -20,7 +20,7 @@ from ant_jax.tasks import clusters
 
 
 class TrainState(NamedTuple):
-    """All that changes during training; a checkpoint is this and nothing else.
+    """All that changes during training, and all that a checkpoint stores.
 
     Attributes:
       step: int32 scalar, the number of steps taken.
@@ -43,21 +43,21 @@ class Setup(NamedTuple):
     Attributes:
       apply_fn: ``(params, x_t, t, label) -> model output``.
       process: the noise process and its loss.
-      boundaries: (k + 1,) of the tasks; may be traced. A specialist, trained on one interval alone,
-        has two, `mtl.vanilla` and the stratified draw.
+      boundaries: (k + 1,) of the tasks; may be traced. A specialist has one task: two boundaries,
+        `mtl.vanilla` and the stratified draw.
       weighting: the multi-task method.
       optimizer: turns the combined gradient into an update.
       seed: seed of the noise levels, noise and dropped labels; may be traced.
       draw: how noise levels are drawn; see `tasks.clusters.draw`.
-      timestep_order: (T,) where tasks are no intervals, otherwise None; see there.
-      form: how the k gradients are found for methods that need the Gram matrix; see `mtl.backward`.
+      timestep_order: (T,) if the tasks are not intervals, else None; see `tasks.clusters.draw`.
+      form: how the k gradients are computed for the Gram matrix; see `mtl.backward`.
         "vmap" and "scan" need the stratified draw.
-      microbatches: parts of the batch whose gradients are added up; see there.
+      microbatches: number of parts of the batch; see `mtl.backward`.
       num_classes: 0 for unconditional models; otherwise the null class of dropped labels.
       label_dropout: probability that a label becomes the null class.
       ema_decay: the average's decay, ramped up as min(ema_decay, (1 + step) / (10 + step)).
-      skip_nonfinite: whether a step whose loss or combined gradient is not finite leaves everything
-        but ``step`` as it was. The method's own state it leaves in any case.
+      skip_nonfinite: whether a step changes nothing but ``step`` if its loss or combined gradient
+        is not finite. Such a step never changes the state of the method.
     """
 
     apply_fn: Callable[..., jax.Array]
@@ -99,10 +99,10 @@ def train_step(
     setup: Setup,
     axis_name: str | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One training step on this device's part of the batch.
+    """One training step on the examples of this device.
 
-    Every random draw is a function of the seed, the step and the global example index, so the run
-    does not depend on the number of devices and a resumed run is the same run.
+    Every random draw is a function of the seed, the step and the global example index. So the
+    result does not depend on the number of devices, and a resumed run is the same run.
 
     Args:
       state: the state; the same on all devices.
@@ -120,7 +120,7 @@ def train_step(
       ``smallest_cosine`` of them, and ``conflict``, 1 where it is negative and else 0.
 
     Raises:
-      ValueError: for unknown settings, or a batch that can't be split as they ask.
+      ValueError: if a setting is unknown, or the batch can't be split into tasks and microbatches.
     """
     batch_size = batch["image"].shape[0]
     check_step(
@@ -172,7 +172,7 @@ def check_step(
     microbatches: int,
     weighting: mtl.Weighting,
 ) -> None:
-    """Raises a ValueError if a per-device batch of ``batch_size`` can't be trained on like this."""
+    """Raises a ValueError if settings exclude each other or don't fit the per-device batch size."""
     if draw not in clusters.DRAWS:
         raise ValueError(f"draw must be one of {clusters.DRAWS}, got {draw!r}")
     if form not in FORMS:

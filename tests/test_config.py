@@ -348,7 +348,7 @@ def test_a_tilde_is_the_home_in_every_path(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", OPENERS)
 @pytest.mark.parametrize("path", ["~nobody-of-that-name/x", "a\0b"])
 def test_a_path_that_can_be_none_is_refused(name, path):
-    with pytest.raises(config_lib.ConfigError, match=f"config.{name} must be a path, .* got "):
+    with pytest.raises(config_lib.ConfigError, match=f"config.{name} must be a path; .* got "):
         config_lib.validate(changed(**EVERY[name] | {name.replace(".", "__"): path}))
 
 
@@ -689,6 +689,6 @@ def test_a_setting_of_the_same_name_is_not_carried_over_where_it_means_something
 def test_a_name_that_is_assigned_alone_is_told_how_to_change_a_component():
     config = digits.get_config()
     config.model.name = "unet"
-    words = "unknown setting config.model.depth; it is of another model.name: ant_jax.config.update"
+    words = "config.model.depth; it belongs to another model.name: ant_jax.config.update"
     with pytest.raises(config_lib.ConfigError, match=words):
         config_lib.validate(config)
