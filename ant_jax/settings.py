@@ -13,6 +13,8 @@ import difflib
 import enum
 import importlib
 import inspect
+import math
+import numbers
 import os
 import pkgutil
 import re
@@ -58,6 +60,14 @@ def Integer(low: int = -LARGEST_COUNT, high: int = LARGEST_COUNT) -> Check:
         lambda value: low <= value <= high,
         words + (f" and <= {high}" if high < LARGEST_COUNT else ""),
     )
+
+
+def check_integer(name: str, value: Any, low: int, high: float = math.inf) -> None:
+    """Raises a ValueError unless a value is an integer, NumPy's included, in low .. high."""
+    check = Integer(low, high)
+    integer = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not integer or not check.holds(value):
+        raise ValueError(f"{name} must be {check.allowed}, got {value!r}")
 
 
 def Number(low: float = -_LARGEST, high: float = _LARGEST, *, above: float | None = None) -> Check:

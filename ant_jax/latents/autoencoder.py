@@ -120,17 +120,21 @@ class Autoencoder(nn.Module):
     def setup(self) -> None:
         """Makes the four parts."""
         attends = tuple(2**i in self.attention_factors for i in range(len(self.multipliers)))
-        shared = (
-            *(self.width, self.multipliers, self.blocks, self.dtype),
-            *(attends, self.middle_attention),
+        half = dict(
+            width=self.width,
+            multipliers=self.multipliers,
+            blocks=self.blocks,
+            dtype=self.dtype,
+            attends=attends,
+            middle_attention=self.middle_attention,
         )
         inner = self.inner_channels or self.latent_channels
         # Means and logarithms of variances.
         kinds = 1 if self.codebook else 2
-        self.encoder = _Encoder(*shared, kinds * inner)
+        self.encoder = _Encoder(**half, outputs=kinds * inner)
         self.quant_conv = nn.Dense(kinds * self.latent_channels, dtype=self.dtype)
         self.post_quant_conv = nn.Dense(inner, dtype=self.dtype)
-        self.decoder = _Decoder(*shared, self.channels)
+        self.decoder = _Decoder(**half, outputs=self.channels)
         if self.codebook:
             scale = 1 / self.codebook
             uniform = lambda key, shape: jax.random.uniform(key, shape, minval=-scale, maxval=scale)
@@ -173,8 +177,8 @@ class Autoencoder(nn.Module):
         return self.embedding[jnp.argmin(squares - 2 * products, axis=-1)]
 
 
-class _Encoder(nn.Module):
-    """Images to numbers at the resolution of the latent."""
+class _Half(nn.Module):
+    """The fields of an encoder or a decoder; `outputs` is its number of output channels."""
 
     width: int
     multipliers: tuple[int, ...]
@@ -182,7 +186,11 @@ class _Encoder(nn.Module):
     dtype: Any
     attends: tuple[bool, ...]
     middle_attention: bool
-    numbers: int
+    outputs: int
+
+
+class _Encoder(_Half):
+    """Images to numbers at the resolution of the latent."""
 
     @nn.compact
     def __call__(self, x):
@@ -200,19 +208,11 @@ class _Encoder(nn.Module):
                 x = down(x.shape[-1], name=f"down_{level}_downsample")(x)
         x = _middle(x, self.dtype, self.middle_attention)
         x = nn.silu(_GroupNorm(name="norm_out")(x)).astype(self.dtype)
-        return conv(self.numbers, name="conv_out")(x)
+        return conv(self.outputs, name="conv_out")(x)
 
 
-class _Decoder(nn.Module):
+class _Decoder(_Half):
     """Latents to images."""
-
-    width: int
-    multipliers: tuple[int, ...]
-    blocks: int
-    dtype: Any
-    attends: tuple[bool, ...]
-    middle_attention: bool
-    channels: int
 
     @nn.compact
     def __call__(self, x):
@@ -229,7 +229,7 @@ class _Decoder(nn.Module):
                 x = x.repeat(2, axis=1).repeat(2, axis=2)
                 x = conv(features, name=f"up_{level}_upsample")(x)
         x = nn.silu(_GroupNorm(name="norm_out")(x)).astype(self.dtype)
-        return conv(self.channels, name="conv_out")(x)
+        return conv(self.outputs, name="conv_out")(x)
 
 
 def _middle(x, dtype, attends):

@@ -19,6 +19,7 @@ import numpy as np
 
 from ant_jax.data.source import Example, Source, UnreadableImageError
 from ant_jax.runtime.files import partial_beside, write_bytes
+from ant_jax.settings import check_integer
 
 _INFO = "latents.json"
 _SHARD_NAME = re.compile(r"[0-9]{5,}\.array_record")
@@ -151,19 +152,17 @@ def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
 
 
 def _checked(info):
-    """What a description says, if it can be."""
-    number = lambda value, low: type(value) is int and value >= low
-    allowed = {
-        "image_size": number(info.image_size, 1),
-        "shape": len(info.shape) == 3 and all(number(size, 1) for size in info.shape),
-        "parts": info.parts in (1, 2),
-        "num_images": number(info.num_images, 1),
-        "num_classes": number(info.num_classes, 0),
-        "std": type(info.std) in (int, float) and 0 < info.std < math.inf,
-    }
-    for name, fits in allowed.items():
-        if not fits:
-            raise ValueError(f"{name!r} can't be {getattr(info, name)!r}")
+    """The description, if its values are possible ones."""
+    check_integer("image_size", info.image_size, 1)
+    check_integer("num_images", info.num_images, 1)
+    check_integer("num_classes", info.num_classes, 0)
+    check_integer("parts", info.parts, 1, 2)
+    if len(info.shape) != 3:
+        raise ValueError(f"shape must be three integers, got {info.shape!r}")
+    for size in info.shape:
+        check_integer("shape", size, 1)
+    if type(info.std) not in (int, float) or not 0 < info.std < math.inf:
+        raise ValueError(f"std must be a number > 0, got {info.std!r}")
     return info._replace(shape=tuple(info.shape))
 
 

@@ -202,9 +202,9 @@ def test_memory_does_not_hold_all_gradients():
         ({"timesteps": [-1, 0]}, r"timesteps must be in \[0, 100\)"),
         ({"timesteps": [0.0, 1.0]}, "timesteps must be integers"),
         ({"timesteps": []}, "timesteps must be integers"),
-        ({"sketch_size": 0}, "sketch_size must be an integer of at least 1"),
+        ({"sketch_size": 0}, "sketch_size must be an integer >= 1"),
         ({"microbatch": 3}, "microbatch must divide the 4 images, not be 3"),
-        ({"microbatch": 0}, "microbatch must be an integer of at least 1"),
+        ({"microbatch": 0}, "microbatch must be an integer >= 1"),
     ],
 )
 def test_impossible_measurements(settings, message):

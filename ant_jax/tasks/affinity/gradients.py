@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.diffusion import Process
-from ant_jax.tasks.affinity.matrix import check_integer
+from ant_jax.settings import check_integer
 
 SKETCH_SIZE = 2**17
 
@@ -75,9 +75,9 @@ def task_affinity(
     if timesteps.min() < 0 or timesteps.max() >= diffusion.span:
         raise ValueError(f"timesteps must be in [0, {diffusion.span}), not {timesteps!r}.")
     if sketch_size is not None:
-        check_integer("sketch_size", sketch_size)
+        check_integer("sketch_size", sketch_size, 1)
     if microbatch is not None:
-        check_integer("microbatch", microbatch)
+        check_integer("microbatch", microbatch, 1)
         if len(x0) % microbatch:
             raise ValueError(f"microbatch must divide the {len(x0)} images, not be {microbatch}.")
     gram = _gram(

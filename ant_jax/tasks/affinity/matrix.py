@@ -8,6 +8,8 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from ant_jax.settings import check_integer
+
 
 class GapProfile(NamedTuple):
     """Affinity by the gap between two tasks; all arrays (b,), one entry for each nonempty bin.
@@ -38,8 +40,8 @@ def timestep_grid(num_timesteps: int, n: int) -> np.ndarray:
     Raises:
       ValueError: If an argument is not an integer as described.
     """
-    check_integer("num_timesteps", num_timesteps)
-    check_integer("n", n)
+    check_integer("num_timesteps", num_timesteps, 1)
+    check_integer("n", n, 1)
     if n > num_timesteps:
         raise ValueError(f"n must be at most the number of timesteps {num_timesteps}, not {n}.")
     if n == 1:
@@ -170,7 +172,7 @@ def affinity_by_gap(affinity: np.ndarray, positions: np.ndarray, bins: int = 20)
     Raises:
       ValueError: If an argument is not as described or not finite.
     """
-    check_integer("bins", bins)
+    check_integer("bins", bins, 1)
     values, gaps = _pairs(affinity, positions)
     width = gaps.max() / bins
     if not width:
@@ -221,7 +223,7 @@ def _pairs(affinity, positions):
 
 
 def _check_grid(affinity, timesteps, num_timesteps):
-    check_integer("num_timesteps", num_timesteps)
+    check_integer("num_timesteps", num_timesteps, 1)
     affinity, timesteps = _square(affinity), np.asarray(timesteps)
     n = len(affinity)
     if timesteps.shape != (n,) or timesteps.dtype.kind not in "iu":
@@ -253,9 +255,3 @@ def _square(affinity):
     if not np.isfinite(affinity).all():
         raise ValueError("affinity must be finite.")
     return affinity
-
-
-def check_integer(name: str, value: object) -> None:
-    """Raises ValueError if a value is not an integer of at least 1."""
-    if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}.")
