@@ -1,4 +1,4 @@
-"""What a config's network learns from: images or their latents."""
+"""Opens the data of a config: images or their latents."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,17 +19,18 @@ from ant_jax.runtime.files import user_path
 
 
 def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
-    """What the model learns from: the training images or their latents, or those of another split.
+    """The data that the network is trained on, images or latents; of the training split by default.
 
     Raises:
-      ConfigError: naming the setting, if they can't be opened, or are latents of something else.
+      ConfigError: naming the setting, if the data can't be opened, or if the latents were made with
+        other settings.
     """
     split = config.data.split if split is None else split
     return open_latents(config, split) if config.autoencoder.name else open_images(config, split)
 
 
 def latents_folder(config: ConfigDict, split: str) -> Path:
-    """Where the latents of a split are."""
+    """The folder of the latents of a split."""
     return user_path(config.autoencoder.latents) / (quote(split, safe="") or "_")
 
 
@@ -40,7 +41,7 @@ def open_latents(config: ConfigDict, split: str) -> LatentSource:
     try:
         source = latents(directory, settings.scale)
     except (ValueError, FileNotFoundError) as error:
-        # Encoding makes the latents of one split.
+        # --mode encode makes the latents of one split.
         hint = "" if split == config.data.split else f" with config.data.split = {split!r}"
         raise ConfigError(
             f"config.autoencoder.latents = {settings.latents!r}: {error}{hint}"
@@ -63,7 +64,7 @@ def open_latents(config: ConfigDict, split: str) -> LatentSource:
     if not 0.5 < std < 2:
         logging.warning(
             "config.autoencoder.scale = %g gives the latents a standard deviation of %.2g; "
-            "%.3g would make it 1, for which noise schedules are made",
+            "%.3g would make it 1, which noise schedules assume",
             settings.scale,
             std,
             1 / info.std,
@@ -72,7 +73,7 @@ def open_latents(config: ConfigDict, split: str) -> LatentSource:
 
 
 def pipeline_settings(config: ConfigDict) -> dict[str, Any]:
-    """How `data.batches` makes what the model sees of what `open_data` gives."""
+    """The arguments of `data.batches` for a source of `open_data`."""
     settings = config.data
     if config.autoencoder.name:
         return {"replace_unreadable": settings.replace_unreadable}
@@ -84,10 +85,10 @@ def pipeline_settings(config: ConfigDict) -> dict[str, Any]:
 
 
 def open_images(config: ConfigDict, split: str) -> data.Source:
-    """The images of a split, pixels whether or not the model learns from latents.
+    """The images of a split, even if the network is trained on latents.
 
     Raises:
-      ConfigError: naming the setting, if they can't be opened.
+      ConfigError: naming the setting, if the images can't be opened.
     """
     settings = config.data
     try:
@@ -106,13 +107,13 @@ def open_images(config: ConfigDict, split: str) -> data.Source:
 
 
 def source_name(config: ConfigDict) -> str:
-    """The source that a config names, with its builder where it has one."""
+    """The name of a config's source, followed by its builder if it has one."""
     settings = config.data
     return f"{settings.name}:{settings.builder}" if "builder" in settings else settings.name
 
 
 def open_codec(config: ConfigDict) -> Codec:
-    """The autoencoder of a config; read once.
+    """The autoencoder of a config; cached.
 
     Raises:
       ConfigError: if its weights can't be read or are those of another network.
@@ -126,7 +127,7 @@ def open_codec(config: ConfigDict) -> Codec:
 
 
 def decoder(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
-    """From what the network draws to uint8 images; None where that is pixels.
+    """The function that decodes samples to uint8 images; None for diffusion in pixels.
 
     Raises:
       ConfigError: if the autoencoder's weights can't be used.
@@ -141,10 +142,10 @@ def decoder(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:
 
 
 def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
-    """(h, w, c) of the latent of an image of ``config.data.image_size``.
+    """The shape (h, w, c) of the latent of an image of ``config.data.image_size``.
 
     Raises:
-      ConfigError: if the autoencoder can't make one of it.
+      ConfigError: if the autoencoder can't encode images of this size.
     """
     try:
         return codec_lib.latent_shape(config.autoencoder.name, config.data.image_size)
@@ -153,13 +154,13 @@ def latent_shape(config: ConfigDict) -> tuple[int, int, int]:
 
 
 def images(config: ConfigDict, split: str, num: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first images or latents of a fixed shuffle of a split, or all if there are fewer.
+    """The first `num` images or latents of a fixed shuffle of a split, or all if there are fewer.
 
     Returns:
-      float32 (num, H, W, C), in [-1, 1] if they are pixels, and int32 labels (num,).
+      float32 (num, H, W, C), in [-1, 1] for pixels, and int32 labels (num,).
 
     Raises:
-      ConfigError: naming the setting, if they can't be opened.
+      ConfigError: naming the setting, if the data can't be opened.
     """
     source = open_data(config, split)
     batches = data.batches(

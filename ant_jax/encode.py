@@ -1,4 +1,4 @@
-"""Latents of a data set, made once before training."""
+"""Encodes a data set into latents, once before training."""
 
 import contextlib
 import itertools
@@ -22,22 +22,25 @@ from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.runtime.progress import with_time_left
 
-# Images of a shard: what a kill can cost, and 33 MB of KL-f8 latents of 256 x 256 pixels.
+# Images per shard. A kill loses at most one shard: 33 MB for KL-f8 and images of 256 x 256 pixels.
 _SHARD = 1024
-# A fixed shuffle: the trainer draws an order of its own.
+# A fixed shuffle: the trainer shuffles the latents again.
 _ORDER_SEED = 0
 
 
 def encode(config: ConfigDict) -> Path:
-    """Encodes the images of ``config.data`` and their mirror images; goes on where it was stopped.
+    """Encodes the images of ``config.data`` and their mirror images.
 
-    Several processes share the shards.
+    If the folder has shards of an earlier call, only the missing shards are made. Several processes
+    divide the shards among themselves.
 
     Returns:
-      The folder of the latents, ``config.autoencoder.latents`` and the split.
+      The folder of the latents: ``config.autoencoder.latents``, then the split.
 
     Raises:
-      ConfigError: for impossible settings, or a folder that was begun with others or is damaged.
+      ConfigError: if settings don't match each other, or if the folder is damaged or was started
+        with other settings.
+      InUseError: if another job encodes into the same folder.
       OSError: if a shard cannot be written.
     """
     config_lib.validate(config)
@@ -81,7 +84,7 @@ def _encode(config, source, codec, directory, shape):
         for shard in missing:
             path = shard_path(directory, shard)
             if not processes.wait_for_file(path):
-                raise OSError(f"{path} was made by another process and is not on this disk")
+                raise OSError(f"another process made {path}, but it does not appear on this disk")
         info = LatentInfo(
             autoencoder=settings.name,
             digest=codec.encoder_digest,
@@ -113,13 +116,13 @@ def _encode(config, source, codec, directory, shape):
 
 
 def _share(shards):
-    """This process's part of the shards to make: neighbours, which are read as one stream."""
+    """The contiguous part of the missing shards that this process makes."""
     process, count = jax.process_index(), jax.process_count()
     return shards[len(shards) * process // count : len(shards) * (process + 1) // count]
 
 
 def _plan(config, directory, codec, num_images):
-    """The shards that are missing, in a folder that was not begun with other settings."""
+    """The missing shards of a folder; checks that it was started with the same settings."""
     plan = {
         "autoencoder.name": config.autoencoder.name,
         "digest of the encoder": codec.encoder_digest,
@@ -135,11 +138,11 @@ def _plan(config, directory, codec, num_images):
     if path.is_file():
         try:
             before = {"data.exif": "ignore"} | json.loads(path.read_text())
-        # Lists in lists without end are a RecursionError.
+        # Deeply nested JSON raises a RecursionError.
         except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
-                f"{path} is damaged, and with it what the latents beside it are: {error}. Choose "
-                "another config.autoencoder.latents"
+                f"{path} is damaged, so the settings of its latents are unknown: {error}. "
+                "Choose another config.autoencoder.latents"
             ) from error
         differing = [
             f"{name}: {before.get(name)!r} there, {value!r} now"
@@ -148,7 +151,7 @@ def _plan(config, directory, codec, num_images):
         ]
         if differing:
             raise ConfigError(
-                f"the latents in {directory} were begun with other settings: "
+                f"the latents in {directory} were started with other settings: "
                 f"{'; '.join(differing)}. Choose another config.autoencoder.latents"
             )
     else:
@@ -158,7 +161,7 @@ def _plan(config, directory, codec, num_images):
 
 
 def _encode_shards(config, source, codec, directory, shards):
-    # Each run of neighbouring shards is read as one stream.
+    # Each run of consecutive shards is read as one stream.
     for _, run in itertools.groupby(enumerate(shards), lambda pair: pair[1] - pair[0]):
         run = [shard for _, shard in run]
         total = sum(_images_in(shard, source) for shard in run)
@@ -174,7 +177,7 @@ def _images_in(shard, source):
 
 
 def _rows(batches, source, first):
-    """Numbers and label of each image from the `first` in the order of encoding."""
+    """The array and the label of each image, from position `first` in the encoding order."""
     position = first
     for means, stds, labels in batches:
         for i, label in enumerate(labels):
@@ -183,7 +186,7 @@ def _rows(batches, source, first):
             except FloatingPointError as error:
                 index = epoch_order(len(source), _ORDER_SEED, 0)[position]
                 raise FloatingPointError(
-                    f"example {index} of {source!r}: {error}: are config.autoencoder.weights those "
+                    f"example {index} of {source!r}: {error}. Are config.autoencoder.weights those "
                     "of a trained autoencoder?"
                 ) from error
             yield numbers, label
@@ -209,13 +212,13 @@ def _encoded(config, source, codec, first_shard, total) -> Iterator:
             batch = next(batches)
             keep = min(batch_size, total - first)
             replaced += int(batch.get("replaced", np.zeros(0))[:keep].sum())
-            # Fetched while the next batch is on the device.
+            # Fetches a batch while the device encodes the next.
             before, pending = pending, (_start(codec, batch["image"]), batch["label"][:keep])
             if before is not None:
                 yield _fetch(codec, *before)
     yield _fetch(codec, *pending)
     if replaced:
-        logging.warning("%d unreadable images were replaced by the next ones", replaced)
+        logging.warning("%d unreadable images were replaced by the next readable image", replaced)
 
 
 def _start(codec, images):

@@ -1,8 +1,8 @@
 """Images: sources, crops and the deterministic input pipeline.
 
 A source is a file of this folder, ``NAME.py``, with a function ``NAME(split, **settings)`` that
-returns a `Source`; its typed arguments are the settings (see `ant_jax.settings`). One's own is
-``package.module:attribute``, or an object that is given from Python::
+returns a `Source`. Its typed arguments are the settings (see `ant_jax.settings`). A source of your
+own is named ``package.module:attribute``, or you pass the object from Python::
 
   class Squares(data.Source):
       name, image_shape, num_classes = "squares", (8, 8, 1), 2
@@ -14,7 +14,7 @@ returns a `Source`; its typed arguments are the settings (see `ant_jax.settings`
           label = np.int32(index % 2)
           return {"image": np.full((8, 8, 1), 255 * label, np.uint8), "label": label}
 
-Images that are NumPy arrays already are ``data.ArraySource(images, labels)``.
+For images that are NumPy arrays, use ``data.ArraySource(images, labels)``.
 """
 
 from ant_jax.data.arrays import ArraySource, arrays

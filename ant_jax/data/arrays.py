@@ -16,9 +16,9 @@ class ArraySource(Source):
 
     Attributes:
       images: uint8 (n, height, width, channels).
-      labels: Integers (n,) from 0; None where the images have none.
-      name: What messages call it.
-      num_classes: Number of labels; by default one more than the largest label.
+      labels: Integers (n,) from 0; None if the images have no labels.
+      name: Name of the source in messages.
+      num_classes: Number of classes; by default one more than the largest label.
 
     Raises:
       ValueError: If the arrays have other types or shapes, or a label is out of range.
@@ -39,7 +39,7 @@ class ArraySource(Source):
         labels = np.zeros(len(images), np.int32) if labels is None else np.asarray(labels)
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(images),):
             raise ValueError(
-                f"labels of {self.name} must be {len(images)} integers, one an image, got "
+                f"labels of {self.name} must be {len(images)} integers, one for each image, got "
                 f"{labels.dtype} {labels.shape}"
             )
         num_classes = self.num_classes
@@ -72,36 +72,37 @@ class ArraySource(Source):
 
 
 def arrays(split: str = "train", file: Annotated[Path, Affects.NOTHING] = "") -> ArraySource:
-    """Opens an .npz file of images and reads a split into memory.
+    """Reads one split of an .npz file of images into memory.
 
     Args:
-      split: The file has the images of split "train" as "train_images", uint8 (n, height, width,
-        channels) or (n, height, width), and, where they have labels, "train_labels", integers (n,)
-        or (n, 1), as the files of MedMNIST do; those of split "" as "images" and "labels".
-      file: The file.
+      split: Which arrays to read. Split "train" is the arrays "train_images", uint8 (n, height,
+        width, channels) or (n, height, width), and, optional, "train_labels", integers (n,) or
+        (n, 1), as in the files of MedMNIST. Split "" is the arrays "images" and "labels".
+      file: Path of the .npz file.
 
     Returns:
       The source.
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If it is damaged, has no such split, or the arrays are no images and labels.
+      ValueError: If the path is empty, the file is damaged or lacks the split, or its arrays are
+        not images and labels as above.
     """
     if not file:
-        raise ValueError("arrays need the path of their .npz file")
+        raise ValueError("set file to the path of an .npz file")
     try:
         with np.load(user_path(file), allow_pickle=False) as stored:
             found = {name: stored[name] for name in _names(split) if name in stored}
             others = list(stored)
     except FileNotFoundError:
         raise
-    # Damaged bytes surface as almost any type of error.
+    # Damaged bytes can raise almost any type of error.
     except Exception as error:
-        raise ValueError(f"{file} is damaged, or no .npz file of arrays: {error}") from error
+        raise ValueError(f"{file} is damaged, or not an .npz file of arrays: {error}") from error
     images, labels = map(found.get, _names(split))
     if images is None:
         raise ValueError(
-            f"{file} has no array {_names(split)[0]!r}; it has {', '.join(others) or 'none'}"
+            f"{file} has no array {_names(split)[0]!r}, only: {', '.join(others) or 'none'}"
         )
     if images.ndim == 3:
         images = images[..., None]

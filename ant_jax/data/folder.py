@@ -1,4 +1,4 @@
-"""A folder of JPEG, PNG or WebP images, with or without a subfolder for each class."""
+"""A folder of JPEG, PNG or WebP images, with or without a subfolder per class."""
 
 import contextlib
 import dataclasses
@@ -17,15 +17,15 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource(Source):
-    """Image files that are read when they are asked for.
+    """Image files, read on access.
 
     Attributes:
-      name: The folder, as error messages call it.
+      name: The folder; its name in messages.
       paths: bytes (n,), the files' paths relative to the folder, sorted. An array of bytes takes a
-        third of the memory of as many strings, in each of the workers.
-      labels: int32 (n,), the index of the file's class; all 0 without classes.
+        third of the memory of as many strings, in each worker.
+      labels: int32 (n,), the index of each file's class; all 0 without classes.
       classes: Names of the class folders, sorted; empty without classes.
-      exif: Whether the orientation that a camera noted is looked at: "ignore" or "apply".
+      exif: "apply" applies the orientation in the EXIF metadata; "ignore" does not.
     """
 
     name: str
@@ -50,19 +50,18 @@ class FolderSource(Source):
     def __getitem__(self, index: int) -> Example:
         """Decodes an image; see `Source`.
 
-        Grey images become RGB, an alpha channel is dropped, so that the colour below it shows, and
-        the orientation that a camera noted is not looked at: all as in ADM, so that statistics
-        compare. Only the orientation can be had otherwise, by `exif`.
+        As in ADM, so that statistics are comparable: grey images become RGB, an alpha channel is
+        dropped without blending, and the EXIF orientation is ignored, unless `exif` is "apply".
 
         Raises:
-          UnreadableImageError: If the file is not a whole image of 8 bits a channel, or has more
+          UnreadableImageError: If the file is not a complete image of 8 bits a channel, or has more
             pixels than `decoding.MAX_PIXELS`.
         """
         path = os.path.join(self.name, os.fsdecode(bytes(self.paths[index])))
         try:
             with open_regular(path) as file:
                 image = decode(file, exif=self.exif)
-        # Damaged bytes surface as almost any type of error.
+        # Damaged bytes can raise almost any type of error.
         except Exception as error:
             raise UnreadableImageError(f"{path}: {error}") from error
         return {"image": image, "label": self.labels[index]}
@@ -79,34 +78,34 @@ def folder(
 ) -> FolderSource:
     """Opens a folder of images.
 
-    If images lie in subfolders, at any depth, each subfolder of the folder is a class; if they all
-    lie in the folder itself, there are no classes. Files of other kinds, and files and folders
-    whose name begins with a dot, are passed over. Links are followed, but a folder counts once in
-    its class, and the folders above never.
+    If the images are in subfolders, at any depth, each direct subfolder is a class. If all images
+    are in the folder itself, there are no classes. Other kinds of files, and files and folders
+    whose name begins with a dot, are skipped. Links are followed, but no folder counts twice in a
+    class, and links to the folder itself or to a folder above it are skipped.
 
     Args:
-      split: Name of a subfolder that holds the images of the split, as in DIR/train/CLASS/*.jpg;
-        "" for all images of the folder.
-      dir: The folder.
-      exif: "ignore" leaves images as they are stored, as ADM does, so that statistics compare;
-        "apply" turns them as the camera noted that they are to be shown.
+      split: Subfolder with the images of the split, as in DIR/train/CLASS/*.jpg; "" for all images
+        of the folder.
+      dir: Path of the folder.
+      exif: "ignore" leaves images as they are stored, as ADM does, so that statistics are
+        comparable; "apply" applies the orientation in the EXIF metadata.
 
     Returns:
-      The source; files and classes are in the order of their names.
+      The source; files and classes are sorted by name.
 
     Raises:
-      FileNotFoundError: If there is no such folder.
+      FileNotFoundError: If the folder does not exist.
       OSError: If a folder below it cannot be read.
-      ValueError: If there is no image in it or in one of its classes, if some images lie beside
-        the class folders, or if exif is unknown.
+      ValueError: If the path is empty, if the folder or one of its classes has no image, if there
+        are images beside the class folders, or if exif is unknown.
     """
     if not dir:
-        raise ValueError("a folder of images needs its path")
+        raise ValueError("set dir to the path of a folder of images")
     if exif not in get_args(Exif):
         raise ValueError(f"unknown exif {exif!r}; use one of {', '.join(get_args(Exif))}")
     root = user_path(dir) / split
     if not root.is_dir():
-        hint = "; use split '' if the images have no folder for the split" if split else ""
+        hint = "; set split = '' if the folder has no subfolder for the split" if split else ""
         raise FileNotFoundError(f"no folder {root}{hint}")
     top, loose = _list(root)
     classes = [name for name in top if not name.startswith(".")]
@@ -119,25 +118,25 @@ def folder(
     if loose:
         raise ValueError(
             f"{root} has both images ({loose[0]}, ...) and folders of images ({classes[0]}, ...): "
-            "move the former into a class folder, or all into one folder"
+            "move the images into a class folder, or move all images into one folder"
         )
     empty = [name for name, paths in zip(classes, found, strict=True) if not paths]
     if empty:
-        raise ValueError(f"{root}: no image in the class folder(s) {', '.join(empty[:5])}")
+        raise ValueError(f"{root} has class folders without an image: {', '.join(empty[:5])}")
     return _source(root, found, tuple(classes), exif)
 
 
 def _source(root, groups, classes, exif):
     paths = [path for group in groups for path in group]
     if not paths:
-        raise ValueError(f"{root} has no image; looked for {', '.join(_SUFFIXES)}")
+        raise ValueError(f"{root} has no image with the suffix {', '.join(_SUFFIXES)}")
     labels = np.repeat(np.arange(len(groups), dtype=np.int32), [len(group) for group in groups])
     names = np.array([os.fsencode(path) for path in paths])
     return FolderSource(str(root), names, labels, classes, exif)
 
 
 def _images_below(root, name, above):
-    """Paths of the images of a class relative to the root, sorted."""
+    """Paths of the images of a class, relative to the root, sorted."""
     paths, seen, to_visit = [], set(above), [name]
     while to_visit:
         relative = to_visit.pop()
@@ -146,7 +145,7 @@ def _images_below(root, name, above):
             continue
         seen.add(identity)
         folders, images = _list(root / relative)
-        # The first of several links to a folder counts, in the order of their names.
+        # Of several links to a folder, the first by name counts.
         to_visit += [
             os.path.join(relative, each) for each in reversed(folders) if not each.startswith(".")
         ]
@@ -160,14 +159,14 @@ def _identity(place):
 
 
 def _list(place):
-    """Names of the folders and of the images in a folder, sorted."""
+    """Names of the subfolders and of the images of a folder, sorted."""
     folders, images = [], []
     with os.scandir(place) as entries:
         for entry in entries:
             if _is(entry.is_dir):
                 folders.append(entry.name)
             elif _is_image(entry.name) and (
-                # A link to a file that is gone is an image that can't be read, not none at all.
+                # A broken link counts as an image, so that it is reported as unreadable.
                 _is(entry.is_file) or not os.path.exists(entry.path)
             ):
                 images.append(entry.name)
@@ -175,7 +174,7 @@ def _list(place):
 
 
 def _is(test):
-    # A link to itself is neither a file nor a folder.
+    # A link to itself raises an error; it is neither a file nor a folder.
     with contextlib.suppress(OSError):
         return test()
     return False

@@ -1,8 +1,8 @@
 """Batches as a function of (seed, step, global example index).
 
-Element n = step * batch_size + j of one endless stream is example j of the global batch of a step.
-Which image it is, and how it is cropped and flipped, depends on the seed and n alone. Hence
-a resumed run, and a run on another number of hosts or workers, sees the same data.
+Example j of the global batch of a step is element n = step * batch_size + j of one infinite stream.
+Which image it is, and how it is cropped and flipped, depends only on the seed and n. So a resumed
+run, and a run on another number of hosts or workers, sees the same data.
 """
 
 import functools
@@ -15,21 +15,21 @@ from absl import logging
 from ant_jax.data import transforms
 from ant_jax.data.readers import Batch, ProcessReader, Reader, ThreadReader, pickled
 from ant_jax.data.source import Example, ExampleError, Source, UnreadableImageError
-from ant_jax.settings import Affects, Integer, PerProcess
+from ant_jax.settings import Affects, Integer, PerProcess, check_integer
 
 Crop = Literal["none", "center", "random"]
-# So many unreadable images in a row are no accident.
+# More unreadable images in a row mean that the data set itself is broken.
 _REPLACEMENTS = 100
 
-# Keep the stream that orders the images apart from the one that crops and flips them.
+# The random numbers that order the images are independent of those that crop and flip them.
 _ORDER, _AUGMENT = 0, 1
 
-# Batches that each process makes ahead of time: one is ready while the next is being made.
+# Batches that each worker prepares ahead of time: one is ready while it prepares the next.
 _AHEAD = 2
-_LOOK_SECONDS = 0.2  # between looks at whether to go on waiting
-_WARN_SECONDS = 60  # of waiting until the first warning; each further one comes after twice as many
-_STOPPED_SECONDS = 600  # that a process may be stopped while it is waited for
-_UNHEARD_SECONDS = 30  # that one of several hosts waits on when it is asked to stop
+_LOOK_SECONDS = 0.2  # between two checks whether to go on waiting
+_WARN_SECONDS = 60  # of waiting before the first warning; the time doubles for each further one
+_STOPPED_SECONDS = 600  # of waiting, after which a worker that a signal has stopped is an error
+_UNHEARD_SECONDS = 30  # of waiting, after which one of several hosts may fail if asked to stop
 
 
 def batches(
@@ -49,40 +49,44 @@ def batches(
 ) -> Iterator[Batch]:
     """Iterates over this host's part of the global batches.
 
-    Every epoch visits each image once, in an order of its own; a batch may straddle two epochs.
-    Starting at a later step costs nothing. Host h of H gets the contiguous examples
-    h * B/H <= j < (h + 1) * B/H of each global batch of B.
+    Each epoch visits every image once, in a new order. A batch may contain images of two epochs.
+    Starting at a later step costs nothing. Of each global batch of B examples, host h of H gets the
+    contiguous examples h * B/H <= j < (h + 1) * B/H.
 
     Args:
       source: Where the images come from.
       batch_size: Global batch size B, over all devices of all hosts.
       seed: Seed of the order and of the augmentation.
       start_step: Step of the first batch.
-      image_size: Side in pixels that the crop produces; None without a crop.
-      crop: "none" leaves images as they are, which must have one size then; "center" and "random"
-        are ADM's (see `transforms`).
+      image_size: Side of the cropped images in pixels; None without a crop.
+      crop: "none" leaves images unchanged, so they must all have one size; "center" and "random"
+        are the crops of ADM (see `transforms`).
       flip: Whether to mirror each image with probability 1/2.
-      replace_unreadable: Whether the next image that can be read takes the place of one that can't;
-        otherwise that is an error.
-      num_workers: Processes that prepare batches ahead of time; 0 prepares them when asked. They
-        are spawned, so a script needs its `if __name__ == "__main__"`; they end when the returned
-        iterator is closed or collected, and with this process, which alone gets signals.
-      process_index: Which host this is.
+      replace_unreadable: Whether to replace an unreadable image by the next readable one. Otherwise
+        it is an error.
+      num_workers: Number of processes that prepare batches ahead of time; with 0 each batch is
+        prepared on request. The processes are spawned, so a script needs
+        `if __name__ == "__main__"`. They end when the returned iterator is closed or
+        garbage-collected, or when this process ends. They block SIGINT, SIGTERM and SIGHUP.
+      process_index: Index of this host.
       process_count: Number of hosts H.
-      stopped: Asked while a batch is waited for: whether not to wait any longer.
+      stopped: Called while waiting for a batch; returns whether to stop waiting.
 
     Returns:
-      An iterator over {"image": uint8 (B/H, height, width, channels), "label": int32 (B/H,)}, where
-      the image of a `LatentSource` is a latent, float32 and drawn anew each time; with
-      replace_unreadable also "replaced": bool (B/H,). It ends only where `stopped` says so. One
-      of several hosts can't end alone: there that is an ExampleError after half a minute.
-      An image that cannot be read is an ExampleError that names the source and the index; after it
-      comes the batch of the next step. A worker that dies is an ExampleError too, and so is one
-      that a signal has stopped, after 10 minutes of waiting. Any long wait is a warning.
+      An iterator over {"image": uint8 (B/H, height, width, channels), "label": int32 (B/H,)}. From
+      a `LatentSource`, "image" is a float32 latent, sampled anew each time. With replace_unreadable
+      there is also "replaced": bool (B/H,). The iterator ends only if `stopped` returns True while
+      it waits. One of several hosts can't end alone, so there it raises an ExampleError after
+      waiting for half a minute.
+
+      The iterator raises an ExampleError for an unreadable image, which names the source and the
+      index, and then goes on with the batch of the next step. It also raises an ExampleError if a
+      worker dies, or after waiting 10 minutes for a worker that a signal has stopped. It logs a
+      warning for any long wait.
 
     Raises:
       ValueError: If the source is empty, a number is out of range, B is not divisible by H, or
-        crop, image_size and the size of the source's images don't fit together.
+        crop, image_size and the size of the source's images don't match.
     """
     _check_numbers(batch_size, seed, start_step, num_workers, process_index, process_count)
     check_crop(source, crop, image_size)
@@ -103,7 +107,7 @@ def batches(
 
 
 class _Batches:
-    """Asks readers for batches, each for every n-th one, and waits for them."""
+    """Requests batches from n readers in turn, and waits for them."""
 
     def __init__(
         self,
@@ -125,10 +129,10 @@ class _Batches:
     def __next__(self) -> Batch:
         if self._readers is None:
             self._readers = _start(self._load, self._num_workers)
-        # Where batches are made when asked, none is made ahead.
+        # Without workers no batch has been requested ahead of time.
         self._ask(self._step + 1)
         reader = self._readers[(self._step - self._start) % len(self._readers)]
-        # Counted, and not read from a clock, which goes on while all of a job is stopped.
+        # Counted, because a clock goes on while the whole job is stopped.
         waited, warn_at = 0.0, _WARN_SECONDS
         while (made := reader.receive(_LOOK_SECONDS)) is None:
             waited += _LOOK_SECONDS
@@ -138,26 +142,26 @@ class _Batches:
                 if waited > _UNHEARD_SECONDS:
                     raise ExampleError(f"asked to stop while waiting: {self._waits(waited)}")
             if waited > _STOPPED_SECONDS and reader.is_stopped():
-                raise ExampleError(f"a process is stopped: {self._waits(waited)}")
+                raise ExampleError(f"a data worker is stopped: {self._waits(waited)}")
             if waited > warn_at:
                 warn_at *= 2
                 logging.warning("%s", self._waits(waited))
         self._step += 1
         self._ask(self._step + _AHEAD * self._num_workers)
-        # Or what comes after it would pass for the batch of this step.
+        # After counting the step, so that the next call returns the batch of the next step.
         if isinstance(made, BaseException):
             raise made
         return made
 
     def _ask(self, end):
-        """Asks for the batches before a step that have not been asked for."""
+        """Requests the batches of all steps before `end` that have not been requested."""
         for step in range(self._asked, end):
             self._readers[(step - self._start) % len(self._readers)].ask(step)
         self._asked = max(self._asked, end)
 
     def _waits(self, waited):
         states = "; ".join(reader.state() for reader in self._readers)
-        return f"no batch of step {self._step} of {self._name} for {waited:.0f} s; {states}"
+        return f"no batch for step {self._step} of {self._name} after {waited:.0f} s; {states}"
 
     def close(self) -> None:
         """Ends the workers."""
@@ -168,7 +172,7 @@ class _Batches:
 def _start(load, num_workers) -> list[Reader]:
     if num_workers == 0:
         return [ThreadReader(load)]
-    # Reading threads fight the training loop for the interpreter lock; processes don't.
+    # Threads would compete with the training loop for the interpreter lock.
     with pickled(load) as file:
         return [ProcessReader(file) for _ in range(num_workers)]
 
@@ -185,7 +189,7 @@ def _load(
     flip: bool,
     replace_unreadable: bool,
 ) -> Batch:
-    """Makes the part of a step's batch that is this host's; `part` is which host of how many."""
+    """Makes this host's part of the batch of a step; `part` is (process_index, process_count)."""
     per_host = batch_size // part[1]
     first = step * batch_size + part[0] * per_host
     examples, replaced = [], []
@@ -197,7 +201,7 @@ def _load(
             if crop != "none" or flip or "mean" in example:
                 example = _augment(example, crop, image_size, flip, (seed, _AUGMENT, position))
         except Exception as error:
-            # The message repeats the cause, which is lost on the way out of a worker.
+            # The message includes the cause, because a worker can't send the chained error.
             raise ExampleError(f"example {index} of {source!r}: {error!r}") from error
         examples.append(example)
         replaced.append(other)
@@ -209,12 +213,12 @@ def _load(
 
 
 def _read(source: Source, index: int, replacements: int) -> tuple[Example, bool]:
-    """The image, or the first of the next ones that can be read; and whether it is another."""
+    """The image, or the next readable one; and whether it was replaced."""
     for shift in range(replacements):
         try:
             return source[(index + shift) % len(source)], shift > 0
         except UnreadableImageError as error:
-            logging.warning("replaced by the next image: %s", error)
+            logging.warning("unreadable, replaced by the next image: %s", error)
     return source[(index + replacements) % len(source)], replacements > 0
 
 
@@ -240,36 +244,29 @@ def _augment(
     return {**example, "image": image}
 
 
-def _check_numbers(
-    batch_size: int,
-    seed: int,
-    start_step: int,
-    num_workers: int,
-    process_index: int,
-    process_count: int,
-) -> None:
-    if batch_size < 1 or process_count < 1 or batch_size % process_count:
+def _check_numbers(batch_size, seed, start_step, num_workers, process_index, process_count):
+    check_integer("process_count", process_count, 1)
+    check_integer("process_index", process_index, 0, process_count - 1)
+    check_integer("batch_size", batch_size, 1)
+    if batch_size % process_count:
         raise ValueError(
-            f"batch_size {batch_size} must be a positive multiple of process_count {process_count}"
+            f"batch_size {batch_size} must be a multiple of process_count {process_count}"
         )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not in [0, {process_count})")
-    for name, value in {"seed": seed, "start_step": start_step, "num_workers": num_workers}.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+    check_integer("seed", seed, 0)
+    check_integer("start_step", start_step, 0)
+    check_integer("num_workers", num_workers, 0)
 
 
 def check_crop(source: Source, crop: str, image_size: int | None) -> None:
-    """Checks that the pipeline can make images of one size out of a source's.
+    """Checks that the crop gives all images of a source the same size.
 
     Raises:
-      ValueError: If crop is unknown, or crop, image_size and the source's images don't fit.
+      ValueError: If crop is unknown, or if crop, image_size and the source's images don't match.
     """
     if crop not in get_args(Crop):
         raise ValueError(f"unknown crop {crop!r}; use one of {', '.join(get_args(Crop))}")
     if crop != "none":
-        if image_size is None or image_size < 1:
-            raise ValueError(f"crop {crop!r} needs a positive image_size, got {image_size}")
+        check_integer(f"image_size for crop {crop!r}", image_size, 1)
         return
     height, width, _ = source.image_shape
     if height is None or width is None:

@@ -1,9 +1,9 @@
-"""Who makes batches: a thread of this process, or processes. Nobody waits for them without end.
+"""Readers, which make batches in a thread or in a process. Waiting for them always has a timeout.
 
-A process gives a batch away in a file in memory that has no name, so nothing of it is left behind
-however its processes end. The pool of `concurrent.futures` would leave semaphores there, and wait
-without end for a process that a signal has stopped, also at the end of the program. A pipe of
-`multiprocessing` would need a third less code, but deliver a third fewer images of 256x256 pixels.
+A process passes each batch in an unnamed file in memory, so nothing remains of it however the
+processes end. The pool of `concurrent.futures` would leave semaphores, and would wait forever for a
+process that a signal has stopped, even at the end of the program. A `multiprocessing` pipe would
+need a third less code, but would deliver a third fewer images of 256x256 pixels.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ Batch = dict[str, np.ndarray]
 Load = Callable[[int], Batch]
 
 _STEP = struct.Struct("q")
-# Where in the file the description of its arrays begins.
+# Offset in the file at which the description of its arrays begins.
 _ANSWER = struct.Struct("q")
-# Arrays begin where JAX on CPUs need not copy them.
+# JAX on CPUs uses arrays of this alignment without copying them.
 _ALIGNMENT = 64
 _END_SECONDS = 5
-# A terminal sends these to all processes of a job; it is the trainer that ends its readers.
+# A terminal sends these to all processes of a job, but only the trainer may end its readers.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STATES = {"R": "runs", "S": "sleeps", "D": "waits for a disk"}
 
 
 class ThreadReader:
-    """Reads in a thread, because a read from a disk that hangs can't be interrupted."""
+    """Reads in a thread, so that the caller can stop waiting for a disk that hangs."""
 
     def __init__(self, load: Load):
         self._steps, self._made = queue.SimpleQueue(), queue.SimpleQueue()
@@ -53,15 +53,14 @@ class ThreadReader:
         ).start()
 
     def ask(self, step: int) -> None:
-        """Asks for the batch of a step; returns at once."""
+        """Requests the batch of a step; does not wait."""
         self._steps.put(step)
 
     def receive(self, seconds: float) -> Batch | BaseException | None:
-        """Waits for the batch of the first step asked for that has not been received.
+        """Waits for the oldest requested batch that has not been received.
 
         Returns:
-          The batch, or what kept it from being made; None if neither is there after so many
-          seconds.
+          The batch, or the error that prevented it; None if neither arrives within `seconds`.
         """
         try:
             return self._made.get(timeout=seconds)
@@ -69,15 +68,15 @@ class ThreadReader:
             return None
 
     def state(self) -> str:
-        """What it is doing, as "process 123 runs"."""
+        """What the reader does, in words."""
         return "this process reads"
 
     def is_stopped(self) -> bool:
-        """Whether a signal has stopped it."""
+        """Whether a signal has stopped the reader."""
         return False
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the thread."""
         self._steps.put(None)
 
     def __del__(self):
@@ -93,19 +92,19 @@ def _read_in_thread(load, steps, made):
 
 
 class ProcessReader:
-    """Reads in a process, which ends with this one, however this one ends."""
+    """Reads in another process, which ends when this process ends, even if it is killed."""
 
     def __init__(self, load: BinaryIO):
-        """Starts it.
+        """Starts the process.
 
         Args:
-          load: From `pickled`. Through the pipe by which Python starts a process, a function that
-            holds much would block for ever if that process died before reading it.
+          load: From `pickled`. It is a file because Python's own way, a pipe to the new process,
+            would block forever on a large function if that process died before reading it.
         """
         context = multiprocessing.get_context("spawn")
         self._socket, theirs = socket.socketpair()
         self._process = context.Process(target=_read_in_process, args=(theirs,), daemon=True)
-        # Its own start would let signals through again.
+        # Started now, because it unblocks signals when it starts.
         multiprocessing.resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
@@ -113,26 +112,26 @@ class ProcessReader:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             theirs.close()
-        # Before `multiprocessing` waits for its processes at the end of the program.
+        # At exit this must run before `multiprocessing` waits for its processes.
         self._end = multiprocessing.util.Finalize(
             self, _end, args=(self._process, self._socket), exitpriority=1
         )
-        # One that is dead by now is noticed when its batch is waited for.
+        # If the process is already dead, `receive` reports it.
         with contextlib.suppress(BrokenPipeError):
             socket.send_fds(self._socket, [b"\0"], [load.fileno()])
 
     def ask(self, step: int) -> None:
-        """Asks for the batch of a step; returns at once."""
+        """Requests the batch of a step; does not wait."""
         with contextlib.suppress(BrokenPipeError):
             self._socket.sendall(_STEP.pack(step))
 
     def receive(self, seconds: float) -> Batch | ExampleError | None:
-        """As that of `ThreadReader`; what keeps a batch from being made becomes an ExampleError."""
+        """See `ThreadReader.receive`; here every error is returned as an ExampleError."""
         both = [self._socket, self._process.sentinel]
         ready = multiprocessing.connection.wait(both, seconds)
         if not ready:
             return None
-        # What a process has sent before it died is good.
+        # A batch that the process sent before it died is valid.
         descriptors = []
         if self._socket in ready:
             with contextlib.suppress(ConnectionResetError):
@@ -156,40 +155,40 @@ class ProcessReader:
         }
 
     def state(self) -> str:
-        """What it is doing, as "process 123 runs"."""
+        """What the reader does, in words, such as "process 123 runs"."""
         pid = self._process.pid
         if self.is_stopped():
-            return f"process {pid} is stopped (kill -CONT {pid} lets it go on)"
+            return f"process {pid} is stopped (continue it by kill -CONT {pid})"
         state = _STATES.get(self._letter(), "lives" if self._process.is_alive() else "is dead")
         return f"process {pid} {state}"
 
     def is_stopped(self) -> bool:
-        """Whether a signal has stopped it."""
+        """Whether a signal has stopped the process."""
         return self._letter() == "T"
 
     def _letter(self):
-        # The state comes after the name, which is in brackets. Only Linux has the file.
+        # The state follows the name, which is in parentheses. Only Linux has this file.
         with contextlib.suppress(OSError):
             stat = Path(f"/proc/{self._process.pid}/stat").read_text()
             return stat.rpartition(")")[2].split()[0].upper()
         return ""
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         self._end()
 
 
 def pickled(load: Load) -> BinaryIO:
-    """A function in a file without a name, for `ProcessReader`."""
+    """Pickles a function into an unnamed file, for `ProcessReader`."""
     file = _nameless()
-    # By value, if it or its source was made in a notebook.
+    # cloudpickle also pickles functions and sources that are defined in a notebook.
     cloudpickle.dump(load, file)
     file.flush()
     return file
 
 
 def _end(process, connection):
-    # It has nothing to put in order, and may be in a read that hangs.
+    # It has nothing to clean up, and may hang in a read.
     process.kill()
     process.join(_END_SECONDS)
     connection.close()
@@ -203,14 +202,14 @@ def _read_in_process(connection):
             file.seek(0)
             load = cloudpickle.load(file)
     except Exception as error:
-        load, problem = None, f"a process can't be given the data to read: {error!r}"
-    # A trainer that is killed may leave something unread.
+        load, problem = None, f"a data worker can't unpickle the source: {error!r}"
+    # If the trainer is killed, its end of the socket may be closed with unread data.
     with contextlib.suppress(ConnectionError):
         while request := connection.recv(_STEP.size, socket.MSG_WAITALL):
             (step,) = _STEP.unpack(request)
             try:
                 made = problem if load is None else load(step)
-            # The error itself may not be one that can be sent.
+            # Sent as text, because the error itself may not be picklable.
             except ExampleError as error:
                 made = str(error)
             except Exception as error:
@@ -219,13 +218,13 @@ def _read_in_process(connection):
 
 
 def _end_with_trainer():
-    # It may be killed without a word while this process is in a long read.
+    # The trainer may be killed while this process is in a long read.
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 def _send(connection, made):
-    """Sends a batch, or the words of an error."""
+    """Sends a batch, or the text of an error."""
     with _nameless() as file:
         if not isinstance(made, str):
             arrays, made = made, {}
@@ -240,7 +239,7 @@ def _send(connection, made):
 
 
 def _nameless():
-    """A new file in memory without a name; on the disk where the system has no such files."""
+    """A new unnamed file in memory, or on the disk if the system has no such files."""
     if hasattr(os, "memfd_create"):
         return os.fdopen(os.memfd_create("batch"), "w+b")
     return tempfile.TemporaryFile()

@@ -1,4 +1,4 @@
-"""What a source of images is."""
+"""The interface of an image source."""
 
 import abc
 from typing import Any
@@ -7,22 +7,23 @@ Example = dict[str, Any]
 
 
 class UnreadableImageError(OSError):
-    """An image that is damaged, or not of a kind that can be read; the message names it."""
+    """An image is damaged or of an unsupported kind; the message names it."""
 
 
 class ExampleError(RuntimeError):
-    """An example that could not be read or prepared; the message names it and says why."""
+    """An example could not be read or prepared; the message names it and the cause."""
 
 
 class Source(abc.ABC):
     """Labelled images with random access.
 
-    Workers get a copy by cloudpickle, so what a source holds open it must open anew there.
+    Each worker gets a copy by cloudpickle, so a source with open files must be able to reopen them
+    after unpickling.
 
     Attributes:
-      name: What messages call it, such as "digits[train]".
-      image_shape: (height, width, channels); None where the size varies from image to image.
-      num_classes: Number of labels; 0 where the images have none, and the label then is always 0.
+      name: Name in messages, such as "digits[train]".
+      image_shape: (height, width, channels); height and width are None if the size varies.
+      num_classes: Number of classes; 0 for images without labels, whose label is then always 0.
     """
 
     name: str
@@ -37,18 +38,18 @@ class Source(abc.ABC):
     def __getitem__(self, index: int) -> Example:
         """Returns {"image": uint8 (height, width, channels), "label": int32 ()}.
 
-        The image is the same at each call: crops and flips come after it. 1, 3 or 4 channels can be
-        cropped.
+        The image must be the same on every call: the pipeline crops and flips it afterwards. It can
+        crop images of 1, 3 or 4 channels.
 
         Raises:
-          UnreadableImageError: If the image is damaged; others may be taken in its place.
+          UnreadableImageError: If the image is damaged; the pipeline may replace it by another.
         """
 
     def facts(self) -> dict[str, Any]:
-        """What a run records of its data, as JSON can hold it, and looks at when it goes on.
+        """Facts that a run records of its data, as values for JSON, and compares when it resumes.
 
-        A run refuses to go on with another value, but only warns of another "num_images". "classes"
-        are the names of the labels in their order, where they have names.
+        If a fact has changed, the run does not resume; for "num_images" it only warns. "classes",
+        optional, are the names of the classes in the order of the labels.
         """
         return {
             "channels": self.image_shape[-1],

@@ -1,4 +1,7 @@
-"""Data sets of tensorflow-datasets, read without TensorFlow."""
+"""Data sets of tensorflow-datasets, read without TensorFlow.
+
+They need an optional package: `pip install 'ant-jax[tfds]'`.
+"""
 
 import dataclasses
 import io
@@ -19,10 +22,10 @@ class TfdsSource(Source):
     """A split of a prepared tensorflow-datasets builder, read by random access.
 
     Attributes:
-      name: What messages call it.
-      records: The data source of the split, with images as the bytes of their files.
-      image_shape: (height, width, channels); None where the size varies.
-      num_classes: Number of labels; 0 where the builder has no class label.
+      name: Name in messages.
+      records: The data source of the split; its images are the bytes of image files.
+      image_shape: (height, width, channels); height and width are None if the size varies.
+      num_classes: Number of classes; 0 if the builder has no class label.
     """
 
     name: str
@@ -37,9 +40,9 @@ class TfdsSource(Source):
         """Decodes an image; see `Source` and `decode`.
 
         Raises:
-          UnreadableImageError: If the record is damaged, or its image not one that `decode` takes.
+          UnreadableImageError: If the record is damaged, or `decode` does not accept its image.
         """
-        # Damaged bytes surface as almost any type of error.
+        # Damaged bytes can raise almost any type of error.
         try:
             record = self.records[index]
             image = decode(io.BytesIO(record["image"]), self.image_shape[-1])
@@ -52,14 +55,16 @@ class TfdsSource(Source):
 def tfds(
     split: str = "train", builder: str = "", dir: Annotated[Path, Affects.NOTHING] = ""
 ) -> TfdsSource:
-    """Opens a split of a tensorflow-datasets builder; nothing is downloaded here.
+    """A split of a tensorflow-datasets builder. Needs `pip install 'ant-jax[tfds]'`.
+
+    Opens a builder that is prepared; downloads nothing.
 
     Args:
       split: A split of the builder, or a slice of one, such as "train[:90%]".
-      builder: Its name, such as "cifar10" or "imagenet_resized/64x64". It must have a uint8 "image"
-        and, optionally, a class "label", and must have been prepared in a format with random
-        access such as array_record.
-      dir: Where tensorflow-datasets keeps its data; "" is its own default.
+      builder: Name of the builder, such as "cifar10" or "imagenet_resized/64x64". It must have a
+        uint8 "image" and may have a class "label". It must be prepared in a format with random
+        access, such as array_record.
+      dir: Folder in which tensorflow-datasets keeps its data; "" for its default.
 
     Returns:
       The source.
@@ -67,18 +72,18 @@ def tfds(
     Raises:
       FileNotFoundError: If the builder is not prepared in `dir`.
       MissingExtraError: If tensorflow-datasets is not installed.
-      ValueError: If there is no such builder or split, if it has no usable image, or if it is not
-        stored for random access.
+      ValueError: If the builder or the split does not exist, if the builder has no usable image, or
+        if it is not stored for random access.
     """
     if not builder:
-        raise ValueError("tfds needs the name of a builder, such as 'cifar10'")
-    # Imported here: it takes a second that users of other data need not pay.
+        raise ValueError("set builder to the name of a tensorflow-datasets builder, as 'cifar10'")
+    # The import takes a second; users of other data need not pay it.
     library = import_extra("tensorflow_datasets", "tfds")
     data_dir = str(user_path(dir)) if dir else None
     try:
         opened = library.builder(builder, data_dir=data_dir)
     except library.core.DatasetNotFoundError:
-        # Not chained: the original lists some hundred datasets.
+        # Not chained: the original message lists some hundred data sets.
         raise ValueError(f"tensorflow-datasets has no builder {builder!r}") from None
     prepare = (
         f"tfds.builder({builder!r}, data_dir={data_dir!r}, file_format='array_record')"
@@ -86,20 +91,21 @@ def tfds(
     )
     if not opened.is_prepared():
         raise FileNotFoundError(
-            f"{builder!r} is not prepared in {opened.data_path}: set dir, or run {prepare}"
+            f"{builder!r} is not prepared in {opened.data_path}: set dir to another folder, or run "
+            f"{prepare}"
         )
     features = dict(opened.info.features)
     image, label = features.get("image"), features.get("label")
     if not isinstance(image, library.features.Image) or image.np_dtype != np.uint8:
-        raise ValueError(f"{builder!r} has no uint8 'image' feature; it has {features}")
+        raise ValueError(f"{builder!r} has no uint8 'image' feature, only {features}")
     try:
-        # Its own decoder would open any format that Pillow knows.
+        # The decoder of tensorflow-datasets would open any format that Pillow supports.
         decoders = {"image": library.decode.SkipDecoding()}
         records = opened.as_data_source(split, decoders=decoders)
     except NotImplementedError as error:
         raise ValueError(
             f"{builder!r} in {opened.data_path} is not stored for random access: "
-            f"in an empty dir, run {prepare}"
+            f"set dir to an empty folder and run {prepare}"
         ) from error
     except ValueError as error:
         raise ValueError(f"{builder!r} cannot read split {split!r}: {error}") from error

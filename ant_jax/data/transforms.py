@@ -1,7 +1,7 @@
 """Crops and flips of one uint8 image of shape (height, width, channels).
 
 The crops are those of ADM (Dhariwal & Nichol, *Diffusion Models Beat GANs on Image Synthesis*,
-2021), so that results compare with models trained on its images.
+2021), so that results are comparable with those of models trained on its images.
 """
 
 import math
@@ -9,21 +9,22 @@ import math
 import numpy as np
 from PIL import Image
 
-# Images so many times longer than wide are cut before they are resized; others as in ADM.
+# Images with a larger aspect ratio are cut before they are resized; all others are as in ADM.
 _LONGEST = 64
-# Squares of the shorter side that stay on both sides of the window: the filter reaches 2 pixels.
+# How much is kept on each side of the window, in units of the shorter side. The filter reaches 2
+# pixels.
 _MARGIN = 2
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
-    """Resizes the shorter side to `size` and cuts out the centre.
+    """Resizes the shorter side to `size` and crops the centre.
 
     Args:
       image: uint8 (height, width, channels) with 1, 3 or 4 channels.
       size: Side of the result in pixels.
 
     Returns:
-      uint8 (size, size, channels); the image itself, byte for byte, if it has that size already.
+      uint8 (size, size, channels); the unchanged image if it has that size already.
     """
     picture = _halved(image, size)
     height, width = _resized_shape(picture, size)
@@ -31,12 +32,12 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
-    """Resizes the shorter side to between `size` and `size / 0.8` and cuts out a random window.
+    """Resizes the shorter side to between `size` and `size / 0.8` and crops a random window.
 
     Args:
       image: uint8 (height, width, channels) with 1, 3 or 4 channels.
       size: Side of the result in pixels.
-      rng: Source of the resized side and of the window's place, each uniform.
+      rng: Draws the resized side and the position of the window, each uniformly.
 
     Returns:
       uint8 (size, size, channels).
@@ -50,19 +51,19 @@ def random_crop(image: np.ndarray, size: int, rng: np.random.Generator) -> np.nd
 
 
 def flip(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors the image left to right with probability 1/2; the shape stays."""
+    """Mirrors the image left to right with probability 1/2."""
     return image[:, ::-1] if rng.random() < 0.5 else image
 
 
 def draw_latent(
     example: dict[str, np.ndarray], flip: bool, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Draws a latent from the distribution that stands for an image.
+    """Samples the latent of an image from the encoder's normal distribution.
 
     Args:
-      example: "mean" and "std" float32 (2, h, w, c), of the image and its mirror image; "label".
-      flip: Whether to take the mirror image with probability 1/2.
-      rng: Source of both draws.
+      example: "mean" and "std", float32 (2, h, w, c), for the image and its mirror image; "label".
+      flip: Whether to use the mirror image with probability 1/2.
+      rng: Draws the flip and the noise.
 
     Returns:
       "image": the latent, float32 (h, w, c), and "label".
@@ -74,9 +75,9 @@ def draw_latent(
 
 
 def _halved(image, side):
-    """The picture, halved while its shorter side is at least twice as long as `side`."""
+    """The image as a Pillow image, halved while its shorter side is at least `2 * side`."""
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    # Pillow's bicubic filter alone is slow on large photographs; ADM halves them first.
+    # As ADM does, because Pillow's bicubic filter is slow on large photographs.
     while min(picture.size) >= 2 * side:
         width, height = picture.size
         picture = picture.resize((width // 2, height // 2), Image.Resampling.BOX)
@@ -84,19 +85,19 @@ def _halved(image, side):
 
 
 def _resized_shape(picture, side):
-    """(height, width) of the picture when its shorter side is `side` pixels long."""
+    """(height, width) of the picture after its shorter side is resized to `side` pixels."""
     scale = side / min(picture.size)
     width, height = (round(length * scale) for length in picture.size)
     return height, width
 
 
 def _window(picture, side, top, left, size):
-    """Resizes the shorter side to `side` and cuts out `size` x `size` pixels."""
+    """Resizes the shorter side to `side` and crops `size` x `size` pixels at (top, left)."""
     width, height = picture.size
     short = min(width, height)
     if max(width, height) > _LONGEST * short:
-        # Resized whole, 2 x 20000 pixels would become 256 x 2560000. Squares farther from the
-        # window don't change it, except that the whole length is rounded to pixels.
+        # Without this cut, 2 x 20000 pixels would be resized to 256 x 2560000. Pixels far from the
+        # window don't affect it, except that the full length is rounded to whole pixels.
         first = max(0, (left if width > height else top) // side - _MARGIN)
         begin, end = first * short, (first + 2 + 2 * _MARGIN) * short
         if width > height:
@@ -106,7 +107,7 @@ def _window(picture, side, top, left, size):
             picture = picture.crop((0, begin, width, min(end, height)))
             top -= first * side
     height, width = _resized_shape(picture, side)
-    # The two ways to round may differ by a pixel at the end.
+    # The length after the cut may round to one pixel less.
     top, left = min(top, height - size), min(left, width - size)
     resized = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
     window = resized[top : top + size, left : left + size]

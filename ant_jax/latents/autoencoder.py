@@ -1,8 +1,8 @@
 """Autoencoders of latent diffusion: KL-regularised and vector-quantised.
 
 Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion Models* (CVPR 2022, arXiv
-2112.10752), appendix G, after VQGAN (Esser et al. 2021). Names of the blocks and the order of
-channels in every parameter follow the paper's code, so that its weights can be carried over.
+2112.10752), appendix G, after VQGAN (Esser et al. 2021). The names of the blocks and the order of
+channels in every parameter follow the paper's code, so that its weights can be used here.
 """
 
 import functools
@@ -15,13 +15,13 @@ from jax.nn import dot_product_attention
 
 from ant_jax.models.norms import GroupNorm
 
-# Statistics in float32 whatever the activations are.
+# Statistics are float32 for all types of activations.
 _GroupNorm = functools.partial(GroupNorm, num_groups=32, epsilon=1e-6, dtype=jnp.float32)
 
 
-# Those of the model zoo of CompVis/latent-diffusion (models/first_stage_models); KL-f8 is also
-# Stable Diffusion's, which DiT uses, and VQ-f4 LDM's for FFHQ and CelebA-HQ. The last is nobody's:
-# small enough to try things out on a laptop.
+# From the model zoo of CompVis/latent-diffusion (models/first_stage_models). KL-f8 is also the
+# autoencoder of Stable Diffusion, which DiT uses, and VQ-f4 that of LDM for FFHQ and CelebA-HQ.
+# KL-f4-small is not published: it is for experiments on a laptop.
 VARIANTS = {
     "KL-f4": dict(multipliers=(1, 2, 4), latent_channels=3),
     "KL-f8": dict(),
@@ -45,11 +45,11 @@ VARIANTS = {
 
 
 class Latent(NamedTuple):
-    """What an encoder makes of images: a normal distribution for each number of the latent.
+    """The output of an encoder: an independent normal distribution for each number of the latents.
 
     Attributes:
       mean: (B, h, w, c) float32.
-      std: (B, h, w, c) float32; zeros where the autoencoder is vector-quantised.
+      std: (B, h, w, c) float32; zeros if the autoencoder is vector-quantised.
     """
 
     mean: jax.Array
@@ -68,28 +68,28 @@ def autoencoder(variant: str) -> "Autoencoder":
 
 
 class Autoencoder(nn.Module):
-    """An autoencoder of images whose sides are multiples of ``2 ** (len(multipliers) - 1)``.
+    """An autoencoder for images whose sides are multiples of ``2 ** (len(multipliers) - 1)``.
 
     The defaults are the KL-f8 autoencoder of Stable Diffusion.
 
     Attributes:
       width: Features at full resolution, a multiple of 32.
-      multipliers: Features of each level as multiples of the width; each level but the first has
-        half the resolution of the one before.
+      multipliers: Features of each level as multiples of the width. Each level after the first has
+        half the resolution of the level before.
       blocks: Residual blocks of each level of the encoder; the decoder has one more.
-      attention_factors: The downsampling factors, powers of 2, at which attention follows each
-        residual block: 16 is at 16 x 16 for an image of 256 x 256.
-      middle_attention: Whether attention is also in the middle of encoder and decoder.
+      attention_factors: Downsampling factors, powers of 2, at which attention follows each
+        residual block. For an image of 256 x 256, factor 16 is the level of 16 x 16.
+      middle_attention: Whether there is also attention in the middle of the encoder and decoder.
       latent_channels: Channels c of the latent.
-      inner_channels: Channels that the encoder and the decoder have where the latent is between
-        them; 0 for those of the latent.
-      codebook: Number of vectors that a latent's pixels are quantised to; 0 for the KL form.
+      inner_channels: Channels of the encoder's output, twice as many in the KL form, and of the
+        decoder's input; 0 for `latent_channels`.
+      codebook: Number of vectors to which the pixels of a latent are quantised; 0 for the KL form.
       channels: Channels C of the images.
       dtype: Type of the activations. Parameters, normalisation and results are float32.
 
     Raises:
-      ValueError: On construction, if the width is not a multiple of 32, or if an attention factor
-        is that of no level.
+      ValueError: On construction, if the width is not a multiple of 32, or if no level has one of
+        the attention factors.
     """
 
     width: int = 128
@@ -114,11 +114,11 @@ class Autoencoder(nn.Module):
 
     @property
     def factor(self) -> int:
-        """How many times longer the side of an image is than that of its latent."""
+        """The downsampling factor: side of an image / side of its latent."""
         return 2 ** (len(self.multipliers) - 1)
 
     def setup(self) -> None:
-        """Makes the four parts."""
+        """Makes the encoder, the decoder, the two layers between them and the codebook."""
         attends = tuple(2**i in self.attention_factors for i in range(len(self.multipliers)))
         half = dict(
             width=self.width,
@@ -129,7 +129,7 @@ class Autoencoder(nn.Module):
             middle_attention=self.middle_attention,
         )
         inner = self.inner_channels or self.latent_channels
-        # Means and logarithms of variances.
+        # The KL form has means and log-variances.
         kinds = 1 if self.codebook else 2
         self.encoder = _Encoder(**half, outputs=kinds * inner)
         self.quant_conv = nn.Dense(kinds * self.latent_channels, dtype=self.dtype)
@@ -141,10 +141,11 @@ class Autoencoder(nn.Module):
             self.embedding = self.param("embedding", uniform, (self.codebook, self.latent_channels))
 
     def encode(self, images: jax.Array) -> Latent:
-        """The latent of images (B, H, W, C) in [-1, 1], with h = H / factor and w = W / factor.
+        """The latents of images (B, H, W, C) in [-1, 1], with h = H / factor and w = W / factor.
 
         Raises:
-          ValueError: If the images don't have C channels or their sides don't fit the factor.
+          ValueError: If the images don't have C channels, or their sides are not multiples of the
+            factor.
         """
         height, width, channels = images.shape[1:]
         if channels != self.channels or height % self.factor or width % self.factor:
@@ -159,16 +160,17 @@ class Autoencoder(nn.Module):
         return Latent(mean, jnp.exp(0.5 * jnp.clip(log_variance, -30, 20)))
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Images (B, H, W, C) float32, about in [-1, 1], of latents (B, h, w, c).
+        """The images (B, H, W, C) float32, about in [-1, 1], of latents (B, h, w, c).
 
-        The vector-quantised form takes the latents to the nearest vectors of its codebook first.
+        The vector-quantised form first replaces each pixel of the latents by the nearest vector of
+        the codebook.
         """
         if self.codebook:
             latents = self._quantise(latents)
         return self.decoder(self.post_quant_conv(latents)).astype(jnp.float32)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """The reconstruction of images, by the mean of their latents."""
+        """Reconstructs images from the means of their latents."""
         return self.decode(self.encode(images).mean)
 
     def _quantise(self, latents):
@@ -190,7 +192,7 @@ class _Half(nn.Module):
 
 
 class _Encoder(_Half):
-    """Images to numbers at the resolution of the latent."""
+    """Maps images to features at the resolution of the latent."""
 
     @nn.compact
     def __call__(self, x):
@@ -203,7 +205,7 @@ class _Encoder(_Half):
                 if self.attends[level]:
                     x = _Attention(self.dtype, name=f"down_{level}_attention_{i}")(x)
             if level < len(self.multipliers) - 1:
-                # Padded on one side alone, as in the paper's code.
+                # Padded on one side only, as in the paper's code.
                 down = functools.partial(conv, strides=2, padding=((0, 1), (0, 1)))
                 x = down(x.shape[-1], name=f"down_{level}_downsample")(x)
         x = _middle(x, self.dtype, self.middle_attention)
@@ -212,7 +214,7 @@ class _Encoder(_Half):
 
 
 class _Decoder(_Half):
-    """Latents to images."""
+    """Maps features at the resolution of the latent to images."""
 
     @nn.compact
     def __call__(self, x):
@@ -260,7 +262,7 @@ class _Block(nn.Module):
 
 
 class _Attention(nn.Module):
-    """Self-attention of all pixels, with one head."""
+    """Self-attention over all pixels, with one head."""
 
     dtype: Any
 

@@ -1,4 +1,4 @@
-"""Names of the weights of autoencoders: CompVis/latent-diffusion, and diffusers' copies."""
+"""Weight names of the autoencoders of CompVis/latent-diffusion, and of diffusers' copies."""
 
 import re
 from collections.abc import Mapping, Set
@@ -7,7 +7,7 @@ import numpy as np
 
 from ant_jax.published_weights import Names, Place
 
-# Names of modules here as those of the paper's code.
+# From the names of modules here to those of the paper's code.
 _OFFICIAL = (
     (r"^$", "quantize.embedding"),
     (r"\.(down|up)_(\d+)_block_(\d+)\.", r".\1.\2.block.\3."),
@@ -18,7 +18,7 @@ _OFFICIAL = (
     (r"\.shortcut$", ".nin_shortcut"),
     (r"\.output$", ".proj_out"),
 )
-# Names of diffusers as those of the paper's code, but for the order of the decoder's levels.
+# From the names of diffusers to those of the paper's code, except the order of decoder levels.
 _DIFFUSERS = (
     (r"\.(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r".\1.\2.block.\3."),
     (r"\.(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", r".\1.\2.attn.\3."),
@@ -29,14 +29,14 @@ _DIFFUSERS = (
     (r"\.conv_shortcut\.", ".nin_shortcut."),
     (r"\.conv_norm_out\.", ".norm_out."),
     (r"\.group_norm\.", ".norm."),
-    # The second of each pair until 2023.
+    # Until 2023, diffusers used the second name of each pair.
     (r"\.(?:to_q|query)\.", ".q."),
     (r"\.(?:to_k|key)\.", ".k."),
     (r"\.(?:to_v|value)\.", ".v."),
     (r"\.(?:to_out\.0|proj_attn)\.", ".proj_out."),
 )
 _FIRST_STAGE = "first_stage_model."
-# The training loss, with its discriminator, and what is left of a moving average.
+# The training loss with its discriminator, and the buffers of a moving average.
 _OTHERS = ("loss.", "model_ema.")
 
 
@@ -45,7 +45,7 @@ def _place(module: str) -> Place | None:
         module = re.sub(pattern, replacement, module)
     known = module.startswith(("encoder.", "decoder."))
     known |= module in ("quant_conv", "post_quant_conv", "quantize.embedding")
-    # All linear layers are convolutions of 1 x 1 there.
+    # In the paper's code all linear layers are 1 x 1 convolutions.
     return Place(module, spatial=(1, 1)) if known else None
 
 
@@ -61,7 +61,7 @@ def _select(state: Mapping[str, np.ndarray], _: Set[str]) -> dict[str, np.ndarra
     for name, value in state.items():
         if name.startswith(_OTHERS):
             continue
-        # Diffusers counts the decoder's levels from the smallest, the paper's code from the image.
+        # Diffusers counts the decoder's levels from the latent, the paper's code from the image.
         name = re.sub(
             r"up_blocks\.(\d+)", lambda found: f"up_blocks.{max(levels) - int(found[1])}", name
         )
@@ -72,9 +72,9 @@ def _select(state: Mapping[str, np.ndarray], _: Set[str]) -> dict[str, np.ndarra
 
 
 AUTOENCODER = Names("autoencoder", _place, _select)
-"""The names of `ant_jax.latents.autoencoder.Autoencoder`, KL-regularised or vector-quantised.
+"""Weight names of `ant_jax.latents.autoencoder.Autoencoder`, KL-regularised or vector-quantised.
 
-Read are the names of latent-diffusion's `AutoencoderKL` and `VQModel`, alone or as the first stage
-of a whole checkpoint of latent-diffusion or Stable Diffusion, and those of diffusers' classes of
-the same names. Written are the names of latent-diffusion.
+Reading accepts the names of latent-diffusion's `AutoencoderKL` and `VQModel`, alone or as the first
+stage in a full checkpoint of latent-diffusion or Stable Diffusion, and the names of diffusers'
+classes `AutoencoderKL` and `VQModel`. Writing uses the names of latent-diffusion.
 """

@@ -1,4 +1,4 @@
-"""Images to latents and back, over this process's devices."""
+"""Encodes images to latents and decodes latents, on the devices of this process."""
 
 import functools
 from typing import Any, NamedTuple
@@ -20,9 +20,10 @@ class Codec(NamedTuple):
 
     Attributes:
       model: The network.
-      params: Its parameters, on this process's devices.
-      digest: Of the parameters, whatever the file they came from.
-      encoder_digest: Of those that make latents: decoders may be tuned without new latents.
+      params: Its parameters, on the devices of this process.
+      digest: Hash of the parameters, independent of the file format.
+      encoder_digest: Hash of only the parameters that make latents. A fine-tuned decoder can use
+        the same latents.
     """
 
     model: Autoencoder
@@ -32,15 +33,15 @@ class Codec(NamedTuple):
 
 
 def load(name: str, weights: str) -> Codec:
-    """An autoencoder with its weights; read once.
+    """Loads an autoencoder with its weights; caches the last one.
 
     Args:
-      name: of `ant_jax.latents.autoencoder.VARIANTS`.
-      weights: path of its file.
+      name: one of `ant_jax.latents.autoencoder.VARIANTS`.
+      weights: path of the file of weights.
 
     Raises:
       OSError: if the file can't be read.
-      ValueError: if it is damaged, or the weights are those of another network.
+      ValueError: if the file is damaged, or its weights are those of another network.
     """
     return _load(name, str(user_path(weights)))
 
@@ -50,7 +51,7 @@ def _load(name, path):
     model = autoencoder(name)
     side = 2 * model.factor
     images = jax.ShapeDtypeStruct((1, side, side, model.channels), jnp.float32)
-    # First, because a file that is not there costs no tracing of the network.
+    # Before the network is traced, so that a missing file is reported at once.
     state = interop.read_state(path)
     template = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
     params = interop.from_torch(state, template, AUTOENCODER)
@@ -60,10 +61,10 @@ def _load(name, path):
 
 
 def latent_shape(name: str, image_size: int) -> tuple[int, int, int]:
-    """(h, w, c) of the latent that an autoencoder makes of a square image.
+    """The shape (h, w, c) of an autoencoder's latent for a square image.
 
     Raises:
-      ValueError: if it can't make one of an image of that size.
+      ValueError: if the autoencoder can't encode images of this size.
     """
     model = autoencoder(name)
     if image_size % model.factor:
@@ -76,7 +77,7 @@ def latent_shape(name: str, image_size: int) -> tuple[int, int, int]:
 
 
 def encode(codec: Codec, images: np.ndarray) -> Latent:
-    """The latents of uint8 images (B, H, W, C), B divisible by the number of local devices."""
+    """Encodes uint8 images (B, H, W, C), with B divisible by the number of local devices."""
     over_devices = split_over(jax.local_devices())
     return _encode(codec.params, jax.device_put(images, over_devices), model=codec.model)
 
@@ -87,18 +88,18 @@ def _encode(params, images, *, model):
 
 
 def decode(codec: Codec, latents: jax.Array, batch_size: int) -> np.ndarray:
-    """Images of latents, some at a time.
+    """Decodes latents in batches.
 
     Args:
       codec: from `load`.
-      latents: (B, h, w, c), the scale taken off.
-      batch_size: how many at a time, rounded up to a multiple of the number of local devices.
+      latents: (B, h, w, c), divided by the scale that training uses.
+      batch_size: latents per batch, rounded up to a multiple of the number of local devices.
 
     Returns:
       uint8 (B, H, W, C).
 
     Raises:
-      FloatingPointError: if an image has numbers that are not finite.
+      FloatingPointError: if a decoded image has numbers that are not finite.
     """
     devices = jax.local_devices()
     batch_size += -batch_size % len(devices)
@@ -113,7 +114,7 @@ def decode(codec: Codec, latents: jax.Array, batch_size: int) -> np.ndarray:
         for parts, values in zip((images, finite), decoded, strict=True):
             parts.append(np.asarray(values)[: len(part)])
     pixels.check_finite(
-        np.concatenate(finite), "images that config.autoencoder.weights make of latents"
+        np.concatenate(finite), "images that the autoencoder of config.autoencoder.weights decodes"
     )
     return np.concatenate(images)
 

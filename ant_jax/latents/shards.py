@@ -1,9 +1,9 @@
-"""Latents of images on disk: ArrayRecord shards, and what they are in a JSON file beside them.
+"""Latents of images on disk: ArrayRecord shards, and a JSON file that describes them.
 
 A folder of latents has `latents.json`, which is `LatentInfo`, and `00000.array_record`, ... A
-record is the label, int32, and then float16 numbers (views, parts, h, w, c): the views are the
-image and its mirror image, the parts the mean and the standard deviation of each number, or the
-mean alone where the standard deviations are zero. Numbers are little-endian.
+record is the label, int32, followed by a float16 array (views, parts, h, w, c), all little-endian.
+The two views are the image and its mirror image. The two parts are the mean and the standard
+deviation of each number; there is only the mean if the standard deviations are zero.
 """
 
 import dataclasses
@@ -28,21 +28,21 @@ _SPREAD_IMAGES = 1000
 
 
 class LatentInfo(NamedTuple):
-    """What a folder of latents holds.
+    """The description of a folder of latents.
 
     Attributes:
-      autoencoder: its name.
-      digest: of its encoder's weights.
+      autoencoder: name of the autoencoder.
+      digest: hash of the encoder's weights.
       image_size: side of the images in pixels.
       shape: (h, w, c) of a latent.
-      parts: 2 for mean and standard deviation, 1 for the mean alone.
-      num_images: how many.
-      num_classes: number of labels; 0 where there are none.
-      std: standard deviation of all numbers of the latents.
+      parts: 2 for mean and standard deviation, 1 for the mean only.
+      num_images: number of images.
+      num_classes: number of classes; 0 for images without labels.
+      std: standard deviation over all numbers of sampled latents.
       data: `config.data.name` of the images.
-      crop: how they were brought to their size.
-      origin: where the images come from, for the reader.
-      exif: whether they were turned as their cameras noted.
+      crop: `config.data.crop` of the images.
+      origin: where the images come from, as information for people.
+      exif: `config.data.exif` of the images.
     """
 
     autoencoder: str
@@ -56,18 +56,18 @@ class LatentInfo(NamedTuple):
     data: str
     crop: str
     origin: str
-    # Latents made before there was a choice.
+    # Older folders of latents have no such entry.
     exif: str = "ignore"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class LatentSource(Source):
-    """Latents that are read when they are asked for, times a scale.
+    """Latents, read on access and multiplied by a scale.
 
     Attributes:
-      name: The folder, as error messages call it.
-      info: What it holds.
-      scale: Factor of means and standard deviations.
+      name: The folder; its name in messages.
+      info: Its description.
+      scale: Factor of the means and standard deviations.
       records: The records of all shards, in order.
     """
 
@@ -83,29 +83,29 @@ class LatentSource(Source):
 
     @property
     def num_classes(self) -> int:
-        """Number of labels."""
+        """Number of classes."""
         return self.info.num_classes
 
     def __len__(self) -> int:
         return self.info.num_images
 
     def __getitem__(self, index: int) -> Example:
-        """Returns {"mean", "std": float32 (2, h, w, c), "label": int32 ()}; see the module.
+        """Returns {"mean", "std": float32 (2, h, w, c), "label": int32 ()}; axis 0 is the views.
 
         Raises:
           UnreadableImageError: If the record is damaged, its numbers are not finite, or its label
-            is that of no class.
+            is not the index of a class.
         """
         shape = (2, self.info.parts, *self.info.shape)
         try:
             record = self.records[index]
             numbers = np.frombuffer(record, "<f2", offset=_LABEL_BYTES).reshape(shape)
-        # Damaged bytes surface as almost any type of error.
+        # Damaged bytes can raise almost any type of error.
         except Exception as error:
             raise UnreadableImageError(f"latent {index} of {self.name}: {error}") from error
         scaled = np.float32(numbers) * np.float32(self.scale)
         label = np.frombuffer(record, "<i4", count=1)[0]
-        # In training either would be a loss that is not finite, and blamed on the training.
+        # Without these checks the loss would not be finite, and would look like a training problem.
         if not np.isfinite(scaled).all():
             raise UnreadableImageError(
                 f"latent {index} of {self.name} has numbers that are not finite: encode into "
@@ -113,7 +113,8 @@ class LatentSource(Source):
             )
         if not 0 <= label < max(self.num_classes, 1):
             raise UnreadableImageError(
-                f"latent {index} of {self.name} has label {label} of {self.num_classes} classes"
+                f"latent {index} of {self.name} has label {label}, but there are "
+                f"{self.num_classes} classes"
             )
         mean, *std = np.moveaxis(scaled, 1, 0)
         return {"mean": mean, "std": std[0] if std else np.zeros_like(mean), "label": label}
@@ -128,31 +129,32 @@ def latents(directory: str | os.PathLike, scale: float) -> LatentSource:
 
     Args:
       directory: The folder.
-      scale: Factor that brings them to about unit variance.
+      scale: Factor that gives the latents about unit variance.
 
     Returns:
       The source.
 
     Raises:
-      FileNotFoundError: If there are no latents, or not all of them yet.
-      ValueError: If its description or a shard is damaged, or a shard is missing or one too many.
+      FileNotFoundError: If the folder has no latents, or is not complete yet.
+      ValueError: If the description or a shard is damaged, or if there are too few or too many
+        shards.
     """
     directory = Path(directory).expanduser()
     path = directory / _INFO
     if not path.is_file():
         raise FileNotFoundError(
-            f"{directory} has no latents, or not all of them yet: run --mode encode"
+            f"{directory} has no latents, or is not complete yet: run --mode encode"
         )
     try:
         info = _checked(LatentInfo(**json.loads(path.read_text())))
-    # Lists in lists without end are a RecursionError.
+    # Deeply nested JSON raises a RecursionError.
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}; --mode encode writes it anew") from error
+        raise ValueError(f"{path} is damaged: {error}; run --mode encode to rewrite it") from error
     return _open(directory, info, scale)
 
 
 def _checked(info):
-    """The description, if its values are possible ones."""
+    """The description, if its values are valid."""
     check_integer("image_size", info.image_size, 1)
     check_integer("num_images", info.num_images, 1)
     check_integer("num_classes", info.num_classes, 0)
@@ -167,38 +169,39 @@ def _checked(info):
 
 
 def complete(directory: Path, info: LatentInfo) -> LatentInfo:
-    """Writes what a folder holds once all its shards are there.
+    """Writes the description of a folder that has all its shards.
 
     Args:
       directory: The folder.
-      info: Of its latents; the standard deviation is found out here, from some of them.
+      info: The description; its `std` is ignored and estimated from the first latents.
 
     Returns:
       The description as written.
 
     Raises:
-      ValueError: If a shard is damaged, they hold another number of latents, or all numbers of the
-        latents are the same.
-      UnreadableImageError: If one of them can't be used; see `LatentSource`.
+      ValueError: If a shard is damaged, if the shards hold another number of latents, or if all
+        numbers of the latents are equal.
+      UnreadableImageError: If a latent can't be used; see `LatentSource`.
     """
     info = info._replace(std=_spread(_open(directory, info, 1.0)))
     if info.std == 0:
-        raise ValueError(f"all numbers of the latents in {directory} are the same")
+        raise ValueError(f"all numbers of the latents in {directory} are equal")
     write_bytes(directory / _INFO, (json.dumps(info._asdict(), indent=1) + "\n").encode())
     return info
 
 
 def _open(directory, info, scale):
-    # Not what Finder and network disks leave beside them, such as ._00000.array_record.
+    # Skips files that Finder and network disks add, such as ._00000.array_record.
     shards = [path for path in directory.iterdir() if _SHARD_NAME.fullmatch(path.name)]
     shards.sort(key=lambda path: int(path.stem))
     records = _records(shards) if shards else []
     if len(records) != info.num_images:
         missing = len(records) < info.num_images
-        advice = "run --mode encode, which makes missing shards" if missing else "encode them again"
+        add = "run --mode encode to add the missing shards"
+        again = "encode again into an empty folder"
         raise ValueError(
             f"{directory} has {len(records)} latents in {len(shards)} shards instead of "
-            f"{info.num_images}: {advice}{'' if missing else ' into an empty folder'}"
+            f"{info.num_images}: {add if missing else again}"
         )
     return LatentSource(str(directory), info, scale, records)
 
@@ -209,20 +212,20 @@ def _records(shards):
     try:
         return ArrayRecordDataSource([str(shard) for shard in shards])
     except RuntimeError:
-        # The message does not say which one it is.
+        # The message does not name the damaged shard.
         for shard in shards:
             try:
                 ArrayRecordDataSource(str(shard))
             except RuntimeError as error:
                 raise ValueError(
-                    f"{shard} is damaged: remove it and run --mode encode, which makes missing "
-                    f"shards ({error})"
+                    f"{shard} is damaged: remove it and run --mode encode to make it again "
+                    f"({error})"
                 ) from error
         raise
 
 
 def _spread(source):
-    """Standard deviation of all numbers of latents, drawn anew each time, from some of them."""
+    """Standard deviation of all numbers of sampled latents, from the first latents."""
     squares = total = count = 0.0
     for index in range(min(_SPREAD_IMAGES, len(source))):
         mean, std = (np.float64(source[index][part]) for part in ("mean", "std"))
@@ -233,22 +236,22 @@ def _spread(source):
 
 
 def shard_path(directory: Path, shard: int) -> Path:
-    """Where a shard lies."""
+    """The path of a shard."""
     return directory / f"{shard:05d}.array_record"
 
 
 def as_kept(mean: np.ndarray, std: np.ndarray | None) -> np.ndarray:
-    """The numbers of a record.
+    """The array of a record.
 
     Args:
       mean: (2, h, w, c), of an image and its mirror image.
-      std: The standard deviations of the same shape, or None where they are zero.
+      std: Standard deviations of the same shape, or None if they are zero.
 
     Returns:
       Little-endian float16 (2, parts, h, w, c).
 
     Raises:
-      FloatingPointError: If one is not finite, or is not in half precision.
+      FloatingPointError: If a number is not finite, or too large for float16.
     """
     numbers = np.stack([mean] if std is None else [mean, std], axis=1)
     with np.errstate(over="ignore"):
@@ -256,26 +259,26 @@ def as_kept(mean: np.ndarray, std: np.ndarray | None) -> np.ndarray:
     wrong = numbers[~np.isfinite(kept)]
     if wrong.size:
         raise FloatingPointError(
-            f"{wrong.size} of the {numbers.size} numbers of its latent can't be kept in half "
-            f"precision, which ends at {np.finfo(np.float16).max:.0f}, such as {wrong[0]:.5g}"
+            f"{wrong.size} of the {numbers.size} numbers of its latent, such as {wrong[0]:.5g}, "
+            f"are not finite in float16 (largest number {np.finfo(np.float16).max:.0f})"
         )
     return kept
 
 
 def write_shard(path: Path, examples: Iterable[tuple[np.ndarray, int | np.integer]]) -> None:
-    """Writes a shard, whole or not at all.
+    """Writes a shard; if that fails, no partial shard remains.
 
     Args:
       path: See `shard_path`.
-      examples: Numbers by `as_kept`, and the label.
+      examples: For each image the array from `as_kept` and the label.
 
     Raises:
-      OSError: If it cannot be written.
+      OSError: If the shard cannot be written.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
     with partial_beside(path) as partial:
-        # One record a group: they are read in any order.
+        # One record per group, because records are read in random order.
         writer = ArrayRecordWriter(str(partial), "group_size:1")
         try:
             for numbers, label in examples:

@@ -85,7 +85,7 @@ def test_records_of_tfds_are_opened_as_files_are(picture):
 )
 def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path, size, known):
     # Pillow has a limit of its own, which is higher.
-    words = r"a\.png: \d+x\d+ pixels: an image may have 134217728" if known else r"a\.png: .*pixels"
+    words = rf"a\.png: .*{'an image may have at most 134217728' if known else 'pixels'}"
     with pytest.raises(data.UnreadableImageError, match=words):
         read(tmp_path / "a.png", png(*size))
 
@@ -145,7 +145,7 @@ def test_each_folder_is_listed_once_for_a_class_and_those_above_never(tmp_path, 
         *("kitten/a/1.png", "maze/" + "x/" * 30 + "3.png"),
     ]
     (root / "again").symlink_to(root)
-    with pytest.raises(ValueError, match=r"no image in the class folder\(s\) again$"):
+    with pytest.raises(ValueError, match=r"class folders without an image: again$"):
         data.folder(dir=root)
 
 

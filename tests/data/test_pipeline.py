@@ -243,7 +243,7 @@ def test_a_wait_ends_where_asked_and_names_the_worker_that_is_stopped(monkeypatc
         # Still asked for, it is a batch late and no other.
         asked.clear()
         monkeypatch.setattr(pipeline, "_STOPPED_SECONDS", 1.5)
-        words = rf"no batch of step {taken} of Numbered.* for 2 s; .*process {first.pid} is stopped"
+        words = rf"no batch for step {taken} of Numbered.* after 2 s; .* {first.pid} is stopped"
         with pytest.raises(data.ExampleError, match=words + ".*kill -CONT"):
             next(batches)
     assert f"process {first.pid} is stopped" in caplog.messages[0] and len(caplog.messages) < 5
@@ -267,10 +267,10 @@ def test_a_read_that_hangs_in_this_process_is_reported_and_can_be_left(monkeypat
     threading.Thread(target=ask).start()
     with caplog.at_level(logging.WARNING, logger="absl"):
         assert len(_take(3, Numbered(12, slow=5), batch_size=4, seed=0, stopped=stopped)) < 3
-    assert "no batch of step " in caplog.text and "this process reads" in caplog.text
+    assert "no batch for step " in caplog.text and "this process reads" in caplog.text
     # One of several hosts can't end alone.
     monkeypatch.setattr(pipeline, "_UNHEARD_SECONDS", 0.5)
-    with pytest.raises(data.ExampleError, match="asked to stop while waiting: no batch of step"):
+    with pytest.raises(data.ExampleError, match="asked to stop while waiting: no batch for step"):
         _take(3, Numbered(12, slow=5), batch_size=4, seed=0, stopped=stopped, process_count=2)
     assert time.perf_counter() - begin < 20
 
@@ -292,10 +292,11 @@ def test_workers_end_with_an_iterator_that_is_forgotten():
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (dict(batch_size=0), "batch_size 0"),
+        (dict(batch_size=0), "batch_size must be an integer >= 1, got 0"),
         (dict(batch_size=6, process_count=4), "multiple of process_count 4"),
-        (dict(process_index=2, process_count=2), "process_index 2"),
-        (dict(process_index=-1), "process_index -1"),
+        (dict(process_index=2, process_count=2), "process_index must be .* <= 1, got 2"),
+        (dict(process_index=-1), "process_index must be an integer >= 0 and <= 0, got -1"),
+        (dict(batch_size=True), "batch_size must be an integer >= 1, got True"),
         (dict(seed=-1), "seed"),
         (dict(start_step=-1), "start_step"),
         (dict(num_workers=-1), "num_workers"),
