@@ -92,17 +92,18 @@ def define_processes() -> None:
 def processes() -> Iterator[None]:
     """Makes this process one of several if the flags ask for it; see `exit_all_on_error`."""
     # Importing JAX is slow.
-    from ant_jax.runtime import processes
+    from ant_jax.runtime import connection
     from ant_jax.runtime.logs import quiet_console
+    from ant_jax.runtime.process_failure import exit_all_on_error
 
     quiet_console()
     by_hand = [flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id")]
     if flags.FLAGS.distributed or any(value is not None for value in by_hand):
         try:
-            processes.initialize(*by_hand)
+            connection.initialize(*by_hand)
         except ValueError as error:
             sys.exit(str(error))
-    with processes.exit_all_on_error():
+    with exit_all_on_error():
         yield
 
 

@@ -19,7 +19,7 @@ from test_train import STEPS, TINY, lines, tiny, use_small_model
 from ant_jax import evaluate, experiment
 from ant_jax import train as trainer
 from ant_jax import workdir as workdir_lib
-from ant_jax.runtime import checkpoint, processes
+from ant_jax.runtime import checkpoint, connection
 
 ROOT = Path(__file__).parents[1]
 STOP = 5
@@ -201,14 +201,14 @@ def test_what_cannot_meet_says_so(tmp_path):
         ("localhost:1", 2, 2): "--process_id=2 must be from 0",
     }.items():
         with pytest.raises(ValueError, match=message):
-            processes.initialize(*arguments)
+            connection.initialize(*arguments)
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port} of this machine: .*in use"):
-            processes.initialize(f"localhost:{port}", 2, 0)
+            connection.initialize(f"localhost:{port}", 2, 0)
     program = (
-        "from ant_jax.runtime import processes; processes._MEETING_SECONDS = 1;"
-        "processes.initialize('localhost:1', 2, 1)"
+        "from ant_jax.runtime import connection; connection._MEETING_SECONDS = 1;"
+        "connection.initialize('localhost:1', 2, 1)"
     )
     alone = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
@@ -229,4 +229,4 @@ def test_under_slurm_a_process_that_is_alone_on_its_node_has_all_gpus(
     monkeypatch.delenv("SLURM_GPUS_ON_NODE", raising=False)
     if gpus:
         monkeypatch.setenv("SLURM_GPUS_ON_NODE", gpus)
-    assert processes._gpus_of_the_node() == expected
+    assert connection._gpus_of_the_node() == expected

@@ -622,10 +622,9 @@ def late(*a, **k):
 data.batches = late
 """,
     "saving": """
-from ant_jax.runtime import checkpoint
-open_orbax = checkpoint._open_orbax
-checkpoint._open_orbax = lambda: (time.sleep(45 * checkpoint.late), open_orbax())[1]
-checkpoint.late = True
+from ant_jax.runtime import checkpoint_arrays
+open_orbax = checkpoint_arrays.open_orbax
+checkpoint_arrays.open_orbax = lambda: (time.sleep(45), open_orbax())[1]
 """,
 }
 

@@ -11,17 +11,15 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
-from ant_jax.runtime import checkpoint_files, processes
+from ant_jax.runtime import checkpoint_arrays, checkpoint_files, processes
 from ant_jax.runtime.checkpoint_files import CheckpointError, CorruptCheckpointError
 from ant_jax.runtime.files import sync, write_bytes
 
@@ -86,12 +84,12 @@ class Checkpointer:
             self._guard()
         self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         if self._orbax is None:
-            self._place = self._open.enter_context(_plain_path(self.directory))
-            self._orbax = self._open.enter_context(_open_orbax())
-        arrays = collections.Counter(map(checkpoint_files.kind, jax.tree.leaves(state)))
+            self._place = self._open.enter_context(checkpoint_arrays.plain_path(self.directory))
+            self._orbax = self._open.enter_context(checkpoint_arrays.open_orbax())
+        arrays = collections.Counter(map(checkpoint_arrays.shape_and_dtype, jax.tree.leaves(state)))
         # Process 0 has had more to do for the one before.
         processes.barrier()
-        self._orbax.save(self._place / f"{_PARTIAL}{step}", _to_global(state))
+        self._orbax.save(self._place / f"{_PARTIAL}{step}", checkpoint_arrays.to_global(state))
         partial = self.directory / f"{_PARTIAL}{step}"
         self._pending = self._executor.submit(self._commit, partial, step, arrays, record)
 
@@ -155,7 +153,7 @@ class Checkpointer:
         self._orbax.wait_until_finished()
         if not processes.is_first():
             return
-        checkpoint_files.prove(self._place / partial.name, arrays)
+        checkpoint_arrays.check(self._place / partial.name, arrays)
         checkpoint_files.seal(partial, record)
         self._guard()
         for later in checkpoint_steps(self.directory):
@@ -216,12 +214,7 @@ def restore(
       CheckpointError: if a checkpoint is intact but not of the template's structure, or if there
         were checkpoints and they are gone.
     """
-
-    def read(path):
-        with _open_orbax() as orbax:
-            return _to_local(orbax.restore(path, _to_global(template)), template)
-
-    return _read_newest(directory, step, run, read)
+    return _read_newest(directory, step, run, lambda path: checkpoint_arrays.read(path, template))
 
 
 def restore_part(directory: str | os.PathLike, name: str, run: str = "") -> tuple[int, Any] | None:
@@ -238,17 +231,7 @@ def restore_part(directory: str | os.PathLike, name: str, run: str = "") -> tupl
     Raises:
       CheckpointError: if checkpoints are not intact, or gone; see `restore`.
     """
-
-    def read(path):
-        import orbax.checkpoint as ocp
-
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-            tree = {name: orbax.metadata(path).item_metadata.tree[name]}
-            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-            wanted = ocp.args.PyTreeRestore(tree, restore_args=kinds, partial_restore=True)
-            return orbax.restore(path, args=wanted)[name]
-
-    return _read_newest(directory, None, run, read)
+    return _read_newest(directory, None, run, lambda path: checkpoint_arrays.read_part(path, name))
 
 
 def _read_newest(directory, step, run, read):
@@ -268,7 +251,7 @@ def _read_newest(directory, step, run, read):
                     "on a disk that all processes share"
                 )
             processes.barrier()
-            with _plain_path(directory) as place:
+            with checkpoint_arrays.plain_path(directory) as place:
                 return chosen, read(place / path.name)
         # What is removed while it is read surfaces as almost any type of error.
         except Exception as error:
@@ -374,64 +357,6 @@ def _note(directory: Path) -> Path:
 
 def _is_of_another(record: dict[str, Any], run: str) -> bool:
     return bool(run) and record.get("id", run) != run
-
-
-@contextlib.contextmanager
-def _plain_path(directory: Path) -> Iterator[Path]:
-    """Gives a path without characters that mean something to orbax or tensorstore.
-
-    Orbax looks for what it has written by a pattern, in which brackets are no names; tensorstore
-    takes a backslash for a slash, and writes elsewhere; neither takes bytes that are not UTF-8.
-    """
-    text = str(directory)
-    if not re.search(r"[\[\]*?\\\ud800-\udfff]", text):
-        yield directory
-        return
-    with tempfile.TemporaryDirectory(prefix="ant_jax-") as folder:
-        link = Path(folder, "checkpoints")
-        link.symlink_to(directory, target_is_directory=True)
-        yield link
-
-
-def _open_orbax():
-    # Imported where something is saved or restored: the first step need not wait for it.
-    import orbax.checkpoint as ocp
-
-    # Named, the processes wait for each other by messages; else by a collective, which on CPUs
-    # waits half a minute at most.
-    count = jax.process_count()
-    options = ocp.options.MultiprocessingOptions(
-        active_processes=set(range(count)) if count > 1 else None
-    )
-    return ocp.StandardCheckpointer(multiprocessing_options=options)
-
-
-def _to_global(tree: Any) -> Any:
-    """What every process holds as one array over all of them: orbax takes no other."""
-    if jax.process_count() == 1:
-        return tree
-    mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-
-    def convert(leaf):
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        shards = [shard.data for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
-
-    return jax.tree.map(convert, tree)
-
-
-def _to_local(tree: Any, template: Any) -> Any:
-    """The inverse of `_to_global`: arrays placed like the template's."""
-    if jax.process_count() == 1:
-        return tree
-
-    def convert(leaf, like):
-        shards = [shard.data for shard in leaf.addressable_shards]
-        return jax.make_array_from_single_device_arrays(leaf.shape, like.sharding, shards)
-
-    return jax.tree.map(convert, tree, template)
 
 
 def _remove(path: Path):

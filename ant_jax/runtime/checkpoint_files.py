@@ -6,14 +6,10 @@ truncated files but not flipped bytes; the checksums notice both. Beside the arr
 leave there don't count.
 """
 
-import collections
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ant_jax.runtime.files import sync
 
@@ -28,50 +24,6 @@ class CheckpointError(RuntimeError):
 
 class CorruptCheckpointError(CheckpointError):
     """A checkpoint's files are not those that were written."""
-
-
-def kind(leaf: Any) -> tuple[tuple[int, ...], str]:
-    """The shape and the type of an array."""
-    return tuple(leaf.shape), np.dtype(leaf.dtype).name
-
-
-def prove(path: Path, arrays: collections.Counter) -> None:
-    """Looks for every array that was saved, and reads it.
-
-    Orbax reports no error where the index of its files has not been written.
-
-    Args:
-      path: where orbax has written; without characters that tensorstore takes for others.
-      arrays: how many of each `kind` were saved.
-
-    Raises:
-      CheckpointError: unless all of them can be found and read.
-    """
-    import tensorstore
-
-    base = {"driver": "file", "path": f"{path}/"}
-    try:
-        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
-        keys = store.list().result()
-        # Of each array a description and its chunks.
-        parts = collections.Counter(key.rpartition(b"/")[0] for key in keys)
-        found = collections.Counter()
-        for key in keys:
-            # One at a time: together they are as large as the state.
-            value = store.read(key).result().value
-            name, _, last = key.rpartition(b"/")
-            if last != b".zarray":
-                continue
-            about = json.loads(value)
-            grid = [-(-n // m) for n, m in zip(about["shape"], about["chunks"], strict=True)]
-            if parts[name] == 1 + math.prod(grid):
-                found[tuple(about["shape"]), np.dtype(about["dtype"]).name] += 1
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"what was saved in {path} can't be read: {error}") from error
-    if found != arrays:
-        raise CheckpointError(
-            f"what was saved in {path} holds {(found & arrays).total()} of {arrays.total()} arrays"
-        )
 
 
 def seal(path: Path, record: dict[str, Any] | None) -> None:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.runtime import checkpoint, checkpoint_files
+from ant_jax.runtime import checkpoint, checkpoint_arrays, checkpoint_files
 from ant_jax.runtime.checkpoint import (
     Checkpointer,
     CheckpointError,
@@ -364,7 +364,7 @@ def test_a_path_may_be_relative_and_a_link(tmp_path, monkeypatch):
 
 def test_what_was_not_written_gets_no_name(tmp_path, monkeypatch):
     """Without the path that orbax can take, it writes nothing that can be read, and no error."""
-    monkeypatch.setattr(checkpoint, "_plain_path", contextlib.nullcontext)
+    monkeypatch.setattr(checkpoint_arrays, "plain_path", contextlib.nullcontext)
     with pytest.raises(CheckpointError, match="holds 0 of 4 arrays"):
         write(tmp_path / "a[1]", [1])
     assert checkpoint_steps(tmp_path / "a[1]") == []
@@ -372,21 +372,23 @@ def test_what_was_not_written_gets_no_name(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("what", ["manifest.ocdbt", "d"])
 def test_what_lacks_a_part_gets_no_name(tmp_path, monkeypatch, what):
-    prove = checkpoint_files.prove
+    check = checkpoint_arrays.check
 
     def damaged(path, arrays):
         checkpoint._remove(path / what)
-        prove(path, arrays)
+        check(path, arrays)
 
-    monkeypatch.setattr(checkpoint_files, "prove", damaged)
+    monkeypatch.setattr(checkpoint_arrays, "check", damaged)
     with pytest.raises(CheckpointError, match=r"what was saved in .*partial-1 "):
         write(tmp_path, [1])
     assert checkpoint_steps(tmp_path) == []
 
 
 def test_what_holds_other_arrays_gets_no_name(tmp_path, monkeypatch):
-    kind = checkpoint_files.kind
-    monkeypatch.setattr(checkpoint_files, "kind", lambda leaf: kind(leaf.astype(jnp.int16)))
+    described = checkpoint_arrays.shape_and_dtype
+    monkeypatch.setattr(
+        checkpoint_arrays, "shape_and_dtype", lambda leaf: described(leaf.astype(jnp.int16))
+    )
     with pytest.raises(CheckpointError, match="holds 0 of 4 arrays"):
         write(tmp_path, [1])
     assert checkpoint_steps(tmp_path) == []
@@ -402,9 +404,9 @@ def litter(path):
 
 
 def test_files_of_file_browsers_and_network_disks_do_not_count(tmp_path, monkeypatch, caplog):
-    prove = checkpoint_files.prove
+    check = checkpoint_arrays.check
     monkeypatch.setattr(
-        checkpoint_files, "prove", lambda path, arrays: (litter(path), prove(path, arrays))
+        checkpoint_arrays, "check", lambda path, arrays: (litter(path), check(path, arrays))
     )
     directory = write(tmp_path, [1, 2], keep=2)
     monkeypatch.undo()
@@ -465,7 +467,7 @@ def run_goes_on(directory):
 def test_a_reader_takes_the_newest_again_where_the_run_goes_on(directory, monkeypatch, instant):
     module, name = {
         "before the checksums": (checkpoint_files, "verify"),
-        "before the arrays": (checkpoint, "_open_orbax"),
+        "before the arrays": (checkpoint_arrays, "open_orbax"),
         "in between": (checkpoint_files, "_digest"),
     }[instant]
     function, calls = getattr(module, name), []
@@ -486,9 +488,9 @@ def test_a_reader_takes_the_newest_again_where_the_run_goes_on(directory, monkey
 
 
 def test_a_step_that_is_removed_while_it_is_read_is_not_there(directory, monkeypatch):
-    open_orbax = checkpoint._open_orbax
+    open_orbax = checkpoint_arrays.open_orbax
     remove = lambda: (shutil.rmtree(directory / "2", ignore_errors=True), open_orbax())[1]
-    monkeypatch.setattr(checkpoint, "_open_orbax", remove)
+    monkeypatch.setattr(checkpoint_arrays, "open_orbax", remove)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 2 in .*\[1, 3\]"):
         restore(directory, make_state(0), 2)
 

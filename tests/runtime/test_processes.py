@@ -9,8 +9,8 @@ import pytest
 
 from ant_jax import cli, compiled_step
 from ant_jax import config as config_lib
+from ant_jax.runtime import connection, processes
 from ant_jax.runtime import devices as devices_lib
-from ant_jax.runtime import processes
 from configs import digits
 
 
@@ -98,7 +98,7 @@ def test_a_process_that_differs_is_named_in_process_0(together):
     assert str(results[0]) == (
         "the processes of a run must have the same: config.seed: 0 in processes 0-1, 1 in process 2"
     )
-    # The others wait to be ended by `ending_together`.
+    # The others end by `exit_all_on_error`.
     assert results[1:] == [None, None]
 
 
@@ -218,13 +218,13 @@ def names(monkeypatch):
 
 def test_process_0_listens_at_the_address_that_is_asked_and_no_other(names):
     port = free_port("127.0.0.1")
-    assert processes._bind_address("127.0.0.1", port) == f"127.0.0.1:{port}"
-    assert processes._bind_address("127.0.0.2", port) == f"127.0.0.2:{port}"
+    assert connection._bind_address("127.0.0.1", port) == f"127.0.0.1:{port}"
+    assert connection._bind_address("127.0.0.2", port) == f"127.0.0.2:{port}"
     names["localhost"] = ["127.0.0.1"]
-    assert processes._bind_address("localhost", port) == f"127.0.0.1:{port}"
-    if processes._can_listen("::1", free_port()):
+    assert connection._bind_address("localhost", port) == f"127.0.0.1:{port}"
+    if connection._can_listen("::1", free_port()):
         port = free_port("::1")
-        assert processes._bind_address("::1", port) == f"[::1]:{port}"
+        assert connection._bind_address("::1", port) == f"[::1]:{port}"
 
 
 def test_where_the_address_is_not_this_machine_s_alone_all_are_listened_at(names, caplog):
@@ -233,7 +233,7 @@ def test_where_the_address_is_not_this_machine_s_alone_all_are_listened_at(names
     names |= {"behind": ["192.0.2.1"], "own": ["127.0.1.1"], "two": ["127.0.0.1", "192.0.2.1"]}
     for host in ("192.0.2.1", "behind", "own", "two"):
         caplog.clear()
-        assert processes._bind_address(host, port) in (f"[::]:{port}", f"0.0.0.0:{port}")
+        assert connection._bind_address(host, port) in (f"[::]:{port}", f"0.0.0.0:{port}")
         (record,) = caplog.records
         assert f"{host} is not one address of this machine; listening on all" in record.message
 
@@ -250,11 +250,11 @@ def test_a_coordinator_that_can_t_be_is_one_line(names):
         "[h]:1",
     ):
         with pytest.raises(ValueError, match="must be HOST:PORT of process 0"):
-            processes._host_and_port(address)
-    assert processes._host_and_port("[::1]:80") == ("::1", 80)
+            connection._host_and_port(address)
+    assert connection._host_and_port("[::1]:80") == ("::1", 80)
     with pytest.raises(ValueError, match=r"--coordinator: nowhere\.invalid: "):
-        processes._bind_address("nowhere.invalid", 80)
+        connection._bind_address("nowhere.invalid", 80)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port} of this machine: .*in use"):
-            processes._bind_address("127.0.0.1", port)
+            connection._bind_address("127.0.0.1", port)

@@ -1,0 +1,149 @@
+"""The arrays of a checkpoint, written and read by orbax."""
+
+import collections
+import contextlib
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ant_jax.runtime.checkpoint_files import CheckpointError
+
+
+def open_orbax() -> Any:
+    """Opens orbax's checkpointer, which is also a context manager."""
+    # Imported where something is saved or restored: the first step need not wait for it.
+    import orbax.checkpoint as ocp
+
+    # Named, the processes wait for each other by messages; else by a collective, which on CPUs
+    # waits half a minute at most.
+    count = jax.process_count()
+    options = ocp.options.MultiprocessingOptions(
+        active_processes=set(range(count)) if count > 1 else None
+    )
+    return ocp.StandardCheckpointer(multiprocessing_options=options)
+
+
+@contextlib.contextmanager
+def plain_path(directory: Path) -> Iterator[Path]:
+    """Gives a path without characters that mean something to orbax or tensorstore.
+
+    Orbax looks for what it has written by a pattern, in which brackets are no names; tensorstore
+    takes a backslash for a slash, and writes elsewhere; neither takes bytes that are not UTF-8.
+    """
+    text = str(directory)
+    if not re.search(r"[\[\]*?\\\ud800-\udfff]", text):
+        yield directory
+        return
+    with tempfile.TemporaryDirectory(prefix="ant_jax-") as folder:
+        link = Path(folder, "checkpoints")
+        link.symlink_to(directory, target_is_directory=True)
+        yield link
+
+
+def read(path: Path, template: Any) -> Any:
+    """Reads all arrays.
+
+    Args:
+      path: a checkpoint, as `plain_path` gives it.
+      template: pytree of arrays or `jax.ShapeDtypeStruct` with shardings, as it was saved.
+
+    Returns:
+      The pytree, placed like the template.
+    """
+    with open_orbax() as orbax:
+        return _to_local(orbax.restore(path, to_global(template)), template)
+
+
+def read_part(path: Path, name: str) -> Any:
+    """Reads one part, a key of the pytree's root, as NumPy arrays in nested dicts.
+
+    Args:
+      path: a checkpoint, as `plain_path` gives it.
+      name: the key.
+    """
+    import orbax.checkpoint as ocp
+
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+        tree = {name: orbax.metadata(path).item_metadata.tree[name]}
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        wanted = ocp.args.PyTreeRestore(tree, restore_args=kinds, partial_restore=True)
+        return orbax.restore(path, args=wanted)[name]
+
+
+def to_global(tree: Any) -> Any:
+    """Turns what every process holds into arrays over all processes: orbax takes no other."""
+    if jax.process_count() == 1:
+        return tree
+    mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+    def convert(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    return jax.tree.map(convert, tree)
+
+
+def _to_local(tree: Any, template: Any) -> Any:
+    """The inverse of `to_global`: arrays placed like the template's."""
+    if jax.process_count() == 1:
+        return tree
+
+    def convert(leaf, like):
+        shards = [shard.data for shard in leaf.addressable_shards]
+        return jax.make_array_from_single_device_arrays(leaf.shape, like.sharding, shards)
+
+    return jax.tree.map(convert, tree, template)
+
+
+def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], str]:
+    """The shape of an array and the name of its dtype."""
+    return tuple(leaf.shape), np.dtype(leaf.dtype).name
+
+
+def check(path: Path, arrays: collections.Counter) -> None:
+    """Looks for every array that was saved, and reads it.
+
+    Orbax reports no error where it could not write the index of its files.
+
+    Args:
+      path: where orbax has written, as `plain_path` gives it.
+      arrays: how many arrays of each `shape_and_dtype` were saved.
+
+    Raises:
+      CheckpointError: if an array is missing or can't be read.
+    """
+    import tensorstore
+
+    base = {"driver": "file", "path": f"{path}/"}
+    try:
+        store = tensorstore.KvStore.open({"driver": "ocdbt", "base": base}).result()
+        keys = store.list().result()
+        # Each array has one description and some chunks.
+        parts = collections.Counter(key.rpartition(b"/")[0] for key in keys)
+        found = collections.Counter()
+        for key in keys:
+            # One at a time: together they are as large as the state.
+            value = store.read(key).result().value
+            name, _, last = key.rpartition(b"/")
+            if last != b".zarray":
+                continue
+            about = json.loads(value)
+            grid = [-(-n // m) for n, m in zip(about["shape"], about["chunks"], strict=True)]
+            if parts[name] == 1 + math.prod(grid):
+                found[tuple(about["shape"]), np.dtype(about["dtype"]).name] += 1
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"what was saved in {path} can't be read: {error}") from error
+    if found != arrays:
+        raise CheckpointError(
+            f"what was saved in {path} holds {(found & arrays).total()} of {arrays.total()} arrays"
+        )
