@@ -9,8 +9,8 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from ant_jax import compatibility, dataset, experiment, sampling
 from ant_jax import config as config_lib
-from ant_jax import dataset, experiment, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.runtime.files import write_bytes, write_new
 from ant_jax.runtime.tree_hash import tree_hash
@@ -40,9 +40,10 @@ def restore_run(
         raise FileNotFoundError(f"no run in {workdir}: give its --workdir, or train first")
     # Without what it learned from: what there is to know of that are facts.
     built = {name: kind for name, kind in before["given"].items() if name != "source"}
-    workdir_lib.check_run(before | {"given": built}, config, workdir_lib.names_of(given), workdir)
+    names = workdir_lib.names_of(given)
+    compatibility.check_config(before | {"given": built}, config, names, workdir)
     if draws:
-        workdir_lib.check_encoder(config, workdir)
+        compatibility.check_encoder(config, workdir)
     setup = experiment.build(config, **workdir_lib.load_facts(workdir), **given)
     restored = workdir_lib.restore(config, setup, workdir, step)
     if restored is None:

@@ -14,7 +14,17 @@ from absl import logging
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from ant_jax import compiled_step, data, dataset, experiment, hooks, init_from, mtl, sampling
+from ant_jax import (
+    compatibility,
+    compiled_step,
+    data,
+    dataset,
+    experiment,
+    hooks,
+    init_from,
+    mtl,
+    sampling,
+)
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
@@ -70,8 +80,8 @@ def train(
     before = processes.broadcast_from_first(lambda: workdir_lib.recorded(workdir))
     boundaries = None
     if before is not None:
-        workdir_lib.check_run(before, config, given, workdir)
-        workdir_lib.check_data(before["facts"], source, workdir)
+        compatibility.check_config(before, config, given, workdir)
+        compatibility.check_data(before["facts"], source, workdir)
         boundaries = before["facts"].get("boundaries")
     shape, num_classes = source.image_shape, source.num_classes
     setup = experiment.build(config, shape[-1], num_classes, boundaries, **built)

@@ -6,19 +6,17 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import data, dataset, older_checkpoints
+from ant_jax import data, older_checkpoints
 from ant_jax.compiled_step import abstract_state
 from ant_jax.config import ConfigError
 from ant_jax.experiment import Setup
-from ant_jax.runtime import checkpoint, logs, processes
-from ant_jax.runtime.files import user_path, write_bytes
+from ant_jax.runtime import checkpoint, processes
+from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.train_step import TrainState
 
@@ -193,33 +191,6 @@ def names_of(given: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
 
 
-def check_run(
-    before: dict[str, Any], config: ConfigDict, given: Mapping[str, str], workdir: Path
-) -> None:
-    """Checks that a run goes on with its own config and with what it was given.
-
-    Args:
-      before: what the workdir has `recorded`.
-      config: the config now.
-      given: what is given now in place of what the config names; see `names_of`.
-      workdir: of the run.
-
-    Raises:
-      ConfigError: naming what differs.
-    """
-    there = before["given"]
-    if there != given:
-        named = lambda some: ", ".join(f"{name} = {kind}" for name, kind in sorted(some.items()))
-        arguments = ", ".join(f"{name}=..." for name in sorted(there))
-        way = f"call it from Python with {arguments}" if there else "leave that out"
-        raise ConfigError(
-            f"the run in {workdir} was given {named(there) or 'nothing'} in place of what its "
-            f"config names, and now {named(given) or 'nothing'} is given: {way}, or choose another "
-            "workdir"
-        )
-    config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
-
-
 @contextlib.contextmanager
 def alone(workdir: Path) -> Iterator[Callable[[], None]]:
     """Keeps other runs out of a workdir while this one, of however many processes, is in it.
@@ -263,11 +234,16 @@ def load_facts(workdir: Path) -> dict[str, Any]:
     Raises:
       ConfigError: if they are not there.
     """
-    facts = _facts(workdir)
+    facts = facts_of(workdir)
     return {name: facts[name] for name in ("channels", "num_classes", "boundaries")}
 
 
-def _facts(workdir):
+def facts_of(workdir: Path) -> dict[str, Any]:
+    """The facts of the run in a workdir, as its newest checkpoint or ``facts.json`` records them.
+
+    Raises:
+      ConfigError: if they are missing.
+    """
     there = _read_facts(workdir)
     record = checkpoint.read_record(workdir / "checkpoints", run=there.get("id", ""))
     facts = there if record is None else record["facts"]
@@ -277,75 +253,6 @@ def _facts(workdir):
                 f"{workdir / 'facts.json'} is not there or without {name!r}: bring it back"
             )
     return facts
-
-
-def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> None:
-    """Checks that a run goes on with what it has learned from.
-
-    Another number of images in the same classes is a warning: images are added on purpose, and the
-    labels mean the same. But the batches are others from then on.
-
-    Args:
-      before: facts of the run.
-      source: what there is now.
-      workdir: of the run.
-
-    Raises:
-      ConfigError: if the classes are others, so that labels would mean something else, or if they
-        are latents of another encoder.
-    """
-    now = source.facts()
-    classes, others = before.get("classes"), now.get("classes")
-    if classes is not None and others is not None and classes != others:
-        gone = [name for name in classes if name not in others]
-        new = [name for name in others if name not in classes]
-        what = "; ".join(
-            f"{word}: {', '.join(map(repr, names[:5]))}{', ...' if names[5:] else ''}"
-            for word, names in (("gone", gone), ("new", new))
-            if names
-        )
-        raise ConfigError(
-            f"the run in {workdir} has learned other classes than {source.name} has "
-            f"({what or 'another order'}): labels would mean something else. Give the folders the "
-            "names that they had, or choose another --workdir"
-        )
-    words = {
-        "num_classes": "number of classes",
-        "channels": "number of channels",
-        "encoder": "encoder of the latents",
-    }
-    others = before.keys() - words.keys() - {"num_images", "classes", "boundaries"}
-    for name in (*words, *sorted(others)):
-        what = words.get(name, name)
-        if name in before and before[name] != now.get(name):
-            raise ConfigError(
-                f"the run in {workdir} has learned from other data than {source.name}: {what} "
-                f"{before[name]} there, {now.get(name)} now; choose another --workdir, or that data"
-            )
-    count = before.get("num_images", now["num_images"])
-    if count != now["num_images"]:
-        logging.warning(
-            "%s has %d images now, and had %d when the run in %s was last there: its batches are "
-            "others from here on, and it is no longer the run that it would have been. If that is "
-            "not meant, stop it and bring back the images",
-            source.name,
-            now["num_images"],
-            count,
-            workdir,
-        )
-
-
-def check_encoder(config: ConfigDict, workdir: Path) -> None:
-    """Raises a ConfigError if a run learned latents of another encoder than the config names."""
-    if not config.autoencoder.name:
-        return
-    there = _facts(workdir).get("encoder")
-    now = dataset.open_codec(config).encoder_digest
-    if there != now:
-        raise ConfigError(
-            f"config.autoencoder.weights = {config.autoencoder.weights!r}: the run in {workdir} "
-            f"learned latents of another encoder, {there}, not {now}"
-        )
 
 
 def restore(
@@ -388,66 +295,3 @@ def _restore(directory, template, step, run):
         if restored is None:
             raise
     return restored[0], older_checkpoints.newer(restored[1], template)
-
-
-class Run(NamedTuple):
-    """What is left of a run.
-
-    Attributes:
-      config: its config.
-      step: of its newest checkpoint.
-      params: the moving average of the parameters then, NumPy arrays in nested dicts.
-      metrics: what ``metrics.jsonl`` holds, an array by name, NaN where nothing was measured; the
-        first axis is that of the lines, whose steps are ``metrics["step"]``.
-      samples: uint8 images (n, H, W, C) that ``--mode sample`` has drawn from that step, and int32
-        labels (n,) or None; None where it has drawn none.
-    """
-
-    config: ConfigDict
-    step: int
-    params: dict[str, Any]
-    metrics: dict[str, np.ndarray]
-    samples: tuple[np.ndarray, np.ndarray | None] | None
-
-
-def load_run(workdir: str | os.PathLike) -> Run:
-    """What is left of a run, as NumPy arrays; nothing is compiled.
-
-    Raises:
-      FileNotFoundError: if there is no run in the workdir, or no checkpoint yet.
-      ConfigError: if a file is damaged.
-      CheckpointError: if no checkpoint is intact.
-    """
-    workdir = user_path(workdir)
-    known = recorded(workdir)
-    if known is None:
-        raise FileNotFoundError(f"no run in {workdir}: it has no config.json and no checkpoints")
-    restored = checkpoint.restore_part(workdir / "checkpoints", "ema_params", known["id"])
-    if restored is None:
-        raise FileNotFoundError(f"no checkpoint in {workdir}: its run has saved none yet")
-    step, params = restored
-    path = workdir / "metrics.jsonl"
-    metrics = _columns(logs.read(path)) if path.exists() else {}
-    return Run(
-        config_lib.from_json(known["config"]), step, params, metrics, _samples(workdir, step)
-    )
-
-
-def _columns(rows):
-    """An array for each name, of shape (rows, ...), with NaN where there is nothing."""
-    columns = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        shapes = [np.shape(value) for value in values if value is not None]
-        nothing = np.full(shapes[0] if shapes else (), np.nan)
-        filled = [nothing if value is None else value for value in values]
-        columns[name] = np.array(filled, np.int64 if name == "step" else np.float64)
-    return columns
-
-
-def _samples(workdir, step):
-    paths = sorted(workdir.glob(f"samples/{step:08d}*.npz"), key=lambda path: path.stat().st_mtime)
-    if not paths:
-        return None
-    with np.load(paths[-1]) as stored:
-        return stored["arr_0"], stored.get("arr_1")

@@ -48,6 +48,8 @@ ROOMS = [
         "experiment",
         "compiled_step",
         "workdir",
+        "compatibility",
+        "runs",
         "init_from",
         "hooks",
     ),

@@ -18,7 +18,16 @@ import optax
 import pytest
 from PIL import Image
 
-from ant_jax import compiled_step, data, evaluate, experiment, export, hooks, mtl
+from ant_jax import (
+    compatibility,
+    compiled_step,
+    data,
+    evaluate,
+    experiment,
+    export,
+    hooks,
+    mtl,
+)
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax import workdir as workdir_lib
@@ -813,24 +822,24 @@ def test_other_classes_are_named_and_refused(names, tmp_path):
     before = data.folder(dir=class_folders(tmp_path / "then", "abcd")).facts()
     now = data.folder(dir=class_folders(tmp_path / "now", names))
     with pytest.raises(ConfigError, match=CHANGED_CLASSES[names]) as error:
-        workdir_lib.check_data(before, now, Path("w"))
+        compatibility.check_data(before, now, Path("w"))
     assert "labels would mean something else. Give the folders" in str(error.value)
     # As another version may have sorted them.
     swapped = before | {"classes": ["b", "a", "c", "d"]}
     with pytest.raises(ConfigError, match=r"has \(another order\): labels"):
-        workdir_lib.check_data(swapped, data.folder(dir=tmp_path / "then"), Path("w"))
+        compatibility.check_data(swapped, data.folder(dir=tmp_path / "then"), Path("w"))
 
 
 def test_other_numbers_of_images_are_said(tmp_path, caplog):
     source = data.folder(dir=class_folders(tmp_path, "ab"))
     before = source.facts()
     assert before["classes"] == ["a", "b"] and before["num_images"] == 4
-    workdir_lib.check_data(before, source, Path("w"))
+    compatibility.check_data(before, source, Path("w"))
     # Facts of an older version.
-    workdir_lib.check_data({"num_classes": 2, "channels": 3}, source, Path("w"))
+    compatibility.check_data({"num_classes": 2, "channels": 3}, source, Path("w"))
     assert not caplog.text
     (tmp_path / "a" / "0.png").unlink()
-    workdir_lib.check_data(before, data.folder(dir=tmp_path), Path("w"))
+    compatibility.check_data(before, data.folder(dir=tmp_path), Path("w"))
     assert f"{tmp_path} has 3 images now, and had 4 when the run in w was last there" in caplog.text
 
 

@@ -1,0 +1,109 @@
+"""Whether a config and the data fit the run in a workdir."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from ant_jax import config as config_lib
+from ant_jax import data, dataset
+from ant_jax import workdir as workdir_lib
+from ant_jax.config import ConfigError
+
+
+def check_config(
+    before: dict[str, Any], config: ConfigDict, given: Mapping[str, str], workdir: Path
+) -> None:
+    """Checks that a run goes on with its own config and with what it was given.
+
+    Args:
+      before: what the workdir has `recorded`.
+      config: the config now.
+      given: what is given now in place of what the config names; see `names_of`.
+      workdir: of the run.
+
+    Raises:
+      ConfigError: naming what differs.
+    """
+    there = before["given"]
+    if there != given:
+        named = lambda some: ", ".join(f"{name} = {kind}" for name, kind in sorted(some.items()))
+        arguments = ", ".join(f"{name}=..." for name in sorted(there))
+        way = f"call it from Python with {arguments}" if there else "leave that out"
+        raise ConfigError(
+            f"the run in {workdir} was given {named(there) or 'nothing'} in place of what its "
+            f"config names, and now {named(given) or 'nothing'} is given: {way}, or choose another "
+            "workdir"
+        )
+    config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
+
+
+def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> None:
+    """Checks that a run goes on with what it has learned from.
+
+    Another number of images in the same classes is a warning: images are added on purpose, and the
+    labels mean the same. But the batches are others from then on.
+
+    Args:
+      before: facts of the run.
+      source: what there is now.
+      workdir: of the run.
+
+    Raises:
+      ConfigError: if the classes are others, so that labels would mean something else, or if they
+        are latents of another encoder.
+    """
+    now = source.facts()
+    classes, others = before.get("classes"), now.get("classes")
+    if classes is not None and others is not None and classes != others:
+        gone = [name for name in classes if name not in others]
+        new = [name for name in others if name not in classes]
+        what = "; ".join(
+            f"{word}: {', '.join(map(repr, names[:5]))}{', ...' if names[5:] else ''}"
+            for word, names in (("gone", gone), ("new", new))
+            if names
+        )
+        raise ConfigError(
+            f"the run in {workdir} has learned other classes than {source.name} has "
+            f"({what or 'another order'}): labels would mean something else. Give the folders the "
+            "names that they had, or choose another --workdir"
+        )
+    words = {
+        "num_classes": "number of classes",
+        "channels": "number of channels",
+        "encoder": "encoder of the latents",
+    }
+    others = before.keys() - words.keys() - {"num_images", "classes", "boundaries"}
+    for name in (*words, *sorted(others)):
+        what = words.get(name, name)
+        if name in before and before[name] != now.get(name):
+            raise ConfigError(
+                f"the run in {workdir} has learned from other data than {source.name}: {what} "
+                f"{before[name]} there, {now.get(name)} now; choose another --workdir, or that data"
+            )
+    count = before.get("num_images", now["num_images"])
+    if count != now["num_images"]:
+        logging.warning(
+            "%s has %d images now, and had %d when the run in %s was last there: its batches are "
+            "others from here on, and it is no longer the run that it would have been. If that is "
+            "not meant, stop it and bring back the images",
+            source.name,
+            now["num_images"],
+            count,
+            workdir,
+        )
+
+
+def check_encoder(config: ConfigDict, workdir: Path) -> None:
+    """Raises a ConfigError if a run learned latents of another encoder than the config names."""
+    if not config.autoencoder.name:
+        return
+    there = workdir_lib.facts_of(workdir).get("encoder")
+    now = dataset.open_codec(config).encoder_digest
+    if there != now:
+        raise ConfigError(
+            f"config.autoencoder.weights = {config.autoencoder.weights!r}: the run in {workdir} "
+            f"learned latents of another encoder, {there}, not {now}"
+        )

@@ -1,0 +1,75 @@
+"""A run as NumPy arrays, for plots and notebooks."""
+
+import os
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ant_jax import config as config_lib
+from ant_jax import workdir as workdir_lib
+from ant_jax.runtime import checkpoint, logs
+from ant_jax.runtime.files import user_path
+
+
+class Run(NamedTuple):
+    """What is left of a run.
+
+    Attributes:
+      config: its config.
+      step: of its newest checkpoint.
+      params: the moving average of the parameters then, NumPy arrays in nested dicts.
+      metrics: what ``metrics.jsonl`` holds, an array by name, NaN where nothing was measured; the
+        first axis is that of the lines, whose steps are ``metrics["step"]``.
+      samples: uint8 images (n, H, W, C) that ``--mode sample`` has drawn from that step, and int32
+        labels (n,) or None; None where it has drawn none.
+    """
+
+    config: ConfigDict
+    step: int
+    params: dict[str, Any]
+    metrics: dict[str, np.ndarray]
+    samples: tuple[np.ndarray, np.ndarray | None] | None
+
+
+def load_run(workdir: str | os.PathLike) -> Run:
+    """What is left of a run, as NumPy arrays; nothing is compiled.
+
+    Raises:
+      FileNotFoundError: if there is no run in the workdir, or no checkpoint yet.
+      ConfigError: if a file is damaged.
+      CheckpointError: if no checkpoint is intact.
+    """
+    workdir = user_path(workdir)
+    known = workdir_lib.recorded(workdir)
+    if known is None:
+        raise FileNotFoundError(f"no run in {workdir}: it has no config.json and no checkpoints")
+    restored = checkpoint.restore_part(workdir / "checkpoints", "ema_params", known["id"])
+    if restored is None:
+        raise FileNotFoundError(f"no checkpoint in {workdir}: its run has saved none yet")
+    step, params = restored
+    path = workdir / "metrics.jsonl"
+    metrics = _columns(logs.read(path)) if path.exists() else {}
+    return Run(
+        config_lib.from_json(known["config"]), step, params, metrics, _samples(workdir, step)
+    )
+
+
+def _columns(rows):
+    """An array for each name, of shape (rows, ...), with NaN where there is nothing."""
+    columns = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        shapes = [np.shape(value) for value in values if value is not None]
+        nothing = np.full(shapes[0] if shapes else (), np.nan)
+        filled = [nothing if value is None else value for value in values]
+        columns[name] = np.array(filled, np.int64 if name == "step" else np.float64)
+    return columns
+
+
+def _samples(workdir, step):
+    paths = sorted(workdir.glob(f"samples/{step:08d}*.npz"), key=lambda path: path.stat().st_mtime)
+    if not paths:
+        return None
+    with np.load(paths[-1]) as stored:
+        return stored["arr_0"], stored.get("arr_1")
