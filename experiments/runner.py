@@ -326,7 +326,7 @@ def _in_processes(function: Callable, arguments: Sequence[tuple]) -> Iterator[tu
     count = min(_workers(), len(arguments))
     pool = ProcessPoolExecutor(count, context, _start_worker, (cores, os.getpid()))
     try:
-        with signals.deaf_children():
+        with signals.terminal_signals_blocked():
             numbers = {pool.submit(_call, function, *each): i for i, each in enumerate(arguments)}
         with signals.saving() as stop:
             stop.saving = True

@@ -207,7 +207,7 @@ def test_what_cannot_meet_says_so(tmp_path):
         with pytest.raises(ValueError, match=f"port {port} of this machine: .*in use"):
             connection.initialize(f"localhost:{port}", 2, 0)
     program = (
-        "from ant_jax.runtime import connection; connection._MEETING_SECONDS = 1;"
+        "from ant_jax.runtime import connection; connection._CONNECT_SECONDS = 1;"
         "connection.initialize('localhost:1', 2, 1)"
     )
     alone = subprocess.run(

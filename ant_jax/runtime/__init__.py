@@ -1,1 +1,1 @@
-"""What a run stands on: devices, processes, checkpoints, logs, files and signals."""
+"""What a run needs from the machine: devices, processes, checkpoints, logs, files and signals."""

@@ -1,7 +1,8 @@
 """Checkpoints by orbax: asynchronous and atomic.
 
-A checkpoint is written beside its place, proved, sealed (see `checkpoint_files`) and then renamed
-into place: a directory with a step's name is always whole.
+A checkpoint is written into a temporary directory, read back (see `checkpoint_arrays`), gets its
+checksums (see `checkpoint_files`) and is then renamed. So a directory whose name is a step is
+always complete.
 """
 
 import collections
@@ -24,18 +25,18 @@ from ant_jax.runtime.checkpoint_files import CheckpointError, CorruptCheckpointE
 from ant_jax.runtime.files import sync, write_bytes
 
 _PARTIAL = "partial-"
-_LAST_STEP = 2**31 - 1  # that a state can count to
+_LAST_STEP = 2**31 - 1  # the largest step that a state can count
 
 
 class Checkpointer:
     """Writes and reads the checkpoints of one run.
 
-    Saving copies the state off the device, then writes in the background; an error there is raised
-    by the next call of `save`, `check` or `close`.
+    `save` copies the state to the host and writes it in the background. If that fails, the next
+    call of `save`, `check` or `close` raises the error.
 
     Attributes:
-      directory: where the checkpoints lie, one subdirectory a step. A file beside it, named like
-        it with ``.json``, records the newest step, so that a directory that is gone is noticed.
+      directory: holds the checkpoints, one subdirectory for each step. The file DIRECTORY.json
+        beside it records the newest step, so that a missing directory is noticed.
     """
 
     def __init__(
@@ -45,14 +46,14 @@ class Checkpointer:
         keep_period: int = 0,
         guard: Callable[[], None] = lambda: None,
     ):
-        """Opens the directory for writing and removes what an interrupted save left there.
+        """Opens the directory for writing and removes the leftovers of an interrupted save.
 
         Args:
-          directory: made if missing.
+          directory: created if it does not exist.
           keep: how many of the newest checkpoints to keep, at least 1.
-          keep_period: checkpoints at multiples of this step are kept for good; 0 for none.
-          guard: called in process 0 before a checkpoint is begun and before it takes its name;
-            raises a CheckpointError where the directory has become another's.
+          keep_period: checkpoints at multiples of this step are never deleted; 0 for none.
+          guard: process 0 calls it before it writes a checkpoint and before it renames it. It
+            raises a CheckpointError if this run no longer owns the directory.
         """
         self.directory = Path(directory).absolute()
         self._keep = keep
@@ -74,10 +75,10 @@ class Checkpointer:
         Args:
           step: its number.
           state: the pytree.
-          record: what else the checkpoint is to hold, as JSON can; its "id" tells whose it is.
+          record: what else the checkpoint holds, values of JSON; "id" is the id of the run.
 
         Raises:
-          CheckpointError: if the one before could not be saved, or the disk has no room for this.
+          CheckpointError: if the last save failed, or the disk has too little space for this one.
         """
         self._finish()
         if processes.is_first():
@@ -87,30 +88,30 @@ class Checkpointer:
             self._place = self._open.enter_context(checkpoint_arrays.plain_path(self.directory))
             self._orbax = self._open.enter_context(checkpoint_arrays.open_orbax())
         arrays = collections.Counter(map(checkpoint_arrays.shape_and_dtype, jax.tree.leaves(state)))
-        # Process 0 has had more to do for the one before.
+        # Process 0 may still be busy with the last checkpoint.
         processes.barrier()
         self._orbax.save(self._place / f"{_PARTIAL}{step}", checkpoint_arrays.to_global(state))
         partial = self.directory / f"{_PARTIAL}{step}"
         self._pending = self._executor.submit(self._commit, partial, step, arrays, record)
 
     def prune(self, step: int) -> None:
-        """Removes older checkpoints than the settings keep.
+        """Deletes the old checkpoints that `keep` and `keep_period` do not keep.
 
         Args:
-          step: of the newest intact checkpoint. Later ones, which `restore` has passed over, stay
-            until the run saves their steps again.
+          step: of the newest intact checkpoint. Later ones are corrupt: `restore` has skipped them.
+            They stay until the run saves their steps again.
         """
         if not processes.is_first():
             return
         steps = [each for each in checkpoint_steps(self.directory) if each <= step]
         for old in steps[: -self._keep]:
             if not self._keep_period or old % self._keep_period:
-                # Renamed first: a directory with a step's name is always whole. What a reader or a
-                # network disk still holds is removed at the next start.
+                # Renamed first, because a directory whose name is a step must be complete. Files
+                # that a reader or a network disk keeps open are deleted at the next start.
                 self._rename(old, f"{_PARTIAL}old-{old}", _remove)
 
     def check(self) -> None:
-        """Raises the error of a save that has failed in the background, if any."""
+        """Raises the error of the save in the background, if it has failed."""
         if self._pending is not None and self._pending.done():
             self._finish()
 
@@ -158,7 +159,7 @@ class Checkpointer:
         self._guard()
         for later in checkpoint_steps(self.directory):
             if later >= step:
-                # Passed over by `restore`, or the run would not be at this step again.
+                # It is corrupt: otherwise `restore` would have started the run from it.
                 self._rename(later, f"corrupt-{later}")
         if os.path.lexists(self.directory / str(step)):
             self._rename(step, f"corrupt-{step}")
@@ -168,9 +169,9 @@ class Checkpointer:
         self.prune(step)
 
     def _rename(self, step: int, name: str, then: Callable[[Path], None] = lambda path: None):
-        """Renames a step's directory, which replaces what had the new name.
+        """Renames the directory of a step and replaces whatever has the new name.
 
-        What can't be removed keeps that name, and the directory gets a number after its own.
+        If that can't be removed, the directory gets the name with a number appended.
         """
         for number in itertools.count():
             path = self.directory / (f"{name}.{number}" if number else name)
@@ -185,7 +186,7 @@ def checkpoint_steps(directory: str | os.PathLike) -> list[int]:
     """Steps of the checkpoints in a directory, ascending; empty if there is no such directory."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(directory) as there:
         names = [entry.name for entry in there if entry.is_dir()]
-        # As we write them: neither 007 nor what else Python takes for a number.
+        # Only names as we write them: not 007, nor anything else that `int` accepts.
         steps = [int(name) for name in names if re.fullmatch("[1-9][0-9]{0,9}", name)]
         return sorted(step for step in steps if step <= _LAST_STEP)
     return []
@@ -194,52 +195,52 @@ def checkpoint_steps(directory: str | os.PathLike) -> list[int]:
 def restore(
     directory: str | os.PathLike, template: Any, step: int | None = None, run: str = ""
 ) -> tuple[int, Any] | None:
-    """Reads the newest intact checkpoint; a corrupt one is named in the log and passed over.
+    """Reads the newest intact checkpoint. It logs the corrupt ones and skips them.
 
-    Where the run goes on meanwhile and removes the checkpoint, the newest is looked for again.
+    If a running training deletes the checkpoint in the meantime, it reads the newest one again.
 
     Args:
       directory: of a `Checkpointer`.
-      template: pytree of arrays or `jax.ShapeDtypeStruct` with shardings, as it was saved; the
-        result is placed like it, on whatever devices it names.
-      step: read this step's checkpoint and no other.
-      run: pass over checkpoints whose record has another "id"; "" for none.
+      template: pytree of arrays or `jax.ShapeDtypeStruct` with shardings, of the structure that was
+        saved. The result has the same shardings.
+      step: read only the checkpoint of this step.
+      run: skip checkpoints whose record has another "id"; "" to skip none.
 
     Returns:
       (step, state), or None if there is no checkpoint at all.
 
     Raises:
       CorruptCheckpointError: if there are checkpoints but none of them is intact.
-      FileNotFoundError: if the step asked for has no checkpoint.
-      CheckpointError: if a checkpoint is intact but not of the template's structure, or if there
-        were checkpoints and they are gone.
+      FileNotFoundError: if there is no checkpoint of the given step.
+      CheckpointError: if a checkpoint is intact but has another structure than the template, or if
+        there were checkpoints and they are gone.
     """
     return _read_newest(directory, step, run, lambda path: checkpoint_arrays.read(path, template))
 
 
 def restore_part(directory: str | os.PathLike, name: str, run: str = "") -> tuple[int, Any] | None:
-    """Reads one part of what was saved from the newest intact checkpoint, as NumPy arrays.
+    """Reads one part of the newest intact checkpoint, as NumPy arrays.
 
     Args:
       directory: of a `Checkpointer`.
-      name: of the part: a key of the pytree's root.
-      run: pass over checkpoints whose record has another "id"; "" for none.
+      name: of the part: a key at the root of the saved pytree.
+      run: skip checkpoints whose record has another "id"; "" to skip none.
 
     Returns:
       (step, part), the part as nested dicts; None if there is no checkpoint at all.
 
     Raises:
-      CheckpointError: if checkpoints are not intact, or gone; see `restore`.
+      CheckpointError: if no checkpoint is intact, or if they are gone; see `restore`.
     """
     return _read_newest(directory, None, run, lambda path: checkpoint_arrays.read_part(path, name))
 
 
 def _read_newest(directory, step, run, read):
-    """The step of the newest intact checkpoint, or the one asked for, and what is read of it."""
+    """(step, result of ``read``) of the newest intact checkpoint, or of the given step."""
     directory = Path(directory).absolute()
     while True:
-        # Process 0 chooses: others may see the disk a little later, and once is enough to read it
-        # all.
+        # Process 0 chooses: the others may see the disk a little later, and it is enough that one
+        # process verifies all files.
         chosen = processes.broadcast_from_first(lambda: _newest_intact(directory, step, run))
         if chosen is None:
             return None
@@ -253,11 +254,11 @@ def _read_newest(directory, step, run, read):
             processes.barrier()
             with checkpoint_arrays.plain_path(directory) as place:
                 return chosen, read(place / path.name)
-        # What is removed while it is read surfaces as almost any type of error.
+        # A checkpoint that is deleted while it is read can cause almost any type of error.
         except Exception as error:
             if chosen not in checkpoint_steps(directory):
                 if jax.process_count() > 1:
-                    # Some may have read all of it.
+                    # Some processes may have read all of it.
                     raise CheckpointError(
                         f"checkpoint {path} was removed while it was read: start again"
                     ) from error
@@ -273,15 +274,15 @@ def _read_newest(directory, step, run, read):
 def read_record(
     directory: str | os.PathLike, step: int | None = None, run: str = ""
 ) -> dict[str, Any] | None:
-    """What a checkpoint holds beside the arrays: the newest that has something, or a step's.
+    """Reads what a checkpoint holds beside the arrays: the newest one with a record, or a step's.
 
     Args:
       directory: of a `Checkpointer`.
-      step: of this checkpoint and no other.
-      run: pass over records with another "id"; "" for none.
+      step: read only the checkpoint of this step.
+      run: skip records with another "id"; "" to skip none.
 
     Returns:
-      The record given to `Checkpointer.save`, or None where there is none that can be read.
+      The record given to `Checkpointer.save`, or None if none can be read.
     """
     directory = Path(directory).absolute()
     while True:
@@ -292,7 +293,7 @@ def read_record(
                     record = checkpoint_files.record_of(directory / str(candidate))
                     if record is not None and not _is_of_another(record, run):
                         return record
-        # Otherwise the run has gone on meanwhile and removed some.
+        # Otherwise the run has saved and deleted checkpoints in the meantime.
         if checkpoint_steps(directory) == steps:
             return None
 
@@ -317,7 +318,7 @@ def _newest_intact(directory: Path, step: int | None, run: str) -> int | None:
                     )
             except CorruptCheckpointError as error:
                 if candidate not in checkpoint_steps(directory):
-                    # Removed meanwhile, because there is a newer one.
+                    # The run has deleted it in the meantime, because there is a newer one.
                     break
                 is_last = step is not None or candidate == steps[0]
                 hint = "" if is_last else "; trying the one before it"
@@ -360,7 +361,7 @@ def _is_of_another(record: dict[str, Any], run: str) -> bool:
 
 
 def _remove(path: Path):
-    """Removes a file or a folder as far as it goes: what is in use on a network disk stays."""
+    """Removes a file or a folder; files that are in use on a network disk stay."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

@@ -18,11 +18,11 @@ from ant_jax.runtime.checkpoint_files import CheckpointError
 
 def open_orbax() -> Any:
     """Opens orbax's checkpointer, which is also a context manager."""
-    # Imported where something is saved or restored: the first step need not wait for it.
+    # Imported late, because the import is slow and the first training step does not need it.
     import orbax.checkpoint as ocp
 
-    # Named, the processes wait for each other by messages; else by a collective, which on CPUs
-    # waits half a minute at most.
+    # With the processes named, orbax waits for them by messages. Otherwise it uses a collective,
+    # which on CPUs fails after half a minute.
     count = jax.process_count()
     options = ocp.options.MultiprocessingOptions(
         active_processes=set(range(count)) if count > 1 else None
@@ -32,10 +32,11 @@ def open_orbax() -> Any:
 
 @contextlib.contextmanager
 def plain_path(directory: Path) -> Iterator[Path]:
-    """Gives a path without characters that mean something to orbax or tensorstore.
+    """Gives a path to a directory without characters that are special to orbax or tensorstore.
 
-    Orbax looks for what it has written by a pattern, in which brackets are no names; tensorstore
-    takes a backslash for a slash, and writes elsewhere; neither takes bytes that are not UTF-8.
+    Orbax finds its files by a glob pattern, in which brackets have a meaning. Tensorstore replaces
+    a backslash by a slash and writes to another folder. Neither accepts bytes that are not UTF-8.
+    For a directory with such a name this gives a symbolic link to it.
     """
     text = str(directory)
     if not re.search(r"[\[\]*?\\\ud800-\udfff]", text):
@@ -48,25 +49,25 @@ def plain_path(directory: Path) -> Iterator[Path]:
 
 
 def read(path: Path, template: Any) -> Any:
-    """Reads all arrays.
+    """Reads all arrays of a checkpoint.
 
     Args:
-      path: a checkpoint, as `plain_path` gives it.
-      template: pytree of arrays or `jax.ShapeDtypeStruct` with shardings, as it was saved.
+      path: of the checkpoint, in a `plain_path`.
+      template: pytree of arrays or `jax.ShapeDtypeStruct` with shardings, of the saved structure.
 
     Returns:
-      The pytree, placed like the template.
+      The pytree, with the shardings of the template.
     """
     with open_orbax() as orbax:
         return _to_local(orbax.restore(path, to_global(template)), template)
 
 
 def read_part(path: Path, name: str) -> Any:
-    """Reads one part, a key of the pytree's root, as NumPy arrays in nested dicts.
+    """Reads one part of a checkpoint, as NumPy arrays in nested dicts.
 
     Args:
-      path: a checkpoint, as `plain_path` gives it.
-      name: the key.
+      path: of the checkpoint, in a `plain_path`.
+      name: of the part: a key at the root of the saved pytree.
     """
     import orbax.checkpoint as ocp
 
@@ -78,7 +79,7 @@ def read_part(path: Path, name: str) -> Any:
 
 
 def to_global(tree: Any) -> Any:
-    """Turns what every process holds into arrays over all processes: orbax takes no other."""
+    """Turns arrays that every process holds whole into global ones, the only kind orbax accepts."""
     if jax.process_count() == 1:
         return tree
     mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
@@ -94,7 +95,7 @@ def to_global(tree: Any) -> Any:
 
 
 def _to_local(tree: Any, template: Any) -> Any:
-    """The inverse of `to_global`: arrays placed like the template's."""
+    """The inverse of `to_global`: arrays with the shardings of the template."""
     if jax.process_count() == 1:
         return tree
 
@@ -111,12 +112,12 @@ def shape_and_dtype(leaf: Any) -> tuple[tuple[int, ...], str]:
 
 
 def check(path: Path, arrays: collections.Counter) -> None:
-    """Looks for every array that was saved, and reads it.
+    """Checks that every array was saved, by reading it back.
 
-    Orbax reports no error where it could not write the index of its files.
+    Orbax raises no error if it could not write the index of its files.
 
     Args:
-      path: where orbax has written, as `plain_path` gives it.
+      path: of the checkpoint, in a `plain_path`.
       arrays: how many arrays of each `shape_and_dtype` were saved.
 
     Raises:
@@ -132,7 +133,7 @@ def check(path: Path, arrays: collections.Counter) -> None:
         parts = collections.Counter(key.rpartition(b"/")[0] for key in keys)
         found = collections.Counter()
         for key in keys:
-            # One at a time: together they are as large as the state.
+            # One at a time, because together they are as large as the state.
             value = store.read(key).result().value
             name, _, last = key.rpartition(b"/")
             if last != b".zarray":

@@ -1,9 +1,8 @@
-"""The files of a checkpoint: proved when they are written, verified before they are read.
+"""The checksums of a checkpoint's files, and the record beside its arrays.
 
-After a save every array is looked for and read, and every file gets a checksum. Orbax notices
-truncated files but not flipped bytes; the checksums notice both. Beside the arrays lies
-``run.json``, which says of which run the checkpoint is. Files that file browsers and network disks
-leave there don't count.
+Orbax notices truncated files but not flipped bits; the checksums find both. The record,
+``run.json``, says to which run the checkpoint belongs. Files that file browsers and network disks
+create in the folder are ignored.
 """
 
 import hashlib
@@ -15,7 +14,7 @@ from ant_jax.runtime.files import sync
 
 _CHECKSUMS = "checksums.json"
 _RECORD = "run.json"
-_MANIFEST = "manifest.ocdbt"  # by which orbax finds all arrays
+_MANIFEST = "manifest.ocdbt"  # the index by which orbax finds all arrays
 
 
 class CheckpointError(RuntimeError):
@@ -23,15 +22,15 @@ class CheckpointError(RuntimeError):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """A checkpoint's files are not those that were written."""
+    """The files of a checkpoint differ from those that were written."""
 
 
 def seal(path: Path, record: dict[str, Any] | None) -> None:
-    """Adds the record and a checksum of every file; returns when all is on the disk.
+    """Adds the record and the checksums of all files, and waits until everything is on the disk.
 
     Args:
       path: of a checkpoint.
-      record: what the checkpoint is to hold beside the arrays, as JSON can; None for nothing.
+      record: what the checkpoint holds beside the arrays, values of JSON; None for no record.
     """
     if record is not None:
         (path / _RECORD).write_text(json.dumps(record, indent=1))
@@ -42,7 +41,7 @@ def seal(path: Path, record: dict[str, Any] | None) -> None:
 
 
 def verify(path: Path) -> None:
-    """Raises a CorruptCheckpointError if a file of a checkpoint is not the one that was sealed."""
+    """Raises a CorruptCheckpointError if a file has changed since `seal`."""
     wrong = sorted(
         name
         for name, digest in _expected(path).items()
@@ -65,10 +64,10 @@ def _expected(path: Path) -> dict[str, str]:
 
 
 def record_of(path: Path) -> dict[str, Any] | None:
-    """What a checkpoint holds beside the arrays; None if it was sealed without a record.
+    """Reads the record of a checkpoint; None if it has none.
 
     Raises:
-      CorruptCheckpointError: if it is not what was sealed.
+      CorruptCheckpointError: if the record has changed since `seal`.
     """
     digest = _expected(path).get(_RECORD)
     if digest is None:
@@ -104,5 +103,5 @@ def _digest(file: Path) -> str | None:
 
 
 def _is_foreign(name: Path) -> bool:
-    """Whether a file is of a file browser or a network disk: .DS_Store, ._x, .nfs00, Thumbs.db."""
+    """Whether a file browser or a network disk made a file: .DS_Store, ._x, .nfs00, Thumbs.db."""
     return any(part.startswith(".") or part in ("Thumbs.db", "desktop.ini") for part in name.parts)

@@ -1,4 +1,4 @@
-"""Compiled programs on disk, so that the next process need not compile them again."""
+"""A cache of compiled programs on disk, so that the next process need not compile them again."""
 
 import contextlib
 import hashlib
@@ -10,21 +10,21 @@ from pathlib import Path
 import jax
 from absl import logging
 
-# What JAX asks for programs has no public name.
+# JAX has no public name for the cache that it uses.
 from jax._src import compilation_cache
 
 from ant_jax.runtime.files import keeping, user_cache, write_bytes
 
 
 def enable() -> None:
-    """Keeps what takes long to compile in the user's cache, unless JAX knows a place already.
+    """Caches programs in the user's cache folder, unless JAX has a cache folder already.
 
-    Programs for the CPU are those of one machine and one jaxlib, so each has a folder of its own.
-    On Intel's CPUs none are kept: XLA takes hints of their tuning for features that are missing,
-    compiles anew whatever is kept, and warns at length (openxla/xla, issue 44565).
+    Programs for the CPU fit one kind of machine and one jaxlib only, so each pair has its own
+    folder. On Intel CPUs nothing is cached: XLA mistakes tuning hints for missing CPU features,
+    rejects every cached program, and prints long warnings (openxla/xla, issue 44565).
 
-    A program whose file is damaged is compiled again and replaced. Left to itself, JAX warns at
-    every start for ever, and where zstandard is installed it may be ended by what it has read.
+    A damaged program is compiled again and replaced. Without this, JAX would warn at every start,
+    and if zstandard is installed, reading the file could crash the process.
     """
     folder = _folder(_cpu(), jax.default_backend())
     if folder is None or jax.config.jax_compilation_cache_dir:
@@ -36,7 +36,7 @@ def enable() -> None:
             probe.write(bytes(1 << 16))
         writable = True
     if not writable:
-        # Or JAX would warn at every program. Those that are there are read all the same.
+        # Otherwise JAX would warn at every program. It still reads the programs that are there.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)
     if folder.is_dir():
         if hasattr(compilation_cache, "get_file_cache"):
@@ -45,13 +45,13 @@ def enable() -> None:
 
 
 class _Sealed:
-    """The programs of a folder, each behind its checksum; what JAX takes for a cache."""
+    """A folder of programs, each with a checksum, with the interface of JAX's file cache."""
 
     def __init__(self, folder: Path):
         self._folder = folder
 
     def get(self, key: str) -> bytes | None:
-        """The program of a key; None if there is none that is whole."""
+        """The program of a key; None if it is missing or damaged."""
         path = self._path(key)
         try:
             content = path.read_bytes()
@@ -66,7 +66,7 @@ class _Sealed:
         return None
 
     def put(self, key: str, program: bytes) -> None:
-        """Keeps a program."""
+        """Writes a program."""
         write_bytes(self._path(key), _seal(program) + program)
 
     def _path(self, key):
@@ -91,7 +91,7 @@ def _folder(cpu: str, backend: str) -> Path | None:
 
 
 def _cpu() -> str:
-    """What Linux says of the CPU's kind and features; "" elsewhere."""
+    """The kind and features of the CPU, as Linux reports them; "" on other systems."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     kinds = ("vendor_id", "flags", "Features", "model name")

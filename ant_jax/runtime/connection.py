@@ -11,25 +11,26 @@ from absl import logging
 
 from ant_jax.runtime import signals
 
-_MEETING_SECONDS = 300  # until all processes must be there
-_HEARTBEAT_SECONDS = 30  # of silence, after which a process counts as dead
+_CONNECT_SECONDS = 300  # within which all processes must connect
+_HEARTBEAT_SECONDS = 30  # without a heartbeat, after which a process counts as dead
 
 
 def initialize(
     coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
 ) -> None:
-    """Makes this process one of several; must come before anything asks JAX for devices.
+    """Connects this process to the other processes of the run.
+
+    Call it before anything asks JAX for devices. On a Cloud TPU slice and under SLURM leave all
+    arguments out: JAX finds them itself. If the processes have not connected within 5 minutes,
+    prints a message and ends this process.
 
     Args:
-      coordinator: HOST:PORT of process 0, as all processes reach it. None, and the others too,
-        where a Cloud TPU slice or SLURM says it.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
+      coordinator: HOST:PORT of process 0, an address that all processes reach.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
 
     Raises:
-      ValueError: if nothing says who the others are, or what says it makes no sense.
-
-    Where the processes have not come together within 5 minutes, this one ends with a message.
+      ValueError: if an argument is missing or impossible, or if the processes can't connect.
     """
     told = {
         "--coordinator": coordinator,
@@ -52,10 +53,10 @@ def initialize(
             )
         if process_id == 0:
             bind = _bind_address(host, port)
-    # It would take SIGTERM, and nothing here asks it whether one has come.
+    # JAX's service would catch SIGTERM, which this package handles itself.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX would end the process too, by a signal and with pages of C++.
-    late = threading.Timer(_MEETING_SECONDS, _give_up, [coordinator])
+    # After its own timeout JAX would abort the process and print pages of C++.
+    late = threading.Timer(_CONNECT_SECONDS, _give_up, [coordinator])
     late.daemon = True
     late.start()
     try:
@@ -65,7 +66,7 @@ def initialize(
             process_id,
             local_device_ids=None if by_hand else _gpus_of_the_node(),
             cluster_detection_method="deactivate" if by_hand else None,
-            initialization_timeout=2 * _MEETING_SECONDS,
+            initialization_timeout=2 * _CONNECT_SECONDS,
             coordinator_bind_address=bind,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
@@ -91,13 +92,16 @@ def _is_port(text):
 
 
 def _bind_address(host: str, port: int) -> str:
-    """Where process 0 listens: at the address that all are told, if that is one of this machine's.
+    """The address at which process 0 listens.
 
-    Behind a router that translates addresses it is not; and a name that means several addresses, or
-    that of the machine itself alone, may mean another one elsewhere. Then it is all addresses.
+    It is the coordinator's address if that is an address of this machine. Behind a router that
+    translates addresses it is not. A name with several addresses, or one that means a loopback
+    address here, may mean another address on other machines. In these cases process 0 listens on
+    all addresses.
 
     Raises:
-      ValueError: if the name is unknown or the port taken, where JAX ends by a segmentation fault.
+      ValueError: if the name is unknown or the port is taken; JAX would end with a segmentation
+        fault.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -120,7 +124,11 @@ def _bind_address(host: str, port: int) -> str:
 
 
 def _can_listen(address, port):
-    """Whether an address is this machine's."""
+    """Whether an address belongs to this machine.
+
+    Raises:
+      ValueError: if its port is taken or needs other rights.
+    """
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         socket.create_server((address, port), family=family).close()
@@ -134,14 +142,17 @@ def _can_listen(address, port):
 def _give_up(coordinator):
     where = coordinator or "process 0"
     signals.say(
-        f"the processes have not come together at {where} within {_MEETING_SECONDS} s: does every "
-        "one of them run, with the same number of processes, and reach that address?"
+        f"the processes have not come together at {where} within {_CONNECT_SECONDS} s: is every "
+        "one of them running, with the same number of processes, and can it reach that address?"
     )
     os._exit(1)
 
 
 def _gpus_of_the_node():
-    """Under SLURM JAX takes one GPU a process; a process that is alone on its node has them all."""
+    """All GPUs of the node for a process that is alone on it; None for JAX's default.
+
+    Under SLURM that default is one GPU for each process.
+    """
     tasks, nodes, gpus = map(
         os.environ.get, ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "SLURM_GPUS_ON_NODE")
     )

@@ -1,4 +1,4 @@
-"""Running a step on this process's devices."""
+"""Runs a step on the devices of this process."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,25 +9,25 @@ import numpy as np
 
 Step = Callable[..., tuple[Any, Any]]
 
-# One name for pmap's axis and for the mesh of replicated arrays: with two, pmap takes its own first
-# output for something new and compiles the step again.
+# pmap's axis and the mesh of replicated arrays share one name. With two names, the first output of
+# pmap has another sharding than its input, and pmap compiles the step again.
 _AXIS = "batch"
 
 
 def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
-    """Compiles a step for this process's devices: `jax.jit` on one, `jax.pmap` on many.
+    """Compiles a step for the devices of this process: `jax.jit` for one, `jax.pmap` for many.
 
     Args:
       step: ``(state, batch, *extra, axis_name=None) -> (state, metrics)``, such as `train_step`
         with its settings bound.
-      devices: this process's devices.
+      devices: the devices of this process.
 
     Returns:
-      ``(state, batch, *extra) -> (state, metrics)``, where ``batch`` is this process's part of the
-      global batch, its size divisible by the number of devices, and ``extra`` the same on all
-      devices. The state is donated; put the first one on the devices with `replicate`. Its
-      ``lower`` is that of `jax.jit`; what it compiles, a later call finds. Of one of several
-      processes it takes arrays alone.
+      ``(state, batch, *extra) -> (state, metrics)``. ``batch`` is this process's part of the global
+      batch; its size is a multiple of the number of devices. ``extra`` is the same on all devices.
+      The state is donated; put the first state on the devices by `replicate`. The function has a
+      method ``lower`` like that of `jax.jit`; a later call reuses the program that it compiles.
+      With several processes ``lower`` accepts arrays only, not `jax.ShapeDtypeStruct`.
     """
     if jax.device_count() == 1 or (jax.process_count() == 1 and len(devices) == 1):
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(devices))
@@ -55,12 +55,11 @@ def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
 
 
 def compiler_options(devices: Sequence[jax.Device]) -> dict[str, int] | None:
-    """How large programs are compiled: for CPUs as by -O2 instead of -O3, which is quicker.
+    """Options for compiling large programs with `jax.jit`; pmap accepts no options.
 
-    For `jax.jit` alone: pmap takes no options.
-
-    Parameters are drawn the same to the bit; other results may differ by rounding. At -O1 there is
-    nothing more to gain, and -O0 draws other parameters.
+    For CPUs it is optimization level 2 instead of 3, which compiles faster. Random parameters stay
+    equal bit for bit; other results may differ by rounding. Level 1 is not faster, and level 0
+    changes the random parameters.
     """
     if devices[0].platform != "cpu" or jax.config.read("jax_disable_most_optimizations"):
         return None
@@ -68,27 +67,27 @@ def compiler_options(devices: Sequence[jax.Device]) -> dict[str, int] | None:
 
 
 def replicated(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
-    """The sharding of arrays that every one of these devices holds whole."""
+    """The sharding of arrays that each device holds whole."""
     mesh = jax.sharding.Mesh(np.asarray(devices), (_AXIS,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
 
 def split_over(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
-    """The sharding of arrays of which each of these devices holds a part of the leading axis."""
+    """The sharding of arrays whose leading axis is split over the devices."""
     mesh = jax.sharding.Mesh(np.asarray(devices), (_AXIS,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(_AXIS))
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """Puts a pytree on every one of these devices, unstacked."""
+    """Puts a whole copy of a pytree on each device."""
     return jax.device_put(tree, replicated(devices))
 
 
 def checksums(tree: Any) -> list[int]:
-    """What tells replicas apart: of each of this process's devices 32 bits, of all bits it holds.
+    """A 32-bit checksum of the copy on each device of this process, to find replicas that differ.
 
     Args:
-      tree: arrays that every one of the devices holds whole.
+      tree: arrays that each device holds whole.
     """
     return [int(shard.data) for shard in _checksum(tree).addressable_shards]
 
@@ -100,7 +99,7 @@ def _checksum(tree):
             leaf = leaf.astype(jnp.uint8)
         unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
         bits = jax.lax.bitcast_convert_type(jnp.ravel(leaf), unsigned)
-        # Odd factors that differ: a change anywhere, and a swap, changes the sum.
+        # Each value has another odd factor, so a changed value or a swap changes the sum.
         factors = jnp.uint32(2654435761) * jnp.arange(bits.size, dtype=jnp.uint32) | jnp.uint32(1)
         return jnp.sum(bits.astype(jnp.uint32) * factors, dtype=jnp.uint32)
 

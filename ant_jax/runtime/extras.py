@@ -1,18 +1,18 @@
-"""Packages that only some users need."""
+"""Optional packages."""
 
 import importlib
 from types import ModuleType
 
 
 class MissingExtraError(ImportError):
-    """A package that is not installed; the message says how to install it."""
+    """An optional package is not installed; the message says how to install it."""
 
 
 def import_extra(module: str, extra: str) -> ModuleType:
-    """Imports a module of a package that is installed with an extra of this one.
+    """Imports a module of a package that one of ant-jax's extras installs.
 
     Raises:
-      MissingExtraError: naming the extra, if the module is not there.
+      MissingExtraError: if the package is not installed; the message names the extra.
     """
     try:
         return importlib.import_module(module)

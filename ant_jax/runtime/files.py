@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Atomic writes, file locks, and the user's cache folder."""
 
 import contextlib
 import fcntl
@@ -14,14 +14,15 @@ from typing import BinaryIO
 from absl import logging
 
 _PARTIAL = ".partial"
-_DEAD_SECONDS = 24 * 3600  # without a write, after which no process writes a partial file
+_DEAD_SECONDS = 24 * 3600  # without a write, after which the writer of a file counts as dead
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
-    """Gives a file beside its place, renamed at the end; makes the folders above it.
+    """Opens a temporary file beside a path and renames it to the path at the end.
 
-    However many write it at once, its place holds a whole file at any time: that of the last.
+    Creates the folders above it. If several processes write the same path, the file at the path is
+    always complete: it is that of the last one to finish.
     """
     with partial_beside(path) as partial, naming(path), partial.open("wb") as file:
         yield file
@@ -29,9 +30,9 @@ def writing(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def partial_beside(path: Path) -> Iterator[Path]:
-    """Gives a path to write a file to, beside its place; at the end renames it into its place.
+    """Gives a temporary path beside a path; at the end renames the file written there.
 
-    No other call gets the same path. Files that killed writers have left are removed.
+    No other call gets the same temporary path. Removes temporary files that killed writers left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
@@ -39,7 +40,7 @@ def partial_beside(path: Path) -> Iterator[Path]:
     try:
         yield partial
         with naming(path):
-            # Or a power failure could leave the name and not the content.
+            # Otherwise a power failure could leave the name without the content.
             sync(partial)
         partial.replace(path)
         with contextlib.suppress(OSError):
@@ -50,8 +51,8 @@ def partial_beside(path: Path) -> Iterator[Path]:
 
 
 def _remove_leftovers(path):
-    """Removes partial files of a place to which nobody has written for a day."""
-    # A folder may not be listed, another may remove a file at the same time: no reason to fail.
+    """Removes temporary files of a path that nobody has written to for a day."""
+    # The folder may be unreadable, or another process may remove a file first. Neither matters.
     with contextlib.suppress(OSError):
         for name in os.listdir(path.parent):
             leftover = path.with_name(name)
@@ -64,7 +65,7 @@ def _remove_leftovers(path):
 
 
 def sync(path: Path) -> None:
-    """Waits until a file or the names in a folder are on the disk."""
+    """Waits until a file, or the names in a folder, are on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -73,17 +74,17 @@ def sync(path: Path) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a file beside its place and renames it; makes the folders above it."""
+    """Writes a file atomically, see `writing`."""
     with writing(path) as file:
         file.write(content)
 
 
 def write_new(path: Path, content: bytes) -> bool:
-    """Writes a file, if there is none of that name, and says whether it did.
+    """Writes a file unless it exists already; returns whether it did.
 
-    Of several at once one does.
+    If several processes write the same path at once, only one of them does.
     """
-    # After a kill a later writer of the path removes it, as other partial files.
+    # If this process is killed, a later writer of the path removes this temporary file.
     source = path.with_name(f"{path.name}.{secrets.token_hex(4)}{_PARTIAL}")
     write_bytes(source, content)
     try:
@@ -91,7 +92,7 @@ def write_new(path: Path, content: bytes) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        # Some network file systems have no links; then another may come between the two.
+        # Some network file systems have no hard links. There, another process may write in between.
         if path.exists():
             return False
         source.replace(path)
@@ -102,7 +103,7 @@ def write_new(path: Path, content: bytes) -> bool:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Names the file in an error of the system that names none, as that of a full disk."""
+    """Adds the file name to an OSError without one, such as that of a full disk."""
     try:
         yield
     except OSError as error:
@@ -113,26 +114,26 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[Callable[[], bool]]:
-    """Holds a lock that ends with this process, however it ends; makes the folders above it.
+    """Holds a lock on a file; the system releases it when this process ends, even if it is killed.
 
-    The holder may remove the file at the end.
+    Creates the folders above the file. The holder may remove the file at the end.
 
     Yields:
-      A function that tells whether the file is still that of the lock: where it was removed,
-      another may hold a lock of the same name by now.
+      A function that tells whether the file at the path is still the locked one. If the file was
+      removed, another process may have locked a new file at the same path.
 
     Raises:
-      BlockingIOError: if another holds it; the message says who.
+      BlockingIOError: if another process holds the lock; the message names that process.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         is_held = lambda: False
         while not is_held():
-            # Again if its last holder has removed the file since it was opened here.
+            # Tries again if the last holder removed the file after it was opened here.
             file = stack.enter_context(path.open("a+"))
             _lock(file, path)
             is_held = functools.partial(_is_named, file, path)
-        # Not around what the lock is held for, whose errors are of other files.
+        # The `yield` is outside of `naming`: errors of the caller concern other files.
         with naming(path):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -148,21 +149,21 @@ def _lock(file, path):
         raise BlockingIOError(file.read() or "another process") from None
     except OSError as error:
         # Some network file systems have no locks.
-        logging.warning("%s can't be locked (%s): nothing keeps others out", path, error)
+        logging.warning("%s can't be locked (%s): other jobs are not kept out", path, error)
 
 
 def _is_named(file, path):
-    """Whether an open file is still the one of this path."""
+    """Whether an open file is still the file at the path."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
     return False
 
 
 def user_path(path: str | os.PathLike) -> Path:
-    """A path as a user writes it, in which ``~`` stands for the home folder.
+    """Expands ``~`` in a path that a user wrote.
 
     Raises:
-      OSError: if nobody knows that home.
+      OSError: if the home folder is unknown.
     """
     try:
         return Path(path).expanduser()
@@ -171,12 +172,12 @@ def user_path(path: str | os.PathLike) -> Path:
 
 
 def user_cache() -> Path | None:
-    """Where what can be made again is kept: `$XDG_CACHE_HOME/ant_jax`, or `~/.cache/ant_jax`.
+    """The user's cache folder: `$XDG_CACHE_HOME/ant_jax`, or `~/.cache/ant_jax`.
 
-    It may not be there, nor writable: read what is there, and write inside `keeping`.
+    It may not exist, or not be writable: write to it inside `keeping`.
 
     Returns:
-      The folder; None where the user has no home, which is said once.
+      The folder; None if the user has no home folder, with a warning the first time.
     """
     return _user_cache(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
 
@@ -194,7 +195,11 @@ def _user_cache(place):
 
 @contextlib.contextmanager
 def keeping(what: str) -> Iterator[None]:
-    """Writes what can be made again: where it can't be written, says so and goes on without."""
+    """For writing to a cache: if that fails, logs a warning and goes on.
+
+    Args:
+      what: the content, for the warning.
+    """
     try:
         yield
     except OSError as error:

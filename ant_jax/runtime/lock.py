@@ -1,4 +1,4 @@
-"""One job at a time, of however many processes it is."""
+"""A lock by which one job, of one or many processes, keeps other jobs out."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,21 +9,21 @@ from ant_jax.runtime.files import locked
 
 
 class InUseError(RuntimeError):
-    """Another job is at what this one was asked to do."""
+    """Another job is doing the same work."""
 
 
 @contextlib.contextmanager
 def job_lock(lock: Path, doing: str, otherwise: str) -> Iterator[Callable[[], bool]]:
-    """Keeps other jobs out while this one is in the context.
+    """Keeps other jobs out while this job is in the context.
 
     Args:
-      lock: a file, which process 0 locks; the folders above it are made.
-      doing: what the job does, as "is training in DIR".
-      otherwise: what the user of another job can do, as "wait for it".
+      lock: a file, which process 0 locks; the folders above it are created.
+      doing: what the job does, such as "is training in DIR", for the message of the other job.
+      otherwise: what the user of the other job can do, such as "wait for it".
 
     Yields:
-      In process 0 a function that tells whether the lock is still held, as of `files.locked`; in
-      the others one that is always true.
+      In process 0 a function that tells whether the lock is still held, see `files.locked`; in the
+      other processes a function that always returns True.
 
     Raises:
       InUseError: if another job holds the lock.

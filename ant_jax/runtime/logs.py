@@ -1,4 +1,4 @@
-"""Where a run's numbers go: the console, `metrics.jsonl` and TensorBoard."""
+"""Logs the metrics of a run: on the console, in ``metrics.jsonl`` and in TensorBoard."""
 
 import bisect
 import hashlib
@@ -20,19 +20,20 @@ from ant_jax.runtime.files import naming, write_bytes
 
 
 class MeanMetrics:
-    """Means of the steps' metrics since the last report.
+    """Means of the metrics of all steps since the last report.
 
-    A cluster's losses are weighted by its counts, and a cosine that is not there does not count.
-    What it holds are sums, the same to the bit whether or not a run was interrupted between them.
+    The loss of a cluster is weighted by its number of examples, and NaN, such as a cosine that a
+    step did not measure, is left out. It holds sums, which are equal bit for bit whether or not the
+    run was interrupted.
     """
 
     def __init__(self, state: dict[str, list] | None = None):
-        """Starts anew, or from a `state`."""
-        # Of each metric the weighted sum and that of the weights.
+        """Starts from a `state`; by default from nothing."""
+        # For each metric the weighted sum and the sum of the weights.
         self._sums = {name: np.array(sums, np.float64) for name, sums in (state or {}).items()}
 
     def add(self, metrics: dict[str, np.ndarray]) -> None:
-        """Adds one step's metrics, on the host."""
+        """Adds the metrics of one step, arrays on the host."""
         for name, value in metrics.items():
             value = np.asarray(value, np.float64)
             weights = np.ones_like(value)
@@ -45,11 +46,11 @@ class MeanMetrics:
             self._sums[name] = self._sums.get(name, 0) + sums
 
     def state(self) -> dict[str, list]:
-        """What another `MeanMetrics` can go on from, as JSON can hold it."""
+        """The sums so far, as values of JSON, for another `MeanMetrics` to go on from."""
         return {name: sums.tolist() for name, sums in self._sums.items()}
 
     def report(self) -> dict[str, Any]:
-        """The means as floats and lists, None where nothing was measured; starts anew."""
+        """Returns the means and resets them: floats and lists, None where nothing was measured."""
         sums, self._sums = self._sums, {}
         with np.errstate(invalid="ignore"):
             means = {name: total / weight for name, (total, weight) in sums.items()}
@@ -62,8 +63,8 @@ class MeanMetrics:
 class MetricWriter:
     """Appends to ``metrics.jsonl`` and, where TensorFlow is installed, to TensorBoard.
 
-    TensorBoard lives in a thread of its own: importing it takes seconds, and nothing waits for it.
-    It is opened for the first numbers, when the step has been compiled.
+    A separate thread writes for TensorBoard, because importing it takes seconds. It opens
+    TensorBoard at the first metrics, after the step has been compiled.
     """
 
     def __init__(
@@ -75,16 +76,17 @@ class MetricWriter:
     ):
         """Opens the files.
 
-        Lines of a killed run beyond ``start_step`` are dropped, for they will be written again.
-        Lines that can't be read, or are not in the order of their steps, go into
-        ``metrics-damaged.jsonl``. So do the dropped lines where the lines up to ``start_step`` are
-        not those that were written.
+        A killed run may have written lines after ``start_step``. They are removed, because the run
+        writes them again. Lines that can't be read, or whose steps are out of order, move to
+        ``metrics-damaged.jsonl``. If the lines up to ``start_step`` differ from what was written,
+        the removed lines move there too.
 
         Args:
-          workdir: where the files are.
+          workdir: the folder of the files.
           start_step: the step to go on from.
-          tensorboard: whether to write for it.
-          written: what `written` gave at that step; what is missing or changed is said.
+          tensorboard: whether to write for TensorBoard.
+          written: what `written` returned at that step; if lines are missing or have changed, a
+            warning says so. None if unknown.
         """
         self._executor = self._board = self._file = self._path = None
         if not processes.is_first():
@@ -102,11 +104,11 @@ class MetricWriter:
                 written["lines"],
                 "" if len(kept) != written["lines"] else ", of which some have changed",
             )
-            # One of these may be one of those.
+            # Lines that are missing before `start_step` may be among those after it.
             doubtful += beyond
         elif beyond and not start_step:
             logging.warning(
-                "%s: %d lines are dropped, for there is no checkpoint", self._path, len(beyond)
+                "%s: %d lines are removed, for there is no checkpoint", self._path, len(beyond)
             )
         if doubtful:
             aside = self._path.with_name("metrics-damaged.jsonl")
@@ -122,9 +124,9 @@ class MetricWriter:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
 
     def written(self) -> dict[str, Any] | None:
-        """The number and the digest of the lines so far, which are on the disk then.
+        """The number and the digest of the lines so far; first waits until they are on the disk.
 
-        In processes other than the first it is None.
+        None in all processes but the first.
         """
         if self._path is None:
             return None
@@ -134,7 +136,7 @@ class MetricWriter:
         return {"lines": self._lines, "sha256": self._digest.hexdigest()}
 
     def scalars(self, step: int, values: dict[str, Any]) -> None:
-        """Writes numbers and lists of numbers of a step."""
+        """Writes the metrics of a step: numbers and lists of numbers."""
         if self._file is None:
             return
         line = json.dumps({"step": step, **values}).encode() + b"\n"
@@ -155,7 +157,7 @@ class MetricWriter:
         self._submit(lambda board: board.write_images(step, {name: image[None]}))
 
     def close(self) -> None:
-        """Writes what is outstanding."""
+        """Writes what is left to write and closes the files."""
         if self._board is not None:
             self._submit(lambda board: board.close())
         if self._executor is not None:
@@ -179,7 +181,7 @@ class MetricWriter:
 
 
 def _sorted_lines(content: bytes, start_step: int) -> tuple[list[bytes], list[bytes], list[bytes]]:
-    """The lines up to a step, those beyond it, and those that can't be read or are out of order."""
+    """The lines up to a step, the lines after it, and those that are unreadable or out of order."""
     *lines, torn = (line + b"\n" for line in content.split(b"\n"))
     steps = [step_of(line) for line in lines]
     good = _ascending(steps)
@@ -195,12 +197,12 @@ def step_of(line: bytes) -> int | None:
         step = json.loads(line)["step"]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-    # Neither are as we write them, and readers would split such a line.
+    # We write only ASCII, and readers would split a line at other line breaks.
     return step if type(step) is int and line.isascii() and b"\r" not in line else None
 
 
 def _ascending(steps: list[int | None]) -> list[int]:
-    """Indices of as many steps as can be that ascend: one damaged number costs one line."""
+    """Indices of the longest ascending subsequence, so that one damaged number costs one line."""
     ends: list[int] = []
     before: dict[int, int | None] = {}
     for i, step in enumerate(steps):
@@ -216,7 +218,7 @@ def _ascending(steps: list[int | None]) -> list[int]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``; those that can't be read are said and left out."""
+    """The lines of a ``metrics.jsonl``; unreadable ones are left out, with a warning."""
     kept, _, doubtful = _sorted_lines(path.read_bytes(), sys.maxsize)
     if doubtful:
         logging.warning("%d lines of %s can't be read", len(doubtful), path)
@@ -230,19 +232,19 @@ def _open_board(workdir: str):
 
 
 def quiet_console() -> None:
-    """Plain lines of our own on the console; of the libraries', warnings and errors only."""
+    """Logs plain lines on the console; of other libraries only warnings and errors."""
     handler = logging.get_absl_handler()
     handler.setFormatter(None)
     root = Path(__file__).parents[2]
     folders = (str(root / "ant_jax"), str(root / "experiments"))
 
     def worth_reading(record):
-        # A save that fails says so in our error, and in orbax's threads once for every array.
+        # If a save fails, our error says so; orbax's threads would log it again for every array.
         twice = "/orbax/" in record.pathname or record.name == "asyncio"
         return (record.levelno >= WARNING and not twice) or record.pathname.startswith(folders)
 
     handler.addFilter(worth_reading)
-    # So do arrays that were still to be written.
+    # The arrays that orbax has not written yet would report the same failure.
     sys.unraisablehook = lambda failure: (
         str(failure.exc_value) == "Event loop is closed" or sys.__unraisablehook__(failure)
     )

@@ -1,39 +1,39 @@
-"""A loss or a gradient that is not finite ends training, at once or where it does not pass."""
+"""Ends training if losses or gradients are not finite."""
 
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from absl import logging
 
-# So many steps in a row that are not finite come from the parameters, not from the data.
+# More skipped steps in a row than this are the fault of the parameters, not of the data.
 _PATIENCE = 9
 
 
 class LossGuard:
-    """Looks at the loss and the gradient norm of every step, in order."""
+    """Checks the loss and the gradient norm of every step, in order."""
 
     def __init__(self, skips: bool, advice: Callable[[], str]):
-        """Begins with no step that was not finite.
+        """Starts with a count of 0.
 
         Args:
-          skips: whether the train step leaves out an update that is not finite, so that training
-            goes on after it; see `train_step`.
-          advice: gives the end of the message, which says what can be done.
+          skips: whether the train step skips an update that is not finite, so that training goes
+            on; see `train_step`.
+          advice: returns the end of the error message, which tells the user what to do.
         """
         self._patience = _PATIENCE if skips else 0
         self._advice = advice
         self._in_a_row = 0
 
     def passes(self, step: int, metrics: Mapping[str, np.ndarray]) -> bool:
-        """Whether the loss and the gradient norm of a step are finite; says so where they are not.
+        """Whether the loss and the gradient norm of a step are finite; logs a warning if not.
 
         Args:
           step: its number.
           metrics: of `train_step`, on the host.
 
         Raises:
-          FloatingPointError: if they are not finite, and steps are not skipped, or nine before
-            it were skipped.
+          FloatingPointError: if they are not finite and either steps are not skipped or the nine
+            steps before it were skipped too.
         """
         if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
             self._in_a_row = 0

@@ -1,4 +1,4 @@
-"""What the steps between two reports have measured."""
+"""Collects the metrics of the steps between two reports."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,22 +10,22 @@ from ant_jax.runtime import processes
 from ant_jax.runtime.logs import MeanMetrics
 from ant_jax.runtime.loss_guard import LossGuard
 
-# What `Measurements.state` gives where nothing has been measured.
+# The `Measurements.state` before the first step.
 NOTHING = {"interval": {}, "skipped": 0, "replaced": 0}
 
 
 class Measurements:
-    """What the steps since the last report have measured.
+    """The metrics of the steps since the last report.
 
-    A checkpoint keeps its `state`, so that a report does not depend on where a run was interrupted.
+    Checkpoints hold its `state`, so that a report is the same if the run was interrupted.
     """
 
     def __init__(self, kept: Mapping[str, Any], guard: LossGuard, skips: bool, replaces: bool):
-        """Goes on from what was kept.
+        """Goes on from a `state`.
 
         Args:
-          kept: a `state`.
-          guard: sees the metrics of every step.
+          kept: the `state`.
+          guard: checks the metrics of every step.
           skips: whether steps that are not finite are skipped and counted.
           replaces: whether images that can't be read are replaced and counted.
         """
@@ -33,11 +33,11 @@ class Measurements:
         self._interval = MeanMetrics(kept["interval"])
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._skipped = kept["skipped"]
-        # Each process counts in its own part of the batches.
+        # Each process counts the images of its own part of the batches.
         self._replaced = kept["replaced"] if processes.is_first() else 0
 
     def add(self, step: int, on_device: dict[str, jax.Array], replaced: int = 0) -> None:
-        """Takes a step's metrics, and fetches those of the one before, while this one runs.
+        """Adds the metrics of a step; while it runs, fetches those of the step before.
 
         Args:
           step: its number.
@@ -45,14 +45,14 @@ class Measurements:
           replaced: number of images that were replaced in this process's part of the batch.
 
         Raises:
-          FloatingPointError: if those of the one before are not finite; see `LossGuard`.
+          FloatingPointError: if the metrics of the step before are not finite; see `LossGuard`.
         """
         self._replaced += replaced
         self._fetch()
         self._pending = step, on_device
 
     def state(self) -> dict[str, Any]:
-        """All that was measured, as JSON can hold it; raises what `add` does."""
+        """The metrics so far, as values of JSON; raises the errors of `add`."""
         self._fetch()
         return {
             "interval": self._interval.state(),
@@ -61,7 +61,7 @@ class Measurements:
         }
 
     def report(self) -> dict[str, Any]:
-        """What a line of ``metrics.jsonl`` says; starts anew; raises what `add` does."""
+        """Returns a line of ``metrics.jsonl`` and resets; raises the errors of `add`."""
         self._fetch()
         report = self._interval.report()
         if self._replaces:
@@ -82,6 +82,6 @@ class Measurements:
         values = jax.device_get(on_device)
         if not self._guard.passes(step, values):
             self._skipped += 1
-            # No part of a mean.
+            # NaN is left out of the means.
             values = jax.tree.map(lambda value: np.full_like(value, np.nan), values)
         self._interval.add(values)

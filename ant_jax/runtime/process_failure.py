@@ -1,4 +1,4 @@
-"""How the processes of a run end together where one of them fails."""
+"""If one process of a run fails, all of them end."""
 
 import contextlib
 import multiprocessing
@@ -11,25 +11,25 @@ from collections.abc import Iterator
 
 import jax
 
-# The store that all processes read and write has no public name in JAX.
+# JAX has no public name for the key-value store that all processes share.
 from jax._src import distributed
 
 from ant_jax.runtime import signals
 from ant_jax.runtime.processes import barrier, is_first
 
-_WATCH_SECONDS = 1.0  # between looks at whether another process has failed
-_FAREWELL_SECONDS = 10  # that a failing process waits until all know why
+_WATCH_SECONDS = 1.0  # between two checks whether another process has failed
+_LEAVE_SECONDS = 10  # a failing process waits at most so long until all others know the reason
 
 _FAILED = "ant_jax/failed"
 
 
 @contextlib.contextmanager
 def exit_all_on_error() -> Iterator[None]:
-    """Ends every process, with the reason, a second or two after one of them has failed.
+    """Ends all processes a second or two after one of them has failed, and prints the reason.
 
-    Without it the others would wait in their next collective, on some devices for ever. A process
-    that is killed gives no reason: JAX ends the others 30 s after its last sign of life, and at
-    once if it was process 0. At the end each process waits for the others.
+    Otherwise the others would wait in their next collective, on some devices for ever. A process
+    that is killed leaves no reason: JAX ends the others 30 s after its last heartbeat, or at once
+    if it was process 0. A process that leaves the context without an error waits for the others.
     """
     if distributed.global_state.num_processes == 1:
         yield
@@ -39,7 +39,7 @@ def exit_all_on_error() -> Iterator[None]:
     watcher.start()
     try:
         with signals.listening() as stop:
-            stop.last_words = _last_words
+            stop.before_exit = _before_exit
             yield
         barrier()
     except BaseException as error:
@@ -47,7 +47,7 @@ def exit_all_on_error() -> Iterator[None]:
         watcher.join()
         if asked := signals.raised():
             _tell(f"was asked to stop by {asked}")
-            _farewell()
+            _wait_until_all_know()
             raise
         _fail(error)
     done.set()
@@ -63,7 +63,7 @@ def _watch(done):
 
 
 def _reason() -> str | None:
-    # It is an error to ask for what nobody has set; JAX itself ends us if nobody answers.
+    # JAX raises an error if no process has set the key, and ends this process if none answers.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         return distributed.global_state.client.key_value_try_get(_FAILED)
     return None
@@ -77,7 +77,7 @@ def _fail(error):
         if isinstance(error, jax.errors.JaxRuntimeError):
             reason += "; if a connection broke, another process has died"
     if not _tell(f"failed: {reason}"):
-        # Another one failed first, and this is what came of it; or nobody is left to tell.
+        # Another process failed first and caused this error, or no other process is left.
         reason = _reason() or reason
     elif not isinstance(error, SystemExit):
         signals.say("".join(traceback.format_exception(error)))
@@ -86,7 +86,7 @@ def _fail(error):
 
 
 def _tell(what):
-    """Leaves word for the others; False if another process was first, or nobody is left."""
+    """Tells the other processes what happened; False if another did so first, or none is left."""
     state = distributed.global_state
     words = f"process {state.process_id} on {socket.gethostname()} {what}"
     try:
@@ -96,27 +96,27 @@ def _tell(what):
     return True
 
 
-def _last_words(signal):
+def _before_exit(signal):
     _tell(f"was asked to stop by {signal}")
     _let_others_go_first(2 * _WATCH_SECONDS)
 
 
-def _farewell():
-    """Waits until all know why, or for some seconds."""
+def _wait_until_all_know():
+    """Waits until all processes know the reason, for some seconds at most."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        distributed.global_state.client.wait_at_barrier("ant_jax/leave", 1000 * _FAREWELL_SECONDS)
+        distributed.global_state.client.wait_at_barrier("ant_jax/leave", 1000 * _LEAVE_SECONDS)
     _let_others_go_first(_WATCH_SECONDS)
 
 
 def _let_others_go_first(seconds):
-    """JAX would end them, with pages of C++, if its service ended before them."""
+    """If process 0, which runs JAX's service, ended first, the others would print pages of C++."""
     if is_first():
         time.sleep(seconds)
 
 
 def _leave():
-    """Ends this process, at once, for it may be stuck."""
-    _farewell()
+    """Ends this process by `os._exit`, because its main thread may be stuck."""
+    _wait_until_all_know()
     for worker in multiprocessing.active_children():
         worker.kill()
     os._exit(1)

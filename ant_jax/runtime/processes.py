@@ -1,6 +1,6 @@
-"""Several processes at one run: how they connect, agree, wait for each other, and end together.
+"""How the processes of a run exchange values, wait for each other, and compare their settings.
 
-With one process all of it does nothing.
+With a single process these functions return at once.
 """
 
 import contextlib
@@ -16,32 +16,33 @@ from typing import Any
 
 import jax
 
-# The store that all processes read and write has no public name in JAX.
+# JAX has no public name for the key-value store that all processes share.
 from jax._src import distributed
 
-_SHARED_SECONDS = 60  # until a network disk must show what another machine wrote
-_SLICE_MS = 500  # of a wait, after which Python looks whether a signal has come
-_LISTED = 8  # differences that are named
+_SHARED_SECONDS = 60  # within which a network disk must show a file of another machine
+_SLICE_MS = 500  # a long wait is split into waits of this length: Python handles signals between
+_LISTED = 8  # differences that a message lists
 
 _names = itertools.count()
-_read: list[str] = []  # broadcasts, which a process has read when it comes to the next `all_gather`
+_read: list[str] = []  # broadcasts; every process has read them when it calls `all_gather` next
 
 
 class DisagreementError(RuntimeError):
-    """The processes of a run differ in what must be the same."""
+    """Something that must be the same in all processes of a run is not."""
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which writes what is written once."""
+    """Whether this is process 0, which writes the files that a run writes once."""
     return distributed.global_state.process_id == 0
 
 
 def broadcast_from_first(function: Callable[[], Any]) -> Any:
-    """What a function returns in process 0, in every process; something that JSON can hold.
+    """Calls a function in process 0 and returns its result in every process.
 
-    Where it raises, the others end by `exit_all_on_error`.
+    The result must be a value that JSON can hold. If the function raises, `exit_all_on_error` ends
+    the other processes.
     """
-    # Not by JAX, which would ask for the devices, and wait for those of the others.
+    # JAX's own broadcast would initialize the devices, and wait for those of the other processes.
     if distributed.global_state.num_processes == 1:
         return function()
     name = f"ant_jax/broadcast/{next(_names)}"
@@ -52,9 +53,9 @@ def broadcast_from_first(function: Callable[[], Any]) -> Any:
 
 
 def all_gather(value: Any) -> list[Any]:
-    """What each process gives, in their order, in every process; something that JSON can hold.
+    """Returns the values of all processes, in their order, in every process.
 
-    Returns when every process has come here, however long that takes.
+    A value is one that JSON can hold. Waits for all processes, without a time limit.
     """
     state = distributed.global_state
     if state.num_processes == 1:
@@ -64,7 +65,7 @@ def all_gather(value: Any) -> list[Any]:
 
     def everything():
         values = [json.loads(_get(f"{name}/{process}")) for process in range(state.num_processes)]
-        # All are here, so all have read these; in a long run they would add up.
+        # All processes have called this, so all have read these. In a long run they would add up.
         while _read:
             state.client.key_value_delete(_read.pop())
         state.client.key_value_delete(name)
@@ -74,12 +75,12 @@ def all_gather(value: Any) -> list[Any]:
 
 
 def barrier() -> None:
-    """Returns when every process has come here, however long that takes."""
+    """Waits until all processes have called it, without a time limit."""
     all_gather(None)
 
 
 def _get(name):
-    # In one long wait Python would not see signals. A process that dies ends it.
+    # In one long wait Python would not handle signals. If a process dies, JAX ends the wait.
     while True:
         try:
             return distributed.global_state.client.blocking_key_value_get(name, _SLICE_MS)
@@ -89,14 +90,14 @@ def _get(name):
 
 
 def assert_equal(facts: Callable[[], Mapping[str, Any]]) -> None:
-    """Checks that all processes come here with the same.
+    """Checks that some values are the same in all processes.
 
     Args:
-      facts: gives what must be the same, by names for the message.
+      facts: returns the values, by the names that the message uses.
 
     Raises:
-      DisagreementError: naming what differs, and which process has what; in process 0. The others
-        end by `exit_all_on_error`.
+      DisagreementError: in process 0, if a value differs; the message says which process has which
+        value. `exit_all_on_error` ends the other processes.
     """
     if distributed.global_state.num_processes == 1:
         return
@@ -113,7 +114,7 @@ def assert_equal(facts: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def differences(everywhere: Sequence[Mapping[str, str]]) -> list[str]:
-    """What differs between processes, and which ones have what."""
+    """One line for each value that differs between processes: which process has which value."""
     found = []
     for name in dict.fromkeys(itertools.chain(*everywhere)):
         having = {}
@@ -126,7 +127,7 @@ def differences(everywhere: Sequence[Mapping[str, str]]) -> list[str]:
 
 
 def _processes(numbers):
-    """Neighbours as a range."""
+    """Names processes, neighbours as a range: "processes 0, 2-3"."""
     runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     ends = [[number for _, number in run] for _, run in runs]
     words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in ends]
@@ -134,10 +135,13 @@ def _processes(numbers):
 
 
 def wait_for_file(path: Path) -> bool:
-    """Whether a file that another process has written is there, which network disks show late."""
+    """Whether a file of another process exists.
+
+    With several processes it waits up to a minute, because network disks show files late.
+    """
     end = time.monotonic() + (_SHARED_SECONDS if distributed.global_state.num_processes > 1 else 0)
     while True:
-        # A listing, because what asks for a file by name may be answered from memory.
+        # A listing, because the system may answer a question for one name from its cache.
         with contextlib.suppress(FileNotFoundError):
             if path.name in os.listdir(path.parent):
                 return True
@@ -147,13 +151,15 @@ def wait_for_file(path: Path) -> bool:
 
 
 def check_shared(folder: Path) -> None:
-    """Raises an OSError, after a minute, if the processes don't share the disk of a folder.
+    """Checks that a folder is on a disk that all processes share.
 
-    A DisagreementError, if there are others to which this one is not connected.
+    Raises:
+      OSError: if it is not, after a minute.
+      DisagreementError: if there are other processes and this one is not connected to them.
     """
     if distributed.global_state.num_processes == 1:
         if jax.process_count() > 1:
-            # Every one would take itself for process 0.
+            # Every process would take itself for process 0.
             raise DisagreementError(
                 "this is one of several processes, as of a Cloud TPU slice, and they are not "
                 "connected: start each one with --distributed"
@@ -167,7 +173,7 @@ def check_shared(folder: Path) -> None:
         return str(path.absolute())
 
     path = Path(broadcast_from_first(mark))
-    # Where the working directories differ, a relative folder is another one.
+    # If the working directories differ, a relative path names different folders.
     if not wait_for_file(folder.absolute() / path.name):
         raise OSError(
             f"{folder.absolute()} on {socket.gethostname()} is not {path.parent} of process 0: it "

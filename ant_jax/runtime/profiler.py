@@ -1,4 +1,4 @@
-"""A trace of some steps, for TensorBoard or Perfetto."""
+"""Traces some steps with JAX's profiler, for TensorBoard or Perfetto."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,15 +12,15 @@ from ant_jax.runtime import processes
 
 @contextlib.contextmanager
 def profiler(folder: Path, first: int, num_steps: int) -> Iterator[Callable[[int], None]]:
-    """Traces some steps of process 0.
+    """Traces some steps in process 0.
 
     Args:
-      folder: for the trace.
+      folder: gets the trace.
       first: the first step to trace.
-      num_steps: how many; 0 for none.
+      num_steps: number of steps to trace; 0 for no trace.
 
     Yields:
-      A function of the step's number, to be called before each step.
+      A function to call before each step, with the number of the step.
     """
     running = False
 

@@ -1,4 +1,4 @@
-"""How far a job is, how fast it goes, and the time left."""
+"""Logs the progress of a job: how far it is, its speed, and the time left."""
 
 import math
 import time
@@ -9,26 +9,26 @@ from absl import logging
 
 Batch = TypeVar("Batch", bound=tuple)
 
-_REPORT_SECONDS = 10.0  # between lines on how far something is
+_REPORT_SECONDS = 10.0  # between two lines
 
 
 class Progress:
-    """Console lines: step, loss, speed and the time left."""
+    """Logs a line with the step, the loss, the speed and the time left."""
 
     def __init__(self, start_step: int, num_steps: int, batch_size: int):
         self._num_steps, self._batch_size = num_steps, batch_size
         self._mark = start_step, time.perf_counter()
 
     def restart(self, step: int) -> None:
-        """Leaves the time since the last line, not spent on steps, out of the speed."""
+        """Restarts the clock, so that the speed leaves out time that was not spent on steps."""
         self._mark = step, time.perf_counter()
 
     def line(self, step: int, loss: float | None) -> float:
-        """Logs the line of a step; returns the steps a second since the last one.
+        """Logs the line of a step; returns the steps per second since the last line.
 
         Args:
           step: its number.
-          loss: the mean loss since the last line; None if there is none.
+          loss: the mean loss since the last line; None if it is unknown.
         """
         last_step, last_time = self._mark
         self.restart(step)
@@ -47,19 +47,19 @@ class Progress:
 
 
 def with_time_left(batches: Iterable[Batch], total: int, what: str) -> Iterator[Batch]:
-    """Passes batches on and logs, every 10 s, how far it is and the time left.
+    """Passes batches on, and logs the progress and the time left every 10 s.
 
     Args:
       batches: tuples of arrays whose first axis is that of the examples.
-      total: number of examples in the end.
-      what: is counted, for the log.
+      total: number of examples of all batches.
+      what: the unit of the count in the log, such as "samples drawn".
     """
     done, begin = 0, None
     for batch in batches:
         done += len(batch[0])
         now = time.perf_counter()
         if begin is None:
-            # The first one compiled what the others use.
+            # The clock starts after the first batch, which includes the compilation.
             begin = mark = now
             first = done
         elif now - mark >= _REPORT_SECONDS:
@@ -70,7 +70,7 @@ def with_time_left(batches: Iterable[Batch], total: int, what: str) -> Iterator[
 
 
 def duration(seconds: float) -> str:
-    """Seconds as 5s, 2m05s or 3h07m."""
+    """Formats seconds as 5s, 2m05s or 3h07m."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds}s"

@@ -1,6 +1,6 @@
-"""Being asked to stop, by Ctrl-C (SIGINT), SIGTERM or SIGHUP; the second time it happens at once.
+"""Stopping on Ctrl-C (SIGINT), SIGTERM or SIGHUP: first after a save, the second time at once.
 
-What was ignored when the program began, as SIGHUP is under nohup, stays ignored.
+A signal that was ignored when the program started, such as SIGHUP under nohup, stays ignored.
 """
 
 import contextlib
@@ -14,30 +14,31 @@ import time
 from collections.abc import Callable, Iterator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_ONCE_SECONDS = 1.0  # within which terminals and wrappers may pass on one wish to stop twice
-_UNWIND_SECONDS = 5.0  # after which a program that does not stop is ended
+_ONCE_SECONDS = 1.0  # terminals and wrappers may deliver one Ctrl-C twice within this time
+_UNWIND_SECONDS = 5.0  # after which a program that has not stopped is ended
 
 
 class Stop:
-    """What has been asked for.
+    """Which signal has come, and what a signal does.
 
     Attributes:
-      signum: of the first signal; None before.
-      saving: whether there is something to save, so that a signal only sets `signum`, which the
-        code that saves reads. Otherwise it raises a KeyboardInterrupt of its number.
-      watched: whether a thread ends the program at the second signal, which otherwise raises too.
-      raised: whether a signal has raised; then whatever is raised comes of it.
-      last_words: what is called with the name of a signal before it ends the program at once.
+      signum: number of the first signal; None before it.
+      saving: whether there is something to save. If so, a signal only sets `signum`, and the code
+        that saves reads it. Otherwise a signal raises KeyboardInterrupt(signum).
+      watched: whether a thread ends the program at the second signal. Otherwise the second signal
+        raises a KeyboardInterrupt too.
+      raised: whether a signal has raised a KeyboardInterrupt, which may have caused later errors.
+      before_exit: is called with the name of a signal before that signal ends the program at once.
     """
 
     def __init__(self):
         self.signum: int | None = None
         self.saving = self.watched = self.raised = False
-        self.last_words: Callable[[str], None] = lambda name: None
+        self.before_exit: Callable[[str], None] = lambda name: None
         self._since = 0.0
 
     def again(self, signum: int) -> bool:
-        """Takes note of a signal; tells whether it asks a second time."""
+        """Records a signal; returns whether it is a second request to stop."""
         now = time.monotonic()
         if self.signum is None:
             self.signum, self._since = signum, now
@@ -48,23 +49,23 @@ _stop: Stop | None = None
 
 
 def asked() -> bool:
-    """Whether a signal has come that a step will see; for whatever waits long before that."""
+    """Whether a signal has come; for code that waits so long that it must stop by itself."""
     return _stop is not None and _stop.signum is not None
 
 
 def raised() -> str | None:
-    """The name of the signal that has raised an exception, on whose way out others may be raised.
+    """The name of the signal that has raised a KeyboardInterrupt; None if none has.
 
-    A module that is being imported, for one, makes an ImportError of it.
+    Other exceptions may come of it: a module that is being imported turns it into an ImportError.
     """
     return name(_stop.signum) if _stop is not None and _stop.raised else None
 
 
 @contextlib.contextmanager
 def listening() -> Iterator[Stop]:
-    """Yields what has been asked for, as long as it is in the context; in another, the same.
+    """Handles signals while the program is in the context. Nested contexts yield the same `Stop`.
 
-    Outside the main thread, which alone can listen, nothing ever comes.
+    Only the main thread can handle signals. In another thread, the `Stop` never changes.
     """
     global _stop
     if _stop is not None or threading.current_thread() is not threading.main_thread():
@@ -92,7 +93,7 @@ def listening() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def saving() -> Iterator[Stop]:
-    """`listening`, where the caller sets `Stop.saving` as soon as there is something to save."""
+    """Like `listening`; the caller sets `Stop.saving` once there is something to save."""
     with listening() as stop:
         try:
             yield stop
@@ -101,10 +102,10 @@ def saving() -> Iterator[Stop]:
 
 
 @contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes that are started here hear neither the terminal's Ctrl-C nor that it is closed.
+def terminal_signals_blocked() -> Iterator[None]:
+    """Processes that are started in this context ignore Ctrl-C and the closing of the terminal.
 
-    Both come to every process of the terminal; the one that started them tells them to stop.
+    The terminal sends both to all its processes; here the process that started them stops them.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
@@ -115,23 +116,23 @@ def deaf_children() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending_the_program(how: str) -> Iterator[Stop]:
-    """Ends the program in one line where it is asked to stop, with status 128 + the signal.
+    """On a signal, prints one line and ends the program with status 128 + the signal's number.
 
-    A second signal ends it at once, and so does the first after some seconds if the main thread is
-    where Python can't interrupt it, as in a compilation. After a Ctrl-C that was saved the status
-    is that of one that was not, so that a shell that runs a list of commands ends too; after the
-    others, which schedulers send, it is 0.
+    A second signal ends it at once. The first one ends it after some seconds if Python can't
+    interrupt the main thread, for example in a compilation. If the program has saved its state, the
+    status is the same after a Ctrl-C, so that a shell script stops too, and 0 after the other
+    signals, which schedulers send.
 
     Args:
-      how: How to go on.
+      how: tells the user how to go on.
     """
-    ears, mouth = socket.socketpair()
-    mouth.setblocking(False)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
     with listening() as stop:
-        # A thread hears of a signal although the main thread is busy in C++.
-        before = signal.set_wakeup_fd(mouth.fileno(), warn_on_full_buffer=False)
+        # The thread learns of a signal even while the main thread runs C++ code.
+        before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
         stop.watched = True
-        threading.Thread(target=_watch, args=[ears, stop, how], daemon=True).start()
+        threading.Thread(target=_watch, args=[receiver, stop, how], daemon=True).start()
         try:
             yield stop
         except BaseException:
@@ -140,54 +141,54 @@ def ending_the_program(how: str) -> Iterator[Stop]:
             _end(stop.signum, how)
         finally:
             signal.set_wakeup_fd(before)
-            mouth.close()
+            sender.close()
         if stop.signum == signal.SIGINT:
             sys.exit(status(signal.SIGINT))
 
 
 def name(signum: int) -> str:
-    """Of a signal, as "SIGINT"."""
+    """The name of a signal, such as "SIGINT"."""
     return signal.Signals(signum).name
 
 
 def status(signum: int) -> int:
-    """What a program ends with that a signal has ended, as shells report it."""
+    """The exit status that shells report for a program that a signal has ended."""
     return 128 + signum
 
 
-def _watch(ears, stop, how):
+def _watch(receiver, stop, how):
     warned = False
-    while content := ears.recv(1):
+    while content := receiver.recv(1):
         signum = content[0]
         if signum not in _SIGNALS:
             continue
         if stop.again(signum):
-            _end_now(stop, signum, "at once, as it came again")
+            _end_now(stop, signum, "at once, by the second signal")
         elif stop.saving and not warned:
             warned = True
-            say(f"{name(signum)}: a step is finished and saved first; again ends at once")
+            say(f"{name(signum)}: a step is finished and saved first; a second one ends at once")
         elif not stop.saving:
             late = threading.Timer(_UNWIND_SECONDS, _end_now, [stop, signum, how])
             late.daemon = True
             late.start()
-    ears.close()
+    receiver.close()
 
 
 def _end_now(stop, signum, how):
-    stop.last_words(name(signum))
+    stop.before_exit(name(signum))
     _end(signum, how)
 
 
 def _end(signum, how):
     say(f"{name(signum)}: stopped; {how}")
-    # They would outlive this process, or wait for it.
+    # The workers would outlive this process, or keep it waiting.
     for worker in multiprocessing.active_children():
         worker.kill()
-    # Without the compilations that other threads are busy with.
+    # `sys.exit` would wait for compilations in other threads.
     os._exit(status(signum))
 
 
 def say(message: str) -> None:
-    """Prints on stderr; a terminal that has been closed is no error."""
+    """Prints on stderr; ignores that the terminal may be closed."""
     with contextlib.suppress(OSError):
         print(message, file=sys.stderr, flush=True)

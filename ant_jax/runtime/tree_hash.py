@@ -1,4 +1,4 @@
-"""Telling whether what was computed before is of the same things."""
+"""A hash of arrays and settings, to tell whether a cached result still applies."""
 
 import hashlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""What software a run is made by."""
+"""The versions and settings of the software of a run."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
-# Settings of JAX, by which numbers may differ.
+# Settings of JAX that can change numbers.
 _NUMBERS = (
     "jax_default_matmul_precision",
     "jax_default_prng_impl",
@@ -22,13 +22,13 @@ _NUMBERS = (
 
 
 def in_use() -> dict[str, str]:
-    """Versions, this package's own code, and what JAX and XLA are told, by their names."""
+    """Versions of packages, a hash of this package's code, settings of JAX and XLA, by name."""
     flags = os.environ.get("XLA_FLAGS", "").split()
     return {
         "the code of ant_jax": _own_code(),
         **{name: version(name) for name in _PACKAGES},
         **{name: str(jax.config.values.get(name)) for name in _NUMBERS},
-        # One process alone may be looked at closely.
+        # Dumps don't change numbers, and a user may want those of one process only.
         "XLA_FLAGS": " ".join(sorted(flag for flag in flags if not flag.startswith("--xla_dump"))),
     }
 

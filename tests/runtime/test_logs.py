@@ -131,7 +131,7 @@ def test_lines_that_are_as_they_were_written_are_left_alone(tmp_path, caplog):
 def test_lines_without_a_checkpoint_are_said_to_be_dropped(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
     logs.MetricWriter(tmp_path, 0, tensorboard=False).close()
-    assert "2 lines are dropped, for there is no checkpoint" in caplog.text
+    assert "2 lines are removed, for there is no checkpoint" in caplog.text
 
 
 def test_a_line_is_in_the_file_at_once(tmp_path):

@@ -99,7 +99,7 @@ def test_a_second_signal_ends_at_once():
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         status, (_, last) = end_of(process)
-    assert (status, last) == (130, "SIGINT: stopped; at once, as it came again")
+    assert (status, last) == (130, "SIGINT: stopped; at once, by the second signal")
 
 
 def test_what_nohup_ignores_stays_ignored():
