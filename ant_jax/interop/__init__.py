@@ -1,4 +1,4 @@
-"""What others have written, read without running it: PyTorch's files and published weights."""
+"""Reads files of PyTorch and published weights without running code in them."""
 
 from ant_jax.interop.plain_pickle import Global, Unread
 from ant_jax.interop.state_file import read_metadata, read_state, write_state

@@ -1,8 +1,8 @@
-"""Pickles of plain containers, read without running anything they name.
+"""Reads pickles of plain containers without running any code that they name.
 
-Not `pickle.Unpickler` with a list of allowed names: that one still calls what it has on its stack,
-sets attributes, hashes what it is told to and allocates what it is told to. Here nothing from the
-file is imported, so that there is nothing to call.
+`pickle.Unpickler` with a list of allowed names is not enough: it still calls objects on its stack,
+sets attributes, hashes any object, and allocates as much memory as the file demands. This reader
+imports nothing that the file names, so there is nothing to call.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 @dataclasses.dataclass(frozen=True)
 class Global:
-    """A class or function that a pickle mentions; only its name is kept.
+    """A class or function that a pickle refers to, by its name only.
 
     Attributes:
       name: Module and name, such as "torch.float32".
@@ -24,16 +24,16 @@ class Global:
 
 @dataclasses.dataclass(frozen=True)
 class Unread:
-    """An object that is neither plain nor built here; what the pickle says of it is dropped.
+    """Stands for an object of another class, whose content is not read.
 
     Attributes:
-      name: Module and name of the class or function that would have made it.
+      name: Module and name of the class or function that would have created the object.
     """
 
     name: str
 
 
-# Deeper keys would be hashed recursively in C, which overflows the stack.
+# Python hashes nested tuples recursively in C. Deeply nested keys would overflow the stack.
 _KEYS = (str, int, float, bool, bytes, type(None), Global)
 _LITERALS = {
     *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
@@ -53,19 +53,20 @@ def load(
     """Reads one pickle of plain containers, of any protocol.
 
     Args:
-      stream: The pickle, with `read`, `readline` and `tell`; left behind its end. `read(n)` must
-        not allocate more than there is.
-      builders: What takes the place of the functions and classes that are known, by module and
-        name. It gets the arguments in the file, and raises ValueError or TypeError if they don't
-        fit. The objects of all others stay `Unread`.
-      set_state: Gets an object and the state that the file has for it; raises ValueError for
-        objects that have none.
+      stream: The pickle, with `read`, `readline` and `tell`. Afterwards it is at the end of the
+        pickle. `read(n)` must not allocate more memory than the stream has bytes.
+      builders: The replacements of known functions and classes, by module and name. A builder gets
+        the arguments in the file, and raises ValueError or TypeError if they don't fit. Objects of
+        all other functions and classes become `Unread`.
+      set_state: Gets an object and its state from the file; raises ValueError if such an object
+        has no state.
       persistent: Returns the object of a persistent id, or raises ValueError.
 
     Returns:
-      Nested dict, list, tuple, set, str, int, float, bool, None and bytes, with what builders and
-      `persistent` returned, a `Global` for each class or function mentioned but not called, and an
-      `Unread` for each object of another class. Dicts and sets lack what has such a key.
+      Nested dict, list, tuple, set, str, int, float, bool, None and bytes; the results of
+      `builders` and `persistent`; a `Global` for each class or function that the pickle names but
+      does not call; an `Unread` for each object of another class. Entries of dicts and sets whose
+      key is an `Unread` are left out.
 
     Raises:
       ValueError: If the pickle is damaged, or has instructions that no plain object needs.
@@ -191,7 +192,8 @@ def _build(builders, function, arguments):
         raise ValueError(f"unfit arguments of {function.name}: {error}") from error
 
 
-# What a class derived from dict, list or set holds comes after it: dropped where it is unread.
+# A subclass of dict, list or set is followed by its content, which is ignored if the object is an
+# Unread.
 
 
 def _update(target, items):

@@ -1,4 +1,4 @@
-"""State dicts in files, of safetensors or PyTorch."""
+"""Reads and writes state dicts: files of safetensors, and of PyTorch for reading."""
 
 import contextlib
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-# Teaches NumPy what bfloat16 is, which safetensors asks it.
+# Registers bfloat16 with NumPy; safetensors needs it.
 import ml_dtypes  # noqa: F401
 import numpy as np
 import safetensors
@@ -17,36 +17,36 @@ from ant_jax.interop.torch_file import read
 from ant_jax.published_weights import WeightsError
 from ant_jax.runtime import files
 
-# Where checkpoints keep a state dict, the best first: DiT's have the moving average beside the
-# network, those of PyTorch Lightning have one state dict with everything.
+# The keys of state dicts in checkpoints, the preferred first: DiT's have the moving average beside
+# the network; those of PyTorch Lightning have one state dict with everything.
 _CONTAINERS = ("ema", "state_dict", "model_state_dict", "model")
-# What PyTorch puts before the names of what it wraps: torch.compile and FSDP anywhere in a name,
-# DataParallel and its kin before all names; PyTorch Lightning's modules call their network "model".
+# PyTorch's wrappers add prefixes to names: torch.compile and FSDP anywhere in a name, DataParallel
+# and similar ones before all names. Modules of PyTorch Lightning call their network "model".
 _WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _PREFIXES = ("module.", "model.")
-# Where the makers of PyTorch's other tensors are, and those of arrays in NumPy 1 and 2.
+# Modules of the functions that create other tensors of PyTorch, and arrays of NumPy 1 and 2.
 _MAKE_TENSORS = ("torch.", "numpy.core.", "numpy._core.")
 
 
 def read_state(path: str | Path) -> dict[str, np.ndarray]:
     """Reads the state dict of a safetensors file or of a file of PyTorch.
 
-    The kind of file is seen from its content. A state dict within a checkpoint is found under
-    "ema", "state_dict", "model_state_dict" or "model", in this order. What is no tensor in it, such
-    as a number, is left out. The names lose what PyTorch's compiler and parallel networks put into
-    them, and "module." and "model." where all begin so.
+    The content decides which kind of file it is. In a checkpoint, the state dict is the entry
+    "ema", "state_dict", "model_state_dict" or "model", in this order. Entries that are not tensors,
+    such as numbers, are left out. The prefixes of torch.compile and of parallel networks are
+    removed from the names, and "module." and "model." if all names start with them.
 
     Args:
-      path: The file. Nothing in it is run (see `read`).
+      path: The file. No code in it is run (see `read`).
 
     Returns:
-      Arrays by name, as they were stored; bfloat16 is that of ml_dtypes.
+      Arrays by name, with the stored types; bfloat16 is that of ml_dtypes.
 
     Raises:
-      FileNotFoundError: If there is no such file.
-      WeightsError: If the file has no state dict, one of which two weights would have one name or
-        a tensor is of a kind that is not read, or is a damaged safetensors file.
-      ValueError: If it is no file of either kind, or a damaged one of PyTorch.
+      FileNotFoundError: If the file does not exist.
+      WeightsError: If the file has no state dict, if two weights would get the same name, if a
+        tensor is of an unknown kind, or if it is a damaged safetensors file.
+      ValueError: If it is neither kind of file, or a damaged file of PyTorch.
     """
     path = Path(path)
     tree = _read_safetensors(path) if _is_safetensors(path) else read(path)
@@ -54,8 +54,8 @@ def read_state(path: str | Path) -> dict[str, np.ndarray]:
     for state in (*within, tree):
         if isinstance(state, Unread):
             raise WeightsError(
-                f"{path} holds its weights as an object of {state.name}, which is not read: save "
-                "the state_dict of it alone"
+                f"{path} holds its weights as an object of {state.name}, which can't be read: save "
+                "only its state_dict"
             )
         if _is_state(state):
             _check_tensors(state, path)
@@ -66,10 +66,10 @@ def read_state(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file says of itself, as `write_state` has written it; {} of other files.
+    """Reads the metadata of a safetensors file, see `write_state`; {} for other files.
 
     Raises:
-      FileNotFoundError: If there is no such file.
+      FileNotFoundError: If the file does not exist.
       WeightsError: If it is a damaged safetensors file.
     """
     path = Path(path)
@@ -84,14 +84,14 @@ def write_state(
     state: Mapping[str, np.ndarray],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes a state dict as a safetensors file, which is whole or not there.
+    """Writes a state dict as a safetensors file, atomically.
 
     Args:
-      path: The file; the folders above it are made.
+      path: The file; the folders above it are created.
       state: Arrays by name, such as `to_torch` returns.
-      metadata: What the file says of itself beside them.
+      metadata: Strings by name, stored beside the arrays.
     """
-    # The package takes the memory of an array for that of one in C's order.
+    # safetensors takes the memory of every array as C-ordered.
     arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
     content = safetensors.numpy.save(arrays, metadata and dict(metadata))
     files.write_bytes(Path(path), content)
@@ -102,7 +102,7 @@ def _is_safetensors(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         head = file.read(9)
-    # The length of a JSON object, and its beginning.
+    # A safetensors file starts with the length of a JSON object, 8 bytes, and the object.
     return head[8:] == b"{" and not head.startswith(b"PK")
 
 
@@ -116,13 +116,13 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safetensors.safe_open(path, framework="np") as file:
             yield file
-    # The last two for types that NumPy doesn't have.
+    # AttributeError and TypeError come from types that NumPy doesn't have.
     except (safetensors.SafetensorError, AttributeError, TypeError) as error:
         raise WeightsError(f"cannot read {path}: {error}") from error
 
 
 def _is_state(value: Any) -> bool:
-    """Whether a value is a dict by names with arrays in it, and no arrays further inside."""
+    """Whether a value is a dict of arrays by name, without arrays in nested containers."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         return False
     arrays = [array for array in value.values() if isinstance(array, np.ndarray)]
@@ -131,14 +131,14 @@ def _is_state(value: Any) -> bool:
 
 
 def _check_tensors(state: dict[str, Any], path: Path) -> None:
-    """Left out, a tensor of a kind that is not read could be a part of the network."""
+    """Raises a WeightsError if a tensor was not read: it could be a part of the network."""
     for name, value in state.items():
         if isinstance(value, Unread) and value.name.startswith(_MAKE_TENSORS):
-            raise WeightsError(f"{path}: {name} is made by {value.name}, which is not read")
+            raise WeightsError(f"{path}: {name} is created by {value.name}, which can't be read")
 
 
 def _holds_arrays(values: list) -> bool:
-    # Without recursion, and each container once: a file may nest them deep, or in a circle.
+    # Not recursive, and visits each container once: a file may nest them deeply, or in a circle.
     seen, left = set(), [values]
     while left:
         value = left.pop()

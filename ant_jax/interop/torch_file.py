@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch, read without PyTorch and without running what is in them."""
+"""Reads checkpoints of PyTorch without PyTorch and without running code in them."""
 
 import io
 import mmap
@@ -32,40 +32,41 @@ _DTYPES = {
 }
 _SCALARS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}
 
-# First and second pickle of the format before PyTorch 1.6.
+# The first and second pickle of the format before PyTorch 1.6.
 _LEGACY = (0x1950A86A20F9469CFC6C, 1001)
 _CHUNK = 1 << 20
 
-# Gives the bytes of a storage by its key, number of elements and type.
+# Returns the bytes of a storage, from its key, number of elements and type.
 _RawOf = Callable[[str, int, np.dtype], np.ndarray]
 
 
 def read(path: str | Path) -> Any:
-    """Reads what `torch.save` wrote: a .pt, .pth or .ckpt file, zipped or in the format before 1.6.
+    """Reads a file of `torch.save`: .pt, .pth or .ckpt, zipped or in the format before 1.6.
 
-    Tensors and plain containers are read, and nothing else is: whatever the file names is neither
-    imported nor called, and PyTorch is not needed. A class that is only mentioned, such as a
-    callback of PyTorch Lightning as a key, becomes a `Global`; an object of such a class, such as a
-    config or a path beside the tensors, becomes an `Unread`, which has the name of its class alone.
-    An argparse.Namespace, which DiT's training script adds, is read as a dict of its attributes.
+    Reads only tensors and plain containers. It neither imports nor calls what the file names, and
+    does not need PyTorch. A class that the file only refers to, such as a callback of PyTorch
+    Lightning as a key, becomes a `Global`. An object of another class, such as a config or a path
+    beside the tensors, becomes an `Unread`, which holds only the name of the class. An
+    argparse.Namespace, which DiT's training script adds, becomes a dict of its attributes.
 
-    Each storage is read once, and the tensors on it are views of it. In a zipped file its checksum
-    is verified. The formats are those of torch/serialization.py in PyTorch 2.13.
+    Each storage is read once, and its tensors are views of it. In a zipped file the checksum of
+    each storage is verified. The formats are those of torch/serialization.py in PyTorch 2.13.
 
     Args:
       path: The file.
 
     Returns:
-      What was saved, most often a dict, of: dict (also for an OrderedDict, less its attributes),
-      list, tuple (also for a torch.Size), set, str (also for a torch.device), int, float, bool
-      (also for NumPy's scalars), None, bytes, np.dtype, `Global` (also for a torch.dtype),
-      `Unread`, and tensors and parameters as read-only NumPy arrays of the same shape and type,
-      bfloat16 being that of ml_dtypes. A storage by itself is a one-dimensional array.
+      The saved object, most often a dict. Tensors and parameters become read-only NumPy arrays of
+      the same shape and type; bfloat16 is that of ml_dtypes. A storage by itself becomes a
+      one-dimensional array. The other types are dict (also for an OrderedDict, without its
+      attributes), list, tuple (also for a torch.Size), set, str (also for a torch.device), int,
+      float, bool (also for NumPy's scalars), None, bytes, np.dtype, `Global` (also for a
+      torch.dtype) and `Unread`.
 
     Raises:
-      FileNotFoundError: If there is no such file.
-      ValueError: If the file is no checkpoint, is damaged or was written on a big-endian machine.
-        The message names the file and the cause.
+      FileNotFoundError: If the file does not exist.
+      ValueError: If the file is not a checkpoint, is damaged, or was written on a big-endian
+        machine. The message names the file and the cause.
     """
     path = Path(path)
     if path.is_dir():
@@ -73,7 +74,7 @@ def read(path: str | Path) -> Any:
     with path.open("rb") as file:
         try:
             return _read(file)
-        # The other types are what zipfile raises for damaged archives.
+        # zipfile raises the types after ValueError for damaged archives.
         except (
             ValueError,
             OSError,
@@ -103,7 +104,7 @@ def _read_zip(file):
         if len(records) < len(archive.infolist()):
             raise ValueError("two of its records have the same name")
         for name, info in records.items():
-            # PyTorch does neither; so no record is larger than the file.
+            # PyTorch does neither. Otherwise a record could be larger than the file.
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                 raise ValueError(f"its record {name} is compressed or encrypted")
         if sum(info.file_size for info in records.values()) > _size(file):
@@ -147,7 +148,7 @@ def _read_legacy(file, head):
         nonlocal left
         nbytes = numel * dtype.itemsize
         if key not in raws:
-            # The bytes come after all pickles; this keeps what is claimed before from being huge.
+            # The bytes come after all pickles, so a damaged file could claim any size here.
             left -= nbytes
             if left < 0:
                 raise ValueError(f"its storages up to {key} are larger than the file")
@@ -156,7 +157,7 @@ def _read_legacy(file, head):
             raise ValueError(f"its storage {key} has two sizes, {raws[key].nbytes} and {nbytes}")
         return raws[key]
 
-    # A map, because its read(n) allocates no more than there is.
+    # A memory map, because its read(n) allocates no more than the file has.
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
         try:
             versions = _unpickle(stream, raw_of), _unpickle(stream, raw_of)
@@ -187,7 +188,7 @@ def _size(file: BinaryIO) -> int:
 
 def _fill(raw: np.ndarray, stream: BinaryIO, name: str) -> None:
     view, done = memoryview(raw), 0
-    # In parts, because zipfile holds a copy of what is asked for at once.
+    # In parts, because zipfile copies all bytes of one read.
     while count := stream.readinto(view[done : done + _CHUNK]):
         done += count
     if done < raw.nbytes:
@@ -221,20 +222,20 @@ def _storage(persistent_id: Any, raw_of: _RawOf) -> np.ndarray | Global:
             view = None
         case ("storage", Global(name), str(key), _, int(numel), view):
             pass
-        # Of whole modules, with their source, in the format before 1.6.
+        # In the format before 1.6, a whole module with its source.
         case ("module", Global() as what, *_):
             return what
         case _:
             raise ValueError("a reference to neither a storage nor a module")
     if name not in _DTYPES:
-        raise ValueError(f"tensors of {name}, a type that is not read here")
+        raise ValueError(f"tensors of {name}, a type that can't be read")
     if numel < 0:
         raise ValueError(f"storage {key} has {numel} values")
     storage = _read_only(raw_of(key, numel, np.dtype(_DTYPES[name])).view(_DTYPES[name]))
     match view:
         case None:
             return storage
-        # Of the first versions of PyTorch.
+        # The first versions of PyTorch wrote views.
         case (_, int(start), int(count)) if 0 <= start <= start + count <= numel:
             return storage[start : start + count]
     raise ValueError(f"a view of storage {key} that is not within it")
@@ -253,7 +254,7 @@ def _tensor(storage, offset, size, strides):
     if end > storage.size:
         raise ValueError(f"a tensor of size {size} that is not within its storage")
     itemsize = storage.itemsize
-    # As bytes, because types of ml_dtypes are not exported as buffers.
+    # As bytes, because arrays with types of ml_dtypes don't support the buffer protocol.
     buffer = storage.view(np.uint8)
     return np.ndarray(
         size, storage.dtype, buffer, offset * itemsize, [stride * itemsize for stride in strides]
@@ -308,7 +309,7 @@ def _device(kind, index=None):
 
 
 def _encode(text, encoding):
-    # How the pickle protocols before 3 write bytes.
+    # Pickle protocols before 3 write bytes like this.
     if type(text) is not str or encoding != "latin1":
         raise ValueError("bytes that are not written as latin1")
     return text.encode("latin1")

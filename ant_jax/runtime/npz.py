@@ -1,7 +1,8 @@
-"""Arrays of `.npz` files that others wrote, read a part at a time.
+"""Reads arrays of `.npz` files from others, in parts.
 
-A reader learns an array's shape and type before any of it is unpacked: a few compressed bytes can
-stand for any number of zeros. Objects of Python are refused, so reading runs no code of the file.
+The caller gets the shape and type of an array before any of it is unpacked, because a few
+compressed bytes can stand for any number of zeros. Python objects are refused, so no code in a file
+is run.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ _MOST_HEADER = 10_000  # bytes, NumPy's own limit
 
 
 class Header(NamedTuple):
-    """What an array's file says of the array; the fields are those of NumPy's format."""
+    """The header of an array in NumPy's format."""
 
     shape: tuple[int, ...]
     fortran_order: bool
@@ -30,17 +31,17 @@ class Header(NamedTuple):
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
-    """Opens an archive; any error inside the ``with`` block becomes one that names the file.
+    """Opens an archive; an error inside the ``with`` block becomes a ValueError naming the file.
 
     Raises:
-      ValueError: If the block raises, or the file is no archive.
-      OSError: If the file cannot be opened.
+      ValueError: If the block raises an error, or the file is not an archive.
+      OSError: If the file can't be opened.
     """
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 yield archive
-        except Exception as error:  # Damaged bytes surface as almost any type of error.
+        except Exception as error:  # Damaged bytes cause almost any type of error.
             raise ValueError(f"{os.fspath(path)} cannot be used: {error}") from error
 
 
@@ -59,15 +60,16 @@ def listing(archive: zipfile.ZipFile) -> str:
 def member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[BinaryIO, Header]]:
     """Opens an array at its first number, and gives its header.
 
-    The array has as many bytes as its header says, so a caller that has checked the shape may read.
+    The size of the array has been checked against its header, so a caller that accepts the shape
+    may read it.
 
     Raises:
-      ValueError: If there is no such array, or NumPy did not write it.
+      ValueError: If there is no such array, or it is not in NumPy's format.
     """
     if not has(archive, name):
         raise ValueError(f"it has no {name!r} but {listing(archive)}")
     info = archive.getinfo(f"{name}.npy")
-    # NumPy writes these two. Others may need any amount of memory to unpack.
+    # NumPy writes only these two. Others may need any amount of memory to unpack.
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError(f"{name!r} is not compressed as NumPy does it")
     with archive.open(info) as file:
@@ -79,13 +81,13 @@ def member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[BinaryIO, Head
 
 
 def content(file: BinaryIO, header: Header) -> np.ndarray:
-    """Reads the next numbers of an array's file, as many as the header's shape has.
+    """Reads the next numbers of an array, as many as the header's shape has.
 
     Returns:
       A read-only array.
 
     Raises:
-      ValueError: If the file has fewer.
+      ValueError: If fewer numbers are left.
     """
     size = math.prod(header.shape) * header.dtype.itemsize
     numbers = file.read(size)

@@ -166,7 +166,10 @@ def _watch(receiver, stop, how):
             _end_now(stop, signum, "at once, by the second signal")
         elif stop.saving and not warned:
             warned = True
-            say(f"{name(signum)}: a step is finished and saved first; a second one ends at once")
+            say(
+                f"{name(signum)}: a step is finished and saved first; a second signal ends the "
+                "program at once"
+            )
         elif not stop.saving:
             late = threading.Timer(_UNWIND_SECONDS, _end_now, [stop, signum, how])
             late.daemon = True

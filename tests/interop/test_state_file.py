@@ -84,11 +84,14 @@ def test_no_state_dict(tmp_path, code, held):
 @pytest.mark.parametrize(
     "code, fault",
     [
-        (PATH, r"as an object of pathlib\.PosixPath, which is not read"),
+        (PATH, r"as an object of pathlib\.PosixPath, which can't be read"),
         # Not the network instead of its moving average.
         (items(ema=PATH, model=items(w=RANGE)), r"as an object of pathlib\.PosixPath"),
-        (items(w=RANGE, v=call("torch._utils._rebuild_qtensor")), r"v is made by torch\._utils\."),
-        (items(w=RANGE, v=literal(np.arange(3))), r"v is made by numpy\._?core\.multiarray\._"),
+        (
+            items(w=RANGE, v=call("torch._utils._rebuild_qtensor")),
+            r"v is created by torch\._",
+        ),
+        (items(w=RANGE, v=literal(np.arange(3))), r"v is created by numpy\._?core\.multiarray\._"),
         (items(w=RANGE, **{"_orig_mod.w": ONES}), "two weights of the name w"),
     ],
 )
