@@ -187,7 +187,7 @@ def test_the_last_row_of_a_label_table_must_be_said_to_be_of_the_null_class(unet
     config, params = unet_file(facts, **{"model.conditional": True})
     # It could be of 11 classes.
     with pytest.raises(
-        ConfigError, match=r"has 11 rows, one more than .* by null_row in config.in"
+        ConfigError, match=r"has 11 rows, one more than .* add null_row to config.in"
     ):
         parameters_of(config)
     config.init_facts = f"{facts},null_row"
@@ -196,7 +196,7 @@ def test_the_last_row_of_a_label_table_must_be_said_to_be_of_the_null_class(unet
     interop.write_state(
         config.init_from, state | {"label_emb.weight": state["label_emb.weight"][:-1]}
     )
-    with pytest.raises(ConfigError, match=r"null_row .* is of a label table with one row more"):
+    with pytest.raises(ConfigError, match=r"null_row .* is for a label table with one row more"):
         parameters_of(config)
     config.init_facts = facts
     params["label_embedding"]["embedding"][-1] = 0
@@ -208,11 +208,11 @@ def test_the_last_row_of_a_label_table_must_be_said_to_be_of_the_null_class(unet
     [
         (
             "",
-            "how the attention of a UNet is laid out: say it by config.init_facts = 'ORDER,HEADS'",
+            "the layout of a UNet's attention: set config.init_facts = 'ORDER,HEADS'",
         ),
-        ("qkv_first", "how the attention of a UNet is laid out"),
-        ("num_heads=4", "how the attention of a UNet is laid out"),
-        ("qkv_first,heads_first,num_heads=4", "how the attention of a UNet is laid out"),
+        ("qkv_first", "the layout of a UNet's attention"),
+        ("num_heads=4", "the layout of a UNet's attention"),
+        ("qkv_first,heads_first,num_heads=4", "the layout of a UNet's attention"),
         ("qkv_first,num_heads=8", "model.num_heads: 8 there, 4 here"),
         ("qkv_first,head_channels=8", "head_channels: 8 there, 0 here; .*num_heads: 0 there, 4 he"),
         ("qkv_first,num_heads=4,num_heads=8", "of a unet it may say .*, each once"),
@@ -231,14 +231,16 @@ def test_a_unet_of_which_too_little_or_something_else_is_said_is_refused(unet_fi
 def test_what_is_known_of_a_published_unet_is_told(unet_file, monkeypatch, caplog):
     monkeypatch.setattr(unet_weights, "published", lambda _: ("a network", "qkv_first,num_heads=4"))
     config, params = unet_file("qkv_first,num_heads=4", "")
-    with pytest.raises(ConfigError, match=r"; a network, of this size, is said to be 'qkv_first,"):
+    with pytest.raises(
+        ConfigError, match=r"; a network has the same size, and its facts are 'qkv_first,"
+    ):
         parameters_of(config)
     config.init_facts = "num_heads=4,qkv_first"
     assert_same(parameters_of(config), params)
     assert not caplog.records
     config.init_facts = "num_heads=4,heads_first"
     parameters_of(config)
-    assert "a network, of this size, is said to be 'qkv_first,num_heads=4'" in caplog.text
+    assert "a network has the same size, and its facts are 'qkv_first,num_heads=4'" in caplog.text
 
 
 def test_latents_of_another_scale_are_refused(unet_file):
@@ -281,9 +283,7 @@ def test_the_heads_of_a_dit_are_those_of_its_published_size_or_are_said(dit_file
         parameters_of(config)
     monkeypatch.setitem(dit.SIZES, "S", dict(depth=2, width=8, heads=2))
     config.init_facts = ""
-    with pytest.raises(
-        ConfigError, match=r"no published size: say them by .*init_facts = 'heads=N'"
-    ):
+    with pytest.raises(ConfigError, match=r"no published size: set config.init_facts = 'heads=N'"):
         parameters_of(config)
 
 
@@ -292,7 +292,7 @@ def test_a_dit_of_diffusers_own_is_refused(dit_file):
     name = "t_embedder.mlp.2.bias"
     theirs = "transformer_blocks.0.norm1.emb.timestep_embedder.linear_2.bias"
     interop.write_state(config.init_from, {theirs: state.pop(name)} | state)
-    with pytest.raises(ConfigError, match="diffusers' own DiT encodes timesteps otherwise"):
+    with pytest.raises(ConfigError, match="diffusers' DiT encodes timesteps differently"):
         parameters_of(config)
 
 
@@ -304,7 +304,7 @@ def test_another_position_encoding_is_refused(dit_file):
         parameters_of(config)
     config.data.image_size = 16
     config.data.crop = "center"
-    with pytest.raises(ConfigError, match=r"pos_embed is of 4 positions, .* here has 16: .* size"):
+    with pytest.raises(ConfigError, match=r"pos_embed has 4 positions, .* here has 16: .* size"):
         parameters_of(config)
 
 
@@ -312,7 +312,7 @@ def test_a_dit_without_position_encoding_must_be_said_to_be_one(dit_file):
     config, params, state = dit_file
     del state["pos_embed"]
     interop.write_state(config.init_from, state)
-    with pytest.raises(ConfigError, match=r"it has no pos_embed, .* by no_pos_embed in config.in"):
+    with pytest.raises(ConfigError, match=r"it has no pos_embed, .* add no_pos_embed to config.in"):
         parameters_of(config)
     config.init_facts += ",no_pos_embed"
     assert_same(parameters_of(config), params)
@@ -330,13 +330,13 @@ def test_a_table_without_a_row_for_the_null_class_must_be_said_to_be_one(dit_fil
     config, params, state = dit_file
     table = "y_embedder.embedding_table.weight"
     config.init_facts = "no_null_row,heads=1"
-    with pytest.raises(ConfigError, match=r"no_null_row .* is of a label table with as many rows"):
+    with pytest.raises(ConfigError, match=r"no_null_row .* is for a label table with as many rows"):
         parameters_of(config)
     config.init_facts = "heads=1"
     interop.write_state(config.init_from, state | {table: state[table][:-1]})
     # It could be of 9 classes with a null class.
     with pytest.raises(
-        ConfigError, match=r"label table has 10 rows, .* by no_null_row in config.in"
+        ConfigError, match=r"label table has 10 rows, .* add no_null_row to config.in"
     ):
         parameters_of(config)
     config.init_facts = "no_null_row,heads=1"
@@ -436,7 +436,7 @@ def test_a_network_of_ones_own_is_trained_exported_and_begun_with(begun, tmp_pat
         ({"model__name": f"{__name__}:Omn"}, ".*Omn' can't be imported: "),
         (
             {"model__name": f"{__name__}:tiny"},
-            "tiny makes a ConfigDict, which is no Flax Linen module",
+            "tiny makes a ConfigDict, not a Flax Linen module",
         ),
     ):
         with pytest.raises(ConfigError, match=f"^config.model.* {fault}"):

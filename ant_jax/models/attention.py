@@ -1,4 +1,4 @@
-"""Which program computes attention."""
+"""The implementation of attention."""
 
 from typing import Annotated, Any, Literal
 
@@ -10,23 +10,23 @@ from ant_jax.settings import Affects
 ATTENTION = ("xla", "cudnn")
 
 Attention = Annotated[Literal[ATTENTION], Affects.NOTHING]
-"""Type of a setting: "xla", products and a softmax as XLA compiles them, on every device; or
-"cudnn", the fused kernels of NVIDIA's GPUs, forward and backward."""
+"""Type of a setting: "xla", matrix products and a softmax compiled by XLA, for every device; or
+"cudnn", fused kernels for NVIDIA GPUs, forward and backward."""
 
-# Of the kernels of cuDNN on Ampere, by jax.nn.dot_product_attention; Hopper's take 256.
+# The limit of jax.nn.dot_product_attention for cuDNN on Ampere; on Hopper it is 256.
 _LARGEST_HEAD = 128
 
 
 def check_attention(attention: str, head: int, dtype: Any) -> None:
-    """Checks that a network's attention can be computed.
+    """Checks that an implementation supports the attention of a network.
 
     Args:
       attention: an `Attention`.
-      head: channels of a head.
+      head: channels per head.
       dtype: type of the activations.
 
     Raises:
-      ValueError: for heads or types that cuDNN's kernels don't take.
+      ValueError: if cuDNN's kernels don't support the heads or the type.
     """
     if attention == "cudnn" and dtype != jnp.bfloat16:
         raise ValueError(f"attention 'cudnn' needs dtype bfloat16, not {jnp.dtype(dtype).name}.")
@@ -38,9 +38,9 @@ def check_attention(attention: str, head: int, dtype: Any) -> None:
 
 
 def check_attention_devices(attention: str) -> None:
-    """Raises a ValueError if the devices that are there don't have an `Attention`."""
+    """Raises a ValueError if the current devices don't support an `Attention`."""
     if attention == "cudnn" and jax.default_backend() != "gpu":
         raise ValueError(
-            f"attention 'cudnn' needs an NVIDIA GPU, and the devices here are of the kind "
-            f"{jax.default_backend()!r}: set it to 'xla'"
+            f"attention 'cudnn' needs an NVIDIA GPU, but the devices here are of the kind "
+            f"{jax.default_backend()!r}: set attention to 'xla'"
         )

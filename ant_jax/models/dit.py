@@ -1,8 +1,8 @@
 """DiT, a diffusion transformer with adaLN-Zero conditioning.
 
 Peebles & Xie, *Scalable Diffusion Models with Transformers* (ICCV 2023, arXiv 2212.09748). Widths,
-initialisation and the order of channels in every parameter follow the paper's code, so that its
-weights can be carried over by transposing them.
+initialisation and the order of channels in every parameter follow the paper's code, so its weights
+can be used here after transposing them.
 """
 
 import functools
@@ -20,7 +20,7 @@ from ant_jax.models.remat import Remat, rematerialised
 from ant_jax.models.timesteps import MAX_PERIOD, timestep_features
 from ant_jax.settings import Integer
 
-# Table 1 of the paper: DiT-XL/2 for latents is DiT(channels=4, patch=2, **SIZES["XL"]).
+# Table 1 of the paper. For example, DiT-XL/2 on latents is DiT(channels=4, patch=2, **SIZES["XL"]).
 SIZES = {
     "S": dict(depth=12, width=384, heads=6),
     "B": dict(depth=12, width=768, heads=12),
@@ -39,20 +39,20 @@ _LayerNorm = functools.partial(LayerNorm, epsilon=1e-6, use_bias=False, use_scal
 class DiT(nn.Module):
     """A diffusion transformer (Peebles & Xie 2023) on images or latents, square or not.
 
-    The output is exactly zero at initialisation. Parameters are float32 whatever `dtype` is, as
-    are layer-norm statistics, the timestep embedding and the output layer.
+    The output is exactly zero at initialisation. For every `dtype`, the parameters, the layer-norm
+    statistics, the timestep embedding and the output layer are float32.
 
     Attributes:
       channels: Channels C of the input.
-      num_classes: Number of classes; 0 makes an unconditional model, without label table.
-      learned_variance: Whether to return C further channels that parametrise the variance.
+      num_classes: Number of classes; 0 for an unconditional model, without a label table.
+      learned_variance: Whether to return C more channels, which parametrise the variance.
       dtype: Type of the activations.
       width: Features of a token; a multiple of `heads`, and of 4 for the position encoding.
       depth: Number of transformer blocks.
       heads: Attention heads.
-      patch: Side of the square patch that makes one token, in pixels: 1, 2, 4 or 8.
-      remat: What is kept of each block for the backward pass, a trade of time for memory that
-        changes neither parameters nor values: see `ant_jax.models.remat.rematerialised`.
+      patch: Side in pixels of the square patch that becomes one token: 1, 2, 4 or 8.
+      remat: Which activations of each block are kept for the backward pass. Keeping fewer saves
+        memory, costs time, and changes no value: see `ant_jax.models.remat.rematerialised`.
       attention: "xla" or "cudnn": see `ant_jax.models.attention.Attention`.
 
     Raises:
@@ -81,11 +81,11 @@ class DiT(nn.Module):
 
     @property
     def input_multiple(self) -> int:
-        """What H and W must be multiples of."""
+        """H and W must be multiples of this."""
         return self.patch
 
     def check_devices(self) -> None:
-        """Raises a ValueError if the devices that are there can't compute its attention."""
+        """Raises a ValueError if the current devices don't support its `attention`."""
         check_attention_devices(self.attention)
 
     @nn.compact
@@ -96,16 +96,15 @@ class DiT(nn.Module):
           x: Noisy input (B, H, W, C), with H and W multiples of `patch`.
           t: Timesteps (B,), integers.
           y: Labels (B,), integers in `[0, num_classes]`, where `num_classes` is the null class of
-            classifier-free guidance, or None for an unconditional model. Dropping labels is left
-            to the caller.
+            classifier-free guidance, or None for an unconditional model. The caller drops labels.
 
         Returns:
           Float32 array (B, H, W, C), or (B, H, W, 2C) with the noise in the first C channels and
           the variance in the last C.
 
         Raises:
-          ValueError: If the shape of `x` doesn't fit `patch` and `channels`, or if labels are
-            missing from a class-conditional model or given to an unconditional one.
+          ValueError: If the shape of `x` doesn't match `patch` and `channels`, if a conditional
+            model gets no labels, or if an unconditional model gets labels.
         """
         batch, height, width, channels = x.shape
         if height % self.patch or width % self.patch or channels != self.channels:
@@ -136,7 +135,7 @@ class DiT(nn.Module):
                 embedding_init=nn.initializers.normal(0.02),
                 name="label_embedding",
             )(y)
-        # Every modulation begins with this SiLU, so it is taken once.
+        # Every modulation begins with this SiLU, so it is computed only once.
         condition = nn.silu(condition).astype(self.dtype)
 
         block = functools.partial(
@@ -158,7 +157,7 @@ class DiT(nn.Module):
 
 
 class _Block(nn.Module):
-    """A transformer block with adaLN-Zero: (B, N, width) and a condition (B, width) to tokens."""
+    """A transformer block with adaLN-Zero, on tokens (B, N, width) and a condition (B, width)."""
 
     width: int
     heads: int
@@ -192,12 +191,12 @@ def positions(rows: int, columns: int, width: int) -> np.ndarray:
     """The fixed 2-D encoding of the positions of tokens.
 
     Args:
-      rows: of tokens.
-      columns: of tokens.
+      rows: number of rows of tokens.
+      columns: number of columns of tokens.
       width: features of a token, a multiple of 4.
 
     Returns:
-      (rows * columns, width) float64: sines and cosines of the column, then of the row.
+      (rows * columns, width) float64: sines and cosines of the column index, then of the row index.
     """
     quarter = width // 4
     frequencies = MAX_PERIOD ** (-np.arange(quarter) / quarter)

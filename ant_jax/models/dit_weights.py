@@ -1,4 +1,4 @@
-"""Names of the weights of DiT: facebookresearch/DiT, `models.py`, and diffusers' copy of it."""
+"""Weight names of DiT: facebookresearch/DiT, `models.py`, and diffusers' version of it."""
 
 import functools
 import re
@@ -13,7 +13,7 @@ from ant_jax.published_weights import Names, Place, Recognised, WeightsError, ch
 
 FACTS = ("heads=N", "no_null_row", "no_pos_embed")
 
-# The size whose weights diffusers has taken over from the paper's authors.
+# The size for which diffusers has converted the weights of the paper's authors.
 _CONVERTED = "XL"
 
 _OUTSIDE = {
@@ -33,7 +33,7 @@ _IN_BLOCK = {
 
 _POSITIONS = ("pos_embed", "pos_embed.pos_embed")  # the second is diffusers'
 
-# Names of diffusers' `DiTTransformer2DModel` as those of the paper's code.
+# From the names of diffusers' `DiTTransformer2DModel` to those of the paper's code.
 _DIFFUSERS = (
     (r"^pos_embed\.proj\.", "x_embedder.proj."),
     (r"^transformer_blocks\.\d+\.norm1\.emb\.timestep_embedder\.linear_1\.", "t_embedder.mlp.0."),
@@ -49,9 +49,9 @@ _DIFFUSERS = (
 )
 
 
-# The network of these names spaces the frequencies of the timestep encoding otherwise.
+# Diffusers' network, which has these names, uses other frequencies for the timestep encoding.
 _OF_DIFFUSERS = "transformer_blocks."
-# Of sines and cosines of some hundred radians in float32.
+# Rounding error of float32 sines and cosines of some hundred radians.
 _ROUNDING = 1e-4
 _SMALLER = (jnp.float16, jnp.bfloat16)
 
@@ -59,26 +59,26 @@ _SMALLER = (jnp.float16, jnp.bfloat16)
 def names(model: dit.DiT, positions: np.ndarray | None = None, null_row: bool = True) -> Names:
     """How the paper's code names and lays out the parameters of a DiT.
 
-    Read are the names of the paper's code and those of diffusers, of which each block has a copy of
+    Reading accepts the names of the paper's code and of diffusers, where each block has a copy of
     the embedding of timestep and label. Diffusers' network (as of 0.42) spaces the frequencies of
-    the timestep encoding a little wider than the paper's code does, so that the same weights give
-    other outputs there; here they give those of the paper's code.
+    the timestep encoding slightly wider than the paper's code, so its outputs for the same weights
+    differ. The outputs here are those of the paper's code.
 
-    The position encoding `pos_embed` is no weight: it must be that of the network here. A label
-    table of one row for an unconditional network, as of the paper's code with one class, is added
-    to the bias of the timestep embedding, which is the same network.
+    The position encoding `pos_embed` is not a weight: it must equal the encoding of the network
+    here. For an unconditional network, a label table of one row, as in the paper's code with one
+    class, is added to the bias of the timestep embedding; the network computes the same.
 
-    Written are the names of the paper's code, less `pos_embed`, which depends on the size of the
-    image and which that code makes itself: load by `load_state_dict(state, strict=False)`.
+    Writing uses the names of the paper's code, without `pos_embed`. It depends on the image size,
+    and the paper's code computes it: load the file by `load_state_dict(state, strict=False)`.
 
     Args:
-      model: the network. With patches of p x p pixels the patch embedding is a convolution of p x p
-        there.
-      positions: (N, width), what `ant_jax.models.dit.positions` returns for the size of the image,
-        to compare `pos_embed` with; None for state dicts that have none.
-      null_row: whether the label table there has a row for the null class, as it has where the
-        network was trained with labels dropped. Without, a row of zeros is added on reading: the
-        network without any label, which it never was trained as.
+      model: the network. In the paper's code the patch embedding is a convolution with kernels of
+        the patch size.
+      positions: (N, width), the result of `ant_jax.models.dit.positions` for the image size, which
+        `pos_embed` must equal; None for state dicts without `pos_embed`.
+      null_row: whether the label table of the state dict has a row for the null class, which it has
+        if the network was trained with label dropout. Otherwise a row of zeros is added on reading.
+        With this row the network gets no label, for which it was never trained.
     """
     return Names(
         f"DiT with patches of {model.patch}x{model.patch}",
@@ -94,32 +94,32 @@ def recognise(
     image_shape: tuple[int, int, int],
     facts: Mapping[str, str],
 ) -> Recognised:
-    """What a state dict of the paper's code or of diffusers is; see `ant_jax.models`.
+    """How to read a state dict of the paper's code or of diffusers; see `ant_jax.models`.
 
-    A file tells neither the attention heads, which are those of the published size or said, nor
-    whether its table of labels has a row of the null class.
+    A file does not contain the number of attention heads: it follows from a published size, or the
+    user states it. A file does not say either whether its label table has a row for the null class.
 
     Raises:
-      ValueError: if it doesn't fit the network, or if too little is known of it.
+      ValueError: if the state dict doesn't match the network, or if a needed fact is missing.
     """
     without_null = _without_null_row(state, model.num_classes, facts)
     rows, columns = (side // model.patch for side in image_shape[:2])
     found = names(model, dit.positions(rows, columns, model.width), not without_null)
     check_fit(state, params, found)
     of_diffusers = any(name.startswith(_OF_DIFFUSERS) for name in state)
-    # Diffusers leaves it out of its files.
+    # Files of diffusers have no pos_embed.
     has_positions = of_diffusers or any(name in state for name in _POSITIONS)
     if not (has_positions or "no_pos_embed" in facts):
         raise ValueError(
             "it has no pos_embed, which files of the paper's code have: if its network has the "
-            "same sines and cosines, say so by no_pos_embed in config.init_facts"
+            "same sines and cosines, add no_pos_embed to config.init_facts"
         )
     sizes = {(size["width"], size["depth"]): name for name, size in dit.SIZES.items()}
     size = sizes.get((model.width, model.depth))
     if of_diffusers and size != _CONVERTED:
         raise ValueError(
-            "diffusers' own DiT encodes timesteps otherwise than the paper's code and this one do; "
-            f"known to be converted from that code is DiT-{_CONVERTED} alone"
+            "diffusers' DiT encodes timesteps differently from the paper's code and from the DiT "
+            f"here; only DiT-{_CONVERTED} is known to be converted from the paper's code"
         )
     if "heads" in facts:
         heads = int(facts["heads"])
@@ -127,8 +127,8 @@ def recognise(
         heads = dit.SIZES[size]["heads"]
     else:
         raise ValueError(
-            "a file does not tell the attention heads of a DiT, and this one is of no published "
-            "size: say them by config.init_facts = 'heads=N'"
+            "a file does not contain the number of attention heads of a DiT, and this DiT has no "
+            "published size: set config.init_facts = 'heads=N'"
         )
     untrained = "label_embedding/embedding" if without_null else ""
     return Recognised(found, {"heads": heads}, untrained)
@@ -139,13 +139,13 @@ def _without_null_row(state, classes, facts):
     shorter = bool(classes) and {table.shape[:1] for table in tables} == {(classes,)}
     if "no_null_row" in facts and not shorter:
         raise ValueError(
-            "no_null_row in config.init_facts is of a label table with as many rows as classes"
+            "no_null_row in config.init_facts is for a label table with as many rows as classes"
         )
     if shorter and "no_null_row" not in facts:
         raise ValueError(
-            f"its label table has {classes} rows, one less than classes and null class here: if it "
-            f"is of these {classes} classes and none were dropped in its training, say so by "
-            "no_null_row in config.init_facts"
+            f"its label table has {classes} rows, but {classes} classes and the null class need "
+            f"{classes + 1}: if the network was trained on these {classes} classes without label "
+            "dropout, add no_null_row to config.init_facts"
         )
     return shorter
 
@@ -172,7 +172,7 @@ def _select(
             name = re.sub(pattern, replacement, name)
         if name in selected and not np.array_equal(selected[name], value):
             raise WeightsError(
-                f"{name} is not the same for all blocks in the state dict; a DiT here has one."
+                f"{name} differs between the blocks of the state dict; a DiT here has only one."
             )
         selected[name] = value
     for name in [name for name in _POSITIONS if name in selected]:
@@ -191,20 +191,20 @@ def _select(
 
 def _check_positions(theirs: np.ndarray, ours: np.ndarray | None) -> None:
     if ours is None:
-        raise WeightsError("pos_embed can't be compared with that of a network of unknown size.")
+        raise WeightsError("pos_embed can't be checked, because the image size is unknown.")
     if theirs.shape[-2:] != ours.shape or theirs.size != ours.size:
         raise WeightsError(
-            f"pos_embed is of {theirs.shape[-2] if theirs.ndim > 1 else 0} positions, and the "
-            f"network here has {len(ours)}: it is of a network for images of another size."
+            f"pos_embed has {theirs.shape[-2] if theirs.ndim > 1 else 0} positions, and the "
+            f"network here has {len(ours)}: it belongs to a network for another image size."
         )
     theirs = np.float32(theirs).reshape(ours.shape)
     difference = np.abs(theirs - ours).max()
-    # Whatever type they have now, they may have been rounded to a smaller one before.
+    # The values may have been rounded to a smaller type before.
     before = [kind for kind in _SMALLER if np.array_equal(theirs.astype(kind), theirs)]
     rounding = max([_ROUNDING, *(float(jnp.finfo(kind).eps) for kind in before)])
-    # NaN is no rounding either.
+    # Written so that NaN fails too.
     if not difference < rounding:
         raise WeightsError(
-            f"pos_embed differs by up to {difference:.2g} from the fixed sines and cosines that a "
-            "DiT here has: it was learned, or is that of another code."
+            f"pos_embed differs by up to {difference:.2g} from the fixed sines and cosines of a "
+            "DiT here: it was learned, or comes from other code."
         )

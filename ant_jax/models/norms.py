@@ -1,8 +1,7 @@
-"""Layer norm and group norm that keep their digits where the mean is far from zero.
+"""Layer norm and group norm that stay accurate if the mean is far from zero.
 
-flax computes the variance as E[x^2] - E[x]^2. Where the mean is 100 times the standard deviation,
-the results are off by 1e-3. Its other way, `use_fast_variance=False`, keeps the rounding error of
-the mean.
+Flax computes the variance as E[x^2] - E[x]^2. If the mean is 100 times the standard deviation, the
+error of the result is 1e-3. With `use_fast_variance=False` the rounding error of the mean remains.
 """
 
 import flax.linen as nn
@@ -28,6 +27,6 @@ class GroupNorm(nn.GroupNorm):
 
 
 def _centred(x, axes):
-    # A norm is the same whatever constant is subtracted before it, so this has no gradient.
+    # Subtracting a constant does not change the norm, so the constant needs no gradient.
     x = x.astype(jnp.float32)
     return x - jax.lax.stop_gradient(x.mean(axes, keepdims=True))

@@ -10,21 +10,21 @@ from ant_jax.settings import Affects
 REMAT = ("none", "blocks", "dots")
 
 Remat = Annotated[Literal[REMAT], Affects.NOTHING]
-"""Type of a setting: what is kept for the backward pass, see `rematerialised`."""
+"""Type of a setting: which activations are kept for the backward pass; see `rematerialised`."""
 
 
 def rematerialised(module: type[nn.Module], remat: str) -> type[nn.Module]:
-    """A module that keeps less for its backward pass, with the same parameters and values.
+    """A block with the same parameters and values that keeps fewer activations for its gradient.
 
     Args:
-      module: the class of a block.
-      remat: "none" keeps all; "blocks" keeps the block's inputs and computes the rest again; "dots"
-        keeps the outputs of products with parameters as well, dense layers and convolutions, and
-        computes again norms, nonlinearities and the two products of attention, 1 to 4 % of a
-        DiT's work and about half of its memory.
+      module: the class of the block.
+      remat: "none" keeps all activations. "blocks" keeps only the inputs of the block and computes
+        the rest again. "dots" also keeps the outputs of dense layers and convolutions, and computes
+        norms, nonlinearities and the two products of attention again, which is 1 to 4 % of the
+        work of a DiT and saves about half of its memory.
 
     Returns:
-      The class to use in its place.
+      The class to use instead.
     """
     if remat == "none":
         return module

@@ -1,4 +1,4 @@
-"""The sinusoidal features of a timestep with which every denoising network here begins."""
+"""The sinusoidal timestep features that all denoising networks here use."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ MAX_PERIOD = 10_000
 
 
 def timestep_features(t: jax.Array, features: int) -> jax.Array:
-    """Cosines then sines of t at geometric frequencies, from 1 down to almost 1 / 10,000.
+    """Cosines, then sines, of t at geometric frequencies from 1 down to almost 1 / 10,000.
 
     Args:
       t: (B,) timesteps, integers or the floats of a respaced process.

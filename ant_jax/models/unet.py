@@ -6,9 +6,9 @@ section 3; Rombach et al., *High-Resolution Image Synthesis with Latent Diffusio
 
 Parameters correspond one to one to those of the papers' code (openai/guided-diffusion, `unet.py`;
 CompVis/latent-diffusion, `openaimodel.py`): module `input_3_1` here is `input_blocks.3.1` there,
-`middle_2` is `middle_block.2` and `output_5_0` is `output_blocks.5.0`. Kernels are transposed only.
-The 3 C channels of `qkv` are ordered by head first, and by query, key and value inside a head, as
-in that code with its default attention order. `ant_jax.models.unet_weights` has the names.
+`middle_2` is `middle_block.2` and `output_5_0` is `output_blocks.5.0`. Kernels are only transposed.
+The 3 C channels of `qkv` are ordered by head, and inside a head by query, key and value, as in that
+code with its default attention order. `ant_jax.models.unet_weights` has the names.
 """
 
 import functools
@@ -27,9 +27,9 @@ from ant_jax.models.timesteps import timestep_features
 from ant_jax.settings import Check, Integer
 
 # Published architectures, for UNet(channels=3, **VARIANTS["LDM-4"]).
-# ADM's settings are the flags that its repository lists for its checkpoints, LDM's those of its
-# configs for FFHQ and CelebA-HQ, on latents of 64 x 64 x 3. The light ADM for 256 x 256 pixels is
-# that of Choi et al., *Perception Prioritized Training of Diffusion Models* (CVPR 2022).
+# The settings of ADM are the flags in its repository's list of checkpoints. Those of LDM are from
+# its configs for FFHQ and CelebA-HQ, on latents of 64 x 64 x 3. ADM-light-256 is the network of
+# Choi et al., *Perception Prioritized Training of Diffusion Models* (CVPR 2022).
 VARIANTS = {
     "ADM-64": dict(
         width=192,
@@ -80,14 +80,14 @@ VARIANTS = {
 
 _GROUPS = 32
 
-# A third of the variance of LeCun's, which is how PyTorch, and so the papers' code, begins.
+# A third of LeCun's variance: the initialisation of PyTorch, and so of the papers' code.
 _kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 _Dense = functools.partial(nn.Dense, kernel_init=_kernel_init)
 _ZeroDense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
-# An explicit padding: with "SAME", a stride of 2 would pad at the far side only.
+# Explicit padding, because "SAME" with a stride of 2 would pad on one side only.
 _Conv = functools.partial(nn.Conv, kernel_size=(3, 3), padding=1, kernel_init=_kernel_init)
 _ZeroConv = functools.partial(_Conv, kernel_init=nn.initializers.zeros)
-# Computes in float32 inside, whatever the type of its input and output.
+# Computes in float32, for all types of input and output.
 _GroupNorm = functools.partial(GroupNorm, num_groups=_GROUPS, epsilon=1e-5)
 
 
@@ -109,34 +109,34 @@ _Factors = Annotated[
 
 
 class UNet(nn.Module):
-    """The UNet of ADM (Dhariwal & Nichol 2021) or, by its settings, of LDM (Rombach et al. 2022).
+    """The UNet of ADM (Dhariwal & Nichol 2021) or, with other settings, LDM (Rombach et al. 2022).
 
-    It is called as `DiT` is. The output is exactly zero at initialisation, and so is what each
-    residual block and each attention adds to its input. Biases begin at zero, where the papers'
-    code draws them. Parameters are float32 whatever `dtype` is, as are the inside of group norms,
-    the embedding of timestep and label, and the output layer. There is no dropout.
+    It is called like `DiT`. At initialisation the output is exactly zero, and each residual block
+    and each attention adds exactly zero to its input. Biases are initialised to zero; the papers'
+    code initialises them at random. For every `dtype`, the parameters, the inside of group norms,
+    the embedding of timestep and label, and the output layer are float32. There is no dropout.
 
     Attributes:
       channels: Channels C of the input.
-      num_classes: Number of classes; 0 makes an unconditional model, without label table.
-      learned_variance: Whether to return C further channels that parametrise the variance.
+      num_classes: Number of classes; 0 for an unconditional model, without a label table.
+      learned_variance: Whether to return C more channels, which parametrise the variance.
       dtype: Type of the activations.
       width: Channels at a multiplier of 1, and features of the sinusoidal timestep encoding.
-      channel_mult: Channels at each level, in multiples of `width`; each level after the first has
-        half the resolution of the one before. A level's channels are a multiple of 32.
-      num_res_blocks: Residual blocks a level on the way down; there is one more on the way up.
-      attention_factors: The downsampling factors, powers of 2, at which attention follows each
-        residual block: 8 is at 32 x 32 for an image of 256 x 256. Always in the middle as well.
-      head_channels: Channels of an attention head; divides the channels wherever attention is. 0
-        where `num_heads` is given instead.
-      num_heads: Attention heads wherever attention is, as in ADM for 128 x 128; 0 where
-        `head_channels` is given instead.
+      channel_mult: Channels of each level, in multiples of `width`. Each level after the first has
+        half the resolution of the level before. The channels of a level are a multiple of 32.
+      num_res_blocks: Residual blocks per level on the way down; there is one more on the way up.
+      attention_factors: Downsampling factors, powers of 2, at which attention follows each residual
+        block. For an image of 256 x 256, factor 8 is the level of 32 x 32. There is always
+        attention in the middle.
+      head_channels: Channels per attention head; divides the channels of every level with
+        attention. 0 if `num_heads` is set.
+      num_heads: Number of attention heads, as in ADM for 128 x 128; 0 if `head_channels` is set.
       scale_shift_norm: Whether the condition scales and shifts the normalised activations, as in
-        ADM, or is added to them before the norm, as in LDM.
-      resblock_updown: Whether the resolution changes inside a residual block, as in ADM, or by a
-        convolution, as in LDM.
-      remat: What is kept of each residual block and each attention for the backward pass, a trade
-        of time for memory that changes neither parameters nor values: see
+        ADM; otherwise it is added before the norm, as in LDM.
+      resblock_updown: Whether residual blocks change the resolution, as in ADM; otherwise
+        convolutions change it, as in LDM.
+      remat: Which activations of each residual block and each attention are kept for the backward
+        pass. Keeping fewer saves memory, costs time, and changes no value: see
         `ant_jax.models.remat.rematerialised`.
       attention: "xla" or "cudnn": see `ant_jax.models.attention.Attention`.
 
@@ -207,19 +207,18 @@ class UNet(nn.Module):
         """Predicts the noise, and the variance parameters if the model learns them.
 
         Args:
-          x: Noisy input (B, H, W, C), with H and W multiples of 2 to the number of levels less one.
+          x: Noisy input (B, H, W, C), with H and W multiples of `input_multiple`.
           t: Timesteps (B,), integers or the floats of a respaced process.
           y: Labels (B,), integers in `[0, num_classes]`, where `num_classes` is the null class of
-            classifier-free guidance, or None for an unconditional model. Dropping labels is left
-            to the caller.
+            classifier-free guidance, or None for an unconditional model. The caller drops labels.
 
         Returns:
           Float32 array (B, H, W, C), or (B, H, W, 2C) with the noise in the first C channels and
           the variance in the last C.
 
         Raises:
-          ValueError: If the shape of `x` doesn't fit `channel_mult` and `channels`, or if labels
-            are missing from a class-conditional model or given to an unconditional one.
+          ValueError: If the shape of `x` doesn't match `channel_mult` and `channels`, if a
+            conditional model gets no labels, or if an unconditional model gets labels.
         """
         levels = len(self.channel_mult)
         multiple = self.input_multiple
@@ -244,7 +243,7 @@ class UNet(nn.Module):
                 embedding_init=nn.initializers.normal(1.0),
                 name="label_embedding",
             )(y)
-        # Every residual block begins with this SiLU of the condition, so it is taken once.
+        # Every residual block uses this SiLU of the condition, so it is computed only once.
         condition = nn.silu(condition).astype(self.dtype)
 
         block = functools.partial(
@@ -304,7 +303,7 @@ class UNet(nn.Module):
 
 
 class _ResidualBlock(nn.Module):
-    """(B, H, W, C) and a condition (B, D) to (B, H, W, features), resampled where asked for."""
+    """Maps (B, H, W, C) and a condition (B, D) to `features` channels, and resamples if set."""
 
     features: int
     scale_shift_norm: bool
@@ -354,10 +353,10 @@ class _Attention(nn.Module):
 
 
 def _halve(x: jax.Array) -> jax.Array:
-    """Means of 2 x 2 positions."""
+    """Halves the resolution, by means of 2 x 2 positions."""
     return nn.avg_pool(x, (2, 2), (2, 2))
 
 
 def _double(x: jax.Array) -> jax.Array:
-    """Nearest neighbours: every position becomes 2 x 2."""
+    """Doubles the resolution, by nearest neighbours."""
     return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)

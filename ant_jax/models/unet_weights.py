@@ -1,6 +1,7 @@
-"""Names of the weights of ADM's and LDM's UNets.
+"""Weight names of the UNets of ADM and LDM.
 
-openai/guided-diffusion, `unet.py`, and CompVis/latent-diffusion, `openaimodel.py`, a copy of it.
+They are those of openai/guided-diffusion, `unet.py`, and of its copy in CompVis/latent-diffusion,
+`openaimodel.py`.
 """
 
 import functools
@@ -22,7 +23,7 @@ _OUTSIDE = {
 }
 
 _BLOCK = re.compile(r"(input|middle|output)((?:_\d+)+)(?:\.(\w+))?")
-# What a block holds. Attention is a convolution over all positions in a row there.
+# The modules in a block. In the papers' code attention uses 1-D convolutions over all positions.
 _INSIDE = {
     "norm_1": Place("in_layers.0"),
     "conv_1": Place("in_layers.2"),
@@ -34,10 +35,10 @@ _INSIDE = {
     "qkv": Place("qkv", spatial=(1,)),
     "output": Place("proj_out", spatial=(1,)),
 }
-# Blocks that are a convolution to another resolution.
+# Blocks that are only a convolution to another resolution.
 _RESAMPLING = {"input": ".op", "output": ".conv"}
 
-# Of a whole checkpoint of latent-diffusion; "model." is gone where the file has nothing else.
+# Prefix in a full checkpoint of latent-diffusion, and without "model." in a file of the UNet only.
 _NETWORK = re.compile(r"(?:model\.)?diffusion_model\.")
 _AVERAGE = "model_ema.diffusion_model"
 
@@ -45,35 +46,35 @@ _ORDERS = ("heads_first", "qkv_first")
 
 FACTS = (*_ORDERS, "num_heads=N", "head_channels=N", "null_row")
 
-# What the repositories of ADM and LDM say of their checkpoints that the files don't: README.md of
-# openai/guided-diffusion at 22e0df8, models/ldm of CompVis/latent-diffusion at a506df5. By the
-# number of weights without label table.
+# Facts that the files don't contain, from the repositories of ADM and LDM: README.md of
+# openai/guided-diffusion at 22e0df8, models/ldm of CompVis/latent-diffusion at a506df5. The key is
+# the number of weights without the label table.
 _PUBLISHED = {
-    295_136_454: ("ADM's for 64 x 64", "qkv_first,head_channels=64"),
-    420_505_606: ("ADM's for 128 x 128", "heads_first,num_heads=4"),
-    552_814_086: ("ADM's for 256 x 256", "heads_first,head_channels=64"),
-    557_973_638: ("ADM's for 512 x 512", "heads_first,head_channels=64"),
-    274_056_163: ("LDM's for FFHQ, CelebA-HQ and LSUN bedrooms", "heads_first,head_channels=32"),
-    294_966_916: ("LDM's for LSUN churches", "heads_first,num_heads=8"),
+    295_136_454: ("ADM for 64 x 64", "qkv_first,head_channels=64"),
+    420_505_606: ("ADM for 128 x 128", "heads_first,num_heads=4"),
+    552_814_086: ("ADM for 256 x 256", "heads_first,head_channels=64"),
+    557_973_638: ("ADM for 512 x 512", "heads_first,head_channels=64"),
+    274_056_163: ("LDM for FFHQ, CelebA-HQ and LSUN bedrooms", "heads_first,head_channels=32"),
+    294_966_916: ("LDM for LSUN churches", "heads_first,num_heads=8"),
 }
 
 
 def names(model: UNet, order: str = "heads_first") -> Names:
     """How the papers' code names and lays out the parameters of a UNet.
 
-    Read are state dicts of the UNet alone and whole checkpoints of latent-diffusion; where such a
-    one has a moving average of the UNet's weights, that is what is taken.
+    Reading accepts state dicts of the UNet and full checkpoints of latent-diffusion. If a full
+    checkpoint has a moving average of the UNet's weights, the average is read.
 
-    The label tables of the papers' code have no null class. A row of zeros is added for it on
-    reading, which is the network without any label; it never was trained so, hence classifier-free
-    guidance with such weights needs further training. The row is written with the others: build
-    the network there with one class more.
+    The label tables of the papers' code have no row for the null class, so a row of zeros is added
+    on reading. With this row the network gets no label, for which it was never trained, so
+    classifier-free guidance needs more training. Writing includes this row, so build the papers'
+    network with one class more to load the file.
 
     Args:
       model: the network.
-      order: how the channels of `qkv` are ordered there, which no file tells: "heads_first", the
-        default of the papers' code, or "qkv_first", by query, key and value first, which it has by
-        `use_new_attention_order`, as ADM's network for 64 x 64.
+      order: order of the channels of `qkv` in the papers' code, which no file contains:
+        "heads_first", its default, or "qkv_first", by query, key and value first, its
+        `use_new_attention_order`, as in ADM's network for 64 x 64.
     """
     heads = None
     if order == "qkv_first":
@@ -88,30 +89,31 @@ def recognise(
     image_shape: tuple[int, int, int],
     facts: Mapping[str, str],
 ) -> Recognised:
-    """What a state dict of the papers' code is; see `ant_jax.models`.
+    """How to read a state dict of the papers' code; see `ant_jax.models`.
 
-    A file tells neither the order of the channels of ``qkv`` nor the attention heads, so both must
-    be said; nor what the last row of a table of labels is, if there is one more than classes.
+    A file contains neither the order of the channels of ``qkv`` nor the number of attention heads,
+    so the user must state both. If a label table has one row more than there are classes, the user
+    must also state that this is the row of the null class.
 
     Raises:
-      ValueError: if it doesn't fit the network, or if too little is known of it.
+      ValueError: if the state dict doesn't match the network, or if a needed fact is missing.
     """
-    # First whether it fits at all, then what it is.
+    # First, because a state dict of another network needs no facts.
     check_fit(state, params, names(model))
     orders = [name for name in _ORDERS if name in facts]
     heads = {name: int(facts[name]) for name in ("num_heads", "head_channels") if name in facts}
     known = published(params)
-    hint = "{}, of this size, is said to be {!r}".format(*known) if known else ""
+    hint = "{} has the same size, and its facts are {!r}".format(*known) if known else ""
     if len(orders) != 1 or len(heads) != 1:
         raise ValueError(
-            "a file does not tell how the attention of a UNet is laid out: say it by "
-            "config.init_facts = 'ORDER,HEADS' with ORDER heads_first or, if it was trained with "
+            "a file does not contain the layout of a UNet's attention: set config.init_facts = "
+            "'ORDER,HEADS', with ORDER heads_first or, if it was trained with "
             "use_new_attention_order, qkv_first, and HEADS num_heads=N or head_channels=N"
             + (hint and f"; {hint}")
         )
     said = {name + (value and f"={value}") for name, value in facts.items()}
     contradicted = known and not set(known[1].split(",")) <= said
-    # LDM stores it where it scales latents by their own standard deviation.
+    # LDM stores it if it scales the latents by their standard deviation.
     scale = state.get("scale_factor")
     has_null_row = _has_null_row(state, model.num_classes, facts)
     return Recognised(
@@ -124,31 +126,31 @@ def recognise(
 
 
 def _has_null_row(state, classes, facts):
-    """The papers' code of UNets has no null class, but with one class more it can be given one."""
-    # The second is the name in LDM's moving average.
+    """Whether the label table has a row for the null class: trained with one class more."""
+    # The second name is that of LDM's moving average.
     tables = ("label_emb.weight", "label_embweight")
     rows = {table.shape[:1] for name, table in state.items() if name.endswith(tables)}
     longer = bool(classes) and rows == {(classes + 1,)}
     if longer and "null_row" not in facts:
         raise ValueError(
-            f"its label table has {classes + 1} rows, one more than classes here: if the last is "
-            "that of a null class, say so by null_row in config.init_facts"
+            f"its label table has {classes + 1} rows, one more than the classes here: if the last "
+            "row is that of a null class, add null_row to config.init_facts"
         )
     if "null_row" in facts and not longer:
         raise ValueError(
-            "null_row in config.init_facts is of a label table with one row more than classes"
+            "null_row in config.init_facts is for a label table with one row more than classes"
         )
     return longer
 
 
 def published(params: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The published network that has so many weights, and what its authors say of it.
+    """The published network that has the same number of weights.
 
     Args:
-      params: a nested dict of anything with a `size`.
+      params: a nested dict of arrays, or of other objects with a `size`.
 
     Returns:
-      Its name, and the facts as ``config.init_facts`` takes them; None if there is none.
+      Its name, and its facts in the form of ``config.init_facts``; None if there is no such one.
     """
     network = (tree for name, tree in params.items() if name != "label_embedding")
     return _PUBLISHED.get(sum(leaf.size for tree in network for leaf in _sized(tree)))
@@ -177,7 +179,7 @@ def _place(heads: tuple[int, int] | None, module: str) -> Place | None:
 def _select(state: Mapping[str, np.ndarray], wanted: Set[str]) -> dict[str, np.ndarray]:
     averages = {name: value for name, value in state.items() if name.startswith(_AVERAGE)}
     if averages:
-        # A moving average is stored by the names without their dots.
+        # LDM removes the dots from the names of its moving average.
         dotted = {_AVERAGE + name.replace(".", ""): name for name in wanted}
         return {dotted.get(name, name): value for name, value in averages.items()}
     network = {
