@@ -1,4 +1,4 @@
-"""What is shared by the modes that use a trained run: the run itself, and the files of results."""
+"""What the modes that use a trained run share: restoring the run, and writing results."""
 
 import json
 from collections.abc import Iterator
@@ -22,14 +22,17 @@ from ant_jax.train_step import TrainState
 def restore_run(
     config: ConfigDict, workdir: Path, step: int | None = None, *, draws: bool = True, **given: Any
 ) -> tuple[int, experiment.Setup, TrainState]:
-    """A run's step, what its config describes, and its state then.
+    """Restores a run from a checkpoint.
 
     Args:
       config: of the run.
       workdir: of the run.
       step: of the checkpoint; the newest by default.
-      draws: whether samples are to be drawn, which takes the autoencoder that the run has.
+      draws: whether samples will be drawn. Then the config must have the autoencoder of the run.
       **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
+
+    Returns:
+      The step of the checkpoint, what the config describes, and the state at that step.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
@@ -38,7 +41,7 @@ def restore_run(
     before = workdir_lib.recorded(workdir)
     if before is None:
         raise FileNotFoundError(f"no run in {workdir}: give its --workdir, or train first")
-    # Without what it learned from: what there is to know of that are facts.
+    # The source of images is not needed: the facts hold what the setup needs of it.
     built = {name: kind for name, kind in before["given"].items() if name != "source"}
     names = workdir_lib.names_of(given)
     compatibility.check_config(before | {"given": built}, config, names, workdir)
@@ -53,14 +56,14 @@ def restore_run(
 
 
 def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
-    """What samples depend on, as JSON can hold it; others have another one.
+    """What samples depend on, as values that JSON can hold. Other samples have another origin.
 
     Args:
       config: of the run.
       step: of the checkpoint.
-      params: those the samples are drawn with.
+      params: of the network that draws the samples.
     """
-    # The weights may be others under the same name, or the same under another.
+    # The digest, because the same path may hold other weights later.
     decoder = dataset.open_codec(config).digest if config.autoencoder.name else ""
     tree = {"step": step, "params": tree_hash(params)[:16], "decoder": decoder}
     return json.loads(
@@ -69,13 +72,13 @@ def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
 
 
 def run_origin(config: ConfigDict, workdir: Path, step: int, state: TrainState) -> dict[str, Any]:
-    """What the samples of a step of a run depend on, and which run it is."""
+    """The `origin` of samples that the EMA of a run draws at a step, and the run's id."""
     run = {"run": workdir_lib.recorded(workdir)["id"]}
     return run | origin(config, step, state.ema_params)
 
 
 def noting_first(batches: Iterator, first: list[np.ndarray]) -> Iterator:
-    """Passes batches on, and notes the images that a grid shows."""
+    """Yields the batches, and appends the images that a grid shows to ``first``."""
     for images, labels in batches:
         if sum(map(len, first)) < sampling.GRID:
             first.append(images)
@@ -89,16 +92,16 @@ def save_grid(path: Path, first: list[np.ndarray]) -> None:
 
 
 def write(path: Path, content: dict[str, Any], config: ConfigDict, workdir: Path) -> Path:
-    """Writes the JSON file of a result: at its place, or by a key where that has another's.
+    """Writes the JSON file of a result, without overwriting a result of other settings.
 
     Args:
-      path: Its place.
+      path: Where to write. If this file is of other settings, a key is added to the name.
       content: Of the file; ``made_from`` says what the result depends on.
       config: Of the run.
       workdir: Of the run.
 
     Returns:
-      Where it is.
+      The path of the written file.
     """
     ours = json.loads(json.dumps(content["made_from"]))
     encoded = (json.dumps(content, indent=1) + "\n").encode()
@@ -106,14 +109,15 @@ def write(path: Path, content: dict[str, Any], config: ConfigDict, workdir: Path
     if made_from(path) == ours:
         write_bytes(path, encoded)
         return path
-    # Samples that say nothing, or a picture of the trainer's, which may still be to come.
+    # Samples without a JSON file, or a picture of the trainer, may have this name. The trainer may
+    # still have to draw its picture.
     others = path.with_suffix(".npz").exists()
     picture = path.with_suffix(".png").exists() or _is_picture(path, workdir)
     others |= picture and not _looks_own(config, workdir)
     if not others and write_new(path, encoded):
         return path
     logging.info(
-        "%s stays, for it is of other settings; this result is %s (made_from in each says of what)",
+        "%s is of other settings and is kept; this result is %s (see made_from in each file)",
         path,
         keyed,
     )
@@ -122,13 +126,13 @@ def write(path: Path, content: dict[str, Any], config: ConfigDict, workdir: Path
 
 
 def made_from(path: Path) -> dict[str, Any] | None:
-    """What a result was made from; None if there is none that says it."""
+    """What a result was made from; None if there is no file, or it does not say."""
     if not path.is_file():
-        # A pipe would be waited for.
+        # Reading a pipe would block.
         return None
     try:
         return json.loads(path.read_text())["made_from"]
-    # What isn't ours surfaces as almost any type of error.
+    # A file of another program can raise almost any error.
     except Exception:
         return None
 
@@ -144,7 +148,7 @@ def _is_picture(path, workdir):
 
 
 def _looks_own(config, workdir):
-    """Whether the first samples are those of the trainer's pictures."""
+    """Whether the trainer's pictures show the first of these samples."""
     saved = workdir_lib.load_config(workdir)
     if saved is None or saved.autoencoder.weights != config.autoencoder.weights:
         return False

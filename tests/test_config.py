@@ -598,7 +598,7 @@ MISFITS = {
     },
     "config.data.batch_size = 120 images of 100000x100000x1 take": {"data__image_size": 100_000},
     "config.sample.batch_size = 1000000000 images of 8x8x1 take": {"sample__batch_size": 10**9},
-    "config.process: P2(k=1e+30, gamma=5.0) has no weight that float32 can hold": {
+    "config.process: the weights of P2(k=1e+30, gamma=5.0) are all 0 in float32": {
         "loss_weight__name": "p2",
         "loss_weight__k": 1e30,
         "loss_weight__gamma": 5.0,

@@ -21,11 +21,11 @@ from ant_jax.settings import Affects, Integer, OneOf
 
 _VARIANCES = ("fixed_small", "fixed_large", "learned_range")
 _PREDICTIONS = ("epsilon", "v")
-# Nats: -log(1e-12), where the code of DDPM and improved DDPM ends the decoder's term.
+# Nats; -log(1e-12), at which the code of DDPM and improved DDPM clips the decoder's term.
 _MAX_SLOPE = 12 * np.log(10)
 
 
-# "schedule" is the name of the setting, and the module's.
+# "schedule" is the name of the setting and of the module.
 def gaussian(
     timesteps: Annotated[int, Integer(1, 10_000)] = 1000,
     schedule: Annotated[str, OneOf(*schedule.SCHEDULES)] = "cosine",
@@ -41,16 +41,16 @@ def gaussian(
       variance: of the reverse process: "fixed_small", "fixed_large" or "learned_range"; see
         `GaussianDiffusion`.
       prediction: what the network predicts: "epsilon", the noise, or "v".
-      loss_weight: of the squared error of the noise, by log-SNR; None for ones. A network that
-        predicts v gets the same loss.
+      loss_weight: of the squared error of the noise, as a function of log-SNR; None for ones. A
+        network that predicts v gets the same loss.
 
     Raises:
-      ValueError: for unknown settings, or a loss weight that float32 can't hold anywhere.
+      ValueError: for unknown settings, or if in float32 all loss weights are 0 or one is infinite.
     """
     return _gaussian(timesteps, schedule, variance, prediction, loss_weight)
 
 
-# Called with its arguments in one order: a cache tells f(a=1) from f(1).
+# Always called with positional arguments, because a cache distinguishes f(a=1) from f(1).
 @functools.cache
 def _gaussian(timesteps, schedule_name, variance, prediction, loss_weight):
     alphas_bar = schedule.alphas_bar(schedule_name, timesteps)
@@ -61,7 +61,10 @@ def _gaussian(timesteps, schedule_name, variance, prediction, loss_weight):
             # The error of v is that of epsilon over the square root of alphas_bar.
             weight = weight * alphas_bar
         if not 0 < np.max(np.float32(weight)) < np.inf:
-            raise ValueError(f"{loss_weight} has no weight that float32 can hold: see its settings")
+            raise ValueError(
+                f"the weights of {loss_weight} are all 0 in float32, or one is infinite: change "
+                "its settings"
+            )
     return GaussianDiffusion(alphas_bar, variance, prediction, weight)
 
 
@@ -69,8 +72,8 @@ def _gaussian(timesteps, schedule_name, variance, prediction, loss_weight):
 class GaussianDiffusion(Process):
     r"""A diffusion process, as float64 NumPy constants by timestep.
 
-    Instances are immutable and hash by identity, so that one can be closed over or be a static
-    argument of ``jax.jit``.
+    Instances are immutable and hash by identity, so a jitted function can close over one or take it
+    as a static argument.
 
     Attributes:
       alphas_bar: (T,) signal fractions :math:`\bar\alpha_t`, strictly decreasing, in (0, 1).
@@ -192,11 +195,11 @@ class GaussianDiffusion(Process):
         dimension. Its gradient reaches the variance channels only. ``loss_weight`` multiplies the
         squared error alone.
 
-        All terms of the bound are exact and grow with the square of the distance between data and
-        prediction, in standard deviations: :math:`L_0` is 881 nats at 42 of them, where the code of
-        the papers ends at 27.6, or -log(1e-12). The gradient of :math:`L_0` by the log-variance is
-        exact up to there and stays at -27.6 beyond, where in the papers' code it is 0; that of the
-        other terms is not bounded, as in their code.
+        All terms of the bound are exact. They grow with the square of the distance between data and
+        prediction in standard deviations: :math:`L_0` is 881 nats at 42 standard deviations. The
+        papers' code clips it at 27.6 nats, which is -log(1e-12). The gradient of :math:`L_0` by the
+        log-variance is exact up to 27.6 nats and stays at -27.6 beyond, where it is 0 in the
+        papers' code. The gradients of the other terms are not bounded, as in their code.
 
         Args:
           denoise: The network, ``denoise(x_t, t, y)`` to (B, H, W, C), or to (B, H, W, 2C) with the
@@ -233,7 +236,7 @@ class GaussianDiffusion(Process):
         )
 
     def _split(self, output, shape):
-        """The network's output in float32: the prediction, and what it learns of the variance."""
+        """Splits the network's output into prediction and variance channels, in float32."""
         channels = shape[-1]
         learned = self.variance == "learned_range"
         expected = (*shape[:-1], 2 * channels if learned else channels)
@@ -246,7 +249,7 @@ class GaussianDiffusion(Process):
         return output[..., :channels], output[..., channels:] if learned else None
 
     def _parts(self, prediction, x_t, t):
-        """Data and noise of which ``x_t`` consists by the network's prediction."""
+        """Data and noise that ``x_t`` consists of, according to the network's prediction."""
         if self.prediction == "epsilon":
             ratio = 1 / self.alphas_bar
             to_x0 = posterior.gather(np.sqrt(ratio), t)
@@ -280,15 +283,15 @@ def _freeze_array(process: GaussianDiffusion, name: str) -> None:
 
 
 def _decoder_nll(x0: jax.Array, mean: jax.Array, log_variance: jax.Array) -> jax.Array:
-    """-log p(x_0 | x_1) in nats: its value exact, its gradient by the log-variance bounded.
+    """-log p(x_0 | x_1) in nats: the value is exact, the gradient by the log-variance is bounded.
 
-    Far from the data the exact gradient is about minus the value, and in float32 loses its digits
-    on the way: it is off by a factor of 3 at 10 000 standard deviations.
+    Far from the data the exact gradient is about minus the value, but float32 loses its digits: at
+    10 000 standard deviations it is wrong by a factor of 3.
     """
     fixed = jax.lax.stop_gradient(log_variance)
     value = -_discretized_log_likelihood(x0, jax.lax.stop_gradient(mean), fixed)
     far = value > _MAX_SLOPE
-    # At its data a far pixel has a finite gradient, which `where` multiplies by 0.
+    # `where` multiplies the gradient of a far pixel by 0. At the data this gradient is finite.
     near = -_discretized_log_likelihood(x0, jnp.where(far, x0, mean), log_variance)
     return jnp.where(far, value + _MAX_SLOPE * (fixed - log_variance), near)
 
@@ -298,7 +301,7 @@ def _discretized_log_likelihood(
 ) -> jax.Array:
     """Log-probability, in nats, of 8-bit data scaled to [-1, 1] (DDPM, eq. 13).
 
-    Each value owns the bin of half-width 1/255 around it; the two outermost bins reach to infinity.
+    Each value has the bin of half-width 1/255 around it. The two outermost bins reach to infinity.
     """
     inv_sigma = jnp.exp(-0.5 * log_variance)
     half_width = 1 / 255

@@ -1,4 +1,4 @@
-r"""The reverse step that is known once the data is: q(x_s | x_t, x_0), from level t to s < t."""
+r"""The posterior q(x_s | x_t, x_0): the reverse step from level t to s < t, given the data."""
 
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ class Posterior(NamedTuple):
       x0: factor of the data in the mean.
       x: factor of x_t in the mean.
       variance: 0 for a step that ends without noise.
-      log_least: log of the variance; of a first step without noise, that of the second one.
+      log_least: log of the variance. For a first step without noise it is that of the second step.
       log_greatest: log of the variance of q(x_t | x_s), the greatest that a reverse step may have
         (DDPM, section 3.2).
     """
@@ -47,7 +47,7 @@ def posterior(steps: Steps) -> Posterior:
 
 def forward_variance(steps: Steps) -> np.ndarray:
     r"""(S,) variances :math:`\beta = s_t^2 - (a_t / a_s)^2 s_s^2` of q(x_t | x_s)."""
-    # The same by the sums of both squares: exactly 1 - ratio where these are 1.
+    # Written with the sums of both squares, so that it is exactly 1 - ratio where these sums are 1.
     power, ratio = steps.signal + steps.noise, steps.signal[1:] / steps.signal[:-1]
     return power[1:] - ratio * power[:-1]
 
@@ -58,7 +58,7 @@ def mean(constants: Posterior, x0: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def log_variance(constants: Posterior, fraction: jax.Array | float) -> jax.Array:
-    """Log-variance that lies so far from the least to the greatest (improved DDPM, eq. 15)."""
+    """Log-variance, a fraction of the way from least to greatest (improved DDPM, eq. 15)."""
     return fraction * constants.log_greatest + (1 - fraction) * constants.log_least
 
 

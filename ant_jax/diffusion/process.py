@@ -1,8 +1,8 @@
 r"""What a noise process is: the contract between processes, training and samplers.
 
 Every process noises data as :math:`x_t = a_t x_0 + s_t \epsilon`, with factors that depend on the
-noise level t alone. A process is one file of this folder: a component that returns it, and its
-class, a subclass of `Process`. Compiled programs are found again by the process, so it is
+noise level t alone. A process is one file of this folder, with a subclass of `Process` and a
+component that returns an instance of it. Compiled programs are cached by the process, so it is
 immutable and hashable, and a component returns the same or an equal object for equal settings.
 """
 
@@ -18,14 +18,14 @@ Denoise = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
 
 class Prediction(NamedTuple):
-    """What a network's output says about its input.
+    """What a network predicts for noised data.
 
     Attributes:
       x0: (B, H, W, C) float32 data.
       noise: (B, H, W, C) float32 noise.
-      variance: where the log-variance of a reverse step lies between the least (0), which is that
-        of q(x_s | x_t, x_0), and the greatest (1), that of q(x_t | x_s): (B, H, W, C) or a number.
-        None if the process says nothing about it.
+      variance: (B, H, W, C) or a number: the log-variance of a reverse step, as a fraction of the
+        way from the least (0), that of q(x_s | x_t, x_0), to the greatest (1), that of
+        q(x_t | x_s). None if the process does not specify it.
     """
 
     x0: jax.Array
@@ -38,10 +38,10 @@ class Steps(NamedTuple):
 
     Attributes:
       t: (S,) NumPy levels at which the network is called.
-      signal: (S + 1,) float64 squares of the factors of the data; index 0 is where sampling ends,
-        the others are of ``t``.
+      signal: (S + 1,) float64 squares of the factors of the data. Index 0 is the end of sampling,
+        and index i + 1 belongs to ``t[i]``.
       noise: (S + 1,) float64 squares of the factors of the noise.
-      start: standard deviation of what sampling starts from.
+      start: standard deviation of the noise that sampling starts from.
     """
 
     t: np.ndarray
@@ -72,7 +72,7 @@ class Process(abc.ABC):
     def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
         """The level a fraction u in [0, 1) of the way from low to high, by the process's density.
 
-        NumPy arrays are taken as well, in their own precision.
+        NumPy arrays are accepted too, and are computed in their own precision.
 
         Returns:
           Levels in [low, high), whatever the rounding.
@@ -90,7 +90,7 @@ class Process(abc.ABC):
     def target(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         """What a perfect network outputs for data with this noise, float32 (B, H, W, C).
 
-        The channels of a learned variance are not in it.
+        The channels of a learned variance are not part of it.
         """
 
     @abc.abstractmethod
@@ -116,12 +116,12 @@ class Process(abc.ABC):
     def predict(
         self, denoise: Denoise, x: jax.Array, t: jax.Array, y: jax.Array | None = None
     ) -> Prediction:
-        """What the network says about x: affine in its first C output channels."""
+        """What the network predicts for x. Data and noise are affine in its first C channels."""
 
     @abc.abstractmethod
     def steps(self, num_steps: int, spacing: str = "even") -> Steps:
-        """The levels of a sampler in so many steps.
+        """The noise levels of a sampler with ``num_steps`` steps.
 
         Raises:
-          ValueError: if there is no such spacing, or not so many levels of it.
+          ValueError: if the spacing is unknown, or does not give that many levels.
         """

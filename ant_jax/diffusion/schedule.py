@@ -1,4 +1,4 @@
-"""Noise schedules: the signal fraction that is left at each timestep, in float64 NumPy."""
+"""Noise schedules: the signal fraction at each timestep, in float64 NumPy."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ _MAX_BETA = 0.999
 
 
 def _linear_betas(num_timesteps: int) -> np.ndarray:
-    # The end points were chosen for T = 1000; the scale keeps the total noise for any other T.
+    # The end points were chosen for T = 1000. The factor keeps the total noise for any other T.
     return np.linspace(1e-4, 0.02, num_timesteps) * (1000 / num_timesteps)
 
 
@@ -32,9 +32,9 @@ def alphas_bar(name: str, num_timesteps: int) -> np.ndarray:
       section 4).
     * ``"cosine"``: :math:`\bar\alpha_t \propto \cos^2\left(\frac{t/T + s}{1 + s}
       \frac{\pi}{2}\right)` with s = 0.008 (Nichol & Dhariwal 2021, eq. 17).
-
-    * ``"ldm"``: :math:`\sqrt\beta` evenly spaced from that of 0.0015 to that of 0.0195, times
-      1000 / T (the configs of Rombach et al. 2022 for FFHQ and CelebA-HQ).
+    * ``"ldm"``: :math:`\sqrt\beta` evenly spaced from :math:`\sqrt{0.0015}` to
+      :math:`\sqrt{0.0195}`, and :math:`\beta` times 1000 / T (the configs of Rombach et al. 2022
+      for FFHQ and CelebA-HQ).
 
     In all of them, :math:`\beta` is clipped at 0.999.
 

@@ -1,4 +1,4 @@
-"""Which timesteps a sampler uses of those that a model was trained on."""
+"""Which of the training timesteps a sampler uses."""
 
 import re
 
@@ -6,28 +6,28 @@ import numpy as np
 
 
 def spaced_timesteps(num_timesteps: int, num_steps: int, spacing: str = "even") -> np.ndarray:
-    """Chooses timesteps of 0 .. T - 1 for sampling in fewer steps.
+    """Chooses timesteps from 0 .. T - 1 for sampling with fewer steps.
 
     * ``"even"``: both ends, with a fractional stride rounded to integers (Nichol & Dhariwal 2021,
       section 4); a single step is the last timestep.
-    * ``"10,20,30"``: so many in each of that many sections of equal length, the least noisy first,
-      with both ends of each section (the code of Nichol & Dhariwal 2021). They add up to
-      ``num_steps``. A single step of a section is its first timestep.
+    * ``"10,20,30"``: 10, 20 and 30 timesteps in three sections of equal length, the least noisy
+      first. They include both ends of each section (the code of Nichol & Dhariwal 2021). The
+      numbers add up to ``num_steps``. A section with a single step has its first timestep.
     * ``"ddim"``: 0, s, 2s, ... with the least integer stride s that gives ``num_steps`` of them
       (Song et al. 2021; "ddimN" in the code of Nichol & Dhariwal).
     * ``"ldm"``: 1, 1 + s, 1 + 2s, ... with s = T / ``num_steps`` (the code of Rombach et al. 2022).
 
     Args:
       num_timesteps: T.
-      num_steps: How many, in 1 .. T; above 1 for ``"ddim"``, below T for ``"ldm"``.
-      spacing: Which, as above.
+      num_steps: Number of timesteps, in 1 .. T; above 1 for ``"ddim"``, below T for ``"ldm"``.
+      spacing: One of the above.
 
     Returns:
       Integer array (num_steps,), strictly increasing.
 
     Raises:
-      ValueError: If ``num_steps`` is out of range, ``spacing`` is unknown, or there are not so many
-        timesteps of that spacing.
+      ValueError: If ``num_steps`` is out of range, or ``spacing`` is unknown or does not give that
+        many timesteps.
     """
     if not 1 <= num_steps <= num_timesteps:
         raise ValueError(f"num_steps must be in 1 .. {num_timesteps}, got {num_steps}")
@@ -78,8 +78,8 @@ def spaced_timesteps(num_timesteps: int, num_steps: int, spacing: str = "even") 
 
 
 def _evenly(length: int, count: int) -> np.ndarray:
-    """``count`` of ``length`` numbers with both ends; one alone is the first."""
-    # Added up one by one, not multiplied, and so rounded as in the code of Nichol & Dhariwal.
+    """Chooses ``count`` of ``length`` numbers, both ends included; the first if ``count`` is 1."""
+    # Summed one by one, not multiplied, to round as the code of Nichol & Dhariwal does.
     strides = np.full(count, (length - 1) / max(count - 1, 1))
     strides[:1] = 0
     return np.rint(np.cumsum(strides)).astype(int)

@@ -12,12 +12,12 @@ from jax.tree_util import Partial
 def switch_by_timestep(
     apply_fn: Callable[..., jax.Array], params: Any, which: np.ndarray
 ) -> Partial:
-    """One model for the samplers out of m that share an architecture, chosen by timestep.
+    """Joins m models of one architecture into one model for the samplers, chosen by timestep.
 
-    All examples of a batch must be at one timestep, as they are in the
-    samplers, guided or not: the model of ``t[0]`` denoises the whole batch. A step costs one
-    copy of one model's parameters more than without the choice. Other parameters and another
-    ``which`` of the same shapes don't compile a sampler again, if ``apply_fn`` is the same::
+    All examples of a batch must have the same timestep, as they do in the samplers with or without
+    guidance: the model of ``t[0]`` denoises the whole batch. Each step copies the parameters of one
+    model. A sampler is not compiled again for other parameters or another ``which`` of the same
+    shapes, if ``apply_fn`` is the same::
 
       params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params_of_each_interval)
       which = clustering.assign_clusters(np.arange(process.span), boundaries)
@@ -26,8 +26,8 @@ def switch_by_timestep(
     Args:
       apply_fn: The network, ``apply_fn(params, x, t, y)``.
       params: Pytree with leaves (m, ...), the parameters of m models.
-      which: (T,) integers in [0, m): which model denoises each timestep of the process with which
-        the models were trained. A sampler in fewer steps uses its entries at those.
+      which: (T,) integers in [0, m): the model for each timestep of the process that the models
+        were trained with. A sampler with fewer steps uses the entries at its timesteps.
 
     Returns:
       The model ``(x, t, y)``. The arrays are its leaves, the network its static part.
@@ -43,8 +43,8 @@ def switch_by_timestep(
     for name, other in others:
         if other != count:
             raise ValueError(
-                f"all leaves of params must stack equally many models, but {first} begins with the "
-                f"axes {count} and {name} with {other}"
+                f"all leaves of params must have the same leading axis of models, but {first} has "
+                f"{count} and {name} has {other}"
             )
     if not count:
         raise ValueError(f"{first} must have a leading axis of models, but is a scalar")

@@ -1,4 +1,4 @@
-"""Samples of a trained model: drawn in batches, kept on disk, laid out as a picture."""
+"""Samples of a trained model: drawing, a cache on disk, files and pictures."""
 
 from ant_jax.sampling.draw import rounded_batch_size, sample_batches
 from ant_jax.sampling.files import num_samples, read_samples, write_samples

@@ -1,4 +1,4 @@
-"""Samples kept on disk while they are drawn, so that a killed run goes on where it was."""
+"""Keeps samples on disk while they are drawn, so that a killed job continues where it stopped."""
 
 import contextlib
 import json
@@ -20,29 +20,32 @@ from ant_jax.sampling.files import read_samples, write_samples
 
 Batch = tuple[np.ndarray, np.ndarray | None]
 
-# Not what Finder and network disks leave beside them, such as ._00000000.npz.
+# These do not match the files that Finder and network disks add, such as ._00000000.npz.
 _FOLDER = re.compile(r"[0-9]{8,}-[0-9a-f]{16}")
-_PIECE = re.compile(r"([0-9]{8,})\.npz")
+_BATCH_FILE = re.compile(r"([0-9]{8,})\.npz")
 
 
 def key(made_from: dict[str, Any]) -> str:
-    """A short name for what something was made from."""
+    """A short hash of what something was made from."""
     return tree_hash(json.dumps(made_from, sort_keys=True))[:16]
 
 
 @contextlib.contextmanager
 def folder(workdir: Path, made_from: dict[str, Any]) -> Iterator[Path]:
-    """Where the samples of a run that are being drawn are kept, while no other job draws them.
+    """Gives the folder for the samples of a run, and locks it against other jobs.
 
-    The caller removes the folder once the samples are used.
+    The caller deletes the folder after it has used the samples.
 
     Args:
       workdir: of the run.
-      made_from: what the samples depend on, as JSON can hold it, with the `step` of the checkpoint;
-        another gives another folder.
+      made_from: what the samples depend on, as values that JSON can hold, among them the `step` of
+        the checkpoint. Each value of `made_from` has its own folder.
+
+    Yields:
+      The folder, which may not exist yet.
 
     Raises:
-      InUseError: if another job is drawing them.
+      InUseError: if another job is drawing the same samples.
     """
     place = workdir / "drawn" / f"{made_from['step']:08d}-{key(made_from)}"
     if not processes.is_first():
@@ -55,8 +58,8 @@ def folder(workdir: Path, made_from: dict[str, Any]) -> Iterator[Path]:
     ]
     if others:
         logging.info(
-            "%s: other samples that are being drawn, or were when their job ended; remove those "
-            "that nobody needs",
+            "%s: other samples, of jobs that are running or were stopped; delete the folders that "
+            "nobody needs",
             ", ".join(map(str, sorted(others))),
         )
     lock = place.with_name(f"{place.name}.lock")
@@ -77,14 +80,14 @@ def draw_missing(
 ) -> None:
     """Draws the samples that are not on the disk yet; several processes share the work.
 
-    Uncompressed, so 50 000 samples of 256 x 256 pixels take 10 GB.
+    The files are not compressed: 50 000 samples of 256 x 256 pixels take 10 GB.
 
     Args:
-      place: From `folder`; on a disk that all processes share.
+      place: The folder, from `folder`, on a disk that all processes share.
       num: Number of samples.
-      batch_size: How many to draw and keep at a time.
-      draw: From the numbers of the first sample and of the one after the last to the batches of
-        those, as `sample_batches` draws them.
+      batch_size: Number of samples to draw and write at a time.
+      draw: ``draw(first, stop)`` gives samples first .. stop - 1 in batches, as `sample_batches`
+        does.
     """
     parts = processes.broadcast_from_first(lambda: _missing(place, num, batch_size))
     left = sum(stop - first for first, stop in parts)
@@ -95,7 +98,7 @@ def draw_missing(
     def batches():
         for first, stop in mine:
             for images, labels in draw(first, stop):
-                write_samples(_piece(place, first), [(images, labels)], len(images))
+                write_samples(_batch_file(place, first), [(images, labels)], len(images))
                 first += len(images)
                 yield images, labels
 
@@ -106,30 +109,30 @@ def draw_missing(
 
 
 def read(place: Path, num: int) -> Iterator[Batch]:
-    """Reads the batches that `draw_missing` has left, in order.
+    """Reads the batches that `draw_missing` wrote, in order.
 
     Yields:
       uint8 images (B, H, W, C) and labels (B,) or None.
 
     Raises:
-      OSError: If a batch is not there or damaged.
+      OSError: If a batch is missing or damaged.
     """
     first = 0
     while first < num:
-        piece = _piece(place, first)
-        if not processes.wait_for_file(piece) or (batch := _read(piece)) is None:
-            raise OSError(f"{piece} was drawn but can't be read: start again to draw it anew")
+        path = _batch_file(place, first)
+        if not processes.wait_for_file(path) or (batch := _read(path)) is None:
+            raise OSError(f"{path} was drawn but can't be read: run the same command again")
         yield batch
         first += len(batch[0])
 
 
 def _missing(place, num, batch_size):
-    """First sample and the one after the last of each batch to draw."""
+    """The batches to draw, each as (first, stop): samples first .. stop - 1."""
     names = os.listdir(place) if place.is_dir() else []
-    there = sorted(int(match[1]) for match in map(_PIECE.fullmatch, names) if match)
+    there = sorted(int(match[1]) for match in map(_BATCH_FILE.fullmatch, names) if match)
     parts, first = [], 0
     while first < num:
-        batch = _read(_piece(place, first)) if first in there else None
+        batch = _read(_batch_file(place, first)) if first in there else None
         if batch is None:
             after = [other for other in there if other > first]
             parts.append((first, min(first + batch_size, num, *after)))
@@ -139,7 +142,7 @@ def _missing(place, num, batch_size):
     return parts
 
 
-def _piece(place, first):
+def _batch_file(place, first):
     return place / f"{first:08d}.npz"
 
 
@@ -147,6 +150,6 @@ def _read(path):
     try:
         images, labels = zip(*read_samples(path, 1 << 16), strict=True)
     except (ValueError, OSError) as error:
-        logging.warning("to be drawn again: %s", error)
+        logging.warning("these samples are drawn again: %s", error)
         return None
     return np.concatenate(images), None if labels[0] is None else np.concatenate(labels)

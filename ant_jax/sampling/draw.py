@@ -1,4 +1,4 @@
-"""Drawing samples from a trained model, a batch at a time."""
+"""Draws samples from a trained model, batch by batch."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from ant_jax.diffusion import Process
 from ant_jax.diffusion.samplers import SampleOptions, Sampler
 from ant_jax.runtime.devices import split_over
 
-# Keeps the keys of samples apart from those of the train step, which start from the bare seed.
+# Makes the keys of samples differ from those of the train step, which come from the seed itself.
 _SAMPLE_STREAM = 1 << 30
 
 
@@ -31,23 +31,23 @@ def sample_batches(
     stop: int | None = None,
     decode: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Draws samples over this process's devices.
+    """Draws samples on this process's devices.
 
-    Sample i is a function of the parameters, the seed and i alone, and is of class i mod classes.
+    Sample i depends on the parameters, the seed and i alone. Its class is i mod ``num_classes``.
 
     Args:
       sampler: the sampler.
       process: the noise process.
       denoise: the network, ``(x, t, y) -> output``, with its parameters on the devices, or several
-        by `diffusion.switch_by_timestep`.
+        networks joined by `diffusion.switch_by_timestep`.
       image_shape: (H, W, C) of what the network sees.
       num_classes: of the network; 0 for an unconditional one.
       options: of the sampler.
-      seed: another one draws other samples.
-      batch_size: how many are drawn at a time; see `rounded_batch_size`.
-      num: how many samples there are in all.
-      start: number i of the first sample to draw.
-      stop: number of the one after the last; default all.
+      seed: of the samples; another seed gives other samples.
+      batch_size: number of samples to draw at a time; see `rounded_batch_size`.
+      num: number of samples in all.
+      start: index of the first sample to draw.
+      stop: index after that of the last sample to draw; by default ``num``.
       decode: from float32 latents (B, h, w, c) to uint8 images (B, H, W, C); None where the network
         sees pixels.
 
@@ -80,6 +80,9 @@ def sample_batches(
 
 
 def rounded_batch_size(batch_size: int, num: int) -> int:
-    """How many of `num` samples are drawn at a time: always as many, so one program serves all."""
+    """The size of all batches: at most ``num``, then rounded up to a multiple of the devices.
+
+    As all batches have the same size, one compiled program draws them.
+    """
     batch = min(batch_size, num)
     return batch + -batch % len(jax.local_devices())

@@ -12,12 +12,15 @@ GRID = 100  # samples in a grid
 
 
 def grid_is_due(step: int, every: int, num_steps: int) -> bool:
-    """Whether training draws a grid after a step: every so many (0: never), and after the last."""
+    """Whether training draws a grid after a step.
+
+    It does at multiples of ``every`` and after the last step; never if ``every`` is 0.
+    """
     return bool(every) and (step % every == 0 or step == num_steps)
 
 
 def image_grid(images: np.ndarray) -> np.ndarray:
-    """Lays images out in rows of ten, white between them, small ones enlarged.
+    """Lays images out in rows of ten with white lines between them, and enlarges small images.
 
     Args:
       images: uint8 (n, H, W, C) with C = 1 or 3.
@@ -39,7 +42,7 @@ def image_grid(images: np.ndarray) -> np.ndarray:
 
 
 def save_png(path: Path, image: np.ndarray) -> None:
-    """Writes an image, whole or not at all."""
+    """Writes an image. The file appears only when it is complete."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, format="png")
     write_bytes(path, stream.getvalue())

@@ -114,7 +114,7 @@ def test_files_of_others_beside_the_samples_do_not_matter(tmp_path, caplog):
     assert "other samples" not in caplog.text
     with caplog.at_level(logging.INFO, "absl"), cache.folder(tmp_path, OTHER):
         pass
-    assert f"{place}: other samples that are being drawn" in caplog.text
+    assert f"{place}: other samples, of jobs that are running" in caplog.text
 
 
 def check(batches, labelled):

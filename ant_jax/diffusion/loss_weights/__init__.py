@@ -1,9 +1,9 @@
 """Weights of the training loss by noise level: one file each.
 
 A loss weight is a function of the log-SNR: what it returns multiplies the squared error of the
-predicted *noise*. So it says the same for every process, whatever its network predicts. A process
-multiplies it by the ratio of the squared error of the noise to that of its own prediction; for v
-that is alphas_bar, the signal fraction.
+predicted *noise*. So it means the same for every process, whatever its network predicts. A process
+multiplies it by the ratio of the squared error of the noise to that of its own prediction. For v
+this ratio is alphas_bar, the signal fraction.
 
 Log-SNR, rather than SNR, because SNR overflows at the ends of a fine schedule.
 """
@@ -17,8 +17,8 @@ import numpy as np
 class LossWeight(abc.ABC):
     """A loss weight: a frozen dataclass whose fields are its settings.
 
-    Processes are found again by their settings, so equal weights must be equal and hashable, as
-    frozen dataclasses are.
+    Processes are cached by their settings. So loss weights with equal settings must be equal and
+    hashable, as frozen dataclasses are.
     """
 
     @abc.abstractmethod

@@ -1,4 +1,4 @@
-"""Min-SNR weights: the loss of the data, bounded where there is little noise."""
+"""Min-SNR weights: those of the loss of x_0, bounded at low noise levels."""
 
 import dataclasses
 from typing import Annotated
@@ -14,8 +14,8 @@ from ant_jax.settings import Number
 class MinSNR(LossWeight):
     r"""Min-SNR weights :math:`\min(\mathrm{SNR}, \gamma) / \mathrm{SNR}` (Hang et al. 2023).
 
-    This is the form for the error of the noise. That for the error of x_0 is
-    :math:`\min(\mathrm{SNR}, \gamma)`, and that for the error of v
+    This is the form for the error of the noise. The form for the error of x_0 is
+    :math:`\min(\mathrm{SNR}, \gamma)`, and the form for the error of v is
     :math:`\min(\mathrm{SNR}, \gamma) / (\mathrm{SNR} + 1)`.
 
     Attributes:

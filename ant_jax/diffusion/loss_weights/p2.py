@@ -1,4 +1,4 @@
-"""P2 weights: less effort for the levels of little noise."""
+"""P2 weights: less weight for low noise levels."""
 
 import dataclasses
 from typing import Annotated
@@ -14,8 +14,8 @@ from ant_jax.settings import Number
 class P2(LossWeight):
     r"""P2 weights :math:`1 / (k + \mathrm{SNR})^\gamma` (Choi et al. 2022).
 
-    The paper states them relative to its baseline, the loss of the noise, which is what they
-    multiply here. They move effort from the levels of little noise to the others.
+    The paper states them relative to its baseline, the loss of the noise, and here they multiply
+    this loss. They move weight from low noise levels to the others.
 
     Attributes:
       k: Positive; bounds the weights by :math:`k^{-\gamma}`.

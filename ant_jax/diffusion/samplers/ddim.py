@@ -14,7 +14,7 @@ from ant_jax.settings import Number
 class _Coefficients(NamedTuple):
     signal: np.ndarray  # factor of the data after the step
     noise: np.ndarray  # variance of the noise after the step
-    share: np.ndarray  # of that variance, which DDPM draws anew
+    share: np.ndarray  # of that variance, replaced by new noise in DDPM
     eta: np.ndarray
 
 
@@ -45,7 +45,7 @@ def _coefficients(eta, steps):
 
 def _step(predict, x, level, own, noise):
     prediction = predict(x, level)
-    # The share of the noise that is drawn anew (eq. 16, squared).
+    # The share of the noise that is replaced by new noise (eq. 16, squared).
     fresh = own.eta**2 * own.share
     mean = own.signal * prediction.x0 + jnp.sqrt(own.noise * (1 - fresh)) * prediction.noise
     return mean + jnp.sqrt(own.noise * fresh) * noise

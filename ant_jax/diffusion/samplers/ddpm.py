@@ -9,8 +9,8 @@ from ant_jax.diffusion.samplers.sampler import Sampler
 def ddpm() -> Sampler:
     """Samples by the reverse process of Ho et al. 2020, algorithm 2.
 
-    The variance of each step is what the process or its network says, or the least where it says
-    nothing.
+    The variance of each step is that of the process or its network, or the least variance if they
+    do not specify one.
     """
     return Sampler(posterior.posterior, _step)
 

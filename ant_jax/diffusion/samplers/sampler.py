@@ -16,16 +16,16 @@ from ant_jax.settings import Integer, Number
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
-    """What any sampler can be told.
+    """Options that all samplers share.
 
     Attributes:
       num_steps: Number of steps.
-      spacing: Which noise levels those are; a process says which spacings it knows.
+      spacing: Which noise levels the steps use. Each process has its own spacings.
       guidance: Scale g of classifier-free guidance (Ho & Salimans 2022):
         ``eps = eps_uncond + g * (eps_cond - eps_uncond)``, from one pass over a doubled batch. The
-        variance is that of the conditional model. 1 means none, at half the cost.
-      guidance_channels: How many channels, from the first, are guided; the others are those of the
-        conditional model. 0 means all. The code of DiT guides 3 of its 4.
+        variance is that of the conditional model. 1 means no guidance, at half the cost.
+      guidance_channels: Number of channels, from the first, that are guided. The others are those
+        of the conditional model. 0 means all. The code of DiT guides 3 of its 4 channels.
       clip_x0: Whether to clip each prediction of x_0 to [-1, 1], and to recompute the noise from
         it: for pixels, not for latents.
     """
@@ -48,19 +48,19 @@ class Level(NamedTuple):
     noise: jax.Array
 
 
-# From what is noised and its level to the prediction, guided and clipped as the options say.
+# From noised data and its level to the prediction, with guidance and clipping applied.
 Predict = Callable[[jax.Array, Level], Prediction]
 
 
 class Sampler(NamedTuple):
-    """A way from noise to data, called as ``sampler(process, denoise, shape, keys, options)``.
+    """A sampler, called as ``sampler(process, denoise, shape, keys, options)``.
 
     Attributes:
       coefficients: ``(steps) -> pytree`` of (S,) arrays, in float64 NumPy, that a step needs.
       step: ``(predict, x, level, coefficients, noise) -> x`` at the next lower level, where
         predict is a `Predict`, the coefficients are those of the step, float32 scalars, and noise
-        is standard normal and new. Not a closure: it decides, with the process and the shapes,
-        which program runs.
+        is standard normal and new. It must not be a closure: compiled programs are cached by this
+        function, the process and the shapes.
     """
 
     coefficients: Callable[[Steps], Any]
@@ -92,7 +92,7 @@ class Sampler(NamedTuple):
           keys: One typed PRNG key, from which sample i gets ``fold_in(key, i)``, or a (B,) array of
             keys, one a sample. All noise of a sample comes from its own key, so a sample doesn't
             depend on the batch it is drawn in.
-          options: What to draw, and in how many steps.
+          options: Number of steps, guidance and clipping.
           y: (B, ...) labels, or None for a network without.
           null_label: Label of the unconditional model; broadcasts to the shape of ``y``.
 
