@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ant_jax"
-CORE = {"jax", "flax", "optax", "numpy", "ant_jax.settings", "ant_jax.pixels"}
+CORE = {"jax", "flax", "optax", "numpy", "ant_jax.settings", "ant_jax.pixels", "ant_jax.npz"}
 # A layer imports from those named, and from itself.
 LAYERS = {
     "settings": set(),
     "pixels": {"jax", "numpy"},
+    "npz": {"numpy"},
     "mtl": CORE,
     "diffusion": CORE,
     "published_weights": {"numpy"},
@@ -35,7 +36,7 @@ EDGES = [
 
 # A module imports from its own room and from those before it.
 ROOMS = [
-    *("settings", "pixels", "published_weights", "runtime"),
+    *("settings", "pixels", "npz", "published_weights", "runtime"),
     *("mtl", "diffusion", "tasks", "models", "train_step"),
     *("interop", "data", "latents", "sampling", "evaluation"),
     *(

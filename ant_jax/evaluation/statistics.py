@@ -12,8 +12,8 @@ import zipfile
 
 import numpy as np
 
+from ant_jax import npz
 from ant_jax.evaluation.moments import Gaussian
-from ant_jax.runtime import npz
 from ant_jax.sampling.files import IMAGES
 
 # By the name of the output; see `ant_jax.evaluation`.

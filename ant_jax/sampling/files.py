@@ -15,7 +15,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ant_jax.runtime import files, npz
+from ant_jax import npz
+from ant_jax.runtime import files
 
 IMAGES = "arr_0"
 _LABELS = "arr_1"

@@ -384,24 +384,27 @@ GOOD = {"affinity": np.eye(2), "timesteps": np.array([0, 499]), "num_timesteps":
         (pickle.dumps([1]), "not a zip file"),
         (npy(), "not a zip file"),
         (npz(**GOOD)[:200], "not a zip file"),
-        (npz(affinity=np.eye(2)), "it has no array num_timesteps.npy, timesteps.npy"),
+        (npz(affinity=np.eye(2)), "it has no 'num_timesteps' but "),
         (npz(**GOOD | {"num_timesteps": 1000}), "was measured with T = 1000, the config has T = 5"),
-        (npz(**GOOD | {"num_timesteps": [500, 500]}), r"was measured with T = \[500, 500\]"),
+        (
+            npz(**GOOD | {"num_timesteps": [500, 500]}),
+            r"'num_timesteps' has shape \(2,\)",
+        ),
         (npz(**GOOD | {"timesteps": np.arange(2) * 500}), r"strictly increasing in \[0, 500\)"),
         (npz(**GOOD | {"timesteps": np.arange(400)}), r"2 integers, .* not \[ 0, 1, 2, ..., 397"),
         (npz(**GOOD | {"affinity": np.full((2, 2), np.inf)}), "finite"),
         (npz(**GOOD | {"affinity": np.full((2, 2), np.nan)}), "finite"),
         (npz(**GOOD | {"affinity": np.eye(3)[:2]}), r"shape \(n, n\)"),
-        (npz(**GOOD | {"affinity": np.array([None])}), "affinity must be numbers, not object"),
-        (npz(**GOOD | {"affinity": np.eye(2) + 0j}), "affinity must be numbers, not complex128"),
-        (npz(**GOOD | {"affinity": np.array([["1"]])}), "affinity must be numbers, not <U1"),
-        (npz(**GOOD | {"num_timesteps": "500"}), "num_timesteps must be numbers"),
+        (npz(**GOOD | {"affinity": np.array([None])}), "'affinity' has objects of Python"),
+        (npz(**GOOD | {"affinity": np.eye(2) + 0j}), "'affinity' must be numbers, not complex128"),
+        (npz(**GOOD | {"affinity": np.array([["1"]])}), "'affinity' must be numbers, not <U1"),
+        (npz(**GOOD | {"num_timesteps": "500"}), "'num_timesteps' must be numbers"),
     ],
 )
 def test_files_that_cannot_be_used(content, message, tmp_path):
     path = tmp_path / "measured.npz"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=f"measured.npz is no task affinity: .*{message}") as error:
+    with pytest.raises(ValueError, match=f"measured.npz cannot be used: .*{message}") as error:
         af.load(path, 500)
     assert "\n" not in str(error.value) and len(str(error.value)) < 300
 
@@ -441,7 +444,7 @@ def test_a_small_file_takes_little_memory_whatever_it_says(shape, tmp_path):
     path.write_bytes(bomb({"shape": shape, "fortran_order": False, "descr": "<f8"}))
     assert path.stat().st_size < 10_000
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"affinity (takes 8000128 bytes|has 0 numbers)"):
+    with pytest.raises(ValueError, match=r"'affinity' has (shape \(1000, 1000\), at most|0 bytes)"):
         af.load(path, 500)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

@@ -1,13 +1,12 @@
 """Matrices of task affinities: their grid, file, interpolation and profile. Needs only NumPy."""
 
-import io
 import math
-import zipfile
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from ant_jax import npz
 from ant_jax.settings import check_integer
 
 
@@ -114,48 +113,25 @@ def load(path: str | Path, num_timesteps: int) -> np.ndarray:
       FileNotFoundError: If there is no such file.
       ValueError: If the file is not a valid affinity, or was measured with another T.
     """
-    with Path(path).open("rb") as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                names = ("num_timesteps", "affinity", "timesteps")
-                missing = {f"{name}.npy" for name in names} - set(archive.namelist())
-                if missing:
-                    raise ValueError(f"it has no array {', '.join(sorted(missing))}")
-                measured = _member(archive, "num_timesteps", 1)
-                if measured.shape != () or measured != num_timesteps:
-                    raise ValueError(
-                        f"it was measured with T = {_short(measured)}, "
-                        f"the config has T = {num_timesteps}"
-                    )
-                affinity = _member(archive, "affinity", num_timesteps**2)
-                timesteps = _member(archive, "timesteps", num_timesteps)
-            return interpolate(affinity, timesteps, num_timesteps)
-        except Exception as error:  # Damaged files raise almost any type of error.
-            raise ValueError(f"{path} is no task affinity: {error}") from error
+    with npz.opened(path) as archive:
+        measured = _array(archive, "num_timesteps", 1)
+        if measured.shape != () or measured != num_timesteps:
+            raise ValueError(
+                f"it was measured with T = {_short(measured)}, the config has T = {num_timesteps}"
+            )
+        affinity = _array(archive, "affinity", num_timesteps**2)
+        timesteps = _array(archive, "timesteps", num_timesteps)
+        return interpolate(affinity, timesteps, num_timesteps)
 
 
-def _member(archive, name, most):
-    """Reads an array of at most `most` numbers; no file can make it allocate more memory."""
-    info = archive.getinfo(f"{name}.npy")
-    if info.file_size > 16 * most + 4096:
-        raise ValueError(f"{name} takes {info.file_size} bytes, for at most {most} numbers")
-    content = archive.read(info)
-    file = io.BytesIO(content)
-    version = np.lib.format.read_magic(file)
-    headers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    if version not in headers:
-        raise ValueError(f"{name} has an unknown version {version} of the .npy format")
-    # Not np.load: it allocates memory for the shape before it checks the size of the data.
-    shape, fortran, dtype = headers[version](file)
-    if dtype.kind not in "fiu":
-        raise ValueError(f"{name} must be numbers, not {dtype}")
-    numbers = np.frombuffer(content, dtype, offset=file.tell())
-    if numbers.size != math.prod(shape):
-        raise ValueError(f"{name} has {numbers.size} numbers, not the {shape} that it says")
-    return numbers.reshape(shape, order="F" if fortran else "C")
+def _array(archive, name, most):
+    """Reads an array of at most `most` numbers."""
+    with npz.member(archive, name) as (file, header):
+        if header.dtype.kind not in "fiu":
+            raise ValueError(f"{name!r} must be numbers, not {header.dtype}")
+        if math.prod(header.shape) > most:
+            raise ValueError(f"{name!r} has shape {header.shape}, at most {most} numbers fit")
+        return npz.content(file, header)
 
 
 def affinity_by_gap(affinity: np.ndarray, positions: np.ndarray, bins: int = 20) -> GapProfile:
