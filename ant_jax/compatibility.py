@@ -1,4 +1,4 @@
-"""Whether a config and the data fit the run in a workdir."""
+"""Checks that a config and the data fit the run in a workdir."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +16,16 @@ from ant_jax.config import ConfigError
 def check_config(
     before: dict[str, Any], config: ConfigDict, given: Mapping[str, str], workdir: Path
 ) -> None:
-    """Checks that a run goes on with its own config and with what it was given.
+    """Checks that a run goes on with the same config and the same objects from Python.
 
     Args:
-      before: what the workdir has `recorded`.
+      before: the record of the run; see `workdir.recorded`.
       config: the config now.
-      given: what is given now in place of what the config names; see `names_of`.
+      given: names of the objects that replace those of the config now; see `workdir.names_of`.
       workdir: of the run.
 
     Raises:
-      ConfigError: naming what differs.
+      ConfigError: if something differs; the message names it.
     """
     there = before["given"]
     if there != given:
@@ -41,19 +41,19 @@ def check_config(
 
 
 def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> None:
-    """Checks that a run goes on with what it has learned from.
+    """Checks that a run goes on with the data that it has learned from.
 
-    Another number of images in the same classes is a warning: images are added on purpose, and the
-    labels mean the same. But the batches are others from then on.
+    If only the number of images differs, it logs a warning: users add images on purpose, and the
+    labels keep their meaning, but the batches change.
 
     Args:
       before: facts of the run.
-      source: what there is now.
+      source: the data now.
       workdir: of the run.
 
     Raises:
-      ConfigError: if the classes are others, so that labels would mean something else, or if they
-        are latents of another encoder.
+      ConfigError: if the classes differ, so that labels would change their meaning, if the data are
+        latents of another encoder, or if another fact differs.
     """
     now = source.facts()
     classes, others = before.get("classes"), now.get("classes")
@@ -67,8 +67,8 @@ def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> No
         )
         raise ConfigError(
             f"the run in {workdir} has learned other classes than {source.name} has "
-            f"({what or 'another order'}): labels would mean something else. Give the folders the "
-            "names that they had, or choose another --workdir"
+            f"({what or 'another order'}): labels would mean something else. Give the folders "
+            "their old names, or choose another --workdir"
         )
     words = {
         "num_classes": "number of classes",
@@ -81,14 +81,15 @@ def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> No
         if name in before and before[name] != now.get(name):
             raise ConfigError(
                 f"the run in {workdir} has learned from other data than {source.name}: {what} "
-                f"{before[name]} there, {now.get(name)} now; choose another --workdir, or that data"
+                f"{before[name]} there, {now.get(name)} now; use that data, or choose "
+                "another --workdir"
             )
     count = before.get("num_images", now["num_images"])
     if count != now["num_images"]:
         logging.warning(
-            "%s has %d images now, and had %d when the run in %s was last there: its batches are "
-            "others from here on, and it is no longer the run that it would have been. If that is "
-            "not meant, stop it and bring back the images",
+            "%s has %d images now, and had %d when the run in %s last trained: its batches change "
+            "from here on, so it will not equal an uninterrupted run. If you did not intend this, "
+            "stop it and bring back the images",
             source.name,
             now["num_images"],
             count,
@@ -97,7 +98,7 @@ def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> No
 
 
 def check_encoder(config: ConfigDict, workdir: Path) -> None:
-    """Raises a ConfigError if a run learned latents of another encoder than the config names."""
+    """Raises a ConfigError if a run has learned latents of another encoder than the config's."""
     if not config.autoencoder.name:
         return
     there = workdir_lib.facts_of(workdir).get("encoder")

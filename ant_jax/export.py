@@ -1,4 +1,4 @@
-"""A run's weights for others."""
+"""Exports the weights of a run, for other codes."""
 
 from pathlib import Path
 
@@ -13,22 +13,30 @@ from ant_jax.runtime import processes
 
 
 def export(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
-    """Writes the EMA of a checkpoint as ``.safetensors``, by the names of the published code.
+    """Writes the EMA of a checkpoint as ``.safetensors``, with the names of the published code.
 
-    A network that has no published code keeps its own names. The file also says what its shapes
-    don't tell, such as the number of attention heads.
+    A network without published code keeps its own names. The metadata of the file hold the settings
+    that do not follow from shapes, such as the number of attention heads.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      step: of the checkpoint; the newest by default.
+
+    Returns:
+      The path of the file.
 
     Raises:
-      FileNotFoundError: if the workdir has no checkpoint (of that step).
-      ConfigError: if the workdir is of another config, or if the network or the noise process was
-        given from Python: the file could not say what its parameters do.
+      FileNotFoundError: if the workdir has no checkpoint, or none of that step.
+      ConfigError: if the workdir has another config, or if the network or the noise process was
+        given from Python, so that the metadata could not describe it.
     """
     given = (workdir_lib.recorded(workdir) or {"given": {}})["given"]
     for name in ("model", "process"):
         if name in given:
             raise ConfigError(
                 f"the run in {workdir} was given {name} = {given[name]} from Python, and the file "
-                f"could not say what it is: name it in the config, config.{name}.name = "
+                f"could not describe it: name it in the config, config.{name}.name = "
                 "'package.module:attribute', and train with that"
             )
     step, setup, state = results.restore_run(config, workdir, step, draws=False)

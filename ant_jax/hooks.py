@@ -1,4 +1,4 @@
-"""What training does between its steps, beside what `ant_jax.runtime` measures: saves and draws."""
+"""What training does between its steps: it reports, saves, and draws samples."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,26 +18,26 @@ from ant_jax.train_step import TrainState
 
 
 class Reports:
-    """Writes what was measured: a line on the console, one of ``metrics.jsonl``, TensorBoard."""
+    """Writes the metrics of the last steps to the console, ``metrics.jsonl`` and TensorBoard."""
 
     def __init__(self, writer: MetricWriter, speedometer: Progress):
         self._writer, self._speedometer = writer, speedometer
 
     def write(self, step: int, report: dict[str, Any]) -> None:
-        """Writes a report of the steps up to one; see `Measurements.report`."""
+        """Writes the report of a step; see `Measurements.report`."""
         speed = self._speedometer.line(step, report["loss"])
         self._writer.scalars(step, {**report, "steps_per_second": speed})
 
     def restart_clock(self, step: int) -> None:
-        """Leaves the time since the last report out of the speed, as far as it was no step's."""
+        """Restarts the clock, so that the speed leaves out time that was not spent on steps."""
         self._speedometer.restart(step)
 
 
 class Saves:
-    """Saves states that training can go on from.
+    """Saves the training state, after checking it.
 
     Attributes:
-      last: the last step that is saved; None before the first one.
+      last: the last step that was saved; None before the first one.
     """
 
     def __init__(
@@ -51,20 +51,20 @@ class Saves:
 
         Args:
           checkpointer: writes the checkpoints.
-          record: what every checkpoint says of the run.
-          measured: gives what a checkpoint is to hold as "metrics".
+          record: describes the run in every checkpoint; see `save_record`.
+          measured: returns the entry "metrics" of a checkpoint's record.
           last: the step that the run goes on from; None for a new run.
         """
         self._checkpointer, self._record, self._measured = checkpointer, record, measured
         self.last = last
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts saving the state after a step, unless it is saved.
+        """Starts saving the state after a step, unless that step is saved already.
 
         Raises:
           FloatingPointError: if its parameters are not finite.
           DisagreementError: if it differs between processes or devices.
-          CheckpointError: if it can't be saved, or the one before could not be.
+          CheckpointError: if it can't be saved, or if the last save failed.
         """
         if step == self.last:
             return
@@ -76,18 +76,18 @@ class Saves:
         self.last = step
 
     def check(self) -> None:
-        """Raises the CheckpointError of a save that has failed since, if any."""
+        """Raises the CheckpointError of the save in the background, if it has failed."""
         self._checkpointer.check()
 
     def advice(self) -> str:
-        """What can be done where training has become unstable."""
+        """Tells the user what to do if training has become unstable."""
         last = "none yet"
         if self.last is not None:
             last = f"step {self.last} in {self._checkpointer.directory}"
         return (
             f"last good checkpoint: {last}. A lower config.optimizer.learning_rate or "
-            "config.optimizer.clip_norm may help, or config.optimizer.nonfinite = 'skip' if it is "
-            "rare."
+            "config.optimizer.clip_norm may help, or config.optimizer.nonfinite = 'skip' if this "
+            "is rare."
         )
 
 
@@ -97,7 +97,7 @@ def check_replicas(step: int, state: TrainState) -> None:
 
 
 class Pictures:
-    """Draws grids of samples, ``samples/STEP.png``."""
+    """Draws grids of samples and writes them to ``samples/STEP.png``."""
 
     def __init__(
         self,
@@ -111,31 +111,31 @@ class Pictures:
 
         Args:
           workdir: of the run.
-          is_due: whether a grid is drawn after a step.
-          draw: from parameters to the images and labels of a grid, in batches.
-          writer: gets each grid, for TensorBoard.
-          guard: raises an error where the workdir has become another's.
+          is_due: returns whether a grid is drawn after a step.
+          draw: returns the images and labels of a grid, in batches, from parameters.
+          writer: writes each grid to TensorBoard.
+          guard: raises an error if this run no longer owns the workdir.
         """
         self._folder, self._draw = workdir / "samples", draw
         self.is_due, self._writer, self._guard = is_due, writer, guard
 
     def is_missing(self, step: int) -> bool:
-        """Whether a kill came between the checkpoint of a step and its grid."""
+        """Whether the grid of a step is missing: the run was killed after saving the checkpoint."""
         return step > 0 and self.is_due(step) and not self._path(step).exists()
 
     def draw(self, step: int, params: Any) -> None:
-        """Draws the grid of a step in process 0, for which the others wait."""
+        """Draws the grid of a step in process 0; the other processes wait."""
         self._guard()
         if processes.is_first():
             self._write(step, params)
-        # In a collective on CPUs the others would not wait longer than half a minute.
+        # On CPUs a collective would time out after half a minute.
         processes.barrier()
 
     def _write(self, step, params):
         try:
             grid = sampling.image_grid(np.concatenate([images for images, _ in self._draw(params)]))
         except FloatingPointError as error:
-            # The parameters are finite, so training may well go on to better ones.
+            # Not an error: the parameters are finite, and training may improve them.
             logging.warning("no picture of step %d: %s", step, error)
             return
         path = self._path(step)
@@ -150,11 +150,11 @@ class Pictures:
 def stops_here(stop: signals.Stop, waits: bool) -> bool:
     """Whether to stop after this step because a signal has come.
 
-    All processes must stop at the same step, so many ask each other, and only where training waits
-    for the devices anyway.
+    All processes must stop at the same step, so several processes ask each other. They do so only
+    at steps where training waits for the devices anyway.
 
     Args:
-      stop: what this process was asked for.
+      stop: the signals of this process.
       waits: whether training waits for the devices at this step.
     """
     asked = stop.signum is not None

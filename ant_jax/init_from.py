@@ -1,9 +1,9 @@
-"""The parameters that a run begins with, and what a file of them does not tell.
+"""Starts a run from the parameters of another run or of a file.
 
-A file of weights determines the shapes of a network, not what it computes: the same shapes may have
-other attention heads, or another order of the channels of query, key and value. So a file is used
-if it says what it is, as our exports do, or if what is known of the network's published weights
-(see `ant_jax.models`) and ``config.init_facts`` say the rest.
+A file of weights determines the shapes of a network, but not what it computes: networks with the
+same shapes may differ in the number of attention heads, or in the order of the query, key and value
+channels. So a file needs metadata, which our exports have. Without them, the module of the
+network's published weights (see `ant_jax.models`) and ``config.init_facts`` must supply the rest.
 """
 
 import functools
@@ -26,16 +26,16 @@ from ant_jax.published_weights import OWN_NAMES, Names
 from ant_jax.runtime import checkpoint
 from ant_jax.runtime.files import user_path
 
-# Of a safetensors file, where our exports say what they are.
+# The key of our metadata in a safetensors file.
 _METADATA = "ant_jax"
 
 
 def initial_params(config: ConfigDict, setup: experiment.Setup) -> dict | None:
-    """The parameters that ``config.init_from`` names, as NumPy arrays; None for fresh ones.
+    """Reads the parameters that ``config.init_from`` names, as NumPy arrays; None if it is empty.
 
     Raises:
-      ConfigError: if they can't be read, don't fit the network, are not finite, or if it can't be
-        known that the network they are of computes what this one does.
+      ConfigError: if they can't be read, don't fit the network or are not finite, or if their
+        network computes, or may compute, something else than this one.
     """
     if not config.init_from:
         return None
@@ -43,7 +43,7 @@ def initial_params(config: ConfigDict, setup: experiment.Setup) -> dict | None:
     try:
         if path.is_dir():
             if config.init_facts:
-                raise ValueError("a run says itself what it is: leave config.init_facts empty")
+                raise ValueError("a run has its own config: leave config.init_facts empty")
             return _ema_of_run(path, config, setup)
         return _of_file(path, config, setup)
     except (OSError, ValueError, checkpoint.CheckpointError) as error:
@@ -51,13 +51,13 @@ def initial_params(config: ConfigDict, setup: experiment.Setup) -> dict | None:
 
 
 def export_names(model: nn.Module) -> Names:
-    """What an exported file calls the parameters: as the published code does, if there is one."""
+    """The names of parameters in exported files: those of the published code, if there is one."""
     weights = models.weights_module(type(model))
     return OWN_NAMES if weights is None else weights.names(model)
 
 
 def export_metadata(config: ConfigDict) -> dict[str, str]:
-    """What an exported file says of itself: the settings that decide what its parameters do."""
+    """The metadata of an exported file: the settings that decide what its parameters compute."""
     return {_METADATA: json.dumps(config_lib.meaning(config))}
 
 
@@ -68,11 +68,11 @@ def _of_file(path, config, setup):
     if metadata is None:
         return _of_others(state, template, config, setup)
     if config.init_facts:
-        raise ValueError("the file says itself what it is: leave config.init_facts empty")
+        raise ValueError("the file has metadata: leave config.init_facts empty")
     try:
         settings = old_configs.renamed(dict(json.loads(metadata)))
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError("what the file says of itself is damaged") from error
+        raise ValueError("the metadata of the file are damaged") from error
     _check_meaning(settings, config)
     return interop.from_torch(state, template, export_names(setup.model))
 
@@ -82,13 +82,13 @@ def _of_others(state, template, config, setup):
     weights = models.weights_module(type(model))
     if weights is None:
         raise ValueError(
-            "it does not say what it is, as files of --mode export do, and nothing is known of "
-            f"weights of others for config.model.name = {config.model.name!r}: a module "
-            f"{type(model).__module__}_weights can say it, see ant_jax.models"
+            "it has no metadata, as files of --mode export have, and no published weights are "
+            f"known for config.model.name = {config.model.name!r}: a module "
+            f"{type(model).__module__}_weights can describe them, see ant_jax.models"
         )
     found = weights.recognise(state, template, model, setup.image_shape, _facts(config, model))
     stated = {f"model.{name}": value for name, value in found.fields.items()}
-    # What shapes tell is as it is here.
+    # Settings that follow from shapes are the same here, because the shapes fit.
     _check_meaning(config_lib.meaning(config) | stated, config)
     if found.remark:
         logging.warning("config.init_facts = %r; %s", config.init_facts, found.remark)
@@ -100,15 +100,15 @@ def _of_others(state, template, config, setup):
 
 
 def _facts(config, model):
-    """What ``config.init_facts`` says, such as {"qkv_first": "", "num_heads": "4"}."""
+    """Parses ``config.init_facts``, to a dict such as {"qkv_first": "", "num_heads": "4"}."""
     parts = [part for part in config.init_facts.split(",") if part]
     facts = dict(part.partition("=")[::2] for part in parts)
     known = models.facts_of(type(model))
     said = {name + "=N" * bool(value) for name, value in facts.items()}
     if not said <= set(known) or len(facts) < len(parts):
         raise ValueError(
-            f"config.init_facts = {config.init_facts!r}: of a {config.model.name} it may say "
-            f"{', '.join(sorted(known)) or 'nothing'}, each once"
+            f"config.init_facts = {config.init_facts!r}: for a {config.model.name} the known facts "
+            f"are {', '.join(sorted(known)) or 'none'}, each at most once"
         )
     return facts
 
@@ -117,15 +117,15 @@ def _check_scale(theirs, config):
     ours = config.autoencoder.scale
     if config.autoencoder.name and theirs is not None and not abs(theirs - ours) < 1e-3 * ours:
         raise ValueError(
-            f"its latents are scaled by {theirs:.5g}, those here by config.autoencoder.scale = "
-            f"{ours:.5g}"
+            f"its latents are scaled by {theirs:.5g}, the latents here by "
+            f"config.autoencoder.scale = {ours:.5g}"
         )
 
 
 def _check_meaning(theirs, config):
     ours = config_lib.meaning(config)
     other_network = theirs.get("model.name", config.model.name) != config.model.name
-    # JSON has lists only.
+    # JSON has no tuples.
     plain = lambda value: list(value) if isinstance(value, tuple) else value
     differing = [
         f"config.{name}: {theirs.get(name, 'not set')!r} there, {value!r} here"
@@ -134,23 +134,23 @@ def _check_meaning(theirs, config):
     ]
     if differing:
         raise ValueError(
-            f"its parameters mean something else: {'; '.join(differing)}; set them as there"
+            f"it was trained with other settings: {'; '.join(differing)}; use the same settings"
         )
 
 
 def _check_untrained(name, params, config):
-    """A row of zeros for the null class is none that was trained."""
+    """Warns that the row of the null class starts as zeros; raises an error if it is frozen."""
     if not config.label_dropout:
         return
     frozen = optimizer.frozen(params, config.optimizer.frozen) if config.optimizer.frozen else {}
     if frozen and functools.reduce(operator.getitem, name.split("/"), frozen):
         raise ValueError(
             "it has no row for the null class, and config.optimizer.frozen keeps that from being "
-            "learned: guidance would mix with a network that nobody trained. Leave "
-            f"{name} free, or set config.label_dropout = 0"
+            "learned: guidance would use an untrained network. Unfreeze "
+            f"{name}, or set config.label_dropout = 0"
         )
     logging.warning(
-        "%s has no row for the null class: it begins as zeros and learns from the labels dropped; "
+        "%s has no row for the null class: it starts as zeros and learns by label dropout; "
         "guidance needs that training",
         config.init_from,
     )
@@ -161,7 +161,7 @@ def _ema_of_run(workdir, wanted, setup):
     if config is None:
         raise FileNotFoundError("it is a folder without a run")
     _check_meaning(config_lib.meaning(config), wanted)
-    # Its own config, because a checkpoint is restored as a whole.
+    # Built from its own config, because a checkpoint is restored as a whole.
     theirs = experiment.build(config, **workdir_lib.load_facts(workdir))
     restored = workdir_lib.restore(config, theirs, workdir)
     if restored is None:
@@ -184,7 +184,7 @@ def _ema_of_run(workdir, wanted, setup):
         )
     params = jax.device_get(state.ema_params)
     _check_finite(params)
-    logging.info("beginning with the EMA of step %d of %s", step, workdir)
+    logging.info("starting from the EMA of step %d of %s", step, workdir)
     return params
 
 

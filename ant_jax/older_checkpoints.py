@@ -1,6 +1,6 @@
-"""Checkpoints of versions that kept another state of the method.
+"""Reads checkpoints of older versions, whose method state had another structure.
 
-`NashState` counted the calls itself, and its weights followed from alpha between renewals too.
+`NashState` counted the calls itself, and between renewals its weights followed from alpha too.
 """
 
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ class _CountedNash(NamedTuple):
 
 
 def older(template: TrainState) -> TrainState | None:
-    """The state as it was, of a template as it is now; None where it was the same."""
+    """The template of an older checkpoint, from that of a new one; None if they are the same."""
     state = template.method_state.weighting_state
     nash = state.state if isinstance(state, EveryState) else state
     if not isinstance(nash, NashState):
@@ -29,7 +29,7 @@ def older(template: TrainState) -> TrainState | None:
 
 
 def newer(state: TrainState, template: TrainState) -> TrainState:
-    """A state of `older` structure as it is now."""
+    """Converts a state of the `older` structure to the structure of the template."""
     alpha, count = state.method_state.weighting_state
     nash = NashState(alpha)
     if not isinstance(template.method_state.weighting_state, EveryState):

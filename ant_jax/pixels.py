@@ -1,4 +1,4 @@
-"""Pixels, bytes in 0 .. 255, and what networks see of them, float32 in [-1, 1]."""
+"""Converts between pixels, uint8 in 0 .. 255, and the inputs of networks, float32 in [-1, 1]."""
 
 import jax
 import jax.numpy as jnp
@@ -6,10 +6,11 @@ import numpy as np
 
 
 def normalize(images: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
-    """Images as float32 in [-1, 1]; floating-point numbers, which are latents, as they are.
+    """Maps uint8 images to float32 in [-1, 1]; returns floating-point arrays (latents) unchanged.
 
     Args:
-      images: uint8 or float32, of any shape; of NumPy or JAX, and so is the result.
+      images: uint8 or float32, of any shape, an array of NumPy or JAX; the result is of the same
+        library.
     """
     if images.dtype != np.uint8:
         return images
@@ -18,18 +19,25 @@ def normalize(images: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
 
 @jax.jit
 def quantize(images: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Images in [-1, 1], (B, H, W, C), as uint8, clipped and rounded; which are finite, (B,)."""
+    """Maps images in [-1, 1] to uint8, rounded and clipped.
+
+    Args:
+      images: (B, H, W, C).
+
+    Returns:
+      Uint8 (B, H, W, C), and bool (B,): whether all numbers of each image are finite.
+    """
     pixels = jnp.clip(jnp.round((images + 1) * 127.5), 0, 255).astype(jnp.uint8)
     return pixels, jnp.isfinite(images).all((1, 2, 3))
 
 
 def check_finite(finite: np.ndarray, what: str, first: int = 0) -> None:
-    """Raises a FloatingPointError that says how many things, and which, have numbers that are not.
+    """Raises a FloatingPointError if images, or other examples, have numbers that are not finite.
 
     Args:
-      finite: bool (B,), whether all numbers of each are.
-      what: the plural.
-      first: number of the first of them.
+      finite: bool (B,), whether all numbers of each example are finite.
+      what: what the examples are, in the plural, for the message.
+      first: number of the first example, for the message.
     """
     if not finite.all():
         wrong = np.flatnonzero(~finite)

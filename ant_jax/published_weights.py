@@ -1,8 +1,8 @@
-"""Weights of published networks as parameters of the networks here, and back.
+"""Converts weights of published networks into parameters of the networks here, and back.
 
-Each family of networks has one table, `Names`, from a module here to its place in the published
-code. The names that a network needs follow from its own parameters, so that the same table reads
-and writes, and whatever a file has too little or too much is found.
+Each family of networks has one table, `Names`, which maps a module here to its place in the
+published code. The names that a network needs follow from its parameters. So the same table serves
+for reading and writing, and missing or unexpected weights are found.
 
 A state dict is a dict of NumPy arrays by name, as `ant_jax.interop` reads it from a file.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 
 class WeightsError(ValueError):
-    """Weights that a network has no place for, or too few of them; the message names them."""
+    """Weights are missing, unexpected or damaged; the message names them."""
 
 
 class Place(NamedTuple):
@@ -23,12 +23,12 @@ class Place(NamedTuple):
 
     Attributes:
       module: Its name there, such as "blocks.0.attn.qkv".
-      spatial: The positions that a kernel of two dimensions here sees there: (1, 1) for a
-        convolution of 1 x 1, (p, p) for patches of p x p pixels, () for a linear layer.
-      heads: Number of attention heads and channels of one, -1 for whichever follows, if the outputs
-        are ordered by query, key and value first there, and by head first here; None if the order
-        is the same.
-      null_row: Whether a table may have one row less there: that of the null class.
+      spatial: The kernel size there of a two-dimensional kernel here: (1, 1) for a convolution of
+        1 x 1, (p, p) for patches of p x p pixels, () for a linear layer.
+      heads: (number of attention heads, channels of a head), one of them -1 if it follows from the
+        other. Given if the outputs are ordered by query, key and value first there, but by head
+        first here; None if the order is the same.
+      null_row: Whether the table there may lack the last row here, that of the null class.
     """
 
     module: str
@@ -41,13 +41,13 @@ class Names(NamedTuple):
     """How the published code of a family of networks names and lays out its weights.
 
     Attributes:
-      network: What it is, for messages.
-      place: The place of a module, whose name here is its path joined by "."; returns None if the
-        family has no such module. None for a network of which no other code is known: parameters
-        have the names and the layout that they have here.
-      select: Gets a state dict and the official names that a network needs; returns the weights
-        that are meant for it by official names, those that it doesn't need among them. Other
-        networks of the same file, and what is no weight, are left out.
+      network: The name of the family, for messages.
+      place: Gets the name of a module here, its path joined by "."; returns its place, or None if
+        the family has no such module. None for networks without published code, whose parameters
+        keep the names and the layout that they have here.
+      select: Gets a state dict and the published names that a network needs; returns the weights of
+        this network by their published names, also those that the network doesn't need. It leaves
+        out other networks of the same file and entries that are not weights.
     """
 
     network: str
@@ -56,16 +56,16 @@ class Names(NamedTuple):
 
 
 class Recognised(NamedTuple):
-    """What a network's ``recognise`` finds a state dict of others to be; see `ant_jax.models`.
+    """What a network's ``recognise`` finds out about a published state dict; see `ant_jax.models`.
 
     Attributes:
       names: How it names and lays out the weights.
-      fields: Those fields of the network that shapes don't tell and that are known of the file, by
-        name.
-      untrained: The parameter whose last row, of the null class, the file doesn't have, such as
-        "label_embedding/embedding"; "" if it has all.
-      latent_scale: The factor by which it says that its latents are scaled; None if it says none.
-      remark: What the user should hear of it.
+      fields: The fields of the network, by name, that are known for this file and do not follow
+        from shapes.
+      untrained: The parameter whose last row, that of the null class, is missing in the file, such
+        as "label_embedding/embedding"; "" if none is missing.
+      latent_scale: The factor in the file by which its latents are scaled; None if it has none.
+      remark: A message for the user; "" for none.
     """
 
     names: Names
@@ -76,10 +76,10 @@ class Recognised(NamedTuple):
 
 
 OWN_NAMES = Names("network", None, lambda state, _: dict(state))
-"""The names that parameters have here, such as "block_0.qkv.kernel"."""
+"""For networks without published code: the names here, such as "block_0.qkv.kernel"."""
 
 
-# Flax's names of parameters, and PyTorch's.
+# Names of parameters in Flax and in PyTorch.
 _KINDS = {
     "kernel": "weight",
     "scale": "weight",
@@ -93,7 +93,7 @@ _LISTED = 5
 
 
 class _Leaf(NamedTuple):
-    """A parameter: its path here, name and place there, and its shape in both layouts."""
+    """A parameter: its path here, its name and place there, and its shapes here and there."""
 
     path: tuple[str, ...]
     name: str
@@ -104,7 +104,7 @@ class _Leaf(NamedTuple):
 
 
 def check_fit(state: Mapping[str, np.ndarray], template: Mapping[str, Any], names: Names) -> None:
-    """Raises a WeightsError if `from_torch` would, but for values that are no numbers."""
+    """Raises the WeightsErrors of `from_torch`, except those about values and their types."""
     _fitting(state, template, names)
 
 
@@ -114,18 +114,18 @@ def from_torch(
     """Parameters of a network from a published state dict.
 
     Args:
-      state: arrays by name, as `read_state` returns them, in any floating type.
-      template: the parameters that the network has: a nested dict of anything with a `shape`, such
-        as `jax.eval_shape(model.init, ...)["params"]`.
-      names: of the family of the network.
+      state: arrays by name, as `read_state` returns them, of any floating-point type.
+      template: the parameters of the network: a nested dict of objects with a `shape`, such as
+        `jax.eval_shape(model.init, ...)["params"]`.
+      names: the names of the network's family.
 
     Returns:
       A nested dict of float32 arrays with the keys and shapes of the template. They may be
       read-only and share memory with the state dict.
 
     Raises:
-      WeightsError: If a weight is missing, of another shape, or not of this network, if it is no
-        floating-point number, NaN or infinite, or if the template is not of the family.
+      WeightsError: If a weight is missing, unexpected or of another shape, if its type is not a
+        floating-point one, if a value is NaN or infinite, or if the template is not of the family.
     """
     params: dict[str, Any] = {}
     for leaf, value in _fitting(state, template, names):
@@ -138,7 +138,7 @@ def from_torch(
 
 
 def _fitting(state, template, names):
-    """Each leaf of the template and its weight, as it is there."""
+    """Each leaf of the template with its weight in the published layout."""
     leaves = {leaf.name: leaf for leaf in _leaves(template, names)}
     found = names.select(state, leaves.keys())
     missing = [name for name in leaves if name not in found]
@@ -156,16 +156,18 @@ def _fitting(state, template, names):
             if items
         )
         raise WeightsError(
-            f"the state dict does not fit this {names.network}: {lists}. Is it that of another "
-            "network, or are the fields of this one others than it was trained with?"
+            f"the state dict does not fit this {names.network}: {lists}. Is it of another network, "
+            "or was it trained with other fields than this one has?"
         )
     return [(leaf, found[name]) for name, leaf in leaves.items()]
 
 
 def _numbers(value: np.ndarray, name: str) -> np.ndarray:
-    # Integers are most often a quantised network's, whose scales are elsewhere.
+    # Integers are usually weights of a quantized network, whose scales are stored elsewhere.
     if value.dtype.name not in _TYPES:
-        raise WeightsError(f"{name} is of the type {value.dtype.name}, not of a floating one.")
+        raise WeightsError(
+            f"{name} is of the type {value.dtype.name}, not of a floating-point type."
+        )
     with np.errstate(over="ignore"):
         numbers = np.asarray(value, np.float32)
     bad = numbers.size - np.count_nonzero(np.isfinite(numbers))
@@ -178,17 +180,17 @@ def _numbers(value: np.ndarray, name: str) -> np.ndarray:
 
 
 def to_torch(params: Mapping[str, Any], names: Names) -> dict[str, np.ndarray]:
-    """A state dict by the names and in the layout of the published code.
+    """Converts parameters into a state dict with the names and the layout of the published code.
 
-    Of an unconditional network it has no label table, and of a conditional one the table with the
-    row of the null class, which is the last.
+    The label table of a conditional network includes the row of the null class, the last one. An
+    unconditional network has no label table.
 
     Args:
       params: the parameters of a network: a nested dict of arrays.
-      names: its family, as of `from_torch`.
+      names: the names of the network's family.
 
     Returns:
-      Float32 arrays by name, for `write_state`, or for `load_state_dict` as tensors.
+      Float32 arrays by name, for `write_state`, or as tensors for `load_state_dict`.
 
     Raises:
       WeightsError: If the parameters are not of a network of the family.
@@ -250,7 +252,7 @@ def _fits(shape: tuple[int, ...], leaf: _Leaf) -> bool:
 
 
 def _pointwise(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A convolution of 1 x 1 as the linear layer that it is; codes differ in which they use."""
+    """The shape of a 1 x 1 convolution as a linear layer; published codes use either."""
     return shape[:2] if set(shape[2:]) == {1} else shape
 
 

@@ -1,4 +1,4 @@
-"""A run as NumPy arrays, for plots and notebooks."""
+"""Loads a run as NumPy arrays, for plots and notebooks."""
 
 import os
 from typing import Any, NamedTuple
@@ -13,16 +13,16 @@ from ant_jax.runtime.files import user_path
 
 
 class Run(NamedTuple):
-    """What is left of a run.
+    """The results of a run.
 
     Attributes:
       config: its config.
       step: of its newest checkpoint.
-      params: the moving average of the parameters then, NumPy arrays in nested dicts.
-      metrics: what ``metrics.jsonl`` holds, an array by name, NaN where nothing was measured; the
-        first axis is that of the lines, whose steps are ``metrics["step"]``.
-      samples: uint8 images (n, H, W, C) that ``--mode sample`` has drawn from that step, and int32
-        labels (n,) or None; None where it has drawn none.
+      params: the moving average of the parameters at that step, NumPy arrays in nested dicts.
+      metrics: the content of ``metrics.jsonl``, an array for each name, NaN where nothing was
+        measured. The first axis is that of the lines, whose steps are ``metrics["step"]``.
+      samples: the samples that ``--mode sample`` has drawn at that step, uint8 images (n, H, W, C)
+        and int32 labels (n,) or None; None if there are no samples.
     """
 
     config: ConfigDict
@@ -33,7 +33,7 @@ class Run(NamedTuple):
 
 
 def load_run(workdir: str | os.PathLike) -> Run:
-    """What is left of a run, as NumPy arrays; nothing is compiled.
+    """Loads the results of a run as NumPy arrays, without compiling anything.
 
     Raises:
       FileNotFoundError: if there is no run in the workdir, or no checkpoint yet.
@@ -56,7 +56,7 @@ def load_run(workdir: str | os.PathLike) -> Run:
 
 
 def _columns(rows):
-    """An array for each name, of shape (rows, ...), with NaN where there is nothing."""
+    """An array for each name, of shape (rows, ...), with NaN where a row has no value."""
     columns = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]

@@ -1,4 +1,4 @@
-"""What a workdir records of its run: its config, what it found out when it began, its state."""
+"""Reads and writes a workdir: the config and the facts of its run, its lock, its checkpoints."""
 
 import contextlib
 import json
@@ -24,21 +24,21 @@ from ant_jax.train_step import TrainState
 def save_config(
     config: ConfigDict, workdir: str | os.PathLike, given: Mapping[str, str] = MappingProxyType({})
 ) -> None:
-    """Writes ``config.json``, by which a workdir describes itself.
+    """Writes ``config.json``.
 
     Args:
       config: of the run.
       workdir: of the run.
-      given: what was given in place of what the config names; see `names_of`.
+      given: names of the objects that replace those of the config; see `names_of`.
     """
     content = config.to_dict() | ({"given": dict(given)} if given else {})
     write_bytes(Path(workdir) / "config.json", (json.dumps(content, indent=2) + "\n").encode())
 
 
 def load_config(workdir: str | os.PathLike) -> ConfigDict | None:
-    """The config of the run in a workdir; None if there is no run.
+    """Reads the config of the run in a workdir; None if there is no run.
 
-    It is that of ``config.json``, or, where there is none, that of the newest checkpoint.
+    Reads ``config.json``, or, if it is missing, the newest checkpoint.
 
     Raises:
       ConfigError: if ``config.json`` is damaged.
@@ -51,7 +51,7 @@ def load_config(workdir: str | os.PathLike) -> ConfigDict | None:
 
 
 def _read_config(workdir):
-    """The config of ``config.json``, and what was given in place of what it names."""
+    """The config of ``config.json``, and the names of the objects that replace its own."""
     path = Path(workdir) / "config.json"
     try:
         settings = json.loads(path.read_bytes())
@@ -64,25 +64,25 @@ def _read_config(workdir):
 
 
 def _way_out(workdir: str | os.PathLike) -> str:
-    """What to do about a damaged file in which a workdir describes itself."""
+    """Tells the user what to do if ``config.json`` or ``facts.json`` is damaged."""
     if checkpoint.read_record(Path(workdir) / "checkpoints") is None:
-        return "mend it or bring it back, for no checkpoint holds what it says"
-    return "remove it, for checkpoints hold what it says"
+        return "repair it or bring it back, because no checkpoint holds its content"
+    return "remove it, because checkpoints hold its content"
 
 
 def facts(setup: Setup, source: data.Source) -> dict[str, Any]:
-    """What a run finds out when it begins."""
+    """The facts of a run, which it finds out when it starts: the data's, and the boundaries."""
     return source.facts() | {"boundaries": setup.clusters.boundaries.tolist()}
 
 
 def save_facts(setup: Setup, source: data.Source, workdir: Path, run: str = "") -> dict[str, Any]:
-    """Writes ``facts.json``: the run's id and what it found out when it began; returns the facts.
+    """Writes ``facts.json``, the id and the facts of a run; returns the facts.
 
     Args:
       setup: of the run.
-      source: what it learns from.
+      source: the data of the run.
       workdir: of the run.
-      run: its id; "" for one that has none.
+      run: its id; "" for none.
     """
     found = facts(setup, source)
     write_bytes(workdir / "facts.json", json.dumps({"id": run} | found).encode())
@@ -101,7 +101,7 @@ _FACTS = {
 
 
 def _read_facts(workdir):
-    """What `save_facts` wrote, with the id; empty if nothing is there."""
+    """Reads ``facts.json``, with the id; {} if it is missing."""
     path = workdir / "facts.json"
     try:
         facts = json.loads(path.read_bytes())
@@ -119,17 +119,18 @@ def _read_facts(workdir):
 
 
 def recorded(workdir: Path) -> dict[str, Any] | None:
-    """What a run has recorded of itself, as JSON can hold it; None if there is no run.
+    """Reads the record of the run in a workdir, as values of JSON; None if there is no run.
 
-    The newest checkpoint says it. ``config.json`` and ``facts.json`` are copies for readers, asked
-    where no checkpoint says it: before the first one, and in workdirs of older versions.
+    The newest checkpoint holds the record. ``config.json`` and ``facts.json`` are copies for
+    people. They are read if no checkpoint has a record: before the first checkpoint, and in
+    workdirs of older versions.
 
     Returns:
-      {"id", "config", "facts", "given"}; see `save_record`. Without a checkpoint nothing has been
-      learned and there are no facts yet.
+      {"id", "config", "facts", "given"}; see `save_record`. Without a checkpoint "facts" is empty,
+      because the run has learned nothing yet.
 
     Raises:
-      ConfigError: if a file is damaged, or if nothing says which run the checkpoints are of.
+      ConfigError: if a file is damaged, or if there are checkpoints but no config.
     """
     facts, directory = _read_facts(workdir), workdir / "checkpoints"
     record = checkpoint.read_record(directory, run=facts.get("id", ""))
@@ -166,13 +167,13 @@ def save_record(
     Args:
       run: its id.
       config: of the run.
-      given: what was given in place of what the config names; see `names_of`.
+      given: names of the objects that replace those of the config; see `names_of`.
       setup: what the config describes.
-      source: what the run learns from.
+      source: the data of the run.
       workdir: of the run.
 
     Returns:
-      What checkpoints are to hold of it, {"id", "config", "facts", "given"}.
+      The record of the run, which its checkpoints hold: {"id", "config", "facts", "given"}.
     """
     if processes.is_first():
         save_facts(setup, source, workdir, run)
@@ -182,10 +183,10 @@ def save_record(
 
 
 def names_of(given: Mapping[str, Any]) -> dict[str, str]:
-    """What a workdir records of objects that were given in place of what the config names.
+    """The class names, for the record, of objects that replace those of the config.
 
     Args:
-      given: the objects, by the names of the arguments of `train.train`.
+      given: the objects, by their argument's name in `train.train`.
     """
     kinds = {name: type(value) for name, value in given.items()}
     return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
@@ -193,14 +194,14 @@ def names_of(given: Mapping[str, Any]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def alone(workdir: Path) -> Iterator[Callable[[], None]]:
-    """Keeps other runs out of a workdir while this one, of however many processes, is in it.
+    """Locks a workdir for this run, of one or many processes.
 
     Yields:
-      A function that raises a CheckpointError once the workdir is no longer the one that was
-      locked.
+      A function that raises a CheckpointError if this run no longer owns the workdir, because the
+      workdir or its lock was removed or replaced.
 
     Raises:
-      InUseError: if another run is in it.
+      InUseError: if another run trains in the workdir.
     """
     new = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
     with job_lock(
@@ -213,13 +214,13 @@ def alone(workdir: Path) -> Iterator[Callable[[], None]]:
             if not is_held():
                 raise checkpoint.CheckpointError(
                     f"{workdir} was removed or replaced, or its .lock was, while this run trained "
-                    "in it: it ends here, and nothing more is saved"
+                    "in it: the run ends, and saves nothing more"
                 )
 
         try:
             yield check
         except BaseException:
-            # A start that is refused leaves nothing.
+            # A run that could not start leaves nothing behind.
             with contextlib.suppress(OSError):
                 if processes.is_first() and is_held() and os.listdir(workdir) == [".lock"]:
                     (workdir / ".lock").unlink()
@@ -229,17 +230,17 @@ def alone(workdir: Path) -> Iterator[Callable[[], None]]:
 
 
 def load_facts(workdir: Path) -> dict[str, Any]:
-    """The facts of the run in a workdir, by the arguments of `build`.
+    """Those facts of the run in a workdir that are arguments of `experiment.build`.
 
     Raises:
-      ConfigError: if they are not there.
+      ConfigError: if they are missing.
     """
     facts = facts_of(workdir)
     return {name: facts[name] for name in ("channels", "num_classes", "boundaries")}
 
 
 def facts_of(workdir: Path) -> dict[str, Any]:
-    """The facts of the run in a workdir, as its newest checkpoint or ``facts.json`` records them.
+    """All facts of the run in a workdir, from its newest checkpoint or ``facts.json``.
 
     Raises:
       ConfigError: if they are missing.
@@ -250,7 +251,7 @@ def facts_of(workdir: Path) -> dict[str, Any]:
     for name in ("channels", "num_classes", "boundaries"):
         if name not in facts:
             raise ConfigError(
-                f"{workdir / 'facts.json'} is not there or without {name!r}: bring it back"
+                f"{workdir / 'facts.json'} is missing or without {name!r}: bring it back"
             )
     return facts
 
@@ -258,17 +259,17 @@ def facts_of(workdir: Path) -> dict[str, Any]:
 def restore(
     config: ConfigDict, setup: Setup, workdir: Path, step: int | None = None
 ) -> tuple[int, TrainState] | None:
-    """The newest intact checkpoint of a run, or that of a step, on this process's devices.
+    """Restores the newest intact checkpoint of a run, or that of a step, on this process's devices.
 
     Returns:
       (step, state), or None if there is no checkpoint.
 
     Raises:
-      ConfigError: if the checkpoint was saved with another config. See `checkpoint.restore` for
-        what else it raises.
+      ConfigError: if the checkpoint was saved with another config. For the other errors see
+        `checkpoint.restore`.
     """
     directory, template = workdir / "checkpoints", abstract_state(config, setup)
-    # Process 0 chooses; what the others see of the disk may be older.
+    # Process 0 chooses the checkpoint; the others may see an older state of the disk.
     run = _read_facts(workdir).get("id", "") if processes.is_first() else ""
     restored = _restore(directory, template, step, run)
     if restored is not None:

@@ -215,10 +215,13 @@ def test_the_last_row_of_a_label_table_must_be_said_to_be_of_the_null_class(unet
         ("qkv_first,heads_first,num_heads=4", "the layout of a UNet's attention"),
         ("qkv_first,num_heads=8", "model.num_heads: 8 there, 4 here"),
         ("qkv_first,head_channels=8", "head_channels: 8 there, 0 here; .*num_heads: 0 there, 4 he"),
-        ("qkv_first,num_heads=4,num_heads=8", "of a unet it may say .*, each once"),
+        (
+            "qkv_first,num_heads=4,num_heads=8",
+            "the known facts are .*, each at most once",
+        ),
         (
             "qkv_first,heads=4",
-            "of a unet it may say head_channels=N, heads_first, null_row, num_heads=N, qkv_first",
+            "a unet the known facts are head_channels=N, heads_first, null_row, num_heads=N, qk",
         ),
     ],
 )
@@ -274,12 +277,12 @@ def test_the_heads_of_a_dit_are_those_of_its_published_size_or_are_said(dit_file
     config, params, _ = dit_file
     assert_same(parameters_of(config), params)
     config.init_facts = ""
-    with pytest.raises(ConfigError, match=r"else: config.model.heads: 2 there, 1 here"):
+    with pytest.raises(ConfigError, match=r"settings: config.model.heads: 2 there, 1 here"):
         parameters_of(config)
     config.model.heads = 2
     assert_same(parameters_of(config), params)
     config.model.heads, config.init_facts = 1, "heads=4"
-    with pytest.raises(ConfigError, match=r"else: config.model.heads: 4 there, 1 here"):
+    with pytest.raises(ConfigError, match=r"settings: config.model.heads: 4 there, 1 here"):
         parameters_of(config)
     monkeypatch.setitem(dit.SIZES, "S", dict(depth=2, width=8, heads=2))
     config.init_facts = ""
@@ -360,18 +363,16 @@ def test_an_export_says_what_it_is(begun):
     for setting, value in (("model__heads", 2), ("process__prediction", "v")):
         name = setting.replace("__", ".")
         with pytest.raises(
-            ConfigError, match=f"something else: config.{name}: .* there, '?{value}"
+            ConfigError, match=f"other settings: config.{name}: .* there, '?{value}"
         ):
             parameters_of(tiny(init_from=exported, **{setting: value}))
     for source in (exported, str(workdir)):
-        with pytest.raises(
-            ConfigError, match=r"says itself what it is: leave config.init_facts empty"
-        ):
+        with pytest.raises(ConfigError, match=r"has .*: leave config.init_facts empty"):
             parameters_of(tiny(init_from=source, init_facts="heads=1"))
     state = interop.read_state(exported)
     for metadata in ("{", "[1]", "3", "{}", "[" * 100_000):
         interop.write_state(exported, state, {"ant_jax": metadata})
-        with pytest.raises(ConfigError, match=r"of itself is damaged|'not set' there"):
+        with pytest.raises(ConfigError, match=r"metadata of the file are damaged|'not set' there"):
             parameters_of(config)
 
 
@@ -427,7 +428,7 @@ def test_a_network_of_ones_own_is_trained_exported_and_begun_with(begun, tmp_pat
     state = interop.read_state(export.export(tiny(), workdir))
     interop.write_state(tmp_path / "others.safetensors", state)
     config.init_from = str(tmp_path / "others.safetensors")
-    with pytest.raises(ConfigError, match=f"does not say what it is, .* module {__name__}_weights"):
+    with pytest.raises(ConfigError, match=f"has no metadata, .* module {__name__}_weights"):
         state_of(config)
     for changes, fault in (
         ({"model__conditional": True}, "Own has no field num_classes, so it can't be conditional"),

@@ -760,7 +760,7 @@ REFUSED = {
     ),
     "no intact checkpoint is left": ({}, spoil_all),
     r"facts.json is damaged .*: remove it": ({}, lambda w: (w / "facts.json").write_text("{")),
-    r"config.json is damaged .*: mend it or bring it back": (
+    r"config.json is damaged .*: repair it or bring it back": (
         {},
         lambda w: [(w / "config.json").write_text("["), shutil.rmtree(w / "checkpoints")],
     ),
@@ -840,7 +840,7 @@ def test_other_numbers_of_images_are_said(tmp_path, caplog):
     assert not caplog.text
     (tmp_path / "a" / "0.png").unlink()
     compatibility.check_data(before, data.folder(dir=tmp_path), Path("w"))
-    assert f"{tmp_path} has 3 images now, and had 4 when the run in w was last there" in caplog.text
+    assert f"{tmp_path} has 3 images now, and had 4 when the run in w last trained" in caplog.text
 
 
 def test_a_run_goes_on_from_its_checkpoints_alone(finished, copied, tmp_path, caplog):
@@ -902,7 +902,7 @@ def test_a_run_of_an_older_version_goes_on(finished, copied):
     assert lines(workdir) == lines(whole)
     as_of_an_older_version(workdir)
     (workdir / "config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"config.json is damaged .*: mend it or bring it back"):
+    with pytest.raises(ConfigError, match=r"config.json is damaged .*: repair it or bring it back"):
         trainer.train(config, workdir)
     (workdir / "config.json").unlink()
     with pytest.raises(ConfigError, match=r"has checkpoints and no config.json: bring it back"):
