@@ -1,4 +1,4 @@
-"""The loss on images that the model may not know."""
+"""The loss on held-out images."""
 
 import dataclasses
 import functools
@@ -13,7 +13,7 @@ from ant_jax.diffusion import Denoise, Process
 
 def interval_losses(
     apply_fn: Denoise,
-    diffusion: Process,
+    process: Process,
     x0: jax.Array,
     key: jax.Array,
     boundaries: np.ndarray,
@@ -21,49 +21,51 @@ def interval_losses(
     y: jax.Array | None = None,
     timesteps_each: int = 10,
 ) -> np.ndarray:
-    """Mean loss of each interval, without loss weights, for images that the model may not know.
+    """Mean loss of each interval on held-out images, without loss weights.
 
-    The timesteps are evenly spaced in each interval and the noise depends on the key, the timestep
-    and the image's place, so that models are compared on the very same tasks.
+    The noise levels are evenly spaced in each interval, by the process's own density. The noise
+    depends on the key, the level (rounded down to an integer) and the image's index. So models are
+    compared on the same noised images.
 
     Args:
       apply_fn: the network, ``(x, t, y) -> output``; a `jax.tree_util.Partial` over its parameters
         compiles once for all of them.
-      diffusion: the noise process.
+      process: the noise process.
       x0: (M, H, W, C) images in [-1, 1].
       key: of the noise.
-      boundaries: (k + 1,) of the intervals.
+      boundaries: (k + 1,) boundaries of the intervals.
       y: (M,) labels or None.
-      timesteps_each: so many timesteps an interval; a shorter one repeats some.
+      timesteps_each: number of levels in each interval. An interval with fewer timesteps repeats
+        some.
 
     Returns:
-      (k,) float64, means over images and timesteps.
+      (k,) float64, means over images and levels.
     """
     low, high = np.asarray(boundaries[:-1])[:, None], np.asarray(boundaries[1:])[:, None]
     middles = (np.arange(timesteps_each) + 0.5) / timesteps_each
-    timesteps = np.floor(low + middles * (high - low)).astype(np.int32)
-    losses = _timestep_losses(
+    levels = process.level(low, high, middles)
+    losses = _level_losses(
         apply_fn if isinstance(apply_fn, Partial) else Partial(apply_fn),
         x0,
         y,
         key,
-        jnp.asarray(timesteps.reshape(-1)),
-        diffusion=_unweighted(diffusion),
+        jnp.asarray(levels.reshape(-1)),
+        process=_unweighted(process),
     )
-    return np.asarray(losses, np.float64).reshape(timesteps.shape).mean(1)
+    return np.asarray(losses, np.float64).reshape(levels.shape).mean(1)
 
 
-# Compiled functions are found again by the identity of the process.
+# Cached, because compiled functions are cached by the identity of the process.
 @functools.lru_cache(maxsize=8)
-def _unweighted(diffusion):
-    return dataclasses.replace(diffusion, loss_weight=None)
+def _unweighted(process):
+    return dataclasses.replace(process, loss_weight=None)
 
 
-@functools.partial(jax.jit, static_argnames="diffusion")
-def _timestep_losses(apply_fn, x0, y, key, timesteps, *, diffusion):
+@functools.partial(jax.jit, static_argnames="process")
+def _level_losses(apply_fn, x0, y, key, levels, *, process):
     def loss(t):
         noise = jax.random.normal(jax.random.fold_in(key, t), x0.shape)
         t = jnp.full(x0.shape[:1], t)
-        return diffusion.losses(apply_fn, x0, t, noise, y).mean()
+        return process.losses(apply_fn, x0, t, noise, y).mean()
 
-    return jax.lax.map(loss, timesteps)
+    return jax.lax.map(loss, levels)

@@ -50,6 +50,23 @@ def test_interval_losses_ignore_loss_weights_and_follow_the_key():
     assert (losses(params, seed=1) != losses(params)).all()
 
 
+def test_levels_of_a_continuous_process():
+    @dataclasses.dataclass(frozen=True)
+    class Continuous:
+        loss_weight: None = None
+
+        def level(self, low, high, u):
+            return low + u**2 * (high - low)
+
+        def losses(self, denoise, x0, t, noise, y):
+            return t
+
+    x0, key, boundaries = jnp.zeros((3, 2, 2, 1)), jax.random.key(0), np.array([0, 0.25, 1])
+    got = interval_losses(lambda x, t, y: x, Continuous(), x0, key, boundaries, timesteps_each=2)
+    mean = (0.25**2 + 0.75**2) / 2
+    np.testing.assert_allclose(got, [0.25 * mean, 0.25 + 0.75 * mean], rtol=1e-6)
+
+
 def test_an_interval_shorter_than_its_timesteps():
     got = losses({"level": jnp.float32(0.1)}, timesteps_each=6, boundaries=np.array([0, 1, T]))
     only = losses({"level": jnp.float32(0.1)}, timesteps_each=1, boundaries=np.array([0, 1, T]))
