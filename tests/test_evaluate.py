@@ -181,7 +181,7 @@ def test_what_is_killed_after_drawing_draws_nothing_again(workdir, draws, tmp_pa
     assert draws == [0, 8, 16] and kept(workdir) == []
 
 
-def test_a_damaged_piece_and_what_follows_it_are_drawn_again(workdir, draws, tmp_path):
+def test_a_damaged_file_and_those_after_it_are_drawn_again(workdir, draws, tmp_path):
     config = configured(tmp_path)
     expected = evaluate.evaluate(config, shutil.copytree(workdir, tmp_path / "whole"))
     stopped(evaluate.evaluate, config, workdir, draws, 2)
@@ -448,7 +448,7 @@ MISTAKES = {
     r"config.evaluation.reference: .*damaged.npz cannot be used": {
         "evaluation__reference": "damaged.npz"
     },
-    r"config.evaluation.reference: .*other.npz cannot be used: 'mu' is of 3 features": {
+    r"config.evaluation.reference: .*other.npz cannot be used: 'mu' has 3 features": {
         "evaluation__reference": "other.npz"
     },
     r"config.evaluation.samples = '.*absent.npz': there is no such file": {

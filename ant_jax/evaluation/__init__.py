@@ -1,8 +1,9 @@
-"""Measuring samples: a feature extractor gives outputs of images, metrics make figures of them.
+"""Measures samples: a feature extractor computes outputs of images, and metrics compute figures.
 
-An extractor is one file, ``features/NAME.py``, and a metric is one file, ``metrics/NAME.py``; your
-own is ``package.module:attribute``. Each is a function of that name. Its typed arguments are its
-settings (`ant_jax.settings`), and it returns an `Extractor` or a `Metric`::
+A figure is a named number, such as the FID. An extractor is one file, ``features/NAME.py``, and a
+metric is one file, ``metrics/NAME.py``; your own is ``package.module:attribute``. Each is a
+function with the file's name. Its typed arguments are its settings (`ant_jax.settings`), and it
+returns an `Extractor` or a `Metric`::
 
   def mine(weights: Path) -> Extractor:
       return Extractor({"features": (384,)}, check, load)
@@ -13,19 +14,19 @@ settings (`ant_jax.settings`), and it returns an `Extractor` or a `Metric`::
 
       return Metric(measure, samples=frozenset({"features"}))
 
-Extractors and metrics agree on names of outputs. An extractor may give others as well:
+Extractors and metrics agree on these names of outputs. An extractor may have others as well:
 
 ============  =====================  ===============================================================
-``features``  (d,) floating-point    what images are compared by
-``spatial``   (d,) floating-point    features that see where things are
-``logits``    (classes,) the same    unnormalised log-probabilities of a classifier
-``labels``    () integers            what a classifier of the data's own classes sees
-``pixels``    (h, w, c) uint8        the image itself, where distances of pixels say something
+``features``  (d,) float             features of the whole image
+``spatial``   (d,) float             features that depend on where things are in the image
+``logits``    (classes,) float       unnormalised log-probabilities of a classifier
+``labels``    () integer             the class that a classifier of the data's classes predicts
+``pixels``    (h, w, c) uint8        the image itself, if distances between pixels mean something
 ============  =====================  ===============================================================
 
-The images pass through one batch at a time. Of moments only the sums are in memory; outputs of each
-image are kept where a metric asks for them. A metric is left out where the extractor gives too
-little for it, or the reference has too little: a file of statistics alone has moments only.
+Images are processed batch by batch. Moments need only sums in memory. The outputs of each image are
+kept if a metric needs them. A metric is left out if the extractor or the reference lacks what the
+metric needs: a file of statistics, for example, has only moments.
 """
 
 from ant_jax.evaluation.evaluator import Evaluator, build_evaluator, measure, table

@@ -1,4 +1,4 @@
-"""A feature extractor and metrics joined: from samples to figures."""
+"""Joins a feature extractor and metrics: from samples to figures."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -9,12 +9,12 @@ from ant_jax.evaluation.summary import Batch, Reference, summarise
 
 
 class Evaluator(NamedTuple):
-    """A loaded extractor and the metrics that it can give.
+    """A loaded extractor, and metrics that need no other outputs than its own.
 
     Attributes:
-      extractor: What it says of itself.
-      network: The same, loaded.
-      metrics: Those whose needs it meets.
+      extractor: The extractor.
+      network: The extractor's network, loaded.
+      metrics: The metrics.
     """
 
     extractor: Extractor
@@ -28,21 +28,21 @@ class Evaluator(NamedTuple):
 
     @property
     def samples(self) -> frozenset[str]:
-        """Names of outputs that are needed of each sample."""
+        """Names of outputs that are needed for each sample."""
         return frozenset().union(*(metric.samples for metric in self.metrics))
 
     @property
     def real(self) -> frozenset[str]:
-        """Names of outputs that are needed of each real image."""
+        """Names of outputs that are needed for each real image."""
         return frozenset().union(*(metric.real for metric in self.metrics))
 
 
 def build_evaluator(extractor: Extractor, metrics: Sequence[Metric]) -> Evaluator:
-    """Loads an extractor, and leaves out the metrics for which it does not give enough.
+    """Loads an extractor, and leaves out the metrics that need outputs it does not have.
 
     Raises:
-      ValueError: If its weights are damaged or something else's.
-      OSError: If they cannot be opened.
+      ValueError: If the weights are damaged, or are of another network.
+      OSError: If the weights cannot be opened.
     """
     given = extractor.shapes.keys()
     able = tuple(each for each in metrics if given >= each.moments | each.samples | each.real)
@@ -52,18 +52,20 @@ def build_evaluator(extractor: Extractor, metrics: Sequence[Metric]) -> Evaluato
 def measure(batches: Iterable[Batch], evaluator: Evaluator, reference: Reference) -> dict[str, Any]:
     """Evaluates samples, one batch of images in memory at a time.
 
-    Every figure depends on the number of samples: compare equal numbers, and 50 000 with published
-    figures.
+    Every figure depends on the number of samples. Compare only equal numbers, and use 50 000
+    samples to compare with published figures.
 
     Args:
-      batches: Of uint8 images (n, height, width, channels), and the labels (n,) that they were
-        generated for or None. They should not be sorted by class: some metrics split them.
-      evaluator: What measures.
+      batches: Pairs of uint8 images (n, height, width, channels) and the labels (n,) that they were
+        generated for, or None. Samples should not be sorted by class, because some metrics split
+        them in order.
+      evaluator: The extractor and the metrics.
       reference: The real images.
 
     Returns:
-      The figures of all metrics whose needs the reference meets; ``num_samples``; as ``real_NAME``
-      what held-out real images score, where there are some; and ``reference``, its name.
+      The figures of all metrics for which the reference has what they need; ``num_samples``; and
+      ``reference``, the name of the reference. If there are held-out images, ``real_NAME`` is the
+      same figure of those images, and ``real_num_samples`` is their number.
 
     Raises:
       ValueError: If there are fewer than two samples, or a metric can't measure them.
@@ -91,7 +93,7 @@ def measure(batches: Iterable[Batch], evaluator: Evaluator, reference: Reference
 
 
 def table(figures: dict[str, Any]) -> str:
-    """The figures of the field as a line under their names."""
+    """The figures that papers report, in one line under their names."""
     columns = {
         "FID": ("fid", ".3f"),
         "sFID": ("sfid", ".3f"),

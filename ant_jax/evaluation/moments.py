@@ -1,4 +1,4 @@
-"""Mean and covariance of features, from batches of them, in NumPy and float64."""
+"""Mean and covariance of batches of features, in NumPy and float64."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Gaussian(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Sums from which mean and covariance follow, and which can be merged.
+    """Sums that give mean and covariance, and that can be merged.
 
     Attributes:
       count: Number of feature vectors.
@@ -51,7 +51,7 @@ def merge(a: Moments, b: Moments) -> Moments:
     """Returns the moments of the union of two sets of features of the same width.
 
     Chan, Golub & LeVeque, *Updating Formulae and a Pairwise Algorithm for Computing Sample
-    Variances*, 1979, eq. 2.1: unlike raw second moments it does not cancel when the mean is large.
+    Variances*, 1979, eq. 2.1. Unlike raw second moments, it loses no digits when the mean is large.
 
     Raises:
       ValueError: If the widths differ.
@@ -75,7 +75,7 @@ def covariance(statistics: Moments) -> np.ndarray:
     """
     if statistics.count < 2:
         raise ValueError(
-            f"a covariance needs at least 2 samples, got {statistics.count}: give it more"
+            f"a covariance needs at least 2 samples, got {statistics.count}: give more samples"
         )
     return statistics.scatter / (statistics.count - 1)
 

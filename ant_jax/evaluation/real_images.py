@@ -1,4 +1,4 @@
-"""What samples are compared with: a file of the field, or the training data."""
+"""The real images that samples are compared with: a reference batch, or the training data."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ from ant_jax.runtime.progress import with_time_left
 from ant_jax.runtime.tree_hash import tree_hash
 from ant_jax.sampling.files import has_images, num_samples, read_samples
 
-# Of the real images; as many as the reference batches of ADM have.
+# Real images whose outputs are kept: as many as ADM's reference batches have.
 _KEPT = 10_000
 # Part of the cache file's name: increase it whenever the summary of the same images changes.
 _VERSION = 2
@@ -27,11 +27,11 @@ class Images(NamedTuple):
     """Real images.
 
     Attributes:
-      name: For the reader.
+      name: Name in logs and results.
       source: Where they come from.
-      pipeline: Settings of `data.batches` that make of them what samples are compared with.
-      key: What determines the images, for the cache; without it there is none. That their files
-        change is not noticed where it is the same.
+      pipeline: Arguments of `data.batches`, such as the size and the crop.
+      key: What determines the images, for the cache; None for no cache. If the images change but
+        the key does not, the cache is out of date and nothing notices it.
     """
 
     name: str
@@ -43,18 +43,19 @@ class Images(NamedTuple):
 def read_reference(
     path: str | os.PathLike, evaluator: Evaluator, batch_size: int = 512
 ) -> Reference:
-    """Reads a reference batch of ADM's kind: statistics, images, or both.
+    """Reads a reference batch as ADM has them: statistics, images, or both.
 
-    The statistics are those of the file where it has any, and else those of its images. What is
-    taken of each image is taken of all of the file's, as in ADM's evaluation.
+    Statistics of the file are used if there are any. Otherwise they are computed from its images.
+    Outputs of single images are computed for all images of the file, as in ADM's evaluation.
 
     Args:
       path: An `.npz` file; see `read_statistics` and `sampling.read_samples`.
-      evaluator: What the statistics are of.
-      batch_size: Images read at once.
+      evaluator: The extractor and the metrics.
+      batch_size: Number of images to read at a time.
 
     Raises:
-      ValueError: If the file is damaged, has none of them, or statistics of other features.
+      ValueError: If the file is damaged, has neither statistics nor images, or has statistics of
+        other features.
       OSError: If it cannot be opened.
     """
     statistics = read_statistics(path)
@@ -63,8 +64,8 @@ def read_reference(
         if expected is not None and found.mean.shape != expected:
             name = {"features": "mu", "spatial": "mu_s"}[output]
             raise ValueError(
-                f"{os.fspath(path)} cannot be used: {name!r} is of {found.mean.size} features, "
-                f"and samples are evaluated by {expected[0]}"
+                f"{os.fspath(path)} cannot be used: {name!r} has {found.mean.size} features, "
+                f"but samples are evaluated by {expected[0]}"
             )
     if not has_images(path):
         return Reference(os.fspath(path), Summary(0, statistics, {}, summary_lib.NO_LABELS))
@@ -83,14 +84,14 @@ def data_reference(
     batch_size: int = 512,
     cache_dir: Path | None = None,
 ) -> Reference:
-    """Training images, from the cache or else worked off and then cached.
+    """Summarises training images, or reads their summary from the cache.
 
     Args:
-      evaluator: Of their features.
+      evaluator: The extractor and the metrics.
       images: The training images.
-      held_out: Real images that no model has seen: the scale on which to read the figures.
-      batch_size: Images worked off at once.
-      cache_dir: None is `files.user_cache`.
+      held_out: Real images that no model has seen. Figures of samples can be compared with theirs.
+      batch_size: Number of images to process at a time.
+      cache_dir: Folder of the cache; None for `files.user_cache`.
 
     Raises:
       ValueError: If there are fewer than two images.
@@ -106,7 +107,9 @@ def data_reference(
 
 def _summary(evaluator, images, keep, batch_size, cache_dir):
     if len(images.source) < 2:
-        raise ValueError(f"{images.source!r} has {len(images.source)} image: a reference needs 2")
+        raise ValueError(
+            f"a reference needs at least 2 images, but {images.source!r} has {len(images.source)}"
+        )
     path, moments_of, keep = None, sorted(evaluator.moments), sorted(keep)
     if images.key is not None:
         key = {"images": images.key, "weights": evaluator.network.digest, "of": [moments_of, keep]}
@@ -117,25 +120,25 @@ def _summary(evaluator, images, keep, batch_size, cache_dir):
             found = summary_lib.load(path, moments_of, keep)
             logging.info("statistics of %s: %s", images.name, path)
             return found
-        except Exception as error:  # Damaged bytes surface as almost any type of error.
-            logging.warning("computed again: %s is damaged: %r", path, error)
+        except Exception as error:  # A damaged file can raise almost any type of error.
+            logging.warning("statistics are computed again, because %s is damaged: %r", path, error)
     found = summarise(_each_once(images, batch_size), evaluator.network, moments_of, keep, _KEPT)
     if path is not None:
         with files.keeping(f"the statistics of {images.name}"):
             summary_lib.save(path, found)
-            logging.info("statistics of %s kept for the next time: %s", images.name, path)
+            logging.info("statistics of %s, kept for the next evaluation: %s", images.name, path)
     return found
 
 
 def _each_once(images: Images, batch_size: int) -> Iterator[Batch]:
-    """Each image once, in an order where the first ones stand for all."""
+    """Each image once, in random order, so that the first ones represent all."""
     num = len(images.source)
     size = min(batch_size, num)
     batches = data.batches(images.source, batch_size=size, seed=0, **images.pipeline)
 
     def parts():
         for first in range(0, num, size):
-            # The first epoch has each image once; its last batch goes on into the second.
+            # The first epoch has each image once. Its last batch may have images of the second too.
             batch = next(batches)
             yield batch["image"][: num - first], batch["label"][: num - first]
 

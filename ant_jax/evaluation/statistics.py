@@ -61,7 +61,7 @@ def _gaussian(archive: zipfile.ZipFile, names: tuple[str, str]) -> Gaussian:
         width = math.prod(mean.shape)
         _check_gaussian(names, mean, cov)
     if width > _MOST_FEATURES:
-        raise ValueError(f"{names[0]!r} is of {width} features, more than {_MOST_FEATURES}")
+        raise ValueError(f"{names[0]!r} has {width} features, more than {_MOST_FEATURES}")
     arrays = []
     for name in names:
         with npz.member(archive, name) as (file, header):

@@ -1,4 +1,4 @@
-"""What is known of a set of images: moments of features, and some of the features themselves."""
+"""Summaries of sets of images: moments of features, and the features of some images."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -13,20 +13,20 @@ from ant_jax.runtime import files
 # uint8 images (n, height, width, channels) and their labels (n,) or None.
 Batch = tuple[np.ndarray, np.ndarray | None]
 
-# Images whose moments are computed together: few merges of large matrices, and little memory.
+# Images whose moments are computed together: few merges of large matrices, but little memory.
 _TOGETHER = 4096
 _NO_LABEL = -1
 NO_LABELS = np.zeros(0, np.int64)
 
 
 class Summary(NamedTuple):
-    """A set of images in little memory.
+    """A summary of a set of images.
 
     Attributes:
-      count: Number of images; 0 where a file of statistics does not say it.
-      gaussians: Mean and covariance of outputs of all of them, by name.
-      kept: Outputs of each of the first m images, (m, *shape) by name.
-      labels: (m,) int64, what these images are said to show; -1 where nothing is said.
+      count: Number of images; 0 if unknown, because a file of statistics does not have it.
+      gaussians: Mean and covariance of outputs over all images, by name of the output.
+      kept: Outputs of the first m images, (m, *shape) by name.
+      labels: (m,) int64 labels of these images; -1 for an image without a label.
     """
 
     count: int
@@ -39,9 +39,9 @@ class Reference(NamedTuple):
     """What samples are compared with.
 
     Attributes:
-      name: For the reader.
+      name: Name in logs and results.
       summary: Of real images: those of a file, or the training images.
-      held_out: Of real images that no model has seen; None where there are none.
+      held_out: Of real images that no model has seen; None if there are none.
     """
 
     name: str
@@ -56,17 +56,17 @@ def summarise(
     keep: Collection[str],
     most: int | None = None,
 ) -> Summary:
-    """Works images off batch by batch.
+    """Summarises images batch by batch.
 
     Args:
-      batches: Of images and labels.
-      network: What gives the outputs.
-      moments_of: Names of outputs (n, d) whose mean and covariance are taken.
-      keep: Names of outputs that are kept of each image.
-      most: Of how many images they are kept; None for all.
+      batches: Pairs of images and labels.
+      network: The loaded extractor.
+      moments_of: Names of outputs (n, d) whose mean and covariance are computed.
+      keep: Names of outputs that are kept.
+      most: Number of images, from the first, whose outputs are kept; None for all.
 
     Raises:
-      ValueError: If there are no images, or only one whose covariance is asked for; if features are
+      ValueError: If there are no images, or only one and a covariance is needed; if features are
         not finite, labels don't match their images, or the network can't evaluate such images.
     """
     labels: list[np.ndarray] = []
@@ -74,7 +74,7 @@ def summarise(
     waiting: dict[str, list[np.ndarray]] = {name: [] for name in moments_of}
     sums: dict[str, Moments] = {}
     count = added = 0
-    for outputs in network.outputs(_noting(batches, labels)):
+    for outputs in network.outputs(_without_labels(batches, labels)):
         (size,) = {len(value) for value in outputs.values()}
         room = size if most is None else max(0, min(size, most - count))
         for name, parts in kept.items():
@@ -98,7 +98,7 @@ def summarise(
 
 
 def save(path: Path, summary: Summary) -> None:
-    """Writes a summary as `load` reads it; the file is whole or not there.
+    """Writes a summary as `load` reads it. The file appears only when it is complete.
 
     Raises:
       OSError: If the file cannot be written.
@@ -112,7 +112,7 @@ def save(path: Path, summary: Summary) -> None:
 
 
 def load(path: Path, moments_of: Collection[str], keep: Collection[str]) -> Summary:
-    """Reads what `save` wrote; damaged bytes surface as almost any type of error."""
+    """Reads what `save` wrote. A damaged file can raise almost any type of error."""
     with np.load(path, allow_pickle=False) as stored:
         return Summary(
             int(stored["count"]),
@@ -122,8 +122,8 @@ def load(path: Path, moments_of: Collection[str], keep: Collection[str]) -> Summ
         )
 
 
-def _noting(batches, every_label):
-    """The images of batches, while their labels are noted."""
+def _without_labels(batches, every_label):
+    """Yields the images of batches, and appends their labels to a list."""
     for images, labels in batches:
         if labels is None:
             labels = np.full(len(images), _NO_LABEL)

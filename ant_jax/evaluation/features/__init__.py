@@ -1,4 +1,4 @@
-"""Networks whose features samples are evaluated by: one file each; see `ant_jax.evaluation`."""
+"""Feature extractors, one file each; see `ant_jax.evaluation`."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -12,10 +12,10 @@ class Network(NamedTuple):
     """A loaded feature extractor.
 
     Attributes:
-      outputs: From batches of uint8 images (n, height, width, channels) of one size to what the
-        extractor gives of all of them, (n, *shape) by name; in their order, but perhaps in batches
-        of other sizes. Raises ValueError where it can't evaluate such images.
-      digest: Of the weights: another one, another cache, and figures of something else.
+      outputs: Takes batches of uint8 images (n, height, width, channels) of one size. Yields the
+        outputs of all images, (n, *shape) by name, in the same order; these batches may have other
+        sizes. Raises ValueError if it can't evaluate such images.
+      digest: Hash of the weights. Caches and results depend on it.
     """
 
     outputs: Callable[[Iterable[np.ndarray]], Iterator[Outputs]]
@@ -23,16 +23,17 @@ class Network(NamedTuple):
 
 
 class Extractor(NamedTuple):
-    """A feature extractor before it is loaded: making one costs nothing.
+    """A feature extractor that is not loaded yet, so making one costs nothing.
 
     Attributes:
-      shapes: What it gives of an image, by name; see `ant_jax.evaluation`.
-      check: From height, width and channels (None where that is not known yet) of images to
-        nothing. Raises ValueError where it can't evaluate them, or lacks something: words that
-        follow its name, such as "evaluates grey images". It is called before hours of drawing.
-      load: Reads its weights. Raises ValueError or OSError where it can't.
-      figure_names: What the field calls the figures of these features, where that is not the
-        metric's own name for them.
+      shapes: Shapes of the outputs of one image, by name; see `ant_jax.evaluation`.
+      check: ``check(height, width, channels)`` raises ValueError if the extractor can't evaluate
+        such images, or lacks something, such as its weights. The channels are None if they are not
+        known yet. The message continues the extractor's name, such as "evaluates grey images". The
+        check runs before the samples are drawn, which can take hours.
+      load: Reads the weights. Raises ValueError or OSError if it can't.
+      figure_names: The field's names of figures of these features, by the metric's own name, such
+        as {"frechet_distance": "fid"}.
     """
 
     shapes: Mapping[str, tuple[int, ...]]

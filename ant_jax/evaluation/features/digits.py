@@ -1,7 +1,7 @@
-"""A small classifier of the 8x8 digits: the features for generated digits.
+"""A small classifier of the 8x8 digits, whose features evaluate generated digits.
 
-Inception knows nothing about 8x8 images. This network is trained once, in seconds, on the training
-split alone, so that its accuracy on the held-out images is an honest one.
+Inception was not trained for 8x8 images. This network is trained once, in seconds, on the training
+split alone, so its accuracy on the held-out images is unbiased.
 """
 
 import functools
@@ -23,7 +23,7 @@ from ant_jax.runtime.tree_hash import tree_hash
 _VERSION = 2
 _SIZES = (64, 256, 64, 10)
 
-# Of the training: Adam (Kingma & Ba, 2015) on the cross entropy, until it falls no more.
+# Training: Adam (Kingma & Ba, 2015) on the cross entropy, until it stops falling.
 _RATE, _DECAY1, _DECAY2, _EPSILON = 1e-3, 0.9, 0.999, 1e-8
 _BATCH, _WEIGHT_DECAY = 200, 1e-4
 _EPOCHS, _PATIENCE, _TOLERANCE = 200, 10, 1e-4
@@ -45,7 +45,7 @@ def digits() -> Extractor:
     """The classifier of the 8x8 digits; it is trained once, in seconds.
 
     Its outputs: "features", the 64 float64 of the last hidden layer; "labels", the digit that it
-    sees; "pixels", the uint8 image itself.
+    predicts; "pixels", the uint8 image itself.
     """
     return Extractor(
         {"features": (_SIZES[-2],), "labels": (), "pixels": (8, 8, 1)}, _check, _network
@@ -58,7 +58,7 @@ def _check(height, width, channels):
         raise ValueError(f"evaluates grey images of 8x8 pixels, not of {size}")
 
 
-# Where nothing can be kept, it is trained once a process.
+# If no file can be written, the classifier is trained once in each process.
 @functools.cache
 def _network():
     classifier = load_classifier()
@@ -73,9 +73,9 @@ def _network():
 
 
 def load_classifier(cache_dir: str | os.PathLike | None = None) -> DigitsClassifier:
-    """Returns the trained classifier, from the cache or else by training it (a few seconds).
+    """Reads the trained classifier from the cache, or trains it in a few seconds.
 
-    Training is deterministic. A cache file that cannot be read is replaced; where none can be
+    Training is deterministic. A cache file that cannot be read is replaced. If no file can be
     written, the next process trains again.
 
     Args:
@@ -90,7 +90,7 @@ def load_classifier(cache_dir: str | os.PathLike | None = None) -> DigitsClassif
     if path is not None and os.path.exists(path):
         try:
             return _read(path)
-        except Exception as error:  # Damaged bytes surface as almost any type of error.
+        except Exception as error:  # A damaged file can raise almost any type of error.
             logging.warning("Training the digits classifier again: %s is damaged: %r", path, error)
     classifier = _train()
     if path is not None:
@@ -131,7 +131,7 @@ def _inputs(images: np.ndarray) -> np.ndarray:
 
 
 def _train() -> DigitsClassifier:
-    """Trains on the training images alone: every time the same but for the rounding of sums."""
+    """Trains on the training images alone. Results differ only by the rounding of sums."""
     train = data.digits("train")
     images, wanted = _inputs(train.images), np.eye(_SIZES[-1])[train.labels]
     random = np.random.RandomState(0)
@@ -169,7 +169,7 @@ def _train() -> DigitsClassifier:
 
 
 def _loss(weights, biases, inputs, wanted):
-    """Mean cross entropy with weight decay, and its gradients by the weights and the biases."""
+    """Mean cross entropy with weight decay, and its gradients for the weights and the biases."""
     layers = [inputs]
     for weight, bias in zip(weights[:-1], biases[:-1], strict=True):
         layers.append(np.maximum(layers[-1] @ weight + bias, 0))

@@ -1,4 +1,4 @@
-"""Features of images by Inception, over all local devices."""
+"""Features of images by Inception, on all local devices."""
 
 import functools
 
@@ -14,7 +14,7 @@ from ant_jax.runtime.devices import replicated, split_over
 from ant_jax.runtime.tree_hash import tree_hash
 from ant_jax.settings import Path
 
-# As many as ADM's evaluation takes at once, and no more memory than a training step's.
+# The batch size of ADM's evaluation. It needs no more memory than a training step.
 _PER_DEVICE = 64
 
 
@@ -74,14 +74,14 @@ def _outputs(params, batches):
     for images in batches:
         images = _checked(images)
         if size is None:
-            # The first batch says how large the one program's is.
+            # The first batch sets the batch size of the only program.
             size = min(len(images), _PER_DEVICE * len(devices))
             size += -size % len(devices)
         for first in range(0, len(images), size):
             part = images[first : first + size]
             padded = np.pad(part, ((0, size - len(part)), *[(0, 0)] * 3))
             started = _apply(params, jax.device_put(padded, split_over(devices))), len(part)
-            # While the devices are at it, the caller has those before, and prepares the next.
+            # While the devices compute, the caller gets the previous outputs and prepares a batch.
             if running is not None:
                 yield _fetched(*running)
             running = started
@@ -95,7 +95,7 @@ def _checked(images):
             f"Inception needs uint8 images (n, height, width, 1 or 3), got {images.dtype} "
             f"{images.shape}"
         )
-    # A grey image is one of three equal colours.
+    # A grey image has three equal channels.
     return np.broadcast_to(images, (*images.shape[:-1], 3))
 
 

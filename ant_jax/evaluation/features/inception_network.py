@@ -3,7 +3,7 @@
 Szegedy et al., *Rethinking the Inception Architecture for Computer Vision* (CVPR 2016), in the form
 of the graph `classify_image_graph_def.pb` by which Heusel et al. 2017 defined the FID and with
 which Dhariwal & Nichol, *Diffusion Models Beat GANs*, 2021, measure. Blocks have the names of
-pytorch-fid, which carried that graph's weights over.
+pytorch-fid, which converted the weights of that graph.
 """
 
 import functools
@@ -24,7 +24,7 @@ _PRECISION = jax.lax.Precision.HIGHEST
 
 
 class Features(NamedTuple):
-    """What the metrics are made of; float32.
+    """The network's outputs, float32.
 
     Attributes:
       pool: (B, 2048), the last layer's mean over its positions.
@@ -32,7 +32,7 @@ class Features(NamedTuple):
         in the order height, width, channel (Nash et al., *Generating Images with Sparse
         Representations*, 2021).
       logits: (B, 1008), the pool features times the weights of the last layer without its bias, as
-        the inception scores of the field are taken.
+        published inception scores use them.
     """
 
     pool: jax.Array
@@ -41,12 +41,12 @@ class Features(NamedTuple):
 
 
 class InceptionV3(nn.Module):
-    """The network; everything it has is in the collection "params", its norms' statistics too."""
+    """The network. All its arrays are in the collection "params", also the norms' statistics."""
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Features:
         """Features of uint8 images (B, H, W, 3) of any size."""
-        # The graph's own numbers. Those who scale pixels to [-1, 1] by 127.5 are half a level off.
+        # The graph's own numbers. Scaling to [-1, 1] by 127.5 would shift by half a grey level.
         x = (resize(images) - 128) / 128
         x = _Conv(32, (3, 3), 2, name="Conv2d_1a_3x3")(x)
         x = _Conv(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x)
@@ -73,12 +73,12 @@ class InceptionV3(nn.Module):
 
 
 def resize(images: jax.Array) -> jax.Array:
-    """Images of 299 x 299 pixels as TensorFlow 1 resizes them.
+    """Resizes images to 299 x 299 pixels as TensorFlow 1 does.
 
-    Bilinear from the two nearest pixels each way, whether the image grows or shrinks, where pixel i
-    of the result lies at i * H / 299 of the original: neither corners nor centres fall together
-    (`tf.image.resize_bilinear` with `align_corners=False` in tensorflow/core/kernels/
-    resize_bilinear_op.cc, in float32).
+    Bilinear interpolation between the two nearest pixels in each direction, whether the image grows
+    or shrinks. Pixel i of the result lies at i * H / 299 of the original, so neither corners nor
+    centres coincide (`tf.image.resize_bilinear` with `align_corners=False`, in float32, in
+    tensorflow/core/kernels/resize_bilinear_op.cc).
 
     Args:
       images: (B, H, W, C) of any type.
@@ -100,7 +100,7 @@ def _lines(images, axis):
 
 
 class _Conv(nn.Module):
-    """A convolution, the norm by fixed statistics, and the ReLU."""
+    """A convolution, a norm with fixed statistics, and a ReLU."""
 
     features: int
     kernel: tuple[int, int]
@@ -109,7 +109,7 @@ class _Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        # Blocks keep their size but where they halve it.
+        # Convolutions keep the size, except those with stride 2.
         padding = self.padding or ("SAME" if self.strides == 1 else "VALID")
         conv = functools.partial(nn.Conv, use_bias=False, precision=_PRECISION, name="conv")
         return nn.relu(_Norm(name="bn")(conv(self.features, self.kernel, self.strides, padding)(x)))
@@ -129,7 +129,7 @@ class _Norm(nn.Module):
 
 
 class _Logits(nn.Module):
-    """The last layer, whose bias has its place here but is not added."""
+    """The last layer. Its bias is a parameter, but is not added."""
 
     @nn.compact
     def __call__(self, x):
@@ -219,7 +219,7 @@ def _halved(x):
 
 
 def _average(x):
-    # Of the positions inside the image: TensorFlow's pool does not count those beyond its border.
+    # The mean of the positions inside the image, as in TensorFlow.
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 

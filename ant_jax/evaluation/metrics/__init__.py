@@ -1,4 +1,4 @@
-"""Figures of samples: one file each; see `ant_jax.evaluation`."""
+"""Metrics of samples, one file each; see `ant_jax.evaluation`."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,19 +7,21 @@ from ant_jax.evaluation.summary import Reference, Summary
 
 
 class Metric(NamedTuple):
-    """A metric of samples against real images.
+    """A metric that compares samples with real images.
 
-    It is left out where the extractor does not give what it needs, or the reference does not have
-    it: a file of statistics alone has moments, and nothing of each image.
+    It is left out if the extractor or the reference lacks what it needs. A reference that is a file
+    of statistics has moments, but no outputs of single images.
 
     Attributes:
-      measure: From a summary of the samples and the reference to figures by name. It may leave out
-        figures that so few images don't have. Raises ValueError where it can't measure.
-      moments: Names of outputs whose mean and covariance it takes, of samples and real images.
-      samples: Names of outputs that it takes of each sample.
-      real: Names of outputs that it takes of each real image, of the first 10 000 of training data.
-      floors: Names of figures that are also given for held-out real images, as ``real_NAME``: the
-        scale on which to read them.
+      measure: ``measure(samples, reference)`` gets a summary of the samples, and returns figures by
+        name. It may leave out a figure if there are too few images for it. Raises ValueError if it
+        can't measure.
+      moments: Names of outputs whose mean and covariance it needs, for samples and real images.
+      samples: Names of outputs that it needs for each sample.
+      real: Names of outputs that it needs for each real image. Training data has them for 10 000
+        images.
+      floors: Names of figures that are also computed for held-out real images, as ``real_NAME``, to
+        compare with.
     """
 
     measure: Callable[[Summary, Reference], dict[str, float]]

@@ -1,4 +1,4 @@
-"""The Frechet distance between two sets of features; of Inception's, the FID."""
+"""The Frechet distance between two sets of features, which is the FID for those of Inception."""
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -9,10 +9,10 @@ from ant_jax.evaluation.metrics import Metric
 def frechet() -> Metric:
     """``frechet_distance``: the squared Frechet distance of the features to those of real images.
 
-    It is "fid" of Inception's features (Heusel et al. 2017). Its bias falls with the number of
-    samples, so compare only equal numbers. A perfect generator is a source of further held-out
-    images: their distance, ``real_frechet_distance``, is above zero because they are few. A model
-    that has learnt its training images by heart scores below it.
+    With Inception's features it is called "fid" (Heusel et al. 2017). Its bias falls with the
+    number of samples, so compare only equal numbers. Samples of a perfect generator are like
+    held-out images, whose distance ``real_frechet_distance`` is above zero because they are few. A
+    model that has memorised its training images scores below it.
     """
 
     def measure(samples, reference):
@@ -63,8 +63,8 @@ def frechet_distance(
 
 
 def _factor(cov: np.ndarray) -> np.ndarray:
-    """Returns L (d, rank) with L L^T = cov, but for numbers that are rounding errors beside it."""
-    # Training starts without it: it takes a third of a second.
+    """Returns L (d, rank) with L L^T = cov, up to rounding errors."""
+    # Imported here, because it takes a third of a second and training does not need it.
     from scipy.linalg import lapack
 
     factor, order, rank, _ = lapack.dpstrf((cov + cov.T) / 2, lower=1)

@@ -1,4 +1,4 @@
-"""The Frechet distance of groups of samples that are as large as the held-out set."""
+"""The Frechet distance of groups of samples as large as the held-out set."""
 
 import numpy as np
 
@@ -8,11 +8,12 @@ from ant_jax.evaluation.moments import gaussian, moments
 
 
 def group_frechet() -> Metric:
-    """``group_frechet_distance``: what to compare with the distance of the held-out images.
+    """``group_frechet_distance``, which can be compared with the distance of the held-out images.
 
-    The mean of the Frechet distances of groups of as many samples, in their order, as there are
-    held-out images, to the real images; a rest is left out. Absent where there are fewer samples,
-    or no more held-out images than features, too few for a covariance.
+    The samples are split, in order, into groups as large as the held-out set; a remainder is left
+    out. The figure is the mean of the groups' Frechet distances to the real images. It is absent if
+    there are fewer samples than held-out images, or if there are no more held-out images than
+    features, which is too few for a covariance.
     """
 
     def measure(samples, reference):

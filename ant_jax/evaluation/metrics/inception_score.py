@@ -19,21 +19,21 @@ def inception_score() -> Metric:
 
 
 def inception_score_of(logits: np.ndarray, split_size: int = 5000) -> float:
-    """Returns the inception score: how confident and how diverse a classifier's verdicts are.
+    """Returns the inception score: how confident and how diverse a classifier's predictions are.
 
     exp(mean over x of KL(p(y|x) | p(y))), p(y) being the mean of p(y|x) over a split (Salimans et
     al., *Improved Techniques for Training GANs*, 2016, section 4); the score is the mean over
-    splits. The figures of Dhariwal & Nichol, *Diffusion Models Beat GANs*, 2021, and of those who
-    compare with them, are of 50 000 samples in splits of 5000, in their order, with 1008 logits:
-    Inception's pool features times the weights of its last layer, without the bias.
+    splits. Dhariwal & Nichol, *Diffusion Models Beat GANs*, 2021, and papers that compare with them
+    use 50 000 samples in splits of 5000, in order, with 1008 logits: Inception's pool features
+    times the weights of its last layer, without the bias.
 
-    Logarithms of probabilities are never taken of probabilities, so none is too small. Memory is
-    that of a few splits in float64.
+    Log-probabilities are computed from logits, not from probabilities, so none underflows. The
+    memory is that of a few splits in float64.
 
     Args:
       logits: (n, classes) unnormalised log-probabilities. They are split in order, so samples that
-        are sorted by class should be shuffled. A rest forms a smaller split of equal weight.
-      split_size: Number of samples of a split. Smaller ones lower the score.
+        are sorted by class should be shuffled. A remainder is a smaller split of equal weight.
+      split_size: Number of samples of a split. Smaller splits lower the score.
 
     Returns:
       The score, between 1 and the number of classes.

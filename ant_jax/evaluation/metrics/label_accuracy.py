@@ -1,4 +1,4 @@
-"""Whether a classifier sees in samples what they were generated for."""
+"""Whether a classifier predicts the labels that samples were generated for."""
 
 import numpy as np
 
@@ -6,10 +6,10 @@ from ant_jax.evaluation.metrics import Metric
 
 
 def label_accuracy() -> Metric:
-    """``label_accuracy``, and ``classifier_test_accuracy``: the best to hope for.
+    """``label_accuracy``, and ``classifier_test_accuracy`` to compare it with.
 
-    The first is the share of the labelled samples that the extractor gives their label, absent
-    where no sample has a label; the second is that share of the held-out real images.
+    The first is the share of labelled samples whose label the extractor predicts. It is absent if
+    no sample has a label. The second is the same share of the held-out real images.
     """
 
     def measure(samples, reference):

@@ -1,4 +1,4 @@
-"""Distances to the nearest image of a set."""
+"""Distances to the nearest real image."""
 
 import numpy as np
 
@@ -12,12 +12,14 @@ def nearest() -> Metric:
     """``nearest_train_distance`` and ``copies``: whether samples repeat training images.
 
     The first is the mean Euclidean distance to the nearest real image, in pixel values scaled to
-    [0, 1]. Below ``real_nearest_train_distance``, that of held-out images, the samples are
-    repetitions of training images (compare Meehan, Chaudhuri & Dasgupta, *A Non-Parametric Test to
-    Detect Data-Copying in Generative Models*, 2020) or smooth, and a low Frechet distance may be no
-    merit. The second is the share of the samples that are as near to a real image as only the
-    nearest 1 % of the held-out images are, so about 0.01 for a perfect generator; absent where
-    there are no held-out images.
+    [0, 1]. If it is below ``real_nearest_train_distance``, that of held-out images, the samples
+    repeat training images (compare Meehan, Chaudhuri & Dasgupta, *A Non-Parametric Test to Detect
+    Data-Copying in Generative Models*, 2020) or are too smooth. Then a low Frechet distance may not
+    mean good samples.
+
+    The second is the share of samples that are at least as near to a real image as the nearest 1 %
+    of the held-out images. It is about 0.01 for a perfect generator. It is absent if there are no
+    held-out images.
     """
 
     def measure(samples, reference):
@@ -26,7 +28,7 @@ def nearest() -> Metric:
         figures = {"nearest_train_distance": float(distances.mean())}
         if held_out is not None:
             threshold = np.percentile(nearest_distances(held_out.kept["pixels"], real), 1)
-            # At the threshold too: exact copies count even if 1 % of the held-out images are some.
+            # Not <: if 1 % of the held-out images are exact copies, the threshold is 0.
             figures["copies"] = float(np.mean(distances <= threshold))
         return figures
 
@@ -39,10 +41,10 @@ def nearest() -> Metric:
 def nearest_distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
     """Returns each image's Euclidean distance to the nearest reference.
 
-    By the expansion |a - b|^2 = |a|^2 - 2 ab + |b|^2, block by block. It doesn't cancel here:
-    pixels are integers, and float64 adds up any number of their products (below 2^53) without
-    rounding. So the squared distances are exact, and an image that is among the references has
-    exactly 0.
+    The expansion |a - b|^2 = |a|^2 - 2 ab + |b|^2 is computed block by block. It loses no digits
+    here, because pixels are integers, and float64 adds their products without rounding (below
+    2^53). So the squared distances are exact, and an image that is among the references has the
+    distance 0.
 
     Args:
       images: uint8 (n, height, width, channels).
@@ -52,7 +54,7 @@ def nearest_distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
       (n,) float64 distances, in pixel values scaled to [0, 1].
 
     Raises:
-      ValueError: If the images are not uint8, have no or unlike shapes, or a set is empty.
+      ValueError: If the images are not uint8, have wrong or different shapes, or a set is empty.
     """
     for name, array in (("images", images), ("references", references)):
         if array.dtype != np.uint8 or array.ndim != 4 or array.size == 0:
@@ -62,7 +64,7 @@ def nearest_distances(images: np.ndarray, references: np.ndarray) -> np.ndarray:
             )
     if images.shape[1:] != references.shape[1:]:
         raise ValueError(
-            f"images of shape {images.shape[1:]} have no distance to references of shape "
+            f"images have the shape {images.shape[1:]}, but references have the shape "
             f"{references.shape[1:]}"
         )
     nearest = np.full(len(images), np.inf)

@@ -15,11 +15,11 @@ _CHUNK = 1024
 
 
 class PrecisionRecall(NamedTuple):
-    """How much of the samples is realistic, and how much of reality the samples cover.
+    """The share of samples that are realistic, and the share of real images that samples cover.
 
     Attributes:
-      precision: Share of the generated samples that lie in the real ones' manifold.
-      recall: Share of the real samples that lie in the generated ones' manifold.
+      precision: Share of the generated images that lie in the manifold of the real ones.
+      recall: Share of the real images that lie in the manifold of the generated ones.
     """
 
     precision: float
@@ -27,9 +27,9 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall() -> Metric:
-    """``precision`` and ``recall`` by 3 neighbours: see `precision_and_recall`.
+    """``precision`` and ``recall`` with 3 neighbours: see `precision_and_recall`.
 
-    Absent where there are no more than 3 real images or samples.
+    Absent if there are only 3 real images or samples, or fewer.
     """
 
     def measure(samples, reference):
@@ -46,31 +46,31 @@ def precision_and_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> Prec
     """Improved precision and recall of generated features against real ones.
 
     Kynkaanniemi et al., *Improved Precision and Recall Metric for Assessing Generative Models*,
-    2019, eq. 1 and 2. A set's manifold is the union of closed balls around its points, each
-    reaching to the k-th nearest other point of the set (so to the point itself where there are k
-    copies of it). Both shares depend on the numbers of samples; compare only equal ones. Dhariwal &
-    Nichol, *Diffusion Models Beat GANs*, 2021, take k = 3, Inception's 2048 pool features, 50 000
-    generated samples and 10 000 real ones; their program computes the distances in float16
-    where those are finite, so its last digits may differ.
+    2019, eq. 1 and 2. A set's manifold is the union of closed balls around its points. Each ball
+    reaches to the k-th nearest other point of the set, so its radius is 0 if the point has k
+    copies. Both shares depend on the numbers of images, so compare only equal numbers. Dhariwal &
+    Nichol, *Diffusion Models Beat GANs*, 2021, use k = 3, Inception's 2048 pool features, 50 000
+    generated images and 10 000 real ones. Their program computes distances in float16 where they
+    are finite there, so its last digits may differ.
 
     The result is exactly that of comparing sums of squared differences in float64, ties included,
-    at the price of a matrix product: with u = 2^-53, the expansion |a|^2 - 2ab + |b|^2 of centred
-    features errs by at most (d + 5) u (|a| + |b|)^2, whatever the order of its sums, and the sum of
-    squared differences by at most (d + 2) u (|a| + |b|)^2. Where the expansion is no nearer than
-    both together to what it is compared with, it decides; elsewhere, in practice at ties and
-    copies, the differences do.
+    at the price of a matrix product. With u = 2^-53, the expansion |a|^2 - 2ab + |b|^2 of centred
+    features has an error of at most (d + 5) u (|a| + |b|)^2, whatever the order of its sums. The
+    sum of squared differences has an error of at most (d + 2) u (|a| + |b|)^2. If a comparison is
+    clear beyond the sum of both bounds, the expansion decides it. Otherwise, in practice for ties
+    and copies, the squared differences decide it.
 
     Args:
       real: (n, d) features of real images.
       fake: (m, d) features of generated images.
-      k: Which neighbour a ball reaches to.
+      k: A ball reaches to the k-th nearest neighbour.
 
     Returns:
-      Precision and recall. The memory is that of one of the sets in float64 and a few hundred MB.
+      Precision and recall. The memory is that of one of the sets in float64, and a few hundred MB.
 
     Raises:
-      ValueError: If the features are not matrices of finite numbers of one width, or a set has not
-        more than k points, or k is not positive.
+      ValueError: If the features are not matrices of finite numbers with the same width, if a set
+        has k points or fewer, or if k is not positive.
     """
     if k < 1:
         raise ValueError(f"k must be positive, got {k}")
@@ -83,7 +83,7 @@ def precision_and_recall(real: np.ndarray, fake: np.ndarray, k: int = 3) -> Prec
             raise ValueError(f"{name} features are not finite")
     if real.shape[1] != fake.shape[1]:
         raise ValueError(
-            f"real features of width {real.shape[1]} have no distance to fake ones of width "
+            f"real features have the width {real.shape[1]}, but fake features have the width "
             f"{fake.shape[1]}"
         )
     return PrecisionRecall(
@@ -104,7 +104,7 @@ def _radii(points: np.ndarray, k: int) -> np.ndarray:
             # The k-th nearest point is no further than the furthest of any k points.
             radius = _differences(point, points, near[i]).max()
             others = np.flatnonzero(squared[i] <= radius + errors[i])
-            # At distance 0 none can be nearer: sets of copies don't need all their differences.
+            # No point is nearer than 0, so for copies the other differences are not needed.
             if radius > 0 and len(others) > k:
                 radius = np.partition(_differences(point, points, others), k - 1)[k - 1]
             radii[start + i] = radius
@@ -128,7 +128,7 @@ def _inside(points: np.ndarray, centres: np.ndarray, radii: np.ndarray) -> np.nd
 def _blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yields the first row, squared distances (rows, m), and bounds (rows,) of their errors."""
     mean = b.mean(axis=0, dtype=np.float64)
-    # The nearer to the origin, the less the expansion cancels.
+    # Centred features lose fewer digits in the expansion.
     b = b - mean
     squares = np.einsum("ij,ij->i", b, b)
     largest = np.sqrt(squares.max())
@@ -140,7 +140,7 @@ def _blocks(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.
         squared *= -2
         squared += own[:, None]
         squared += squares
-        # Twice the bounds' u for 2 d + 7 < 2 (d + 8), and for the errors of this very line.
+        # eps is 2 u, and the bounds add up to (2 d + 7) u. The rest is for errors of this line.
         errors = np.finfo(np.float64).eps * (a.shape[1] + 8) * (np.sqrt(own) + largest) ** 2
         yield start, squared, errors
 

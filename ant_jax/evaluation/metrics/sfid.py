@@ -7,8 +7,9 @@ from ant_jax.evaluation.metrics.frechet import frechet_distance
 def sfid() -> Metric:
     """``sfid``: the squared Frechet distance of spatial features.
 
-    Nash et al., *Generating Images with Sparse Representations*, 2021: of Inception's first 7
-    channels of the 17 x 17 positions of the layer `mixed_6/conv`, which see where things are.
+    Nash et al., *Generating Images with Sparse Representations*, 2021. The features are the first 7
+    channels at the 17 x 17 positions of Inception's layer `mixed_6/conv`, so they depend on where
+    things are in the image.
     """
 
     def measure(samples, reference):

@@ -116,7 +116,7 @@ def test_memory_is_bounded_by_the_blocks(monkeypatch):
 @pytest.mark.parametrize(
     ("real", "fake", "k", "message"),
     [
-        (np.zeros((5, 2)), np.zeros((5, 3)), 3, "width 2 .* width 3"),
+        (np.zeros((5, 2)), np.zeros((5, 3)), 3, "width 2,.*width 3"),
         (np.zeros((3, 2)), np.zeros((5, 2)), 3, "more than 3 real features, got 3"),
         (np.zeros((5, 2)), np.zeros((1, 2)), 1, "more than 1 fake features, got 1"),
         (np.zeros(5), np.zeros((5, 2)), 3, r"real features must be .*\(5,\)"),
