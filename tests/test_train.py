@@ -368,7 +368,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(method, tmp_path, monkeypatch):
         trainer.train(config, tmp_path)
     message = str(error.value)
     assert message.startswith("step 6: loss nan")
-    assert re.search(r"cluster losses \[.*nan.*\]; last", message)
+    assert re.search(r"task losses \[.*nan.*\]; last", message)
     assert f"last good checkpoint: step 4 in {tmp_path / 'checkpoints'}" in message
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["2", "4"]
 
@@ -384,7 +384,7 @@ def test_a_step_that_is_not_finite_can_be_skipped(method, tmp_path, monkeypatch,
     assert int(after.step) == 6
     assert_same_state(after._replace(step=before.step), before)
     (warning,) = [record.message for record in caplog.records if "skipped" in record.message]
-    assert re.match(r"step 6: loss nan, gradient norm nan; cluster losses \[.*nan.*\]", warning)
+    assert re.match(r"step 6: loss nan, gradient norm nan; task losses \[.*nan.*\]", warning)
 
     config.num_steps = 8
     state = trainer.train(config, tmp_path)

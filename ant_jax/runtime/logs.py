@@ -22,7 +22,7 @@ from ant_jax.runtime.files import naming, write_bytes
 class MeanMetrics:
     """Means of the metrics of all steps since the last report.
 
-    The loss of a cluster is weighted by its number of examples, and NaN, such as a cosine that a
+    The loss of a task is weighted by its number of examples, and NaN, such as a cosine that a
     step did not measure, is left out. It holds sums, which are equal bit for bit whether or not the
     run was interrupted.
     """
@@ -38,7 +38,7 @@ class MeanMetrics:
             value = np.asarray(value, np.float64)
             weights = np.ones_like(value)
             if name == "cluster_losses":
-                # An empty cluster's loss is 0 by convention, not by measurement.
+                # The loss of a task without examples is 0 by convention, not by measurement.
                 weights = np.asarray(metrics["counts"], np.float64)
             measured = ~np.isnan(value) & ~np.isnan(weights)
             weights = np.where(measured, weights, 0)

@@ -42,7 +42,7 @@ class LossGuard:
         losses = ", ".join(f"{loss:.4g}" for loss in metrics["cluster_losses"])
         figures = (
             f"step {step}: loss {metrics['loss']:.4g}, gradient norm {metrics['grad_norm']:.4g}; "
-            f"cluster losses [{losses}]"
+            f"task losses [{losses}]"
         )
         if self._in_a_row > self._patience:
             raise FloatingPointError(f"{figures}; {self._advice()}")
