@@ -1,4 +1,4 @@
-"""Beginning with other weights, leaving some as they are, and what else a config can train."""
+"""Starting from other weights, freezing some of them, and training other networks."""
 
 import json
 
@@ -65,7 +65,7 @@ def one_device():
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory, one_device):
-    """A run to begin others with."""
+    """A run from which others start."""
     workdir = tmp_path_factory.mktemp("begun")
     return workdir, train.train(tiny(), workdir)
 
@@ -77,7 +77,7 @@ def state_of(config):
 
 def test_a_run_begins_with_the_moving_average_of_another(begun, tmp_path):
     workdir, before = begun
-    # Another method, optimizer and number of clusters: only the network has to be the same.
+    # The method, the optimizer and the number of clusters may differ, but not the network.
     changes = dict(clusters__k=4, optimizer__clip_norm=1.0, process__variance="fixed_small")
     changes["init_from"] = str(workdir)
     config = tiny("uncertainty", **changes)
@@ -87,7 +87,7 @@ def test_a_run_begins_with_the_moving_average_of_another(begun, tmp_path):
     assert_same(state.ema_params, before.ema_params)
     assert np.abs(before.params["output"]["kernel"] - state.params["output"]["kernel"]).max() > 0
     first = train.train(config, tmp_path)
-    # Going on is from its own checkpoint; the other run is no longer needed.
+    # The run resumes from its own checkpoint; the other run is no longer needed.
     config.num_steps = 5
     checkpoints = tmp_path / "checkpoints"
     assert checkpoint.checkpoint_steps(checkpoints)[-1] == 4
@@ -158,7 +158,7 @@ LAID_OUT = {
 
 @pytest.fixture
 def unet_file(tmp_path):
-    """A config of a UNet and the file that it begins with, of others, by what is said of it."""
+    """A config of a UNet and the published file that it starts from, by its `init_facts`."""
 
     def make(facts, said=None, **settings):
         settings = (
@@ -185,7 +185,7 @@ def test_a_unet_of_others_is_read_by_what_is_said_of_its_attention(unet_file, fa
 def test_the_last_row_of_a_label_table_must_be_said_to_be_of_the_null_class(unet_file):
     facts = "qkv_first,num_heads=4"
     config, params = unet_file(facts, **{"model.conditional": True})
-    # It could be of 11 classes.
+    # It could have 11 classes.
     with pytest.raises(
         ConfigError, match=r"has 11 rows, one more than .* add null_row to config.in"
     ):
@@ -263,7 +263,7 @@ def test_latents_of_another_scale_are_refused(unet_file):
 
 @pytest.fixture
 def dit_file(tmp_path, monkeypatch):
-    """A config of a DiT and the file that it begins with, of others."""
+    """A config of a DiT and the published file that it starts from."""
     monkeypatch.setitem(dit.SIZES, "S", dict(depth=1, width=8, heads=2))
     config = tiny(init_from=str(tmp_path / "x.safetensors"), init_facts="heads=1")
     params = random_params(config)
@@ -337,7 +337,7 @@ def test_a_table_without_a_row_for_the_null_class_must_be_said_to_be_one(dit_fil
         parameters_of(config)
     config.init_facts = "heads=1"
     interop.write_state(config.init_from, state | {table: state[table][:-1]})
-    # It could be of 9 classes with a null class.
+    # It could have 9 classes and a null class.
     with pytest.raises(
         ConfigError, match=r"label table has 10 rows, .* add no_null_row to config.in"
     ):
@@ -403,7 +403,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written_or_c
 
 
 class Own(nn.Module):
-    """A network that is trained by its name, without labels."""
+    """A network that a config names, without labels."""
 
     scale: float = 2.0
 
@@ -423,7 +423,7 @@ def test_a_network_of_ones_own_is_trained_exported_and_begun_with(begun, tmp_pat
     assert_same(state_of(config).params, state.ema_params)
     config.init_from = str(tmp_path / "run")
     assert_same(state_of(config).params, state.ema_params)
-    # It has no module that knows of other files.
+    # It has no module for published weights.
     workdir, _ = begun
     state = interop.read_state(export.export(tiny(), workdir))
     interop.write_state(tmp_path / "others.safetensors", state)
@@ -465,7 +465,7 @@ def test_frozen_parameters_stay_and_count_for_nothing(begun, tmp_path):
         strict=True,
     ):
         check(jax.tree_util.keystr(path), stays, leaf, old)
-    # No moments are kept for them.
+    # The optimizer keeps no moments for them.
     sizes = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
     free = sum(
         leaf.size
@@ -473,7 +473,7 @@ def test_frozen_parameters_stay_and_count_for_nothing(begun, tmp_path):
         if not stays
     )
     assert 2 * free <= sizes(state.opt_state) < 2 * free + 10
-    # And a checkpoint of such a run goes on.
+    # Such a run resumes from its checkpoint.
     config.num_steps = 5
     assert int(train.train(config, tmp_path).step) == 5
 

@@ -1,4 +1,4 @@
-"""Two processes with four devices each, against one with eight."""
+"""Compares two processes of four devices each with one process of eight devices."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def configured():
 
 
 def two(*programs, **environment):
-    """Starts two processes that are to meet, and waits for them; [(exit status, stderr)]."""
+    """Starts two processes that connect, and waits for them; [(exit status, stderr)]."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -89,7 +89,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """The run of two processes, of which the second is asked to stop."""
+    """The run of two processes; the second one gets a signal to stop."""
     folder = tmp_path_factory.mktemp("stopped")
     ended = two(*programs(folder, folder / "run", stops=(0, STOP), samples=0))
     reads = [json.loads((folder / f"reads{i}").read_text()) for i in (0, 1)]
@@ -103,7 +103,7 @@ def states(workdir, step):
 
 
 def assert_close(tree, other):
-    """Sums over the devices of two processes are rounded otherwise than over those of one."""
+    """With tolerance: sums over the devices of two processes round differently than over one."""
     assert jax.tree.structure(tree) == jax.tree.structure(other)
     for (path, leaf), expected in zip(
         jax.tree.leaves_with_path(tree), jax.tree.leaves(other), strict=True

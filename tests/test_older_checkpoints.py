@@ -22,7 +22,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_an_older_version(tmp_path):
     read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
     then, now = read(DATA / "metrics.jsonl"), read(workdir / "metrics.jsonl")
     assert [row["step"] for row in now] == list(range(1, 9))
-    # Weights were those of the losses times each interval's share.
+    # The weights were those of the losses, times the share of each interval.
     scale = np.array([21, 19]) * 2 / 40
     for before, after in zip(then[4:], now[4:], strict=True):
         np.testing.assert_allclose(after["loss"], before["loss"], rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Runs from the command line that are killed, starved and damaged; all of it by `make torture`.
+"""Kills, starves and damages runs from the command line; `make torture` runs all of it.
 
 A run that went through it ends as one that was left alone, bit for bit: parameters, EMA, optimizer,
 method, metrics (and with them the order of the data) and pictures.
@@ -69,7 +69,7 @@ def arguments(workdir, case, **changes):
         **case.settings,
         "num_steps": case.num_steps,
         "checkpoint.every": EVERY,
-        # Does not divide what is between checkpoints.
+        # Does not divide the number of steps between checkpoints.
         "log_every": 7,
         **changes,
     }
@@ -86,7 +86,7 @@ def start(workdir, case, log, **changes):
             # The last of equal flags counts.
             env=os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"] + flag},
             stderr=stream,
-            # As a terminal does with what is started in it.
+            # Like a terminal.
             process_group=0,
         )
 
@@ -99,7 +99,7 @@ def finish(workdir, case, log, **changes):
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """For each case a run that was left alone, and the seconds it took to its first steps."""
+    """For each case an uninterrupted run, and the seconds until its first steps."""
     runs = {}
 
     def run(case):
@@ -128,7 +128,7 @@ def logged(workdir):
 
 
 def drawing(workdir):
-    """The step of the newest checkpoint where its picture is due and not there yet, or else 0."""
+    """The step of the newest checkpoint if its picture is due and still missing, else 0."""
     step = max(checkpoint_steps(workdir / "checkpoints"), default=0)
     there = (workdir / "samples" / f"{step:08d}.png").exists()
     return 0 if step % PICTURES or there else step
@@ -143,13 +143,13 @@ EVENTS = {
 
 
 def wait_for(process, event, workdir):
-    """Waits until a trainer gets further than it is."""
+    """Waits until a trainer makes progress."""
     before = EVENTS[event](workdir)
     while process.poll() is None:
         now = EVENTS[event](workdir)
         if now > before:
             return
-        # Lines and partial checkpoints of the life before are removed at the start.
+        # The start removes lines and partial checkpoints of the killed process.
         before = min(before, now)
         time.sleep(0.0005)
 
@@ -172,7 +172,7 @@ def assert_same_run(workdir, expected, case):
 
 
 def workers_of(process):
-    # A child is that of the thread which started it.
+    # Linux lists a child under the thread that started it.
     files = Path(f"/proc/{process.pid}/task").glob("*/children")
     return [int(number) for file in files for number in file.read_text().split()]
 
@@ -221,7 +221,7 @@ def test_a_run_killed_at_random_instants_ends_as_if_it_had_not_been(name, refere
         if instant == "drawing":
             lost.append(drawing(workdir))
 
-        # It went on from the newest checkpoint that the life before had finished.
+        # It resumed from the newest checkpoint that the killed process had finished.
         resumed = re.search(r"resuming from step (\d+)", log.read_text())
         assert resumed is None or int(resumed[1]) == saved[-1]
         saved = checkpoint_steps(workdir / "checkpoints")
@@ -266,10 +266,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(damage, refere
 def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoint(reference, tmp_path):
     expected, _ = reference(SOME)
     workdir, log = tmp_path / "run", tmp_path / "log"
-    # A run reports its last step: here one that the longer run reports too.
+    # A run reports its last step. Here the longer run reports this step too.
     last = EVERY + 1
     assert finish(workdir, SOME, log, num_steps=last)[0] == 0
-    # A limit on the size of files is the nearest thing to a full disk that needs no privileges.
+    # A limit on the size of files imitates a full disk without special rights.
     process = start(workdir, SOME, log)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (30_000, 30_000))
     code = process.wait(timeout=200)
@@ -405,7 +405,7 @@ def test_processes_killed_together_leave_nothing_in_shared_memory(tmp_path):
     assert len(everybody) >= 3
     for pid in everybody:
         os.kill(pid, signal.SIGSTOP)
-    # Other programs make files there too.
+    # Other programs create files there too.
     maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in everybody)
     for pid in everybody:
         os.kill(pid, signal.SIGKILL)
@@ -456,7 +456,7 @@ def test_drawings_at_once_never_mix_and_one_that_is_killed_goes_on(reference, tm
     killed.kill()
     killed.wait()
     first = drawing(tmp_path / "first")
-    # While it lasts, none of the same and whoever wants of others.
+    # Meanwhile nobody else can draw the same samples, but anybody can draw others.
     first.send_signal(signal.SIGSTOP)
     other = start_mode("sample", workdir, tmp_path / "other", **settings, sample__seed=1)
     for mode in ("sample", "evaluate"):
@@ -511,7 +511,7 @@ def test_a_run_is_sampled_evaluated_and_exported_while_it_goes_on(tmp_path):
 
 
 def stopped_by_ctrl_c(workdir, case, log, wait, **changes):
-    """Starts a trainer in a group of its own, as of a terminal, and tells the group to stop."""
+    """Starts a trainer in its own process group, like a terminal, and signals the group."""
     process = start(workdir, case, log, **changes)
     wait(process)
     os.killpg(process.pid, signal.SIGINT)
@@ -562,7 +562,7 @@ def test_ctrl_c_at_any_instant_is_one_line_and_loses_nothing(reference, tmp_path
             assert saved_in(workdir)[-1] == int(step[1])
     code, text = finish(workdir, case, log)
     assert code == 0, text
-    # Each stop saved a step between the others: not the same two checkpoints are the newest.
+    # Each stop saved an additional step, so the two newest checkpoints differ.
     assert lines(workdir) == lines(expected)
     config = workdir_lib.load_config(workdir)
     setup = experiment.build(config, **workdir_lib.load_facts(workdir))
@@ -632,8 +632,8 @@ checkpoint_arrays.open_orbax = lambda: (time.sleep(45), open_orbax())[1]
 @pytest.mark.torture
 @pytest.mark.parametrize("what", LATE)
 def test_a_process_that_is_late_does_not_end_the_other(what, tmp_path):
-    """Gloo's collectives, of CPUs, wait half a minute."""
-    # Nash-MTL has a reduce-scatter, which takes that most seriously.
+    """Gloo's collectives, which CPUs use, time out after half a minute."""
+    # Nash-MTL has a reduce-scatter, the strictest about this timeout.
     case = Case("nash", 8, SMALL, 8, ())
     main = "runpy.run_module('ant_jax.main', run_name='__main__', alter_sys=True)"
     late = f"import runpy, sys, time, jax\n{LATE[what]}\n{main}"

@@ -174,7 +174,7 @@ def _read_legacy(file, head):
     if type(keys) is not list or not all(type(key) is str for key in keys):
         raise ValueError("its list of storages is damaged")
     if sorted(keys) != sorted(raws):
-        raise ValueError("its list of storages is not that of its tensors")
+        raise ValueError("its list of storages does not match its tensors")
     for key in keys:
         if file.read(8) != numels[key].to_bytes(8, "little"):
             raise ValueError(f"its storage {key} is cut off or of other than {numels[key]} values")
@@ -245,9 +245,9 @@ def _tensor(storage, offset, size, strides):
     if type(storage) is not np.ndarray or storage.ndim != 1 or not storage.flags.c_contiguous:
         raise ValueError("a tensor without a storage")
     if type(size) is not tuple or type(strides) is not tuple or len(size) != len(strides):
-        raise ValueError("a tensor of which size and strides don't fit")
+        raise ValueError("a tensor whose size and strides don't fit")
     if not all(type(n) is int and n >= 0 for n in (offset, *size, *strides)):
-        raise ValueError("a tensor of which offset, size or strides are not natural numbers")
+        raise ValueError("a tensor whose offset, size or strides are not natural numbers")
     if 0 in size:
         return _read_only(np.empty(size, storage.dtype))
     end = offset + sum((n - 1) * stride for n, stride in zip(size, strides, strict=True)) + 1

@@ -40,8 +40,8 @@ def initialize(
     missing = [name for name, value in told.items() if value is None]
     if 0 < len(missing) < len(told):
         raise ValueError(
-            f"several processes without --distributed need {', '.join(missing)} too: each gets the "
-            "same --coordinator and --num_processes, and a --process_id of its own"
+            f"several processes without --distributed need {', '.join(missing)} too: give "
+            "each the same --coordinator and --num_processes, and another --process_id"
         )
     by_hand = not missing
     bind = None

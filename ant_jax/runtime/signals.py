@@ -19,7 +19,7 @@ _UNWIND_SECONDS = 5.0  # after which a program that has not stopped is ended
 
 
 class Stop:
-    """Which signal has come, and what a signal does.
+    """Records which signal has come, and decides what a signal does.
 
     Attributes:
       signum: number of the first signal; None before it.

@@ -14,7 +14,7 @@ RANGE, ONES = tensor(of=storage("0")), tensor(of=storage("1"))
 
 
 def items(**values):
-    """The instructions that make a dict of what others make."""
+    """The instructions that create a dict of the objects that other instructions create."""
     return b"}" + b"".join(literal(key) + value + b"s" for key, value in values.items())
 
 
@@ -22,7 +22,7 @@ def module(**values):
     return items(**{f"module.{key}": value for key, value in values.items()})
 
 
-# An object of a class that is no tensor.
+# An object that is not a tensor.
 PATH = call("pathlib.PosixPath", literal("x"))
 HOLDING_THE_RANGE = {
     "alone": items(w=RANGE),
@@ -85,7 +85,7 @@ def test_no_state_dict(tmp_path, code, held):
     "code, fault",
     [
         (PATH, r"as an object of pathlib\.PosixPath, which can't be read"),
-        # Not the network instead of its moving average.
+        # The moving average is not replaced by the network.
         (items(ema=PATH, model=items(w=RANGE)), r"as an object of pathlib\.PosixPath"),
         (
             items(w=RANGE, v=call("torch._utils._rebuild_qtensor")),
@@ -101,7 +101,7 @@ def test_what_may_be_a_part_of_the_network_is_not_left_out(tmp_path, code, fault
 
 
 def test_a_circle_of_containers_ends(tmp_path):
-    # A dict that has itself in a list, and 20 000 lists in each other.
+    # A dict that contains itself in a list, and 20 000 nested lists.
     code = b"}r\x01\x00\x00\x00" + literal("w") + RANGE + b"s" + literal("x")
     code += b"]j\x01\x00\x00\x00a" + b"]" * 20_000 + b"a" * 20_000 + b"s"
     path = write_zip(tmp_path / "x.pt", code, RECORDS)

@@ -99,7 +99,7 @@ RUNNING = list(running(Path("marker")))
 def test_nothing_is_run(tmp_path, write, case):
     marker = tmp_path / "marker"
     code, culprit = running(marker)[case]
-    # What is beside it is read.
+    # The objects beside it are read.
     path = write(tmp_path / "x.pt", b"]" + tensor() + b"a" + code + b"a")
     weights, made = read(path)
     assert_is(weights, np.arange(4), np.float32)
@@ -113,14 +113,14 @@ def test_the_files_would_run_something(tmp_path):
         marker = tmp_path / case
         made = pickle.loads(b"\x80\x02" + running(marker)[case][0] + b".")
         if case == "newobj":
-            # An object of a class that is not initialised; what runs is its __new__ alone.
+            # An object that is not initialized: the unpickler would call only its __new__.
             assert type(made) is subprocess.Popen
         else:
             assert marker.exists(), case
 
 
 STATE = literal({"name": "posix.system", "writeable": 1})
-# An object of a class that is not known, and what a pickle may do with it.
+# An object of an unknown class, and what a pickle may do with it.
 PATH = call("pathlib.PosixPath", literal("a"))
 UNREAD = {
     "call": (PATH, "pathlib.PosixPath"),
@@ -245,7 +245,7 @@ def test_conjugate_views_are_refused(tmp_path):
 
 
 def write_archive(path, change):
-    """A checkpoint whose table of records is changed before it is written."""
+    """A checkpoint with changes in its table of records."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", b"\x80\x02" + tensor() + b".")
         archive.writestr("archive/data/0", bytes(16))
@@ -319,8 +319,8 @@ DAMAGED = {
         "larger than the file",
     ),
     "two sizes": (legacy(code=tensor() + tensor(of=storage(numel=3))), "two sizes"),
-    "unlisted": (legacy(keys=()), "not that of its tensors"),
-    "listed twice": (legacy(keys=("0", "0")), "not that of its tensors"),
+    "unlisted": (legacy(keys=()), "does not match its tensors"),
+    "listed twice": (legacy(keys=("0", "0")), "does not match its tensors"),
     "list of no keys": (legacy(keys=([],)), "list of storages is damaged"),
     "other size": (legacy(raw=struct.pack("<q4f", 3, 0, 1, 2, 3)), "other than 4 values"),
     "negative size": (legacy(raw=struct.pack("<q4f", -4, 0, 1, 2, 3)), "other than 4 values"),
@@ -350,7 +350,7 @@ def test_paths(tmp_path):
 
 @pytest.mark.parametrize("file", ["zip.pt", "legacy.pth"])
 def test_cut_off_or_changed(tmp_path, file):
-    """No other error than ValueError, whatever the damage; a cut is always found."""
+    """Any damage raises ValueError and no other error; truncation is always found."""
     content = (RECORDED / file).read_bytes()
     path = tmp_path / file
     for length in range(0, len(content), 61):
@@ -369,7 +369,7 @@ def test_cut_off_or_changed(tmp_path, file):
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_containers(tmp_path, protocol):
-    """Each protocol writes them by instructions of its own."""
+    """Each protocol writes them with different instructions."""
     tree = {
         "numbers": [0, -1, 300, 70_000, 2**40, -(2**80), 0.1, True, False, None],
         "text": ["", "a", "é\n", "x" * 300, b"", b"\xff\n", b"y" * 300],

@@ -1,4 +1,4 @@
-"""Files as `torch.save` writes them, instruction by instruction, and some that run something."""
+"""Writes files like `torch.save`, by single instructions, and files that try to run code."""
 
 import os
 import pickle
@@ -12,7 +12,7 @@ SYSTEM = {"protocol_version": 1001, "little_endian": True}
 
 
 def literal(value):
-    """The instructions that push a value of plain types."""
+    """The instructions that push a value of a plain type."""
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -23,7 +23,7 @@ def name(path):
 
 
 def call(path, *arguments):
-    """The instructions that call what is named, with arguments that are instructions."""
+    """The instructions that call a named function; its arguments are instructions too."""
     return name(path) + b"(" + b"".join(arguments) + b"tR"
 
 
@@ -57,7 +57,7 @@ def write_legacy(path, code, keys=("0",), raw=None, system=SYSTEM):
 
 
 class Payload:
-    """Makes pickle write the instructions that run something when the file is loaded."""
+    """Makes pickle write instructions that run code when the file is loaded."""
 
     def __init__(self, *reduced):
         self.reduced = reduced
@@ -67,7 +67,7 @@ class Payload:
 
 
 def running(marker):
-    """Instructions by which Python's own unpickler writes the marker, and what they call for it."""
+    """Instructions that make Python's unpickler create the marker file, and what they call."""
     command = f"touch {marker}"
     code = f"open({str(marker)!r}, 'w')"
     dump = lambda *reduced: pickle.dumps(Payload(*reduced), 2)[2:-1]

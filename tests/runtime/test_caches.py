@@ -1,4 +1,4 @@
-"""No cache is required: without one everything is made anew."""
+"""The caches are optional: without one, everything is computed again."""
 
 import contextlib
 import os
@@ -29,13 +29,13 @@ def a_file_in_its_place(monkeypatch, place):
 
 def a_full_disk(monkeypatch, place):
     monkeypatch.setenv("XDG_CACHE_HOME", str(place))
-    # Folders can be made, and files, but nothing written into them.
+    # Folders and files can be created, but nothing can be written into files.
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
 
 
 @pytest.fixture(params=[no_home, a_file_in_its_place, a_full_disk])
 def keeping_nothing(request, monkeypatch, tmp_path):
-    """A context in which nothing can be kept, which is said in one line."""
+    """A context in which nothing can be cached; one line says so."""
 
     @contextlib.contextmanager
     def context():

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def make_state(step, devices=None):
-    """A state of step-dependent numbers, with the odd leaves that ours has: scalars, ints, None."""
+    """A state that depends on the step, with all kinds of leaves of ours: scalars, ints, None."""
     rng = np.random.default_rng(step)
     state = {
         "step": np.int32(step),
@@ -216,12 +216,12 @@ def test_a_checkpoint_does_not_depend_on_the_number_of_devices(tmp_path):
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_state_may_be_donated_while_it_is_saved(tmp_path, devices):
-    # Large enough that the write is still going on when its buffers are used for something else.
+    # Large enough that the write still runs when its buffers are reused.
     state = {"w": jax.random.normal(jax.random.key(0), (1000, 1000)), "step": jnp.int32(4)}
     state = replicate(state, jax.devices()[:devices])
     expected = jax.tree.map(np.array, state)
     step_fn = jax.jit(lambda s: jax.tree.map(lambda x: -x - 1, s), donate_argnums=0)
-    # Compiled now, or the write would be over by then.
+    # Compiled now, because the write would end during the compilation.
     step_fn = step_fn.lower(state).compile()
     checkpoints = Checkpointer(tmp_path)
     checkpoints.save(4, state)
@@ -229,7 +229,7 @@ def test_the_state_may_be_donated_while_it_is_saved(tmp_path, devices):
     for _ in range(5):
         old, state = state, step_fn(state)
         donated.append(old["w"].is_deleted())
-    # The first may be a copy: the runtime spares a buffer that is being read.
+    # The first result may be a copy: the runtime does not reuse a buffer that is being read.
     assert all(donated[1:])
     checkpoints.close()
     assert_equal(restore(tmp_path, state)[1], expected)
@@ -309,7 +309,7 @@ def test_a_checkpoint_that_has_no_room_is_not_begun(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path):
-    # A limit on the size of files is the nearest thing to a full disk that needs no privileges.
+    # A limit on the size of files imitates a full disk without special rights.
     program = """
         import resource, signal, sys
         import jax, jax.numpy as jnp
@@ -348,7 +348,7 @@ ODD += [os.fsdecode(b"\xff"), "-r", "{x}", "$HOME"]
 def test_a_path_may_have_any_characters(tmp_path, name):
     directory = write(tmp_path / name / "checkpoints", [1, 2])
     assert_equal(restore(directory, make_state(0))[1], make_state(2))
-    # A backslash is no slash, and nothing is left elsewhere.
+    # A backslash is not taken for a slash, and no file is written elsewhere.
     assert os.listdir(tmp_path) == [name]
     assert sorted(os.listdir(tmp_path / name)) == ["checkpoints", "checkpoints.json"]
 
@@ -363,7 +363,7 @@ def test_a_path_may_be_relative_and_a_link(tmp_path, monkeypatch):
 
 
 def test_what_was_not_written_gets_no_name(tmp_path, monkeypatch):
-    """Without the path that orbax can take, it writes nothing that can be read, and no error."""
+    """With a path that orbax can't handle, it writes nothing readable and raises no error."""
     monkeypatch.setattr(checkpoint_arrays, "plain_path", contextlib.nullcontext)
     with pytest.raises(CheckpointError, match="holds 0 of 4 arrays"):
         write(tmp_path / "a[1]", [1])
@@ -458,7 +458,7 @@ def test_what_only_looks_like_a_step_is_none(directory, caplog):
 
 
 def run_goes_on(directory):
-    """Two more checkpoints, of which one is kept: those of before are removed."""
+    """Saves two more checkpoints and keeps one; all earlier ones are removed."""
     newest = checkpoint_steps(directory)[-1]
     write(directory, [newest + 1, newest + 2], keep=1)
 
@@ -496,7 +496,7 @@ def test_a_step_that_is_removed_while_it_is_read_is_not_there(directory, monkeyp
 
 
 def test_a_writer_is_not_broken_by_who_reads(tmp_path, monkeypatch):
-    """What can't be removed, as on a network disk what another machine reads, stays for later."""
+    """Files that another machine reads on a network disk can't be removed; they stay for later."""
     monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda path, ignore_errors=False: None)
     directory = write(tmp_path, [1, 2, 3], keep=1)
     assert sorted(os.listdir(directory)) == ["3", "partial-old-1", "partial-old-2"]
@@ -549,7 +549,7 @@ def test_a_checkpoint_tells_what_it_is_of(tmp_path, caplog):
     assert read_record(directory) == of_b
     assert read_record(directory, 2) == of_a
     assert read_record(directory, 1) is read_record(directory, 7) is None
-    # Those of another run are passed over, those of before there were records are not.
+    # Checkpoints of another run are skipped; those of older versions, without records, are not.
     assert read_record(directory, run="a") == of_a | {"n": 3}
     assert restore(directory, make_state(0), run="a")[0] == 3
     assert "checkpoint" in caplog.text and "is of another run" in caplog.text

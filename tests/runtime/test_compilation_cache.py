@@ -21,7 +21,7 @@ def test_compiled_programs_are_kept_where_jax_knows_no_other_place(known, tmp_pa
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "known") if known else "",
         "XDG_CACHE_HOME": str(tmp_path / "cache"),
     }
-    # As if on another CPU than Intel's, where nothing is kept.
+    # Pretends that the CPU is not of Intel, for which nothing is cached.
     program = PROGRAM.replace(
         "compilation_cache.enable()",
         "compilation_cache._cpu = lambda: 'CPU'; compilation_cache.enable()",
@@ -34,7 +34,7 @@ def test_compiled_programs_are_kept_where_jax_knows_no_other_place(known, tmp_pa
     kept = lambda folder: any(path.is_file() for path in (tmp_path / folder).rglob("*"))
     assert (kept("cache/ant_jax/programs"), kept("known")) == (not known, known)
     if not known:
-        # What a kill or a bad disk has left: compiled again, said once, and whole from then on.
+        # A kill or a bad disk has damaged the file: it is compiled again, with one warning.
         (path,) = [path for path in (tmp_path / "cache").rglob("*-sealed")]
         whole = path.read_bytes()
         path.write_bytes(whole[:-9])
@@ -82,7 +82,7 @@ for each, other in zip(first, second):
 
 
 def test_parameters_are_drawn_the_same_to_the_bit_however_the_program_is_compiled():
-    # Without the flags of these tests, under which nothing is optimised.
+    # Without the flags of the tests, which turn optimizations off.
     environment = {name: os.environ[name] for name in ("PATH", "JAX_PLATFORMS")}
     command = [sys.executable, "-c", SAME]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100)

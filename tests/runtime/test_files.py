@@ -33,7 +33,7 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
 @pytest.mark.parametrize("links", [True, False])
 def test_what_is_there_is_not_written_anew(links, tmp_path, monkeypatch):
     def refuse(source, _):
-        # What a kill here leaves is removed after a day.
+        # The file that a killed writer leaves is removed after a day.
         assert source.name.startswith("a.") and source.name.endswith(".partial")
         raise PermissionError
 
@@ -51,7 +51,7 @@ def test_what_killed_writers_have_left_is_removed_after_a_day(tmp_path):
         (tmp_path / name).touch()
     for name in (names[0], *names[2:]):
         os.utime(tmp_path / name, 2 * (time.time() - 25 * 3600,))
-    # Nor does another writer that removes it first do harm.
+    # Another writer may remove it first.
     write_bytes(path, b"")
     assert sorted(os.listdir(tmp_path)) == sorted(["a", *names[1:]])
 
@@ -61,7 +61,7 @@ def test_a_lock_is_held_by_one(tmp_path):
     with locked(path):
         with pytest.raises(BlockingIOError, match=f"^process {os.getpid()} on "), locked(path):
             pass
-        # At the end its holder may remove it; then the next file is another lock.
+        # The holder may remove the file at the end; the next file is a new lock.
         path.unlink()
         with locked(path):
             pass
@@ -75,7 +75,7 @@ def test_a_lock_that_is_removed_before_it_is_held_is_none(tmp_path, monkeypatch)
 
     def late(file, how):
         if not removed:
-            # Another's, which has ended between our opening and locking.
+            # The last holder removed its file after it was opened here.
             path.unlink()
             removed.append(path)
         flock(file, how)

@@ -21,7 +21,7 @@ def test_the_interval_weights_cluster_losses_by_their_counts():
     interval.add(step_metrics(3.0, [6.0, 5.0, 0.0], [1, 2, 0]))
     report = interval.report()
     assert report["loss"] == 2.0
-    # A cluster that nobody saw has no loss; one seen in a single step has that step's.
+    # A cluster without examples has no loss; one with examples in one step has that step's loss.
     assert report["cluster_losses"] == [(3 * 2 + 6) / 4, 5.0, None]
     assert report["counts"] == [2.0, 1.0, 0.0]
     assert first["cluster_losses"][0] == 2.0
@@ -64,7 +64,7 @@ def test_lines_beyond_the_start_and_a_torn_one_are_dropped(tmp_path):
         {"step": 4, "loss": 2.0},
         {"step": 5, "loss": 1.0},
     ]
-    # What can't be read is kept elsewhere.
+    # Unreadable lines are kept in another file.
     assert (tmp_path / "metrics-damaged.jsonl").read_text() == '{"step": 3, "lo\n'
 
 
@@ -104,7 +104,7 @@ def test_a_damaged_line_costs_no_other_and_is_set_aside(tmp_path, caplog, kind):
     path.write_bytes(damage(path.read_bytes(), **DAMAGE[kind]))
     before = path.read_bytes()
     seen = logs.read(path)
-    # That the loss was another only the digest tells.
+    # Only the digest shows that the loss has changed.
     assert kind == "another loss" or (len(seen) >= 4 and "can't be read" in caplog.text)
     logs.MetricWriter(tmp_path, 50, tensorboard=False, written=written).close()
     after = path.read_bytes() + (aside.read_bytes() if aside.exists() else b"")

@@ -15,7 +15,7 @@ from configs import digits
 
 
 class Store:
-    """As JAX's: what is set once can be waited for."""
+    """Like JAX's key-value store: a process can wait for a key that another sets."""
 
     def __init__(self):
         self.values, self.changed, self.most = {}, threading.Condition(), 0
@@ -41,7 +41,7 @@ class Store:
 
 @pytest.fixture
 def together(monkeypatch):
-    """Runs a function of the process's number in as many threads, as if each were a process."""
+    """Runs a function of the process's number in three threads, as if each were a process."""
     store, local = Store(), threading.local()
 
     class State:
@@ -203,7 +203,7 @@ def free_port(host="127.0.0.1"):
 
 @pytest.fixture
 def names(monkeypatch):
-    """What names mean: none is looked up elsewhere."""
+    """The addresses of host names, without asking a name server."""
     known = {}
     real = socket.getaddrinfo
 
@@ -229,7 +229,7 @@ def test_process_0_listens_at_the_address_that_is_asked_and_no_other(names):
 
 def test_where_the_address_is_not_this_machine_s_alone_all_are_listened_at(names, caplog):
     port = free_port("127.0.0.1")
-    # Of a router that translates; of a machine whose own name is a loopback; of two addresses.
+    # Behind a router that translates addresses; a name that is a loopback; two addresses.
     names |= {"behind": ["192.0.2.1"], "own": ["127.0.1.1"], "two": ["127.0.0.1", "192.0.2.1"]}
     for host in ("192.0.2.1", "behind", "own", "two"):
         caplog.clear()

@@ -11,7 +11,7 @@ import pytest
 from ant_jax.runtime import signals
 
 ROOT = Path(__file__).parents[2]
-# What it does until it is asked to stop, and after.
+# What each program does until a signal comes, and after it.
 PROGRAMS = {
     "waits": "time.sleep(60)",
     "saves": "while not stop.signum: time.sleep(0.01)\ntime.sleep(0.1)",
@@ -22,7 +22,7 @@ try:
 except KeyboardInterrupt:
     raise ImportError("while an extension was initialized")
 """,
-    # Where Python does not look whether a signal has come.
+    # In C code, where Python does not handle signals.
     "computes": """
 signals._UNWIND_SECONDS = 0.3
 hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
@@ -75,7 +75,7 @@ def test_what_has_nothing_to_save_ends_in_one_line(what, number):
 )
 def test_what_has_something_to_save_saves_it_although_one_wish_came_twice(number, expected):
     with program("saves") as process:
-        # As where a terminal and a wrapper both pass on a Ctrl-C.
+        # Like a terminal and a wrapper that both deliver one Ctrl-C.
         process.send_signal(number)
         time.sleep(0.05)
         process.send_signal(number)
