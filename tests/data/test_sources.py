@@ -1,12 +1,11 @@
 import json
 import subprocess
 import sys
-from typing import ClassVar
+from pathlib import Path
 
 import cloudpickle
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -15,55 +14,14 @@ from ant_jax import data
 from ant_jax.runtime.extras import MissingExtraError
 from ant_jax.settings import names_in, resolve, settings_of
 
-
-class AntTinyImages(tfds.core.GeneratorBasedBuilder):
-    """Twelve PNG images: image i is filled with i and has label i mod 3."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS: ClassVar = [
-        tfds.core.BuilderConfig(name="rgb", description="varying size"),
-        tfds.core.BuilderConfig(name="grey", description="fixed size, no labels"),
-        tfds.core.BuilderConfig(name="text", description="no image at all"),
-    ]
-
-    def _info(self):
-        features = {
-            "rgb": {
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.ClassLabel(num_classes=3),
-            },
-            "grey": {"image": tfds.features.Image(shape=(6, 8, 1))},
-            "text": {"text": tfds.features.Text()},
-        }[self.builder_config.name]
-        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples()}
-
-    def _generate_examples(self):
-        for i in range(12):
-            yield (
-                i,
-                {
-                    "rgb": {"image": np.full((6 + i, 8, 3), i, np.uint8), "label": i % 3},
-                    "grey": {"image": np.full((6, 8, 1), i, np.uint8)},
-                    "text": {"text": "a"},
-                }[self.builder_config.name],
-            )
+# What tests/data/tfds/record.py has prepared: twelve images, of which image i is filled with i and
+# has label i mod 3.
+PREPARED = Path(__file__).parent / "tfds"
+DATA_DIR = str(PREPARED / "array_record")
 
 
 @pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    path = str(tmp_path_factory.mktemp("tfds"))
-    for config in ("rgb", "grey", "text"):
-        AntTinyImages(
-            data_dir=path, config=config, file_format="array_record"
-        ).download_and_prepare()
-    return path
-
-
-@pytest.fixture(scope="module")
-def settings(data_dir, tmp_path_factory):
+def settings(tmp_path_factory):
     """What opens a small set by each source that needs something."""
     place = tmp_path_factory.mktemp("sources")
     images = np.random.default_rng(0).integers(0, 256, (12, 6, 8, 3), np.uint8)
@@ -75,7 +33,7 @@ def settings(data_dir, tmp_path_factory):
     return {
         "arrays": {"file": str(place / "file.npz")},
         "folder": {"dir": str(place / "folder")},
-        "tfds": {"builder": "ant_tiny_images/rgb", "dir": data_dir},
+        "tfds": {"builder": "ant_tiny_images/rgb", "dir": DATA_DIR},
     }
 
 
@@ -173,8 +131,8 @@ def test_arrays_of_a_file(tmp_path):
         data.arrays("", path)
 
 
-def test_tfds_colour_images_of_varying_size(data_dir):
-    source = data.tfds("train", "ant_tiny_images/rgb", data_dir)
+def test_tfds_colour_images_of_varying_size():
+    source = data.tfds("train", "ant_tiny_images/rgb", DATA_DIR)
     assert len(source) == 12
     assert source.num_classes == 3
     assert source.image_shape == (None, None, 3)
@@ -187,19 +145,19 @@ def test_tfds_colour_images_of_varying_size(data_dir):
         assert example["label"] == value % 3 and example["label"].dtype == np.int32
         seen.add(value)
     assert seen == set(range(12))
-    assert len(data.tfds("train[:25%]", "ant_tiny_images/rgb", data_dir)) == 3
+    assert len(data.tfds("train[:25%]", "ant_tiny_images/rgb", DATA_DIR)) == 3
 
 
-def test_tfds_grey_images_without_labels(data_dir):
-    source = data.tfds("train", "ant_tiny_images/grey", data_dir)
+def test_tfds_grey_images_without_labels():
+    source = data.tfds("train", "ant_tiny_images/grey", DATA_DIR)
     assert source.num_classes == 0
     assert source.image_shape == (6, 8, 1)
     assert source[5]["image"].shape == (6, 8, 1)
     assert source[5]["label"] == 0
 
 
-def test_tfds_feeds_the_pipeline_from_workers(data_dir):
-    source = data.tfds("train", "ant_tiny_images/rgb", data_dir)
+def test_tfds_feeds_the_pipeline_from_workers():
+    source = data.tfds("train", "ant_tiny_images/rgb", DATA_DIR)
     options = dict(batch_size=5, seed=0, image_size=4, crop="random", flip=True, start_step=2)
     here = data.batches(source, **options)
     workers = data.batches(source, num_workers=2, **options)
@@ -213,25 +171,25 @@ def test_tfds_feeds_the_pipeline_from_workers(data_dir):
     workers.close()
 
 
-def test_tfds_is_read_without_tensorflow(data_dir):
+def test_tfds_is_read_without_tensorflow():
     code = (
         "import sys; from ant_jax import data;"
-        f"s = data.tfds('train', 'ant_tiny_images/rgb', {data_dir!r});"
+        f"s = data.tfds('train', 'ant_tiny_images/rgb', {DATA_DIR!r});"
         "assert s[3]['image'].ndim == 3; assert 'tensorflow' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_tfds_errors_name_the_culprit_and_the_remedy(data_dir, tmp_path):
+def test_tfds_errors_name_the_culprit_and_the_remedy(tmp_path):
     with pytest.raises(ValueError, match="no builder 'ant_no_such_images'"):
-        data.tfds("train", "ant_no_such_images", data_dir)
+        data.tfds("train", "ant_no_such_images", DATA_DIR)
     with pytest.raises(ValueError, match="'valid'"):
-        data.tfds("valid", "ant_tiny_images/rgb", data_dir)
+        data.tfds("valid", "ant_tiny_images/rgb", DATA_DIR)
     with pytest.raises(ValueError, match="no uint8 'image'"):
-        data.tfds("train", "ant_tiny_images/text", data_dir)
+        data.tfds("train", "ant_tiny_images/text", DATA_DIR)
     missing = str(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"nowhere.*download_and_prepare\(\)"):
-        data.tfds("train", "ant_tiny_images/rgb", missing)
+        data.tfds("train", "mnist", missing)
 
 
 def test_without_tensorflow_datasets_the_extra_is_named(monkeypatch):
@@ -241,8 +199,6 @@ def test_without_tensorflow_datasets_the_extra_is_named(monkeypatch):
         data.tfds("train", "cifar10")
 
 
-def test_tfds_stored_without_random_access(tmp_path):
-    builder = AntTinyImages(data_dir=str(tmp_path), config="grey", file_format="tfrecord")
-    builder.download_and_prepare()
+def test_tfds_stored_without_random_access():
     with pytest.raises(ValueError, match=r"random access.*array_record"):
-        data.tfds("train", "ant_tiny_images/grey", str(tmp_path))
+        data.tfds("train", "ant_tiny_images/grey", str(PREPARED / "tfrecord"))
