@@ -4,7 +4,7 @@
 def __getattr__(name):
     if name == "load_run":
         # JAX takes its time, and not everybody who imports a part of this needs all of it.
-        from ant_jax.runs import load_run
+        from ant_jax.workdir.run import load_run
 
         return load_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,9 +12,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ant_jax import config as config_lib
-from ant_jax import config_file
 from ant_jax.config import ConfigError
-from ant_jax.old_configs import MOVED
+from ant_jax.config import file as config_file
+from ant_jax.config.migration import MOVED
 from ant_jax.runtime.files import user_path
 
 # What ml_collections raises where an override fits no setting.

@@ -19,9 +19,9 @@ from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import experiment, interop, models, old_configs, optimizer
+from ant_jax import experiment, interop, models, optimizer
 from ant_jax import workdir as workdir_lib
-from ant_jax.config import ConfigError
+from ant_jax.config import ConfigError, migration
 from ant_jax.published_weights import OWN_NAMES, Names
 from ant_jax.runtime import checkpoint
 from ant_jax.runtime.files import user_path
@@ -70,7 +70,7 @@ def _of_file(path, config, setup):
     if config.init_facts:
         raise ValueError("the file has metadata: leave config.init_facts empty")
     try:
-        settings = old_configs.renamed(dict(json.loads(metadata)))
+        settings = migration.renamed(dict(json.loads(metadata)))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError("the metadata of the file are damaged") from error
     _check_meaning(settings, config)

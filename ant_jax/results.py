@@ -9,14 +9,15 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from ant_jax import compatibility, dataset, experiment, sampling
 from ant_jax import config as config_lib
+from ant_jax import dataset, experiment, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.runtime.files import write_bytes, write_new
 from ant_jax.runtime.tree_hash import tree_hash
 from ant_jax.sampling import cache
 from ant_jax.settings import Affects
 from ant_jax.train_step import TrainState
+from ant_jax.workdir import compatibility
 
 
 def restore_run(

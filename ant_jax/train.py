@@ -15,7 +15,6 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from ant_jax import (
-    compatibility,
     compiled_step,
     data,
     dataset,
@@ -33,6 +32,7 @@ from ant_jax.runtime import checkpoint, logs, measurements, processes, progress,
 from ant_jax.runtime.loss_guard import LossGuard
 from ant_jax.runtime.profiler import profiler
 from ant_jax.train_step import TrainState
+from ant_jax.workdir import compatibility
 
 _PROFILE_START = 10
 

@@ -563,7 +563,7 @@ def test_a_workdir_describes_itself(tmp_path):
 
 
 def test_a_run_of_an_older_version_goes_on_as_it_began():
-    """A setting that is newer than this file needs a line in `old_configs`."""
+    """A setting that is newer than this file needs a line in `config.migration`."""
     settings = json.loads((Path(__file__).parent / "data" / "config.json").read_text())
     read = config_lib.from_json(settings)
     config_lib.validate(read)

@@ -39,23 +39,9 @@ ROOMS = [
     *("settings", "pixels", "npz", "published_weights", "runtime"),
     *("mtl", "diffusion", "tasks", "models", "train_step"),
     *("interop", "data", "latents", "sampling", "evaluation"),
-    *(
-        "older_checkpoints",
-        "setting_groups",
-        "old_configs",
-        "config",
-        "dataset",
-        "optimizer",
-        "experiment",
-        "compiled_step",
-        "workdir",
-        "compatibility",
-        "runs",
-        "init_from",
-        "hooks",
-    ),
-    *("results", "measuring", "evaluate", "train", "encode", "export"),
-    *("config_file", "cli", "main"),
+    *("config", "dataset", "optimizer", "experiment", "compiled_step", "workdir"),
+    *("init_from", "hooks", "results", "measuring", "evaluate"),
+    *("train", "encode", "export", "cli", "main"),
 ]
 # These take plain values and objects.
 WITHOUT_CONFIG = ROOMS[: ROOMS.index("config")]

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ant_jax import cli, config_file, evaluate, interop
+from ant_jax import cli, evaluate, interop
 from ant_jax import workdir as workdir_lib
+from ant_jax.config import file as config_file
 from configs import digits
 from experiments import presets
 

@@ -57,7 +57,7 @@ def test_what_the_package_imports_is_installed_with_it():
 
 PROGRAM = """
 import importlib, os, sys
-import ant_jax.config_file as file, ant_jax.configs.digits
+import ant_jax.config.file as file, ant_jax.configs.digits
 
 print(file.__file__)
 for folder, module in CASES:

@@ -19,7 +19,6 @@ import pytest
 from PIL import Image
 
 from ant_jax import (
-    compatibility,
     compiled_step,
     data,
     evaluate,
@@ -36,6 +35,7 @@ from ant_jax.runtime import checkpoint
 from ant_jax.runtime import devices as devices_lib
 from ant_jax.runtime.lock import InUseError
 from ant_jax.tasks import affinity
+from ant_jax.workdir import compatibility
 from configs import digits
 
 STEPS, STOP = 8, 5

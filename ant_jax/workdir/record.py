@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import data, older_checkpoints
+from ant_jax import data
 from ant_jax.compiled_step import abstract_state
 from ant_jax.config import ConfigError
 from ant_jax.experiment import Setup
@@ -19,6 +19,7 @@ from ant_jax.runtime import checkpoint, processes
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.train_step import TrainState
+from ant_jax.workdir import older_checkpoints
 
 
 def save_config(

@@ -18,7 +18,7 @@ from ant_jax.config import ConfigError
 from ant_jax.runtime.files import user_path
 
 # The configs of the package: inside it when installed, beside it in a clone.
-_PACKAGE = Path(__file__).resolve().parent
+_PACKAGE = Path(__file__).resolve().parents[1]
 _CONFIGS = _PACKAGE / "configs"
 if not _CONFIGS.is_dir():
     _CONFIGS = _PACKAGE.parent / "configs"

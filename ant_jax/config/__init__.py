@@ -1,0 +1,51 @@
+"""A config: groups of settings, and the components that they name.
+
+A group such as ``config.method`` names a component. Its settings are those that all components
+share (`config.groups`) and the typed arguments of the component. `settings_of_config` lists all
+settings of a config. Each setting says what it affects. Resuming, the cache of samples, the
+compiled step and the experiments read it there.
+"""
+
+from ant_jax.config.components import (
+    ConfigError,
+    arguments,
+    build,
+    common,
+    component,
+    component_names,
+    flatten,
+    settings_of_config,
+)
+from ant_jax.config.configs import (
+    affecting,
+    default_config,
+    from_json,
+    meaning,
+    of_a_process,
+    program,
+    update,
+)
+from ant_jax.config.groups import GROUPS
+from ant_jax.config.validation import check_same, surprises, validate
+
+__all__ = [
+    "GROUPS",
+    "ConfigError",
+    "affecting",
+    "arguments",
+    "build",
+    "check_same",
+    "common",
+    "component",
+    "component_names",
+    "default_config",
+    "flatten",
+    "from_json",
+    "meaning",
+    "of_a_process",
+    "program",
+    "settings_of_config",
+    "surprises",
+    "update",
+    "validate",
+]

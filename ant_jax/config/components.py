@@ -1,0 +1,160 @@
+"""Components and their settings: what the names in a config mean."""
+
+import functools
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from ant_jax import settings
+from ant_jax.config.groups import GROUPS, Group
+from ant_jax.settings import Check, Setting
+
+
+class ConfigError(ValueError):
+    """A setting is impossible, or does not fit the data, the devices or the workdir."""
+
+
+NAMED_GROUPS = {group.name: group for group in GROUPS if group.folder}
+
+
+def flatten(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings as {"group.name": value}."""
+    flat = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | Mapping):
+            flat |= {f"{name}.{inner}": leaf for inner, leaf in flatten(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def made_type(described: Group) -> type:
+    """The type that the components of a group return."""
+    module, _, attribute = described.makes.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def component(group: str, name: str) -> Callable:
+    """The component of a group by its name; see `settings.resolve`.
+
+    Raises:
+      ConfigError: naming the setting and what is allowed.
+    """
+    described = NAMED_GROUPS[group]
+    folder = importlib.import_module(described.folder)
+    try:
+        if not isinstance(name, str):
+            raise ValueError(f"must be a string, got {name!r}")
+        return settings.resolve(folder, name, made_type(described))
+    except ValueError as error:
+        raise ConfigError(f"config.{group}.{described.key} {error}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def settings_of_component(group: str, name: str) -> dict[str, Setting]:
+    """The settings of one component of a group, without those that all components share."""
+    described = NAMED_GROUPS[group]
+    if name == described.none:
+        return {}
+    try:
+        own = settings.settings_of(component(group, name), described.given, described.affects)
+    except (TypeError, NameError) as error:
+        raise ConfigError(f"config.{group}.{described.key} = {name!r}: {error}") from error
+    both = own.keys() & {*common_settings(described), described.key}
+    if both:
+        raise ConfigError(
+            f"config.{group}.{described.key} = {name!r} has an argument {', '.join(sorted(both))}, "
+            f"which is a setting of all of config.{group}: give it another name"
+        )
+    return own
+
+
+@functools.cache
+def common_settings(group: Group) -> dict[str, Setting]:
+    """The settings that all components of a group share."""
+    return settings.settings_of(group.common, (), group.affects) if group.common else {}
+
+
+def common(config: ConfigDict, group: str) -> dict[str, Any]:
+    """The settings of a group that all its components share, as keyword arguments."""
+    return {name: config[group][name] for name in common_settings(NAMED_GROUPS[group])}
+
+
+def arguments(config: ConfigDict, group: str) -> dict[str, Any]:
+    """The settings of a group that belong to its component, as keyword arguments."""
+    values = config[group]
+    return {name: values[name] for name in settings_of_component(group, values[key_of(group)])}
+
+
+def key_of(group: str) -> str:
+    """The setting that names the component of a group, such as "name"."""
+    return NAMED_GROUPS[group].key
+
+
+def build(config: ConfigDict | FrozenConfigDict, group: str, **given: Any) -> Any:
+    """Calls the component of a group with its settings.
+
+    Args:
+      config: the run's config.
+      group: its name.
+      **given: arguments that the program gives; the component gets those that it has.
+
+    Raises:
+      ConfigError: naming the group, if the component raises a ValueError or an OSError.
+    """
+    found = component(group, config[group][key_of(group)])
+    takes = inspect.signature(found).parameters
+    given = {name: value for name, value in given.items() if name in takes}
+    try:
+        made = found(**given, **arguments(config, group))
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"config.{group}: {error}") from error
+    makes = made_type(NAMED_GROUPS[group])
+    if not isinstance(made, makes):
+        raise ConfigError(
+            f"config.{group}.{key_of(group)} = {config[group][key_of(group)]!r} makes "
+            f"{type(made).__name__}, not {makes.__name__}: see docs/adding.md"
+        )
+    return made
+
+
+def settings_of_config(config: ConfigDict | Mapping[str, Any]) -> dict[str, Setting]:
+    """All settings of a config with these components, by ``"group.name"``.
+
+    Raises:
+      ConfigError: if a component can't be found.
+    """
+    found = {}
+    for group in GROUPS:
+        dot = f"{group.name}." if group.name else ""
+        values = config.get(group.name, {}) if group.name else config
+        if group.folder:
+            name = values.get(group.key) if isinstance(values, ConfigDict | Mapping) else None
+            if name is None:
+                old = "; this config is of version 0.1, see docs/settings.md" * (
+                    "diffusion" in config
+                )
+                raise ConfigError(
+                    f"missing setting config.{dot}{group.key}: a component, by default "
+                    f"{group.default!r}{old}"
+                )
+            if not isinstance(name, str):
+                raise ConfigError(f"config.{dot}{group.key} must be a string, got {name!r}")
+            check = Check(lambda value: True, "a component")
+            found[dot + group.key] = Setting((str,), check, None, group.affects)
+            found |= {
+                dot + each: setting
+                for each, setting in settings_of_component(group.name, name).items()
+            }
+        found |= {dot + each: setting for each, setting in common_settings(group).items()}
+    return found
+
+
+def component_names() -> dict[str, str]:
+    """The settings that name a component, ``"group.name"``, and their groups."""
+    return {f"{group.name}.{group.key}": group.name for group in NAMED_GROUPS.values()}

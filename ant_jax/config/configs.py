@@ -1,0 +1,155 @@
+"""Configs with their defaults, changes of them, and the parts that others depend on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import placeholder
+
+from ant_jax import settings
+from ant_jax.config import migration
+from ant_jax.config.components import (
+    NAMED_GROUPS,
+    ConfigError,
+    common_settings,
+    component_names,
+    flatten,
+    key_of,
+    settings_of_component,
+    settings_of_config,
+)
+from ant_jax.config.groups import GROUPS
+from ant_jax.settings import Affects
+
+
+def default_config(**names: str) -> ConfigDict:
+    """A config with the default of every setting.
+
+    Args:
+      **names: components by group, as in ``default_config(method="pcgrad", model="unet")``. The
+        other groups have their default component.
+    """
+    config = ConfigDict()
+    for group in GROUPS:
+        if group.name and group.name not in config:
+            config[group.name] = ConfigDict()
+        place = config[group.name] if group.name else config
+        if group.folder:
+            place[group.key] = names.get(group.name, group.default)
+        for name, setting in common_settings(group).items():
+            place[name] = setting.default
+        if group.folder:
+            _fill(config, group.name)
+    unknown = names.keys() - NAMED_GROUPS.keys()
+    if unknown:
+        raise ConfigError(f"no group of components: {', '.join(sorted(unknown))}")
+    return config.lock()
+
+
+def update(config: ConfigDict, changes: Mapping[str, Any]) -> None:
+    """Changes settings by ``"group.name"``, in place.
+
+    If the component of a group changes, the group gets the settings of the new component. It keeps
+    the value of a setting that both components have with the same range and default.
+
+    Raises:
+      ConfigError: if there is no such component.
+      KeyError: if there is no such setting.
+      TypeError: if a value is of another type.
+    """
+    keys = component_names()
+    for name, group in keys.items():
+        if name in changes and changes[name] != config[group][key_of(group)]:
+            former = config[group][key_of(group)]
+            with config.unlocked():
+                config[group][key_of(group)] = changes[name]
+                _fill(config, group, former)
+    rest = {name: value for name, value in changes.items() if name not in keys}
+    config.update_from_flattened_dict(rest)
+
+
+def _fill(config, group, former=None):
+    """Gives a group the settings of its component, and removes those of the former one."""
+    place = config[group]
+    own = settings_of_component(group, place[key_of(group)])
+    before = {} if former is None else settings_of_component(group, former)
+    common = common_settings(NAMED_GROUPS[group])
+    # A setting of the same name may mean something else.
+    kept = {name for name in own.keys() & before.keys() if _alike(own[name], before[name])}
+    for name in [each for each in place if each not in (*kept, *common, key_of(group))]:
+        del place[name]
+    for name, setting in own.items():
+        if name not in place:
+            required = setting.default is settings.REQUIRED
+            place[name] = placeholder(setting.kinds[-1]) if required else setting.default
+
+
+def _alike(one, other):
+    parts = lambda setting: (setting.kinds, setting.check.allowed, setting.default)
+    return parts(one) == parts(other)
+
+
+def affecting(config: ConfigDict, affects: Affects) -> dict[str, Any]:
+    """The values of the settings that affect any of these, by ``"group.name"``."""
+    flat = flatten(config)
+    return {
+        name: flat[name]
+        for name, setting in settings_of_config(config).items()
+        if setting.affects & affects
+    }
+
+
+def meaning(config: ConfigDict) -> dict[str, Any]:
+    """The values of the settings that decide what given parameters compute."""
+    flat = flatten(config)
+    return {
+        name: flat[name]
+        for name, setting in settings_of_config(config).items()
+        if setting.affects == Affects.MEANING
+    }
+
+
+def program(config: ConfigDict) -> FrozenConfigDict:
+    """The part of a config that the compiled step depends on; hashable."""
+    found = ConfigDict()
+    for group in (each for each in GROUPS if each.in_step):
+        common = common_settings(group)
+        names = [name for name, setting in common.items() if not setting.traced]
+        if not group.name:
+            found.update({name: config[name] for name in names})
+            continue
+        if group.folder:
+            names += [group.key, *settings_of_component(group.name, config[group.name][group.key])]
+        found[group.name] = ConfigDict({name: config[group.name][name] for name in names})
+    if config.optimizer.schedule == "constant":
+        del found["num_steps"]
+    return FrozenConfigDict(found)
+
+
+def of_a_process(config: ConfigDict) -> set[str]:
+    """The settings that may differ between the processes of a run: paths, and data workers.
+
+    The contents of the paths must be equal; the code that reads them compares them.
+    """
+    return {name for name, setting in settings_of_config(config).items() if setting.per_process}
+
+
+def from_json(values: Mapping[str, Any]) -> ConfigDict:
+    """The inverse of `ConfigDict.to_dict` and JSON.
+
+    A config of an earlier version is migrated: names become those of today, and settings that did
+    not exist yet get the value that does the same as that version.
+
+    Raises:
+      TypeError: if ``values`` is not a mapping.
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"{type(values).__name__} instead of settings by name")
+    return ConfigDict(migration.migrated(_with_tuples(values))).lock()
+
+
+def _with_tuples(value):
+    """Tuples instead of lists, because JSON has lists only."""
+    if isinstance(value, Mapping):
+        return {name: _with_tuples(inner) for name, inner in value.items()}
+    return tuple(value) if isinstance(value, list) else value

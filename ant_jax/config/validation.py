@@ -1,0 +1,207 @@
+"""Checks of a config, of its settings alone and together."""
+
+import difflib
+import importlib
+import os
+
+from ml_collections import ConfigDict
+
+from ant_jax import settings
+from ant_jax.config import migration
+from ant_jax.config.components import (
+    NAMED_GROUPS,
+    ConfigError,
+    component_names,
+    flatten,
+    key_of,
+    made_type,
+    settings_of_component,
+    settings_of_config,
+)
+from ant_jax.settings import Affects
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every setting.
+
+    Raises:
+      ConfigError: naming the setting and what is allowed, if a name is unknown or missing, a type
+        or a value is wrong, or two settings exclude each other.
+    """
+    flat = flatten(config)
+    known = settings_of_config(config)
+    for name in sorted(flat.keys() - known.keys()):
+        raise ConfigError(f"unknown setting config.{name}{_hint(name, known)}")
+    for name, setting in known.items():
+        if flat.get(name) is None:
+            raise ConfigError(f"missing setting config.{name}: {setting.check.allowed}")
+        allowed = setting.problem(flat[name])
+        if allowed:
+            raise ConfigError(f"config.{name} must be {allowed}, got {flat[name]!r}")
+    _validate_together(flat)
+
+
+def _hint(name, known):
+    if name in migration.MOVED:
+        return f"; it is config.{migration.MOVED[name]} now"
+    group, _, leaf = name.partition(".")
+    if leaf and leaf in _settings_of_others(group):
+        key = f"{group}.{key_of(group)}"
+        return (
+            f"; it belongs to another {key}: ant_jax.config.update(config, {{'{key}': ...}}) "
+            "changes the component with its settings"
+        )
+    near = difflib.get_close_matches(name, known, 1)
+    if near:
+        return f"; did you mean config.{near[0]}?"
+    there = [each for each in known if each.startswith(f"{group}.")]
+    return f"; config.{group} has {', '.join(each.partition('.')[2] for each in there)}" * bool(
+        there
+    )
+
+
+def _settings_of_others(group):
+    """Names of the settings of all components of a group's folder."""
+    if group not in NAMED_GROUPS:
+        return set()
+    described = NAMED_GROUPS[group]
+    names = settings.names_in(importlib.import_module(described.folder), made_type(described))
+    return {setting for name in names for setting in settings_of_component(group, name)}
+
+
+def _validate_together(flat):
+    def at_most(name, limit):
+        if limit in flat and flat[name] > flat[limit]:
+            raise ConfigError(
+                f"config.{name} = {flat[name]} must not exceed config.{limit} = {flat[limit]}"
+            )
+
+    at_most("clusters.k", "process.timesteps")
+    at_most("sampler.num_steps", "process.timesteps")
+    if "process.timesteps" in flat:
+        from ant_jax.diffusion import spaced_timesteps
+
+        try:
+            spaced_timesteps(
+                flat["process.timesteps"], flat["sampler.num_steps"], flat["sampler.spacing"]
+            )
+        except ValueError as error:
+            raise ConfigError(f"config.sampler.spacing: {error}") from None
+    if flat["autoencoder.name"]:
+        for name, what in (("latents", "DIR of"), ("weights", "PATH of")):
+            if not flat[f"autoencoder.{name}"]:
+                raise ConfigError(
+                    f"config.autoencoder.name = {flat['autoencoder.name']!r} needs "
+                    f"config.autoencoder.{name} = {what} its {name}"
+                )
+    if flat["data.name"] == "folder" and not flat["data.dir"]:
+        raise ConfigError("config.data.name = 'folder' needs config.data.dir = PATH of the folder")
+    if flat["clusters.name"] == "gradient" and not flat["clusters.affinity"]:
+        raise ConfigError(
+            "config.clusters.name = 'gradient' needs config.clusters.affinity = PATH of a task "
+            "affinity; python -m experiments.task_affinity measures one"
+        )
+    if flat["clusters.specialist"] >= flat["clusters.k"]:
+        raise ConfigError(
+            f"config.clusters.specialist = {flat['clusters.specialist']} must be below "
+            f"config.clusters.k = {flat['clusters.k']}"
+        )
+    for name in ("method.weight_by_interval_size", "method.cosines"):
+        if flat[name] and (flat["method.name"] == "vanilla" or flat["clusters.specialist"] >= 0):
+            raise ConfigError(
+                f"config.{name} = True needs tasks to weigh: another config.method.name than "
+                "'vanilla' and config.clusters.specialist = -1"
+            )
+    if flat["sampler.guidance"] != 1 and not (
+        flat["model.conditional"] and 0 < flat["label_dropout"] < 1
+    ):
+        raise ConfigError(
+            f"config.sampler.guidance = {flat['sampler.guidance']} needs config.model.conditional "
+            "= True and 0 < config.label_dropout < 1, which train the model with and without labels"
+        )
+    decay = flat["optimizer.weight_decay"]
+    if decay * flat["optimizer.learning_rate"] >= 1:
+        raise ConfigError(
+            f"config.optimizer.weight_decay = {decay} times config.optimizer.learning_rate = "
+            f"{flat['optimizer.learning_rate']} must be below 1: each step removes that share of "
+            "each parameter"
+        )
+    if flat["evaluation.features"] == "digits" and flat["data.name"] != "digits":
+        raise ConfigError(
+            f"config.evaluation.features = 'digits' can't evaluate config.data.name = "
+            f"{flat['data.name']!r}: set it to 'inception' or ''"
+        )
+
+
+def surprises(config: ConfigDict, training: bool) -> list[str]:
+    """Warnings about a valid config that may not do what its author wants, a line each."""
+    flat = flatten(config)
+    show = lambda name: f"config.{name} = {flat[name]!r}"
+    every, steps = flat["checkpoint.every"], flat["num_steps"]
+    lines = [
+        (
+            flat["sampler.clip_x0"] and flat["autoencoder.name"],
+            f"{show('sampler.clip_x0')} clips latents, which are not within [-1, 1]",
+        ),
+    ]
+    lines_of_training = [
+        (
+            flat["optimizer.warmup_steps"] >= steps,
+            f"{show('optimizer.warmup_steps')} is as long as {show('num_steps')}: the learning "
+            f"rate never reaches {flat['optimizer.learning_rate']}",
+        ),
+        (
+            flat["checkpoint.keep_period"] % every,
+            f"{show('checkpoint.keep_period')} is no multiple of {show('checkpoint.every')}: only "
+            "the steps that both divide are kept",
+        ),
+        (
+            flat["method.update_every"] >= steps > 1,
+            f"{show('method.update_every')} is as long as {show('num_steps')}: the weights are "
+            "never renewed",
+        ),
+        (
+            flat["label_dropout"] == 1 and flat["model.conditional"],
+            f"{show('label_dropout')} leaves no label to learn from",
+        ),
+        (
+            flat["profile_steps"] and steps < 10,
+            f"{show('profile_steps')} begins at step 10, and {show('num_steps')}",
+        ),
+        (
+            flat["autoencoder.latents"] and not flat["autoencoder.name"],
+            f"{show('autoencoder.latents')} is not used: {show('autoencoder.name')} is diffusion "
+            "in pixels",
+        ),
+    ]
+    return [line for holds, line in lines + lines_of_training * training if holds]
+
+
+def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike) -> None:
+    """Checks that a config describes the run in a workdir.
+
+    Settings that do not affect the parameters, such as ``log_every``, may differ. ``num_steps`` may
+    differ if the learning rate does not depend on it.
+
+    Raises:
+      ConfigError: naming the settings that differ and both values.
+    """
+    there, now = flatten(saved), flatten(config)
+    known = settings_of_config(saved) | settings_of_config(config)
+    free = {name for name, setting in known.items() if not setting.affects & Affects.PARAMETERS}
+    if now["optimizer.schedule"] == "constant":
+        free.add("num_steps")
+    # If the components differ, the settings that only one of them has need no line.
+    changed = [group for name, group in component_names().items() if there[name] != now[name]]
+    others = {name for name in there.keys() ^ now.keys() if name.partition(".")[0] in changed}
+    differing = [
+        f"  config.{name}: {there.get(name, 'not set')!r} there, {now.get(name, 'not set')!r} now"
+        for name in sorted(there.keys() | now.keys())
+        if there.get(name) != now.get(name) and name not in free and name not in others
+    ]
+    if differing:
+        raise ConfigError(
+            f"the run in {workdir} has another config:\n"
+            + "\n".join(differing)
+            + "\nchoose another --workdir, or the same settings"
+        )

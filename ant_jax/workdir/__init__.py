@@ -1,0 +1,29 @@
+"""The folder of a run: its config, its facts, its checkpoints."""
+
+from ant_jax.workdir.record import (
+    alone,
+    facts,
+    facts_of,
+    load_config,
+    load_facts,
+    names_of,
+    recorded,
+    restore,
+    save_config,
+    save_facts,
+    save_record,
+)
+
+__all__ = [
+    "alone",
+    "facts",
+    "facts_of",
+    "load_config",
+    "load_facts",
+    "names_of",
+    "recorded",
+    "restore",
+    "save_config",
+    "save_facts",
+    "save_record",
+]
