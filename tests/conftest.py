@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, set before jax is imported, and quick compilation."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -39,6 +40,13 @@ for _signal, _handler in (
 ):
     if signal.getsignal(_signal) is signal.SIG_IGN:
         signal.signal(_signal, _handler)
+
+
+def pytest_collection_finish():
+    # What the imports have made stays until the end, and tracing makes a million small objects.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_unconfigure():

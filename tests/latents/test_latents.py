@@ -37,12 +37,24 @@ def place(tmp_path_factory):
         path = root / "images" / f"class{i % 2}" / f"{i:02d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (SIZE, SIZE + 2, 3), np.uint8)).save(path)
-    init = jax.jit(autoencoder("KL-f4-small").init)
+    init = autoencoder("KL-f4-small").init
+    shapes = jax.eval_shape(init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     for seed in (0, 1):
-        params = init(jax.random.key(seed), jnp.zeros((1, 8, 8, 3)))["params"]
-        state = interop.to_torch(jax.device_get(params), AUTOENCODER)
+        params = jax.tree.map_with_path(initial(np.random.default_rng(seed)), shapes)
+        state = interop.to_torch(params, AUTOENCODER)
         interop.write_state(root / f"weights{seed}.safetensors", state)
     return root
+
+
+def initial(rng):
+    """What layers begin with, without compiling their initialisation, which takes seconds."""
+
+    def make(path, leaf):
+        if path[-1].key == "kernel":
+            return np.float32(rng.normal(0, np.prod(leaf.shape[:-1]) ** -0.5, leaf.shape))
+        return np.full(leaf.shape, path[-1].key == "scale", np.float32)
+
+    return make
 
 
 def settings(place, **changes):
