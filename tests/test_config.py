@@ -12,7 +12,6 @@ import pytest
 
 from ant_jax import (
     compiled_step,
-    config_file,
     dataset,
     evaluate,
     experiment,
@@ -22,6 +21,7 @@ from ant_jax import (
 )
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
+from ant_jax.config import file as config_file
 from ant_jax.init_from import initial_params
 from configs import digits
 
