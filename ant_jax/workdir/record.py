@@ -15,7 +15,6 @@ from ant_jax import data
 from ant_jax.compiled_step import abstract_state
 from ant_jax.config import ConfigError
 from ant_jax.experiment import Setup
-from ant_jax.mtl import Weighting
 from ant_jax.runtime import checkpoint, processes
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
@@ -185,20 +184,13 @@ def save_record(
 
 
 def names_of(given: Mapping[str, Any]) -> dict[str, str]:
-    """The names, for the record, of objects that replace those of the config.
+    """The class names, for the record, of objects that replace those of the config.
 
     Args:
       given: the objects, by their argument's name in `train.train`.
-
-    Returns:
-      The class of each object. All weightings have one class, so a weighting has the name of its
-      function ``weigh``.
     """
-    named = {
-        name: value.weigh if isinstance(value, Weighting) else type(value)
-        for name, value in given.items()
-    }
-    return {name: f"{each.__module__}.{each.__qualname__}" for name, each in named.items()}
+    kinds = {name: type(value) for name, value in given.items()}
+    return {name: f"{kind.__module__}.{kind.__qualname__}" for name, kind in kinds.items()}
 
 
 @contextlib.contextmanager
