@@ -173,7 +173,7 @@ def usable_workdir(name: str | None) -> Path:
     return workdir
 
 
-def told(config: ConfigDict, workdir: Path | None, **named: Any) -> dict[str, Any]:
+def settings_to_compare(config: ConfigDict, workdir: Path | None, **named: Any) -> dict[str, Any]:
     """Flags, settings and versions, which must be equal in all processes of a run.
 
     Args:
@@ -183,7 +183,7 @@ def told(config: ConfigDict, workdir: Path | None, **named: Any) -> dict[str, An
     """
     from ant_jax.runtime import versions
 
-    own = config_lib.of_a_process(config)
+    own = config_lib.per_process_settings(config)
     return {
         "--workdir": workdir and str(workdir.absolute()),
         **{f"--{name}": value for name, value in named.items()},

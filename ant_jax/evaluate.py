@@ -55,7 +55,7 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None, **given: 
         path = plain.with_stem(processes.broadcast_from_first(place_of))
         if processes.is_first():
             first = []
-            sampling.write_samples(path, results.noting_first(cache.read(place, num), first), num)
+            sampling.write_samples(path, results.keep_first(cache.read(place, num), first), num)
             results.save_grid(path, first)
             shutil.rmtree(place, ignore_errors=True)
     logging.info("%d samples: %s, .png and .json", num, path)
@@ -120,7 +120,7 @@ def evaluate(
         measure, measured_by = measuring.build(config)
         _draw(config, place, step, setup, state)
         first = []
-        batches = results.noting_first(cache.read(place, config.sample.num), first)
+        batches = results.keep_first(cache.read(place, config.sample.num), first)
         try:
             figures = {"step": step} | measure(batches) | validation
         except ValueError as error:
@@ -151,7 +151,7 @@ def _of_file(config, workdir):
         measure, measured_by = measuring.build(config)
         batches = sampling.read_samples(samples, config.sample.batch_size)
         figures = measure(
-            results.noting_first(with_time_left(batches, num, "samples evaluated"), first)
+            results.keep_first(with_time_left(batches, num, "samples evaluated"), first)
         )
     except ConfigError:
         raise

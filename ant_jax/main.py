@@ -15,10 +15,13 @@ from ant_jax.runtime import signals
 
 # The module of each mode, and what a stopped program tells its user.
 _MODES = {
-    "train": ("train", "no step since the last checkpoint is lost; start again to go on"),
-    "sample": ("evaluate", "what was drawn is kept; start again to go on"),
-    "evaluate": ("evaluate", "what was drawn is kept; start again to go on"),
-    "encode": ("encode", "the shards that are made are kept; start again to go on"),
+    "train": (
+        "train",
+        "no step is lost; run the same command again to resume",
+    ),
+    "sample": ("evaluate", "finished samples are kept; run the same command again to resume"),
+    "evaluate": ("evaluate", "finished samples are kept; run the same command again to resume"),
+    "encode": ("encode", "finished shards are kept; run the same command again to resume"),
     "export": ("export", "nothing was written"),
 }
 cli.define_config()
@@ -56,7 +59,9 @@ def _run(name):
     # Latents do not belong to a run.
     workdir = None if name == "encode" else cli.usable_workdir(_WORKDIR.value)
     config = cli.config_of(workdir)
-    processes.assert_equal(lambda: cli.told(config, workdir, mode=name, step=_STEP.value))
+    processes.assert_equal(
+        lambda: cli.settings_to_compare(config, workdir, mode=name, step=_STEP.value)
+    )
     config_lib.validate(config)
     if workdir is None:
         compilation_cache.enable()
@@ -64,7 +69,7 @@ def _run(name):
         return
     logging.info("%s in %s", name, workdir)
     if processes.is_first() and name != "export":
-        for line in config_lib.surprises(config, training=name == "train"):
+        for line in config_lib.warnings_of(config, training=name == "train"):
             logging.warning("%s", line)
     compilation_cache.enable()
     processes.check_shared(workdir)

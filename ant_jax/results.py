@@ -78,7 +78,7 @@ def run_origin(config: ConfigDict, workdir: Path, step: int, state: TrainState) 
     return run | origin(config, step, state.ema_params)
 
 
-def noting_first(batches: Iterator, first: list[np.ndarray]) -> Iterator:
+def keep_first(batches: Iterator, first: list[np.ndarray]) -> Iterator:
     """Yields the batches, and appends the images that a grid shows to ``first``."""
     for images, labels in batches:
         if sum(map(len, first)) < sampling.GRID:

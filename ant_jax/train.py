@@ -87,7 +87,7 @@ def train(
     setup = experiment.build(config, shape[-1], num_classes, boundaries, **built)
     experiment.check_batch(config, setup)
     processes.assert_equal(lambda: _found(setup, source, given))
-    with workdir_lib.alone(workdir) as check_alone:
+    with workdir_lib.exclusive(workdir) as check_alone:
         if processes.is_first() and workdir_lib.recorded(workdir) != before:
             raise ConfigError(f"another run has begun in {workdir} just now: start again")
         start = _start(config, workdir, setup, len(source))
@@ -183,7 +183,7 @@ def _train(config, start, on):
             on.saves.save(step, state)
         if stopping:
             # If a picture is due now, the next start draws it.
-            logging.info("asked to stop: saving step %d, start again to go on", step)
+            logging.info("asked to stop: saving step %d; the same command resumes", step)
             break
         if on.pictures.is_due(step):
             on.pictures.draw(step, state.ema_params)

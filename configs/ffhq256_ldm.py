@@ -7,7 +7,7 @@ r"""The LDM UNet on latents of VQ-f4, unconditional, on FFHQ at 256x256.
       --config.autoencoder.weights=VQ-F4.ckpt --config.autoencoder.latents=LATENTS
 
 FFHQ is a folder of the 70 000 images, of 256 pixels or larger, without subfolders for classes.
-VQ-F4 is the autoencoder vq-f4 of LDM's authors. The latents take 3.5 GB.
+VQ-F4 is the autoencoder vq-f4 of LDM's authors. The latents take 3.4 GB.
 
 Hardware: 274 M parameters take 5.5 GB with the EMA, the optimizer and a gradient, and 5.5 GB more
 for the five gradients of pcgrad and nash. For several devices choose config.data.batch_size such

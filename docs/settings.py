@@ -18,13 +18,13 @@ PATH = Path(__file__).with_suffix(".md")
 HEAD = """\
 # All settings
 
-Each is `config.NAME` in a config file and `--config.NAME=VALUE` on the command line. Groups with
-components have a `name`; their further settings are those of the component. A name can also be
-your own, `package.module:attribute` ([adding.md](adding.md)). This page is written by
-`python docs/settings.py`.
+Each setting is `config.NAME` in a config file and `--config.NAME=VALUE` on the command line. A
+group with components has a `name`; its other settings are those of the component. A name can also
+be your own, `package.module:attribute` ([adding.md](adding.md)). `python docs/settings.py` writes
+this page.
 
 "Resume" says whether a run may go on with another value: settings that affect the parameters may
-not change. `num_steps` may where the learning rate is constant.
+not change. `num_steps` may change if the learning rate is constant.
 """
 
 
@@ -71,7 +71,7 @@ def page() -> str:
         makes = getattr(importlib.import_module(module), attribute)
         folder = importlib.import_module(group.folder)
         if group.none is not None:
-            parts.append(f"### `{group.key}` = `{group.none!r}`\n\nNone.")
+            parts.append(f"### `{group.key}` = `{group.none!r}`\n\nSwitched off.")
         for name in settings.names_in(folder, makes):
             component = settings.resolve(folder, name, makes)
             parts.append(f"### `{group.key}` = `{name!r}`\n\n{summary(component)}")

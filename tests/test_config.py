@@ -109,7 +109,7 @@ def components():
                 yield pytest.param(group, settings.resolve(folder, name, makes), id=name)
 
 
-@pytest.mark.parametrize(("group", "component"), components())
+@pytest.mark.parametrize(("group", "component"), list(components()))
 def test_every_setting_of_a_component_is_described_and_has_a_possible_default(group, component):
     described = settings_page.described(component)
     for name, setting in settings.settings_of(component, group.given, group.affects).items():
@@ -423,16 +423,16 @@ SURPRISES = {
 
 @pytest.mark.parametrize("words", SURPRISES)
 def test_what_surprises_is_said_once(words):
-    (line,) = config_lib.surprises(changed(**SURPRISES[words]), training=True)
+    (line,) = config_lib.warnings_of(changed(**SURPRISES[words]), training=True)
     assert line.startswith(words)
     drawing = "clip_x0" in words
-    assert len(config_lib.surprises(changed(**SURPRISES[words]), training=False)) == drawing
+    assert len(config_lib.warnings_of(changed(**SURPRISES[words]), training=False)) == drawing
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_config_file_surprises(name):
     config = importlib.import_module(f"configs.{name}").get_config()
-    assert config_lib.surprises(config, training=True) == []
+    assert config_lib.warnings_of(config, training=True) == []
 
 
 REFUSED_BY_EVALUATION = {
@@ -487,7 +487,7 @@ def test_any_value_is_refused_by_name_or_recorded_as_it_is(name):
             loaded = config_lib.from_json(json.loads(json.dumps(config.to_dict())))
             assert loaded.to_dict() == config.to_dict()
             config_lib.validate(loaded)
-            config_lib.surprises(config, training=True)
+            config_lib.warnings_of(config, training=True)
             if not (config.autoencoder.name or config.clusters.name == "gradient"):
                 setup = experiment.build(config, 1, 10)
                 experiment.check_batch(config, setup)

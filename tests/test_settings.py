@@ -3,6 +3,7 @@ import sys
 import types
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 
 from ant_jax import mtl, settings
@@ -106,3 +107,10 @@ def test_a_name_that_means_nothing_is_refused(name, words):
     with pytest.raises(ValueError) as error:
         settings.resolve(mtl, name, Weighting)
     assert words in str(error.value)
+
+
+def test_an_integer_may_be_of_numpy_and_is_within_its_range():
+    settings.check_integer("n", np.int64(3), 1, 3)
+    for value in (0, 4, 2.0, True, "2"):
+        with pytest.raises(ValueError, match=r"n must be an integer >= 1 and <= 3, got "):
+            settings.check_integer("n", value, 1, 3)

@@ -16,17 +16,17 @@ from ant_jax.config.components import (
     flatten,
     settings_of_config,
 )
-from ant_jax.config.configs import (
+from ant_jax.config.editing import (
     affecting,
     default_config,
     from_json,
     meaning,
-    of_a_process,
+    per_process_settings,
     program,
     update,
 )
 from ant_jax.config.groups import GROUPS
-from ant_jax.config.validation import check_same, surprises, validate
+from ant_jax.config.validation import check_same, validate, warnings_of
 
 __all__ = [
     "GROUPS",
@@ -42,10 +42,10 @@ __all__ = [
     "flatten",
     "from_json",
     "meaning",
-    "of_a_process",
+    "per_process_settings",
     "program",
     "settings_of_config",
-    "surprises",
+    "warnings_of",
     "update",
     "validate",
 ]

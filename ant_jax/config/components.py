@@ -136,8 +136,9 @@ def settings_of_config(config: ConfigDict | Mapping[str, Any]) -> dict[str, Sett
         if group.folder:
             name = values.get(group.key) if isinstance(values, ConfigDict | Mapping) else None
             if name is None:
-                old = "; this config is of version 0.1, see docs/settings.md" * (
-                    "diffusion" in config
+                old = (
+                    "; this config is of version 0.1, and ant_jax.config.from_json migrates it"
+                    * ("diffusion" in config)
                 )
                 raise ConfigError(
                     f"missing setting config.{dot}{group.key}: a component, by default "

@@ -133,7 +133,7 @@ def _validate_together(flat):
         )
 
 
-def surprises(config: ConfigDict, training: bool) -> list[str]:
+def warnings_of(config: ConfigDict, training: bool) -> list[str]:
     """Warnings about a valid config that may not do what its author wants, a line each."""
     flat = flatten(config)
     show = lambda name: f"config.{name} = {flat[name]!r}"

@@ -24,8 +24,8 @@ def interval_losses(
     """Mean loss of each interval on held-out images, without loss weights.
 
     The noise levels are evenly spaced in each interval, by the process's own density. The noise
-    depends on the key, the level (rounded down to an integer) and the image's index. So models are
-    compared on the same noised images.
+    depends on the key, the level and the image's index. So models are compared on the same noised
+    images.
 
     Args:
       apply_fn: the network, ``(x, t, y) -> output``; a `jax.tree_util.Partial` over its parameters
@@ -64,7 +64,12 @@ def _unweighted(process):
 @functools.partial(jax.jit, static_argnames="process")
 def _level_losses(apply_fn, x0, y, key, levels, *, process):
     def loss(t):
-        noise = jax.random.normal(jax.random.fold_in(key, t), x0.shape)
+        bits = (
+            t
+            if jnp.issubdtype(t.dtype, jnp.integer)
+            else jax.lax.bitcast_convert_type(t, jnp.int32)
+        )
+        noise = jax.random.normal(jax.random.fold_in(key, bits), x0.shape)
         t = jnp.full(x0.shape[:1], t)
         return process.losses(apply_fn, x0, t, noise, y).mean()
 

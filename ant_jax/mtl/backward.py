@@ -43,10 +43,10 @@ def backward(
 ) -> Backward:
     """The gradient of k task losses, combined by a method.
 
-    A method that needs no Gram matrix takes one backward pass: the pullback of its weights. One
-    that does takes the k gradients and `combine`. Where each example belongs to one task, these
-    cost about one backward pass too by the forms "vmap" and "scan". A loss or gradient that is not
-    finite makes the gradient not finite and leaves the method's own state as it was.
+    A method that needs no Gram matrix takes one backward pass: the pullback of its weights. A
+    method that needs it takes the k gradients, which `combine` combines. If each example belongs to
+    one task, these too cost about one backward pass by the forms "vmap" and "scan". If a loss or
+    gradient is not finite, the result is not finite and the method's own state does not change.
 
     Args:
       losses_fn: ``(params, batch)`` to the loss of each example, (B,), or, where ``tasks`` is None,
@@ -61,9 +61,9 @@ def backward(
         pass, one after the other. "vmap" and "scan" take one backward pass for the examples of each
         task, in parallel or one after the other. They need tasks that take turns: on each device
         example j is of task j mod k. Otherwise the losses are NaN.
-      microbatches: the batch is split into so many parts whose gradients are added up. A method
-        that needs losses but no Gram matrix runs the forward pass twice then, because its weights
-        must be known before the first pullback.
+      microbatches: number of parts into which the batch is split; their gradients are added. A
+        method that needs losses but no Gram matrix then runs the forward pass twice, because its
+        weights must be known before the first pullback.
       axis_name: name of a mapped axis over which the batch is split.
 
     Raises:
@@ -147,8 +147,8 @@ def backward_at_features(
       batch: what the functions take.
       weighting: the method.
       state: its state; `init_combine` makes the first one.
-      counts: (k,) the examples of each task; None for one each. A task that has none counts as one
-        of loss and gradient 0; both must be finite.
+      counts: (k,) the examples of each task; None for one each. A task without examples counts as
+        a task with loss 0 and gradient 0; both must be finite.
     """
     k = weighting.k
     counts = jnp.ones(k) if counts is None else counts

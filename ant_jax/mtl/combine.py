@@ -42,17 +42,17 @@ def combine(
       tx = optax.chain(mtl.combine(mtl.nash(5)), optax.adamw(1e-4))
       updates, state = tx.update(stacked_grads, state, params, losses=losses)
 
-    A loss or gradient that is not finite makes the update not finite, whatever the method, so that
-    what comes after can notice. The method's own state then is that of before; ``weights`` and
-    ``gram`` show what was found, NaN for a task whose loss is not finite.
+    If a loss or gradient is not finite, the update is not finite, whatever the method, so later
+    code can detect it. The method's own state then does not change; ``weights`` and ``gram`` show
+    what was computed, NaN for a task whose loss is not finite.
 
     Wrappers that keep gradients, such as `optax.MultiSteps` and `optax.apply_if_finite`, go around
     the optimizer inside the chain, not around `combine`, whose input has another shape than its
     output.
 
-    On n devices the k stacked gradients are never all on one device: each gets the sum over devices
-    of its n-th of them (a reduce-scatter), the Gram matrices of the parts are added up (k, k), the
-    parts are combined where they are, and the one gradient that remains is gathered. That moves
+    On n devices no device holds all k stacked gradients. Each device gets the summed values of its
+    own 1/n of the entries (a reduce-scatter). The Gram matrices of the parts are summed, (k, k),
+    each device combines its part, and the one gradient that remains is gathered. That moves
     k + 1 times the bytes of one gradient, where summing all k everywhere moves 2 k times those, and
     training without tasks 2 times. Methods that need no Gram matrix combine first and sum one
     gradient.
@@ -131,10 +131,9 @@ def combine(
 
 
 def weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Array, State]:
-    """What the method's ``weigh`` returns, the weights NaN where a loss is not finite.
+    """Calls the method's ``weigh``; the weight of a loss that is not finite becomes NaN.
 
-    A weight may be finite where its loss is not, and so may the gradient: the update would not show
-    it.
+    Otherwise the weight and the gradient could still be finite, and the update would hide the loss.
     """
     weights, state = weighting.weigh(stats, state)
     if stats.losses is not None:

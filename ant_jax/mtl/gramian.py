@@ -1,4 +1,4 @@
-"""The Gram matrix of stacked gradients and what is read off it."""
+"""The Gram matrix of stacked gradients, and their cosines."""
 
 import jax
 import jax.numpy as jnp

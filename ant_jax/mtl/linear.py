@@ -23,13 +23,13 @@ def linear(
 ) -> Weighting:
     r"""A fixed weighting of the task losses; by default their mean, :math:`w_i = 1/k`.
 
-    The mean runs over the tasks that are present. Where all have as many examples, the update is
-    the gradient of the plain mean of that batch; with stratified noise levels it is not vanilla
-    training, since stratified sampling changes the distribution of the levels.
+    The mean runs over the tasks that are present. If all tasks have the same number of examples,
+    the update is the gradient of the mean of that batch. With stratified noise levels this is not
+    vanilla training, because stratified sampling changes the distribution of the levels.
 
     Args:
       k: number of tasks.
-      weights: k fixed weights >= 0, not all 0, to use instead; tasks that are absent then get 0.
+      weights: k fixed weights >= 0, not all 0, instead of 1/k; absent tasks get 0.
 
     Returns:
       A stateless `Weighting`.

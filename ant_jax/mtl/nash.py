@@ -34,11 +34,11 @@ def bargaining_solution(gram: jax.Array, active: jax.Array) -> jax.Array:
 
     Returns:
       alpha, (k,), 0 where not active. It solves the system with 1e-6 G_ii added to the diagonal,
-      so that it exists for gradients that cancel exactly too. What is left of
-      |alpha_i (G alpha)_i - 1| comes of rounding alpha to float32: at most 2e-6 + 1e-6 b^2 for
-      k <= 16, where b is the largest alpha_i sqrt(G_ii). That is about 1 for gradients that are
-      orthogonal or agree, 20 to 90 (2e-4 to 2e-3 left) for those that cancel to 5 %, and 1000 to
-      2500, where no digit is left, for those that cancel exactly.
+      so that it exists for gradients that cancel exactly too. The residual
+      |alpha_i (G alpha)_i - 1| is the rounding error of alpha in float32: at most 2e-6 + 1e-6 b^2
+      for k <= 16, where b is the largest alpha_i sqrt(G_ii). b is about 1 for gradients that are
+      orthogonal or agree, and 20 to 90 (a residual of 2e-4 to 2e-3) for gradients that cancel to
+      5 %. For gradients that cancel exactly it is 1000 to 2500, and no digit is right.
     """
     diagonal = jnp.where(active, jnp.diag(gram), 1)
     eye = jnp.eye(diagonal.size, dtype=gram.dtype)

@@ -9,7 +9,7 @@ from ant_jax.mtl.weighting import Weighting, check_k
 def projection_orders(seed: int, count: jax.Array, k: int) -> jax.Array:
     """Orders in which each gradient is projected on the others, int32 of shape (k, k).
 
-    Row i is a random permutation of all k tasks, of which i itself is passed over. A function of
+    Row i is a random permutation of all k tasks, task i itself is skipped. A function of
     the seed and the call count alone.
     """
     key = jax.random.fold_in(jax.random.key(seed), count)

@@ -36,9 +36,8 @@ class Weighting(NamedTuple):
     Attributes:
       init: ``() -> state``; the state is any pytree of arrays and is checkpointed.
       weigh: ``(stats, state) -> (weights (k,), state)``, pure and jittable, in float32. Absent
-        tasks get weight 0, and what the state holds of them stays as it is. It need not care for
-        losses or gradients that are not finite: `combine` and `backward` drop the state that comes
-        of them.
+        tasks get weight 0, and their part of the state does not change. It may ignore losses and
+        gradients that are not finite: `combine` and `backward` discard the resulting state.
       k: number of tasks.
       needs: which of "losses" and "gram" `weigh` reads. Without "gram" one backward pass is enough.
     """

@@ -1,4 +1,4 @@
-"""What may be done around any method; each takes a `Weighting` and returns one."""
+"""Wrappers: each takes a `Weighting` and returns one."""
 
 from typing import NamedTuple
 
@@ -70,12 +70,11 @@ def scaled(weighting: Weighting, scale: jax.typing.ArrayLike) -> Weighting:
 def every(weighting: Weighting, n: int) -> Weighting:
     """Renews the weights at every n-th call, and keeps them in between.
 
-    A task that was absent at the last renewal has the weight of the last one at which it was
-    present; a call at which a task is present for the first time is a renewal too. Absent tasks get
-    weight 0, and the weights of the others then stay as they are.
+    A task that was absent at the last renewal keeps its last weight. The first call with a new task
+    is also a renewal. Absent tasks get weight 0, and the weights of the others do not change.
 
     Args:
-      weighting: the method. Its state moves at renewals alone.
+      weighting: the method. Its state changes only when the weights are renewed.
       n: renewals are at the calls 0, n, 2 n, ...
 
     Raises:
@@ -105,7 +104,7 @@ def every(weighting: Weighting, n: int) -> Weighting:
 
 
 def clipped(weighting: Weighting, max_norm: float) -> Weighting:
-    r"""Shortens the update to a norm, :math:`\| \sum_i w_i g_i \| \le` ``max_norm``.
+    r"""Limits the norm of the update, :math:`\| \sum_i w_i g_i \| \le` ``max_norm``.
 
     The norm is :math:`\sqrt{w^T G w}` by the Gram matrix of this call.
 
@@ -137,9 +136,10 @@ def averaged(weighting: Weighting, decay: float) -> Weighting:
 
     :math:`\hat w_t` are the method's weights (CR-MOGM: Zhou et al., *On the Convergence of
     Stochastic Multi-Objective Gradient Manipulation and Beyond*, NeurIPS 2022). Weights that are
-    found from the gradients of one batch are correlated with its noise, and the method then need
-    not converge; averaged weights are correlated less. Here the average begins with the first
-    weights of each task, which have the method's scale, and that of an absent task stands still.
+    computed from the gradients of one batch are correlated with its noise, and the method may then
+    fail to converge; averaged weights are less correlated. Here the average starts from the first
+    weights of each task, which have the method's scale. The average of an absent task does not
+    change.
 
     Args:
       weighting: the method.

@@ -41,7 +41,7 @@ def initialize(
     if 0 < len(missing) < len(told):
         raise ValueError(
             f"several processes without --distributed need {', '.join(missing)} too: give "
-            "each the same --coordinator and --num_processes, and another --process_id"
+            "each the same --coordinator and --num_processes, and its own --process_id, from 0"
         )
     by_hand = not missing
     bind = None

@@ -1,7 +1,7 @@
 """The folder of a run: its config, its facts, its checkpoints."""
 
 from ant_jax.workdir.record import (
-    alone,
+    exclusive,
     facts,
     facts_of,
     load_config,
@@ -15,7 +15,7 @@ from ant_jax.workdir.record import (
 )
 
 __all__ = [
-    "alone",
+    "exclusive",
     "facts",
     "facts_of",
     "load_config",

@@ -186,6 +186,8 @@ def save_record(
 def names_of(given: Mapping[str, Any]) -> dict[str, str]:
     """The class names, for the record, of objects that replace those of the config.
 
+    All weightings have one class, so the record does not tell two of them apart.
+
     Args:
       given: the objects, by their argument's name in `train.train`.
     """
@@ -194,7 +196,7 @@ def names_of(given: Mapping[str, Any]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def alone(workdir: Path) -> Iterator[Callable[[], None]]:
+def exclusive(workdir: Path) -> Iterator[Callable[[], None]]:
     """Locks a workdir for this run, of one or many processes.
 
     Yields:

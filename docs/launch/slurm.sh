@@ -5,14 +5,14 @@
 #   sbatch --nodes=2 --gpus-per-node=8 docs/launch/slurm.sh \
 #       --config configs/imagenet256_dit_l2.py:uncertainty,snr --config.autoencoder.weights=/shared/VAE.safetensors \
 #       --config.autoencoder.latents=/shared/LATENTS
-#   tail -f ant-jax-JOBID.log           # all processes; each line begins with the number of its own
+#   tail -f ant-jax-JOBID.log           # all processes; each line begins with the number of its process
 #   scancel --signal=TERM JOBID         # saves and stops; sbatch the same line to go on
 #   scancel JOBID                       # stops; what came after the last checkpoint is lost
 #
 # Submit it in the folder of the repository, which lies on the shared disk too, with its
 # environment in .venv ('pip install -e .[gpu,tfds]'). The arguments are those of python -m ant_jax.main;
-# MODE=encode, sample or evaluate does that instead of training. What stands after sbatch takes the
-# place of what stands here; the partition and the account are yours to add.
+# MODE=encode, sample or evaluate does that instead of training. Options after sbatch
+# override those below; add your partition and account.
 
 #SBATCH --job-name=ant-jax
 #SBATCH --nodes=2

@@ -10,9 +10,9 @@
 #       --config.autoencoder.weights=/mnt/bucket/VAE.safetensors --config.autoencoder.latents=/mnt/bucket/LATENTS"
 #
 #   tpu_slice.sh create     asks for the slice (SPOT=1 for a cheap one that may be taken away) and waits for it
-#   tpu_slice.sh setup      installs on every worker and mounts the disks; again does no harm
-#   tpu_slice.sh start      starts training on every worker; again where it runs already does nothing
-#   tpu_slice.sh logs       the last lines of every worker; each has the whole in ~/ant-jax.log
+#   tpu_slice.sh setup      installs on every worker and mounts the disks; safe to repeat
+#   tpu_slice.sh start      starts training on every worker where it does not run yet
+#   tpu_slice.sh logs       the last lines of every worker; the whole log is in ~/ant-jax.log of each
 #   tpu_slice.sh fetch DIR  copies every worker's log
 #   tpu_slice.sh stop       saves the step and stops
 #   tpu_slice.sh watch      all of it, for days: makes the slice anew whenever it is taken away

@@ -50,21 +50,34 @@ def test_interval_losses_ignore_loss_weights_and_follow_the_key():
     assert (losses(params, seed=1) != losses(params)).all()
 
 
-def test_levels_of_a_continuous_process():
-    @dataclasses.dataclass(frozen=True)
-    class Continuous:
-        loss_weight: None = None
+@dataclasses.dataclass(frozen=True)
+class Continuous:
+    """A process on [0, 1]; its loss is the level, or the mean of the noise."""
 
-        def level(self, low, high, u):
-            return low + u**2 * (high - low)
+    of_noise: bool = False
+    loss_weight: None = None
 
-        def losses(self, denoise, x0, t, noise, y):
-            return t
+    def level(self, low, high, u):
+        return low + u**2 * (high - low)
 
+    def losses(self, denoise, x0, t, noise, y):
+        return noise.mean((1, 2, 3)) if self.of_noise else t
+
+
+def continuous_losses(process):
     x0, key, boundaries = jnp.zeros((3, 2, 2, 1)), jax.random.key(0), np.array([0, 0.25, 1])
-    got = interval_losses(lambda x, t, y: x, Continuous(), x0, key, boundaries, timesteps_each=2)
+    return interval_losses(lambda x, t, y: x, process, x0, key, boundaries, timesteps_each=2)
+
+
+def test_levels_of_a_continuous_process():
     mean = (0.25**2 + 0.75**2) / 2
-    np.testing.assert_allclose(got, [0.25 * mean, 0.25 + 0.75 * mean], rtol=1e-6)
+    want = [0.25 * mean, 0.25 + 0.75 * mean]
+    np.testing.assert_allclose(continuous_losses(Continuous()), want, rtol=1e-6)
+
+
+def test_each_level_of_a_continuous_process_has_noise_of_its_own():
+    first, second = continuous_losses(Continuous(of_noise=True))
+    assert abs(first - second) > 1e-3
 
 
 def test_an_interval_shorter_than_its_timesteps():

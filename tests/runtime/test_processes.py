@@ -115,11 +115,11 @@ def test_what_one_lacks_and_many_differences_are_told_briefly():
 def test_every_setting_is_compared_but_for_places_and_workers():
     config = digits.get_config()
     config_lib.update(config, {"data.name": "folder"})
-    said = cli.told(config, None, mode="train", step=None)
+    said = cli.settings_to_compare(config, None, mode="train", step=None)
     json.dumps({name: repr(value) for name, value in said.items()})
     flat = config_lib.flatten(config)
     left_out = flat.keys() - {name.removeprefix("config.") for name in said}
-    assert left_out == config_lib.of_a_process(config)
+    assert left_out == config_lib.per_process_settings(config)
     assert {"data.dir", "autoencoder.weights", "init_from", "data.num_workers"} < left_out
     assert not left_out & {"seed", "log_every", "checkpoint.every", "sample.every", "data.split"}
     assert {

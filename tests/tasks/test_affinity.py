@@ -384,7 +384,10 @@ GOOD = {"affinity": np.eye(2), "timesteps": np.array([0, 499]), "num_timesteps":
         (pickle.dumps([1]), "not a zip file"),
         (npy(), "not a zip file"),
         (npz(**GOOD)[:200], "not a zip file"),
-        (npz(affinity=np.eye(2)), "it has no 'num_timesteps' but "),
+        (
+            npz(affinity=np.eye(2)),
+            "it is not a task affinity: it has no num_timesteps, timesteps; ",
+        ),
         (npz(**GOOD | {"num_timesteps": 1000}), "was measured with T = 1000, the config has T = 5"),
         (
             npz(**GOOD | {"num_timesteps": [500, 500]}),
@@ -444,7 +447,9 @@ def test_a_small_file_takes_little_memory_whatever_it_says(shape, tmp_path):
     path.write_bytes(bomb({"shape": shape, "fortran_order": False, "descr": "<f8"}))
     assert path.stat().st_size < 10_000
     tracemalloc.start()
-    with pytest.raises(ValueError, match=r"'affinity' has (shape \(1000, 1000\), at most|0 bytes)"):
+    with pytest.raises(
+        ValueError, match=r"'affinity' has (shape \(1000, 1000\), more than|0 bytes)"
+    ):
         af.load(path, 500)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

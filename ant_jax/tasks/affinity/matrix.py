@@ -99,6 +99,9 @@ def save(file: BinaryIO, affinity: np.ndarray, timesteps: np.ndarray, num_timest
     np.savez(file, affinity=affinity, timesteps=timesteps, num_timesteps=num_timesteps)
 
 
+_ARRAYS = ("num_timesteps", "affinity", "timesteps")
+
+
 def load(path: str | Path, num_timesteps: int) -> np.ndarray:
     """Reads what `save` wrote and interpolates it to all timesteps.
 
@@ -114,6 +117,12 @@ def load(path: str | Path, num_timesteps: int) -> np.ndarray:
       ValueError: If the file is not a valid affinity, or was measured with another T.
     """
     with npz.opened(path) as archive:
+        missing = [name for name in _ARRAYS if not npz.has(archive, name)]
+        if missing:
+            raise ValueError(
+                f"it is not a task affinity: it has no {', '.join(missing)}; "
+                "python -m experiments.task_affinity writes one"
+            )
         measured = _array(archive, "num_timesteps", 1)
         if measured.shape != () or measured != num_timesteps:
             raise ValueError(
@@ -130,7 +139,9 @@ def _array(archive, name, most):
         if header.dtype.kind not in "fiu":
             raise ValueError(f"{name!r} must be numbers, not {header.dtype}")
         if math.prod(header.shape) > most:
-            raise ValueError(f"{name!r} has shape {header.shape}, at most {most} numbers fit")
+            raise ValueError(
+                f"{name!r} has shape {header.shape}, more than the {most} numbers that it may have"
+            )
         return npz.content(file, header)
 
 

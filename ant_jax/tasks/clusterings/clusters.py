@@ -10,8 +10,8 @@ class Clusters(NamedTuple):
 
     Attributes:
       boundaries: (k + 1,) int; task i is boundaries[i] .. boundaries[i + 1] - 1.
-      order: (n,) a permutation of the levels where tasks are no intervals: task i then is the
-        levels at these places of the order. None for intervals.
+      order: (n,) a permutation of the levels if tasks are not intervals: task i has the levels
+        order[boundaries[i] : boundaries[i + 1]]. None for intervals.
     """
 
     boundaries: np.ndarray

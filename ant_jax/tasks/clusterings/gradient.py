@@ -19,8 +19,8 @@ def gradient(
     Args:
       log_snr: (n,) of the levels.
       k: number of tasks.
-      affinity: an .npz of ``python -m experiments.task_affinity``. A run keeps the tasks that it
-        has begun with, whatever becomes of the file.
+      affinity: an .npz of ``python -m experiments.task_affinity``. A run keeps its
+        first tasks, even if the file changes or is deleted.
 
     Raises:
       OSError: if there is no such file.

@@ -1,11 +1,11 @@
-"""No intervals: a control."""
+"""Random tasks instead of intervals, as a control."""
 
 import numpy as np
 
 from ant_jax.tasks.clustering import uniform_boundaries
 from ant_jax.tasks.clusterings.clusters import Clusters
 
-# The partition is the same for every run, as that into intervals is.
+# All runs share one random partition, as all runs share the intervals.
 _SEED = 0
 
 

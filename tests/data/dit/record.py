@@ -1,4 +1,4 @@
-"""Records the output of a tiny DiT of diffusers for `tests/interop/test_weights.py`.
+"""Records the output of a tiny DiT of diffusers for `tests/models/test_dit_weights.py`.
 
 Usage: python record.py FOLDER, with torch 2.13.0 and diffusers as recorded in the file; FOLDER
 receives dit.npz. Weights are not stored: `weight` makes them from their names.

@@ -126,7 +126,7 @@ def program(config: ConfigDict) -> FrozenConfigDict:
     return FrozenConfigDict(found)
 
 
-def of_a_process(config: ConfigDict) -> set[str]:
+def per_process_settings(config: ConfigDict) -> set[str]:
     """The settings that may differ between the processes of a run: paths, and data workers.
 
     The contents of the paths must be equal; the code that reads them compares them.
