@@ -60,7 +60,10 @@ def _names_of_run(arguments):
 def define_config() -> flags.FlagHolder:
     """Defines ``--config``; exits with a message if the file or a ``--config.NAME`` is wrong."""
     holder = config_flags.DEFINE_config_file(
-        "config", None, "Config file; FILE:METHOD,CLUSTERS passes an argument to it."
+        "config",
+        None,
+        "Config file; FILE:METHOD,CLUSTERS passes an argument to it. Without --config: the config "
+        "of the run in --workdir; for a new run configs/digits.py.",
     )
     # The parser of ml_collections does not find relative imports, and shows tracebacks.
     flags.FLAGS["config"].parser = _ConfigFileParser()
@@ -139,6 +142,8 @@ def config_of(workdir: Path | None) -> ConfigDict:
         return flag.value
     saved = workdir_lib.load_config(workdir)
     if saved is None:
+        file = config_flags.get_config_filename(flag)
+        logging.info("settings: %s, because there is no --config, and the command line", file)
         return flag.value
     config_lib.validate(saved)
     try:

@@ -20,7 +20,7 @@ from ant_jax.sampling import cache
 from ant_jax.settings import Affects
 
 
-def sample(config: ConfigDict, workdir: Path, step: int | None = None, **given: Any) -> Path:
+def sample(config: ConfigDict, workdir: str | Path, step: int | None = None, **given: Any) -> Path:
     """Draws ``config.sample.num`` samples from the EMA into an ``.npz``.
 
     Beside the ``.npz`` are a grid of the first samples and a JSON file that says what the samples
@@ -44,6 +44,7 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None, **given: 
       InUseError: if another job draws the same samples.
       FloatingPointError: if samples have numbers that are not finite.
     """
+    workdir = user_path(workdir)
     step, setup, state = results.restore_run(config, workdir, step, **given)
     made_from, num = results.run_origin(config, workdir, step, state), config.sample.num
     with cache.folder(workdir, made_from) as place:
@@ -63,7 +64,7 @@ def sample(config: ConfigDict, workdir: Path, step: int | None = None, **given: 
 
 
 def evaluate(
-    config: ConfigDict, workdir: Path, step: int | None = None, **given: Any
+    config: ConfigDict, workdir: str | Path, step: int | None = None, **given: Any
 ) -> dict[str, float | int | str] | None:
     """Measures the EMA model, logs the figures and writes them to a JSON file.
 
@@ -98,11 +99,14 @@ def evaluate(
       InUseError: if another job draws the same samples.
       FloatingPointError: if samples or the validation loss are not finite.
     """
+    workdir = user_path(workdir)
     config_lib.validate(config)
-    measuring.check(config)
+    # A file of samples needs no run.
+    before = None if config.evaluation.samples else workdir_lib.recorded(workdir)
+    measuring.check(config, before and before["facts"].get("channels"))
     if config.evaluation.samples:
         return _of_file(config, workdir) if processes.is_first() else None
-    _check_source(config, workdir)
+    _check_source(config, workdir, before)
     step, setup, state = results.restore_run(config, workdir, step, **given)
     made_from = results.run_origin(config, workdir, step, state)
     if not config.evaluation.features:
@@ -131,8 +135,7 @@ def evaluate(
     return figures
 
 
-def _check_source(config, workdir):
-    before = workdir_lib.recorded(workdir)
+def _check_source(config, workdir, before):
     settings = config.evaluation
     by_reference = settings.reference and not settings.split
     if before is not None and "source" in before["given"] and not by_reference:

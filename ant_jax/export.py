@@ -10,9 +10,10 @@ from ant_jax import init_from, interop, results
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.runtime import processes
+from ant_jax.runtime.files import user_path
 
 
-def export(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
+def export(config: ConfigDict, workdir: str | Path, step: int | None = None) -> Path:
     """Writes the EMA of a checkpoint as ``.safetensors``, with the names of the published code.
 
     A network without published code keeps its own names. The metadata of the file hold the settings
@@ -31,6 +32,7 @@ def export(config: ConfigDict, workdir: Path, step: int | None = None) -> Path:
       ConfigError: if the workdir has another config, or if the network or the noise process was
         given from Python, so that the metadata could not describe it.
     """
+    workdir = user_path(workdir)
     given = (workdir_lib.recorded(workdir) or {"given": {}})["given"]
     for name in ("model", "process"):
         if name in given:

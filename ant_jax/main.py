@@ -26,6 +26,8 @@ _MODES = {
 }
 cli.define_config()
 cli.define_processes()
+# --help lists these too.
+flags.adopt_module_key_flags(cli)
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of the run; default runs/CONFIG-METHOD-CLUSTERS-SEED."
 )

@@ -33,8 +33,12 @@ class Measuring(NamedTuple):
     made_from: dict[str, Any]
 
 
-def check(config: ConfigDict) -> None:
+def check(config: ConfigDict, channels: int | None = None) -> None:
     """Checks what can be checked before a run is restored and samples are drawn.
+
+    Args:
+      config: Of the run.
+      channels: Of the data, images or latents; None if they are not known yet.
 
     Raises:
       ConfigError: If ``config.evaluation`` names nothing to measure by, names a file that does not
@@ -58,7 +62,9 @@ def check(config: ConfigDict) -> None:
             raise ConfigError(f"config.evaluation.{name} = {path!r}: there is no such file")
     if settings.features:
         _metrics(settings.metrics)
-        size, channels = config.data.image_size, 3 if config.autoencoder.name else None
+        size = config.data.image_size
+        if config.autoencoder.name:
+            channels = 3
         try:
             config_lib.build(config, "evaluation").check(size, size, channels)
         except ConfigError:

@@ -238,7 +238,9 @@ def _component(folder, name, makes):
             raise
         return None
     plain = lambda text: text.replace("_", "").lower()
-    for attribute, value in vars(module).items():
+    # The very name first: `squares.py` may hold the class `Squares` that its function returns.
+    for attribute in sorted(vars(module), key=lambda each: each != name):
+        value = getattr(module, attribute)
         defined_here = getattr(value, "__module__", None) == module.__name__
         if plain(attribute) == plain(name) and defined_here and _makes(value, makes):
             return value

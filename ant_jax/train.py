@@ -29,6 +29,7 @@ from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import Process
 from ant_jax.runtime import checkpoint, logs, measurements, processes, progress, signals
+from ant_jax.runtime.files import user_path
 from ant_jax.runtime.loss_guard import LossGuard
 from ant_jax.runtime.profiler import profiler
 from ant_jax.train_step import TrainState
@@ -69,7 +70,7 @@ def train(
       FloatingPointError: at the first loss or gradient that is not finite. With
         ``config.optimizer.nonfinite = "skip"``, at the tenth in a row.
     """
-    workdir = Path(workdir)
+    workdir = user_path(workdir)
     config_lib.validate(config)
     built = {"model": model, "process": process, "weighting": weighting}
     built = {name: value for name, value in built.items() if value is not None}
@@ -137,7 +138,7 @@ def _start(config, workdir, setup, num_images):
         take_step = compiled_step.start_compiling(config, setup)
     else:
         take_step = compiled_step.training_step(config, setup)
-    _look_ahead(config)
+    _look_ahead(config, setup.image_shape[-1])
     restored = workdir_lib.restore(config, setup, workdir)
     if restored is None:
         # The state moves to the devices; no variable keeps the copy on the host.
@@ -258,14 +259,14 @@ def _draw(config, setup, params):
     return experiment.draw_samples(config, setup, experiment.denoiser(setup, params), num)
 
 
-def _look_ahead(config):
+def _look_ahead(config, channels):
     """Warns before training if ``--mode evaluate`` would refuse this config."""
     # A slow import that only this needs; the step compiles meanwhile.
     from ant_jax import measuring
 
     if processes.is_first() and (config.evaluation.features or config.evaluation.split):
         try:
-            measuring.check(config)
+            measuring.check(config, channels)
         except ConfigError as error:
             logging.warning("--mode evaluate will refuse this: %s", error)
 

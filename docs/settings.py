@@ -19,9 +19,9 @@ HEAD = """\
 # All settings
 
 Each setting is `config.NAME` in a config file and `--config.NAME=VALUE` on the command line. A
-group with components has a `name`; its other settings are those of the component. A name can also
-be your own, `package.module:attribute` ([adding.md](adding.md)). `python docs/settings.py` writes
-this page.
+group with components has a `name` (`evaluation` has `features` instead); its other settings are
+those of the component. A name can also be your own, `package.module:attribute`
+([adding.md](adding.md)). `python docs/settings.py` writes this page.
 
 "Resume" says whether a run may go on with another value: settings that affect the parameters may
 not change. `num_steps` may change if the learning rate is constant.

@@ -7,9 +7,9 @@ import numpy as np
 from absl import logging
 
 from ant_jax.config import update
+from ant_jax.config.file import read
 from ant_jax.data import ArraySource, digits
 from ant_jax.train import train
-from configs.digits import get_config
 
 
 def even_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -20,7 +20,7 @@ def even_digits() -> tuple[np.ndarray, np.ndarray]:
 
 
 def main(workdir: str = "runs/own_data", num_steps: int = 200) -> None:
-    config = get_config("nash")
+    config = read("configs/digits.py:nash")
     update(config, {"num_steps": num_steps, "evaluation.features": "", "evaluation.split": ""})
     train(config, workdir, source=ArraySource(*even_digits()))
 

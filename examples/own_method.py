@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from ant_jax.config.file import read
 from ant_jax.mtl import TaskStats, Weighting
 from ant_jax.train import train
-from configs.digits import get_config
 
 
 def random_weights(k: int, seed: int = 0, temperature: float = 1.0) -> Weighting:
@@ -24,7 +24,7 @@ def random_weights(k: int, seed: int = 0, temperature: float = 1.0) -> Weighting
 
 
 def main(workdir: str = "runs/own_method", num_steps: int = 200) -> None:
-    config = get_config("linear")
+    config = read("configs/digits.py:linear")
     config.num_steps = num_steps
     train(config, workdir, weighting=random_weights(config.clusters.k))
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from ant_jax.config.file import read
 from ant_jax.train import train
-from configs.digits import get_config
 
 
 class Perceptron(nn.Module):
@@ -29,7 +29,7 @@ class Perceptron(nn.Module):
 
 
 def main(workdir: str = "runs/own_network", num_steps: int = 200) -> None:
-    config = get_config("nash")
+    config = read("configs/digits.py:nash")
     config.num_steps = num_steps
     train(config, workdir, model=Perceptron())
 

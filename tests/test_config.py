@@ -458,11 +458,11 @@ def test_what_evaluation_will_refuse_is_said_before_training(words, caplog, tmp_
     config = changed(**REFUSED_BY_EVALUATION[words])
     with pytest.raises(config_lib.ConfigError, match=re.escape(words)):
         evaluate.evaluate(config, tmp_path / "no run")
-    train._look_ahead(config)
+    train._look_ahead(config, 1)
     assert f"--mode evaluate will refuse this: {words}" in caplog.text
     caplog.clear()
-    train._look_ahead(changed(evaluation__features="", evaluation__split=""))
-    train._look_ahead(changed())
+    train._look_ahead(changed(evaluation__features="", evaluation__split=""), 1)
+    train._look_ahead(changed(), 1)
     assert not caplog.text
 
 

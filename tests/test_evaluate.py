@@ -19,6 +19,7 @@ from ant_jax import (
     measuring,
     results,
     sampling,
+    train,
 )
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
@@ -78,6 +79,7 @@ def features(batches):
 @pytest.fixture(autouse=True)
 def network(monkeypatch, tmp_path):
     """A small network of 8 x 8 grey pixels instead of Inception, and no cache but this test's."""
+    monkeypatch.setattr(inception, "_SHAPES", {"features": (5,), "spatial": (4,), "logits": (5,)})
     monkeypatch.setattr(inception, "_load", lambda path: evaluation.Network(features, "digest"))
     monkeypatch.setattr(experiment, "build_model", lambda *_: MODEL)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -433,6 +435,28 @@ def test_a_file_of_samples_needs_no_run(features, tmp_path, draws):
     assert result["num_samples"] == 9 and "step" not in result and draws == []
     assert {"inception": "real_fid", "digits": "real_frechet_distance"}[features] in result
     assert "validation_loss" not in result
+
+
+def colours():
+    def check(height, width, channels):
+        if channels not in (3, None):
+            raise ValueError(f"needs 3 channels, not {channels}")
+
+    return evaluation.Extractor({"features": (3,)}, check, None)
+
+
+def test_an_extractor_of_ones_own_knows_the_channels_before_samples_are_drawn(
+    workdir, tmp_path, draws, caplog
+):
+    config = configured(tmp_path)
+    config_lib.update(config, {"evaluation.features": f"{__name__}:colours"})
+    with pytest.raises(
+        ConfigError, match=r"colours' needs 3 channels, not 1: set config.evaluation"
+    ):
+        evaluate.evaluate(config, workdir)
+    assert draws == []
+    train._look_ahead(config, 1)
+    assert "--mode evaluate will refuse this: config.evaluation.features" in caplog.text
 
 
 MISTAKES = {

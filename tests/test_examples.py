@@ -2,6 +2,9 @@
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,12 +14,13 @@ import pytest
 from ant_jax.config import update
 from configs import digits
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
 
 
-def smaller(argument):
+def smaller(file):
     """A small network and small batches: the real ones take a minute where nothing is optimized."""
-    config = digits.get_config(argument)
+    config = digits.get_config(file.removeprefix("configs/digits.py:"))
     update(config, {"model.width": 8, "model.depth": 1, "model.heads": 1, "data.batch_size": 40})
     update(config, {"optimizer.warmup_steps": 5, "log_every": 10})
     update(config, {"tensorboard": False, "sample.every": 0})
@@ -30,7 +34,7 @@ def test_an_example_trains(name, tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "get_config", smaller)
+    monkeypatch.setattr(module, "read", smaller)
     # Eight devices of one machine would spend most of the time on the sums of a wide network.
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(jax, "device_count", lambda: 1)
@@ -39,3 +43,23 @@ def test_an_example_trains(name, tmp_path, monkeypatch):
     assert lines[-1]["step"] == 40
     losses = [line["loss"] for line in lines]
     assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_examples_run_where_only_ant_jax_can_be_imported(tmp_path):
+    """As scripts, from any folder: `python FILE` does not find the packages beside ant_jax."""
+    (tmp_path / "ant_jax").symlink_to(ROOT / "ant_jax")
+    (tmp_path / "here").mkdir()
+    each = [f"own = runpy.run_path({str(path)!r})" for path in sorted(EXAMPLES.glob("*.py"))]
+    # The last is own_network, which compiles in seconds.
+    code = "; ".join(["import runpy", *each, "own['main'](num_steps=1)"])
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "here",
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "here" / "runs" / "own_network" / "checkpoints" / "1").is_dir()

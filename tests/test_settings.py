@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import numpy as np
 import pytest
 
-from ant_jax import mtl, settings
+from ant_jax import data, mtl, settings
 from ant_jax.mtl import Weighting
 from ant_jax.settings import Affects, Integer, Number, OneOf, Path, Traced
 
@@ -89,6 +89,21 @@ def test_a_name_of_ones_own_is_imported(monkeypatch):
     module.component = component
     monkeypatch.setitem(sys.modules, "mine", module)
     assert settings.resolve(mtl, "mine:component", Weighting) is component
+
+
+def test_a_function_may_return_an_object_of_a_class_of_nearly_its_name(monkeypatch):
+    class Squares(data.Source): ...
+
+    def squares(split: str, num: int = 3) -> data.Source: ...
+
+    folder, module = types.ModuleType("folder"), types.ModuleType("folder.squares")
+    for each in (Squares, squares):
+        each.__module__ = module.__name__
+        setattr(module, each.__name__, each)
+    monkeypatch.setitem(sys.modules, "folder.squares", module)
+    assert settings.resolve(folder, "squares", data.Source) is squares
+    del module.squares
+    assert settings.resolve(folder, "squares", data.Source) is Squares
 
 
 @pytest.mark.parametrize(

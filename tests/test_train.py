@@ -955,8 +955,8 @@ def test_what_is_given_trains_in_place_of_what_the_config_names(tmp_path):
     assert "cosines" not in rows[0]
     config.num_steps = 3
     assert int(trainer.train(config, tmp_path, **given).step) == 3
-    assert evaluate.sample(config, tmp_path, **given).exists()
-    assert np.isfinite(evaluate.evaluate(config, tmp_path, **given)["validation_loss"])
+    assert evaluate.sample(config, str(tmp_path), **given).exists()
+    assert np.isfinite(evaluate.evaluate(config, str(tmp_path), **given)["validation_loss"])
     with pytest.raises(ConfigError, match=r"was given model = .*Model, process = ant_jax"):
         evaluate.sample(config, tmp_path)
     with pytest.raises(ConfigError, match=r"was given model = .*name it in the config, "):

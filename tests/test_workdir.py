@@ -10,6 +10,8 @@ import ant_jax
 from ant_jax import config as config_lib
 from ant_jax import train
 from ant_jax import workdir as workdir_lib
+from ant_jax.config import ConfigError
+from ant_jax.workdir import compatibility
 from configs import digits
 
 SETTINGS = {
@@ -105,3 +107,28 @@ def test_the_package_is_imported_without_jax():
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=100
     )
     assert "AttributeError: module 'ant_jax' has no attribute 'no'" in result.stderr
+
+
+def test_an_object_of_a_script_may_come_from_its_module(trained):
+    """The module of a script is `__main__`, or has the name of the file in another script."""
+    workdir, config, _ = trained
+    before = workdir_lib.recorded(workdir)
+    names = ("__main__.Mlp", "mm.Mlp", "package.mm.Mlp", "mm.Other", "mm.MyMlp")
+    fits = {
+        (one, other)
+        for one in names
+        for other in names
+        if not refused(before | {"given": {"model": one}}, config, {"model": other}, workdir)
+    }
+    same = {(name, name) for name in names}
+    scripts = {("__main__.Mlp", name) for name in ("mm.Mlp", "package.mm.Mlp")}
+    assert fits == same | scripts | {(other, one) for one, other in scripts}
+    assert refused(before | {"given": {"model": "mm.Mlp"}}, config, {"source": "mm.Mlp"}, workdir)
+
+
+def refused(*arguments):
+    try:
+        compatibility.check_config(*arguments)
+    except ConfigError:
+        return True
+    return False

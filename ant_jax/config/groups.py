@@ -48,8 +48,8 @@ class Loop:
     Attributes:
       init_from: initial parameters: the workdir of another run, for its EMA, or a .safetensors,
         .pt, .pth or .ckpt file of published weights. "" for random ones.
-      init_facts: facts that a file of published weights does not contain, joined by commas; the
-        module of the network lists them. A file of ``--mode export`` needs none.
+      init_facts: facts that a file of published weights does not contain, joined by commas;
+        ``FACTS`` in ``models/NAME_weights.py`` lists them. A file of ``--mode export`` needs none.
       log_every: steps between two lines of the log.
       tensorboard: write TensorBoard files, if TensorFlow is installed.
       profile_steps: number of steps to trace, from the 10th on, into WORKDIR/profile.

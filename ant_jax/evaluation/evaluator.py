@@ -46,7 +46,24 @@ def build_evaluator(extractor: Extractor, metrics: Sequence[Metric]) -> Evaluato
     """
     given = extractor.shapes.keys()
     able = tuple(each for each in metrics if given >= each.moments | each.samples | each.real)
-    return Evaluator(extractor, extractor.load(), able)
+    return Evaluator(extractor, _checked(extractor.load(), extractor.shapes), able)
+
+
+def _checked(network, shapes):
+    """A network that raises a ValueError if its outputs do not have these shapes."""
+
+    def outputs(batches):
+        for found in network.outputs(batches):
+            for name, shape in shapes.items():
+                there = found[name].shape[1:] if name in found else "missing"
+                if there != shape:
+                    raise ValueError(
+                        f"the extractor's shapes say that {name!r} of an image is {shape}, but its "
+                        f"output is {there}"
+                    )
+            yield found
+
+    return network._replace(outputs=outputs)
 
 
 def measure(batches: Iterable[Batch], evaluator: Evaluator, reference: Reference) -> dict[str, Any]:

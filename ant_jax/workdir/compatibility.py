@@ -28,7 +28,7 @@ def check_config(
       ConfigError: if something differs; the message names it.
     """
     there = before["given"]
-    if there != given:
+    if there.keys() != given.keys() or not all(_alike(there[name], given[name]) for name in given):
         named = lambda some: ", ".join(f"{name} = {kind}" for name, kind in sorted(some.items()))
         arguments = ", ".join(f"{name}=..." for name in sorted(there))
         way = f"call it from Python with {arguments}" if there else "leave that out"
@@ -38,6 +38,15 @@ def check_config(
             "workdir"
         )
     config_lib.check_same(config_lib.from_json(before["config"]), config, workdir)
+
+
+def _alike(one, other):
+    """Whether two names may be of one class: in a script its module is ``__main__``."""
+    pairs = ((one, other), (other, one))
+    own = lambda name: name.startswith("__main__.")
+    return one == other or any(
+        own(name) and there.endswith(name.removeprefix("__main__")) for name, there in pairs
+    )
 
 
 def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> None:

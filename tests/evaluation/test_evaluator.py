@@ -78,6 +78,19 @@ def test_what_the_extractor_or_the_reference_lacks_is_absent(evaluator, linear):
         evaluation.measure([], evaluator, whole)
 
 
+@pytest.mark.parametrize(
+    ("shapes", "is_"), [({"features": (3,)}, r"\(5,\)"), ({"x": ()}, "missing")]
+)
+def test_outputs_of_other_shapes_than_the_extractor_s_are_refused(
+    shapes, is_, linear, every_metric
+):
+    wrong = evaluation.build_evaluator(linear._replace(shapes=shapes), [])
+    with pytest.raises(
+        ValueError, match=rf"shapes say that '\w+' of an image is .* output is {is_}"
+    ):
+        evaluation.summarise(batches(images(3)), wrong.network, [], [])
+
+
 def test_only_the_outputs_that_metrics_need_are_kept(evaluator):
     kept = []
 

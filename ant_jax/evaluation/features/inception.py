@@ -17,6 +17,7 @@ from ant_jax.settings import Path
 # The batch size of ADM's evaluation. It needs no more memory than a training step.
 _PER_DEVICE = 64
 
+_SHAPES = {"features": (2048,), "spatial": (2023,), "logits": (1008,)}
 
 _WEIGHTS = (
     "the weights: pt_inception-2015-12-05-6726825d.pth of the release fid_weights of "
@@ -45,7 +46,7 @@ def inception(weights: Path = "") -> Extractor:
             raise ValueError(f"evaluates images of 1 or 3 channels, not of {channels}")
 
     return Extractor(
-        {"features": (2048,), "spatial": (2023,), "logits": (1008,)},
+        _SHAPES,
         check,
         lambda: _load(files.user_path(weights)),
         {"frechet_distance": "fid", "group_frechet_distance": "group_fid"},
