@@ -8,13 +8,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.config import file as config_file
-from ant_jax.config.migration import MOVED
 from ant_jax.runtime.files import user_path
 
 # What ml_collections raises where an override fits no setting.
@@ -22,39 +21,58 @@ _BAD_OVERRIDE = (AttributeError, KeyError, TypeError, ValueError)
 
 
 class _ConfigFileParser(flags.ArgumentParser):
+    # The last config that was read, before the settings of the command line.
+    config = None
+
     def parse(self, argument):
+        workdir, of_run = _names_of_run(sys.argv)
+        names = of_run | names_in(sys.argv)
         try:
-            return config_file.read(argument, _names_of_run(sys.argv) | names_in(sys.argv))
+            self.config = config_file.read(argument, names)
+        except ConfigError as error:
+            if any(f"config.{name} " in str(error) for name in of_run):
+                raise ConfigError(f"the run in {workdir}: {error}") from error
+            raise
         except OSError as error:
             # absl expects a ValueError from a flag.
             raise ValueError(str(error)) from error
+        return self.config
 
 
-def names_in(arguments: Sequence[str]) -> dict[str, str]:
-    """The components that a command line names, ``--config.GROUP.name=VALUE``, by setting."""
-    known = "|".join(map(re.escape, config_lib.component_names()))
+def _settings_in(arguments):
+    """The settings of a command line, ``--config.NAME=VALUE``, by name; the last of equal ones."""
     found = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if match := re.fullmatch(rf"--?config\.({known})(?:=(.*))?", argument):
+        if match := re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", argument, re.DOTALL):
             found[match[1]] = following if match[2] is None else match[2]
     return found
 
 
+def names_in(arguments: Sequence[str]) -> dict[str, str]:
+    """The components that a command line names, ``--config.GROUP.name=VALUE``, by setting."""
+    given, known = _settings_in(arguments), config_lib.component_names()
+    return {name: value for name, value in given.items() if name in known}
+
+
+def _has_config(arguments):
+    return re.search(r" --?config[= ]", " ".join(arguments) + " ")
+
+
 def _names_of_run(arguments):
-    """The components of the run in ``--workdir``, if the command line has no ``--config``."""
+    """``--workdir`` and the components of its run, if the command line has no ``--config``."""
     from ant_jax import workdir as workdir_lib
 
-    line = " ".join(arguments) + " "
-    workdir = re.search(r" --?workdir[= ](\S+) ", line)
-    if workdir is None or re.search(r" --?config[= ]", line):
-        return {}
+    workdir = re.search(r" --?workdir[= ](\S+) ", " ".join(arguments) + " ")
+    if workdir is None or _has_config(arguments):
+        return None, {}
     # Opening the run later gives the error, if there is one.
     with contextlib.suppress(ConfigError, OSError):
         saved = workdir_lib.load_config(user_path(workdir[1]))
         if saved is not None:
             flat = config_lib.flatten(saved)
-            return {name: flat[name] for name in config_lib.component_names() if name in flat}
-    return {}
+            known = config_lib.component_names()
+            return workdir[1], {name: flat[name] for name in known if name in flat}
+    return None, {}
 
 
 def define_config() -> flags.FlagHolder:
@@ -70,9 +88,7 @@ def define_config() -> flags.FlagHolder:
     try:
         # Without --config, this reads the default file and applies the overrides.
         flags.set_default(holder, config_file.DEFAULT)
-    except flags.Error as error:
-        sys.exit(str(error))
-    except _BAD_OVERRIDE as error:
+    except (flags.Error, *_BAD_OVERRIDE) as error:
         _refuse(error)
     return holder
 
@@ -113,24 +129,42 @@ def processes() -> Iterator[None]:
 def parse_flags(arguments: Sequence[str]) -> list[str]:
     """Parses the flags; returns the other arguments."""
     try:
-        return app.parse_flags_with_usage(arguments)
-    except _BAD_OVERRIDE as error:
+        return flags.FLAGS(arguments)
+    except (flags.Error, *_BAD_OVERRIDE) as error:
         _refuse(error)
 
 
 def _refuse(error):
+    """Exits with a line about the wrong setting, or else with the words of the error."""
+    config = flags.FLAGS["config"].parser.config
+    if problem := config and _problem(_settings_in(sys.argv), config, error):
+        sys.exit(f"{problem} (docs/settings.md has every setting)")
+    if isinstance(error, flags.Error):
+        default = f"flag --config={config_file.DEFAULT}: "
+        message = str(error).replace("\n", " ")
+        sys.exit(message if _has_config(sys.argv) else message.removeprefix(default))
     # An AttributeError of ml_collections contains a KeyError, which prints its message in quotes.
     cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
     kind = "no such setting: " if isinstance(cause, KeyError) else ""
     message = " ".join(" ".join(map(str, cause.args)).split()).partition(" Other fields")[0]
-    sys.exit(f"--config: {kind}{message}{_moved(sys.argv)} (docs/settings.md has every setting)")
+    sys.exit(f"--config: {kind}{message} (docs/settings.md has every setting)")
 
 
-def _moved(arguments):
-    """The new names of the settings on a command line that have been renamed."""
-    given = re.findall(r" --?config\.([\w.]+)", " ".join(arguments))
-    found = [f"config.{name} is config.{MOVED[name]} now" for name in given if name in MOVED]
-    return "".join(f"; {each}" for each in found)
+def _problem(given, config, error):
+    """What is wrong with the settings of a command line, as far as one of them shows it."""
+    known, keys = config_lib.settings_of_config(config), config_lib.component_names()
+    groups = {group.name for group in config_lib.GROUPS if group.name}
+    wrong = re.match(r"flag --config\.([\w.]+)=", str(error))
+    for name, value in given.items():
+        if name in groups:
+            key = next((key for key, group in keys.items() if group == name), None)
+            way = f"--config.{key}={value}" if key else f"--config.{name}.SETTING=VALUE"
+            return f"config.{name} is a group of settings: write {way}"
+        if name not in known:
+            return config_lib.unknown_setting(name, known)
+        if wrong and wrong[1] == name:
+            return f"config.{name} must be {known[name].check.allowed}, got {value!r}"
+    return None
 
 
 def config_of(workdir: Path | None) -> ConfigDict:

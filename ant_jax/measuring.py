@@ -42,14 +42,15 @@ def check(config: ConfigDict, channels: int | None = None) -> None:
 
     Raises:
       ConfigError: If ``config.evaluation`` names nothing to measure by, names a file that does not
-        exist, or names an extractor that can't evaluate such images.
+        exist, an extractor that can't evaluate such images, or a metric whose outputs the extractor
+        does not have.
     """
     settings = config.evaluation
     if not settings.features and (settings.samples or not settings.split):
         split = "" if settings.samples else ", or set config.evaluation.split to held-out images"
+        able = "digits" if config.data.name == "digits" else "inception"
         raise ConfigError(
-            "there is nothing to measure by: set config.evaluation.features to 'inception', or to "
-            f"'digits' for the 8x8 digits{split}"
+            f"there is nothing to measure by: set config.evaluation.features to {able!r}{split}"
         )
     paths = ["samples"]
     if settings.features:
@@ -61,12 +62,13 @@ def check(config: ConfigDict, channels: int | None = None) -> None:
         if path and not user_path(path).is_file():
             raise ConfigError(f"config.evaluation.{name} = {path!r}: there is no such file")
     if settings.features:
-        _metrics(settings.metrics)
+        every = _metrics(settings.metrics)
         size = config.data.image_size
         if config.autoencoder.name:
             channels = 3
         try:
-            config_lib.build(config, "evaluation").check(size, size, channels)
+            extractor = config_lib.build(config, "evaluation")
+            extractor.check(size, size, channels)
         except ConfigError:
             raise
         except ValueError as error:
@@ -76,6 +78,8 @@ def check(config: ConfigDict, channels: int | None = None) -> None:
                 f"config.evaluation.features = {settings.features!r} {error}: set "
                 f"{' or '.join([*others, 'config.evaluation.features'])}"
             ) from error
+        if settings.metrics:
+            _check_metrics(settings, every, extractor)
     if settings.split and not settings.samples:
         try:
             dataset.open_data(config, settings.split)
@@ -139,6 +143,18 @@ def validation_losses(
         y=labels if models.num_classes(setup.model) else None,
         timesteps_each=timesteps_each,
     )
+
+
+def _check_metrics(settings, every, extractor):
+    """Metrics that the config names must not be left out."""
+    for name, metric in zip(settings.metrics, every, strict=True):
+        missing = (metric.moments | metric.samples | metric.real) - extractor.shapes.keys()
+        if missing:
+            raise ConfigError(
+                f"config.evaluation.metrics: {name!r} needs the output "
+                f"{', '.join(map(repr, sorted(missing)))}, but config.evaluation.features = "
+                f"{settings.features!r} has only {', '.join(map(repr, sorted(extractor.shapes)))}"
+            )
 
 
 def _metrics(names):

@@ -267,7 +267,9 @@ def _imported(name):
         kind = (
             "" if isinstance(error, ImportError | AttributeError) else f"{type(error).__name__}: "
         )
-        raise ValueError(f"{name!r} can't be imported: {kind}{error}") from error
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module_name
+        place = "; run in its folder, or add that to PYTHONPATH" if missing else ""
+        raise ValueError(f"{name!r} can't be imported: {kind}{error}{place}") from error
     if not callable(component):
         raise ValueError(f"{name!r} is not callable")
     return component

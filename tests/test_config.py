@@ -359,7 +359,7 @@ CONFIG_FILES = {
     "line 2: ModuleNotFoundError: No module named 'nothing'": ("config.py", "\nimport nothing"),
     "it has no function get_config": ("config.py", "get_config = 3"),
     "line 2: KeyError: 'boom'": ("config.py", "def get_config():\n  raise KeyError('boom')"),
-    "TypeError: get_config() takes 0 positional arguments but 1 was given": (
+    "its get_config takes no argument: write --config={folder}/config.py": (
         "config.py:argument",
         "def get_config(): pass",
     ),
@@ -443,6 +443,10 @@ REFUSED_BY_EVALUATION = {
         "evaluation__features": "inception"
     },
     "config.evaluation.metrics must be one of 'frechet', ": {"evaluation__metrics": ("freche",)},
+    "config.evaluation.metrics: 'inception_score' needs the output 'logits', but "
+    "config.evaluation.features = 'digits' has only 'features', 'labels', 'pixels'": {
+        "evaluation__metrics": ("frechet", "inception_score")
+    },
     "config.evaluation.features = 'inception' finds no weights: there is no such file as '~/": {
         "evaluation__features": "inception",
         "evaluation__weights": "~/none",
@@ -689,6 +693,6 @@ def test_a_setting_of_the_same_name_is_not_carried_over_where_it_means_something
 def test_a_name_that_is_assigned_alone_is_told_how_to_change_a_component():
     config = digits.get_config()
     config.model.name = "unet"
-    words = "config.model.depth; it belongs to another model.name: ant_jax.config.update"
+    words = "config.model.depth; it belongs to config.model.name = 'dit': .* ant_jax.config.update"
     with pytest.raises(config_lib.ConfigError, match=words):
         config_lib.validate(config)

@@ -484,7 +484,7 @@ MISTAKES = {
     r"config.evaluation.samples: a covariance needs at least 2 samples": {
         "evaluation__samples": "single.npz"
     },
-    r"set config.evaluation.features to 'inception', or to 'digits' for the 8x8 digits$": {
+    r"set config.evaluation.features to 'digits'$": {
         "evaluation__features": "",
         "evaluation__samples": "single.npz",
     },

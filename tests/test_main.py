@@ -154,14 +154,37 @@ def test_a_workdir_s_weights_are_exported(modes):
 # Command lines by what is said of them; FOLDER is an empty one.
 MISTAKES = {
     "did you mean": ["--config.num_step=3"],
-    "--config: no such setting: 'nme' (docs/settings.md has every setting)": [
-        "--config.optimizer.nme=x"
+    "unknown setting config.optimizer.qq; did you mean config.optimizer.": [
+        "--config.optimizer.qq=x"
     ],
-    "--config: no such setting: Attribute <class 'int'>.x does not exist": [
+    "unknown setting config.num_steps.x; did you mean config.num_steps?": [
         "--config.num_steps.x=3"
     ],
+    "config.clusters.affinity; it belongs to config.clusters.name = 'gradient': --config.": [
+        "--config=configs/digits.py",
+        "--config.clusters.affinity=x.npz",
+    ],
+    "config.model.num_res_blocks; it belongs to config.model.name = 'unet'": [
+        "--config.model.num_res_blocks=3"
+    ],
+    "config.loss_weight.gamma; it belongs to config.loss_weight.name = 'min_snr' or 'p2'": [
+        "--config.loss_weight.gamma=3"
+    ],
+    "config.method.nash_max_norm; it is config.method.max_norm now": [
+        "--config.method.nash_max_norm=3"
+    ],
+    "config.model is a group of settings: write --config.model.name=unet": ["--config.model=unet"],
+    "config.evaluation is a group of settings: write --config.evaluation.features=digits": [
+        "--config.evaluation=digits"
+    ],
+    "config.optimizer is a group of settings: write --config.optimizer.SETTING=VALUE": [
+        "--config.optimizer=3"
+    ],
     "--config: Could not parse ''": ["--config.=3"],
-    "--config.num_steps=1.5: invalid literal for int()": ["--config.num_steps=1.5"],
+    "config.num_steps must be an integer >= 1, got '1.5'": ["--config.num_steps=1.5"],
+    "config.num_steps must be an integer >= 1, got 'ten'": ["--config.num_steps", "ten"],
+    "config.data.flip must be True or False, got 'maybe'": ["--config.data.flip=maybe"],
+    "Unknown command line flag 'nonsense'": ["--nonsense=3"],
     "config.num_steps must be an integer >= 1, got 0": ["--config.num_steps=0"],
     "ConfigError: --mode encode needs config.autoencoder.name": ["--mode=encode"],
     "--config=configs/digit.py: there is no such file; did you mean configs/digits.py?": [
@@ -180,6 +203,16 @@ MISTAKES = {
     "~nobody-of-that-name/x: Could not determine home": ["--workdir=~nobody-of-that-name/x"],
     "--num_processes=0: 0 is not a positive integer": ["--num_processes=0"],
     "--process_id=-1: -1 is not a non-negative integer": ["--process_id=-1"],
+    'line 3: AttributeError: Key "widht" does not exist and cannot be added since the config is '
+    'locked. Did you mean "width" instead of "widht"?': ["--config=FOLDER/misspelt.py"],
+    "--config=FOLDER/misspelt.py:nash: its get_config takes no argument: write --config=FOLDER": [
+        "--config=FOLDER/misspelt.py:nash"
+    ],
+    "the run in FOLDER/own: config.model.name 'not_here:Net' can't be imported: No module named "
+    "'not_here'; run in its folder, or add that to PYTHONPATH": [
+        "--workdir=FOLDER/own",
+        "--mode=sample",
+    ],
     # The run there has 1, as an integer.
     "config.optimizer.learning_rate: 1 there, 0.5 now": [
         "--workdir=FOLDER/run",
@@ -187,6 +220,13 @@ MISTAKES = {
         "--config.optimizer.learning_rate=0.5",
     ],
 }
+
+
+MISSPELT = """from configs import digits
+def get_config():
+    config = digits.get_config(); config.model.widht = 3
+    return config
+"""
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +237,13 @@ def refusals(tmp_path_factory):
     config = digits.get_config()
     config.optimizer._fields["learning_rate"] = 1
     workdir_lib.save_config(config, folder / "run")
+    own = digits.get_config()
+    own.model._fields["name"] = "not_here:Net"
+    workdir_lib.save_config(own, folder / "own")
+    (folder / "misspelt.py").write_text(MISSPELT)
     before = sorted(folder.rglob("*"))
     lines = [
-        [each.replace("FOLDER", str(folder)) for each in (f"--workdir={folder}", *arguments)]
+        [each.replace("FOLDER", str(folder)) for each in with_workdir(arguments)]
         for arguments in MISTAKES.values()
     ]
     ended = each_of(lines, said)
@@ -208,6 +252,11 @@ def refusals(tmp_path_factory):
         message: (status, text.replace(str(folder), "FOLDER"))
         for message, (status, text) in zip(MISTAKES, ended, strict=True)
     }
+
+
+def with_workdir(arguments):
+    given = any(each.startswith("--workdir") for each in arguments)
+    return arguments if given else ["--workdir=FOLDER", *arguments]
 
 
 @pytest.mark.parametrize("message", MISTAKES)

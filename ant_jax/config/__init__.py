@@ -26,7 +26,7 @@ from ant_jax.config.editing import (
     update,
 )
 from ant_jax.config.groups import GROUPS
-from ant_jax.config.validation import check_same, validate, warnings_of
+from ant_jax.config.validation import check_same, unknown_setting, validate, warnings_of
 
 __all__ = [
     "GROUPS",
@@ -45,6 +45,7 @@ __all__ = [
     "per_process_settings",
     "program",
     "settings_of_config",
+    "unknown_setting",
     "warnings_of",
     "update",
     "validate",

@@ -2,7 +2,9 @@
 
 import difflib
 import importlib
+import inspect
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -56,6 +58,7 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
         loader.exec_module(module)
         if not callable(getattr(module, "get_config", None)):
             raise ConfigError("it has no function get_config")
+        _check_argument(module.get_config, file, argument)
         config = module.get_config(*argument)
     except ConfigError:
         raise
@@ -66,7 +69,12 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
             for frame in traceback.extract_tb(error.__traceback__)
             if frame.filename == str(path)
         ]
-        words = " ".join(str(error).split())
+        words = str(error)
+        if " Other fields present: " in words:
+            # ml_collections lists all settings, in quotes.
+            words, _, rest = words.strip("'").partition(" Other fields present: ")
+            words += " " + "".join(re.findall("Did you mean .*", rest))
+        words = " ".join(words.split())
         raise ConfigError(f"{''.join(lines[-1:])}{type(error).__name__}: {words}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(
@@ -74,6 +82,17 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
         )
     config_lib.update(config, names)
     return config.lock()
+
+
+def _check_argument(get_config, file, argument):
+    try:
+        inspect.signature(get_config).bind(*argument)
+    except TypeError:
+        if argument:
+            raise ConfigError(f"its get_config takes no argument: write --config={file}") from None
+        raise ConfigError(
+            f"its get_config needs an argument: write --config={file}:ARGUMENT"
+        ) from None
 
 
 def _find_configs():

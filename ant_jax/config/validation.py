@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import os
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
@@ -18,7 +19,7 @@ from ant_jax.config.components import (
     settings_of_component,
     settings_of_config,
 )
-from ant_jax.settings import Affects
+from ant_jax.settings import Affects, Setting
 
 
 def validate(config: ConfigDict) -> None:
@@ -31,7 +32,7 @@ def validate(config: ConfigDict) -> None:
     flat = flatten(config)
     known = settings_of_config(config)
     for name in sorted(flat.keys() - known.keys()):
-        raise ConfigError(f"unknown setting config.{name}{_hint(name, known)}")
+        raise ConfigError(unknown_setting(name, known))
     for name, setting in known.items():
         if flat.get(name) is None:
             raise ConfigError(f"missing setting config.{name}: {setting.check.allowed}")
@@ -41,15 +42,26 @@ def validate(config: ConfigDict) -> None:
     _validate_together(flat)
 
 
+def unknown_setting(name: str, known: Mapping[str, Setting]) -> str:
+    """Says that there is no such setting, and where it may be.
+
+    Args:
+      name: ``"group.name"``.
+      known: the settings of the config.
+    """
+    return f"unknown setting config.{name}{_hint(name, known)}"
+
+
 def _hint(name, known):
     if name in migration.MOVED:
         return f"; it is config.{migration.MOVED[name]} now"
     group, _, leaf = name.partition(".")
-    if leaf and leaf in _settings_of_others(group):
+    if owners := _components_with(group, leaf):
         key = f"{group}.{key_of(group)}"
         return (
-            f"; it belongs to another {key}: ant_jax.config.update(config, {{'{key}': ...}}) "
-            "changes the component with its settings"
+            f"; it belongs to config.{key} = {' or '.join(map(repr, owners))}: "
+            f"--config.{key}=NAME, or ant_jax.config.update(config, {{'{key}': NAME}}), changes "
+            "the component with its settings"
         )
     near = difflib.get_close_matches(name, known, 1)
     if near:
@@ -60,13 +72,13 @@ def _hint(name, known):
     )
 
 
-def _settings_of_others(group):
-    """Names of the settings of all components of a group's folder."""
+def _components_with(group, setting):
+    """The components of a group's folder that have a setting."""
     if group not in NAMED_GROUPS:
-        return set()
+        return []
     described = NAMED_GROUPS[group]
     names = settings.names_in(importlib.import_module(described.folder), made_type(described))
-    return {setting for name in names for setting in settings_of_component(group, name)}
+    return [name for name in names if setting in settings_of_component(group, name)]
 
 
 def _validate_together(flat):

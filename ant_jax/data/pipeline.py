@@ -79,8 +79,9 @@ def batches(
       it waits. One of several hosts can't end alone, so there it raises an ExampleError after
       waiting for half a minute.
 
-      The iterator raises an ExampleError for an unreadable image, which names the source and the
-      index, and then goes on with the batch of the next step. It also raises an ExampleError if a
+      The iterator raises an ExampleError for an unreadable image, or for an image or label that is
+      not what the source promises. The error names the source and the index, and the iterator then
+      goes on with the batch of the next step. It also raises an ExampleError if a
       worker dies, or after waiting 10 minutes for a worker that a signal has stopped. It logs a
       warning for any long wait.
 
@@ -91,7 +92,7 @@ def batches(
     _check_numbers(batch_size, seed, start_step, num_workers, process_index, process_count)
     check_crop(source, crop, image_size)
     if len(source) == 0:
-        raise ValueError(f"{source!r} is empty")
+        raise ValueError(f"{source.name} is empty")
     load = functools.partial(
         _load,
         source=source,
@@ -103,7 +104,7 @@ def batches(
         flip=flip,
         replace_unreadable=replace_unreadable,
     )
-    return _Batches(load, repr(source), start_step, num_workers, stopped, process_count == 1)
+    return _Batches(load, source.name, start_step, num_workers, stopped, process_count == 1)
 
 
 class _Batches:
@@ -198,11 +199,17 @@ def _load(
         index = int(epoch_order(len(source), seed, epoch)[place])
         try:
             example, other = _read(source, index, _REPLACEMENTS if replace_unreadable else 0)
+            _check_example(example, source)
             if crop != "none" or flip or "mean" in example:
                 example = _augment(example, crop, image_size, flip, (seed, _AUGMENT, position))
         except Exception as error:
             # The message includes the cause, because a worker can't send the chained error.
-            raise ExampleError(f"example {index} of {source!r}: {error!r}") from error
+            way = (
+                ""
+                if replace_unreadable or not isinstance(error, UnreadableImageError)
+                else ("; replace_unreadable = True takes the next image instead")
+            )
+            raise ExampleError(f"example {index} of {source.name}: {error!r}{way}") from error
         examples.append(example)
         replaced.append(other)
     batch = {
@@ -220,6 +227,30 @@ def _read(source: Source, index: int, replacements: int) -> tuple[Example, bool]
         except UnreadableImageError as error:
             logging.warning("unreadable, replaced by the next image: %s", error)
     return source[(index + replacements) % len(source)], replacements > 0
+
+
+def _check_example(example: Example, source: Source) -> None:
+    """Raises a ValueError if an example is not what its source promises; latents are checked."""
+    if "mean" in example:
+        return
+    image, label = example["image"], example["label"]
+    if image.dtype != np.uint8 or not _fits(image.shape, source.image_shape):
+        raise ValueError(
+            f"the image is {image.dtype} {image.shape}, but must be uint8 {source.image_shape}, "
+            "the image_shape of the source"
+        )
+    last = max(source.num_classes, 1) - 1
+    if np.ndim(label) or not 0 <= label <= last:
+        raise ValueError(
+            f"the label is {label}, but must be in 0 .. {last}, as num_classes of the source is "
+            f"{source.num_classes}"
+        )
+
+
+def _fits(shape, promised):
+    return len(shape) == len(promised) and all(
+        there in (None, size) for size, there in zip(shape, promised, strict=True)
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -270,9 +301,11 @@ def check_crop(source: Source, crop: str, image_size: int | None) -> None:
         return
     height, width, _ = source.image_shape
     if height is None or width is None:
-        raise ValueError(f"the images of {source!r} vary in size: choose a crop and an image_size")
+        raise ValueError(
+            f"the images of {source.name} vary in size: choose a crop and an image_size"
+        )
     if image_size is not None and (height, width) != (image_size, image_size):
         raise ValueError(
-            f"the images of {source!r} are {height}x{width}: "
+            f"the images of {source.name} are {height}x{width}: "
             f"choose a crop for image_size {image_size}"
         )

@@ -107,9 +107,8 @@ def data_reference(
 
 def _summary(evaluator, images, keep, batch_size, cache_dir):
     if len(images.source) < 2:
-        raise ValueError(
-            f"a reference needs at least 2 images, but {images.source!r} has {len(images.source)}"
-        )
+        name, num = images.source.name, len(images.source)
+        raise ValueError(f"a reference needs at least 2 images, but {name} has {num}")
     path, moments_of, keep = None, sorted(evaluator.moments), sorted(keep)
     if images.key is not None:
         key = {"images": images.key, "weights": evaluator.network.digest, "of": [moments_of, keep]}

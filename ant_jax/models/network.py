@@ -79,7 +79,10 @@ def build_network(
     fields = inspect.signature(network).parameters
     called = getattr(network, "__qualname__", repr(network))
     without = {
-        "num_classes": (num_classes, "it can't be conditional on labels"),
+        "num_classes": (
+            num_classes,
+            "it can't be conditional on labels: add the field, or set conditional = False",
+        ),
         "learned_variance": (learned_variance, "it can't learn a variance"),
         "dtype": (given["dtype"] != jnp.float32, "its dtype must be float32"),
     }

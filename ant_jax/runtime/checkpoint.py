@@ -265,7 +265,8 @@ def _read_newest(directory, step, run, read):
                 logging.info("checkpoint %s was removed while it was read: looking again", path)
             elif isinstance(error, ValueError):
                 raise CheckpointError(
-                    f"checkpoint {path} does not fit this config: {error}"
+                    f"checkpoint {path} does not fit this config, or the objects given from "
+                    f"Python: {error}"
                 ) from error
             else:
                 raise

@@ -57,9 +57,28 @@ def read(path: Path, template: Any) -> Any:
 
     Returns:
       The pytree, with the shardings of the template.
+
+    Raises:
+      ValueError: if the template has another structure or other shapes; names the first array that
+        differs.
     """
     with open_orbax() as orbax:
+        _check_template(orbax.metadata(path).item_metadata.tree, template)
         return _to_local(orbax.restore(path, to_global(template)), template)
+
+
+def _check_template(saved: Any, template: Any) -> None:
+    """Raises a ValueError, which names the first array that is only in one tree or differs."""
+    there = {each.name: tuple(each.shape) for each in jax.tree.leaves(saved)}
+    now = {
+        jax.tree_util.keystr(keys, simple=True, separator="."): tuple(leaf.shape)
+        for keys, leaf in jax.tree_util.tree_leaves_with_path(template)
+    }
+    for name in [*now, *there]:
+        if there.get(name) != now.get(name):
+            raise ValueError(
+                f"{name} is {there.get(name, 'missing')} there and {now.get(name, 'missing')} now"
+            )
 
 
 def read_part(path: Path, name: str) -> Any:

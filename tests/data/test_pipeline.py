@@ -21,6 +21,7 @@ class Numbered:
     """Image i is a 2 x 2 picture whose left half is i and whose right half is 255 - i."""
 
     size: int
+    name: str = "Numbered"
     image_shape: tuple = (2, 2, 1)
     num_classes: int = 3
     broken: int | None = None
@@ -160,6 +161,46 @@ def test_center_crop_in_the_pipeline():
 def test_an_unreadable_image_is_named():
     with pytest.raises(RuntimeError, match=r"example 7 of Numbered.*bad bytes"):
         _take(3, Numbered(12, broken=7), batch_size=4, seed=0)
+
+
+def test_a_damaged_image_names_the_way_out(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"\x89PNG")
+    source = data.folder(split="", dir=str(tmp_path))
+    words = rf"example 0 of {tmp_path}: UnreadableImageError.*; replace_unreadable = True takes"
+    with pytest.raises(data.ExampleError, match=words):
+        _take(1, source, batch_size=1, seed=0, crop="center", image_size=8)
+
+
+@pytest.mark.parametrize(
+    ("promise", "words"),
+    [
+        (
+            {"num_classes": 2},
+            r"label is 2, but must be in 0 .. 1, as num_classes of the source is 2",
+        ),
+        ({"num_classes": 0}, r"must be in 0 .. 0, as num_classes of the source is 0"),
+        ({"image_shape": (2, 3, 1)}, r"image is uint8 \(2, 2, 1\), but must be uint8 \(2, 3, 1\)"),
+        (
+            {"image_shape": (None, 2, 3)},
+            r"\(2, 2, 1\), but must be uint8 \(None, 2, 3\), the image_s",
+        ),
+    ],
+)
+def test_a_source_that_breaks_its_promise_is_named(promise, words):
+    source = dataclasses.replace(Numbered(3), **promise)
+    crop = {"crop": "center", "image_size": 2} if None in source.image_shape else {}
+    with pytest.raises(data.ExampleError, match=f"example . of Numbered: ValueError.*{words}"):
+        _take(1, source, batch_size=3, seed=0, **crop)
+
+
+def test_images_of_another_type_are_refused():
+    class Floats(Numbered):
+        def __getitem__(self, i):
+            example = super().__getitem__(i)
+            return example | {"image": np.float32(example["image"])}
+
+    with pytest.raises(data.ExampleError, match=r"image is float32 \(2, 2, 1\), but must be uint8"):
+        _take(1, Floats(3), batch_size=3, seed=0)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
