@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax import data, diffusion, evaluation, models, mtl, settings
-from ant_jax.diffusion import samplers
+from ant_jax import config, data, diffusion, evaluation, models, mtl, settings
+from ant_jax.diffusion import loss_weights, samplers
 from ant_jax.evaluation import features, metrics
+from ant_jax.tasks import clusterings
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adding.md").read_text()
@@ -62,7 +63,9 @@ def test_sampler(component):
 
 
 def test_source(component):
-    source = component("squares", data, data.Source)(num_images=6)
+    squares = component("squares", data, data.Source)
+    source = squares(num_images=6)
+    assert len(squares("test")) == 10
     batch = next(data.batches(source, batch_size=6, seed=0, image_size=8))
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], 255 * batch["label"])
     assert source.facts()["num_images"] == 6
@@ -82,5 +85,46 @@ def test_extractor_and_metric(component):
     assert metric.measure(summary, None) == {"spread": 5.0}
 
 
+def test_process_and_loss_weight(component):
+    process = component("data_prediction", diffusion, diffusion.Process)
+    sigmoid = component("Sigmoid", loss_weights, loss_weights.LossWeight)
+    assert list(settings.settings_of(sigmoid)) == ["bias"]
+    assert (
+        process(20, sigmoid()) == process(20, sigmoid(bias=2.0)) != process(20, sigmoid(bias=1.0))
+    )
+    x0, noise = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 1))
+    t = np.array([0, 7, 19])
+    ours, theirs = (make(20, loss_weight=sigmoid()) for make in (process, diffusion.gaussian))
+    # Half of the data, as a network of the data or of the noise that this leaves.
+    x_t = theirs.noised(x0, t, noise)
+    found = ours.predict(lambda *_: 0.5 * x0, x_t, t)
+    np.testing.assert_allclose(
+        ours.losses(lambda *_: 0.5 * x0, x0, t, noise),
+        theirs.losses(lambda *_: found.noise, x0, t, noise),
+        rtol=1e-3,
+    )
+    np.testing.assert_allclose(
+        theirs.predict(lambda *_: found.noise, x_t, t).x0, 0.5 * x0, atol=1e-3
+    )
+
+
+def test_clusters(component):
+    equal_snr = component("equal_snr", clusterings, clusterings.Clusters)
+    log_snr = diffusion.gaussian(1000, "linear").log_snr(np.arange(1000))
+    bounds = equal_snr(log_snr, 5).boundaries
+    assert bounds[0] == 0 and bounds[-1] == 1000 and (np.diff(bounds) > 0).all()
+    ranges = np.diff(log_snr[np.minimum(bounds, 999)])
+    np.testing.assert_allclose(ranges, ranges.mean(), rtol=0.2)
+
+
 def test_every_example_is_tested():
-    assert len(EXAMPLES) == 6
+    assert len(EXAMPLES) == 9
+
+
+def test_the_table_names_the_settings_and_the_arguments_that_the_program_gives():
+    for group in config.GROUPS:
+        if group.folder:
+            given = [each for each in group.given if each not in ("parent", "name")]
+            words = ", ".join(f"`{each}`" for each in given)
+            file, key = f"{group.folder.replace('.', '/')}/NAME.py", f"{group.name}.{group.key}"
+            assert re.search(rf"\| `{file}` \| `{key}` \| {words} ?\|", PAGE), key

@@ -37,7 +37,8 @@ def gaussian(
 
     Args:
       timesteps: T.
-      schedule: of the noise: "cosine", "linear" or "ldm"; see `schedule.alphas_bar`.
+      schedule: of the noise: "cosine", "linear" or "ldm"; see
+        `ant_jax.diffusion.schedule.alphas_bar`.
       variance: of the reverse process: "fixed_small", "fixed_large" or "learned_range"; see
         `GaussianDiffusion`.
       prediction: what the network predicts: "epsilon", the noise, or "v".
