@@ -76,6 +76,14 @@ def build(
         not have, or does not fit the boundaries.
     """
     config_lib.validate(config)
+    for name, value, kind in (
+        ("model", model, nn.Module),
+        ("process", process, Process),
+        ("weighting", weighting, mtl.Weighting),
+    ):
+        if value is not None and not isinstance(value, kind):
+            way = f": call it, {value.__name__}()" if isinstance(value, type) else ""
+            raise ConfigError(f"{name}= must be a {kind.__name__}, got {value!r}{way}")
     if config.model.conditional and not num_classes and model is None:
         raise ConfigError(
             f"config.model.conditional = True, but {config.data.name} has no labels: set it False"

@@ -961,6 +961,8 @@ def test_what_is_given_trains_in_place_of_what_the_config_names(tmp_path):
         evaluate.sample(config, tmp_path)
     with pytest.raises(ConfigError, match=r"was given model = .*name it in the config, "):
         export.export(config, tmp_path)
+    with pytest.raises(ConfigError, match=r"model= must be a Module, got .*: call it, Model\(\)"):
+        trainer.train(tiny(), tmp_path / "class", model=Model)
     with pytest.raises(ConfigError, match=r"given is for 2 tasks, and config.clusters.k = 4"):
         trainer.train(tiny(clusters__k=4), tmp_path / "four", weighting=fixed)
 

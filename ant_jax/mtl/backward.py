@@ -71,6 +71,10 @@ def backward(
         split.
     """
     k, needs_gram = weighting.k, "gram" in weighting.needs
+    if not isinstance(state, CombineState):
+        raise ValueError(
+            f"state must be a CombineState, first init_combine(weighting), got {state!r}"
+        )
     _check(k, batch, tasks, form, microbatches, needs_gram)
 
     def global_sum(tree):
@@ -79,7 +83,13 @@ def backward(
     if tasks is None:
         counts = jnp.ones(k)
         parts_in_all = microbatches * (1 if axis_name is None else jax.lax.axis_size(axis_name))
-        task_losses = lambda params, part: losses_fn(params, part[0]) / parts_in_all
+
+        def task_losses(params, part):
+            losses = losses_fn(params, part[0])
+            if losses.shape != (k,):
+                raise ValueError(f"losses_fn must return k = {k} losses, got shape {losses.shape}")
+            return losses / parts_in_all
+
     else:
         counts = global_sum(jax.nn.one_hot(tasks, k).sum(0))
         factors = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1), 0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from optax.experimental import aggregating
 
 from ant_jax.mtl.gramian import gramian
-from ant_jax.mtl.weighting import State, TaskStats, Weighting
+from ant_jax.mtl.weighting import State, TaskStats, Weighting, check_needs
 
 
 class CombineState(NamedTuple):
@@ -26,7 +26,8 @@ class CombineState(NamedTuple):
 
 
 def init_combine(weighting: Weighting) -> CombineState:
-    """The `CombineState` before the first update."""
+    """The `CombineState` before the first update; a ValueError if its ``needs`` are unknown."""
+    check_needs(weighting)
     k = weighting.k
     gram = jnp.zeros((k, k), jnp.float32) if "gram" in weighting.needs else None
     return CombineState(weighting.init(), jnp.zeros(k, jnp.float32), gram)
@@ -89,7 +90,7 @@ def combine(
             raise ValueError("this weighting needs the task losses: update(..., losses=losses)")
         for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
             if leaf.ndim < 1 or leaf.shape[0] != k:
-                name = jax.tree_util.keystr(path)
+                name = jax.tree_util.keystr(path) or "updates"
                 raise ValueError(
                     f"leaf {name} of shape {leaf.shape} has no leading axis of k = {k}"
                 )
@@ -135,7 +136,16 @@ def weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Arr
 
     Otherwise the weight and the gradient could still be finite, and the update would hide the loss.
     """
-    weights, state = weighting.weigh(stats, state)
+    seen = {name: getattr(stats, name) for name in weighting.needs}
+    try:
+        weights, state = weighting.weigh(
+            TaskStats(None, None, stats.counts)._replace(**seen), state
+        )
+    except (AttributeError, TypeError) as error:
+        hidden = " and ".join(sorted({"losses", "gram"} - weighting.needs))
+        if hidden:
+            error.add_note(f"the method sees no {hidden}: Weighting.needs lists what it reads")
+        raise
     if stats.losses is not None:
         weights = jnp.where(stats.present & ~jnp.isfinite(stats.losses), jnp.nan, weights)
     return weights, state

@@ -52,3 +52,11 @@ def check_k(k: int) -> None:
     """Raises a ValueError unless k is a positive int."""
     if not isinstance(k, int) or isinstance(k, bool) or k < 1:
         raise ValueError(f"k, the number of tasks, must be an int >= 1, got {k!r}")
+
+
+def check_needs(weighting: Weighting) -> None:
+    """Raises a ValueError if a method needs something else than "losses" and "gram"."""
+    if unknown := set(weighting.needs) - {"losses", "gram"}:
+        raise ValueError(
+            f"needs must be some of 'losses' and 'gram', got {', '.join(map(repr, unknown))}"
+        )

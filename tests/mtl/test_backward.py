@@ -158,3 +158,23 @@ def test_combine_weighs_what_the_tasks_share_and_sums_the_rest(problem, devices)
     assert_close(gradient["heads"], jacobian["heads"][0] + jacobian["heads"][2])
     with pytest.raises(ValueError, match="shared = False for all parameters"):
         mtl.combine(weighting, shared=False).update(jacobian, tx.init(None))
+
+
+def test_a_wrong_k_state_or_need_is_named():
+    params, batch, method = jnp.ones(2), jnp.ones((4, 2)), mtl.linear(3)
+    losses = lambda params, batch: (params * batch).sum(0)
+    state = mtl.init_combine(method)
+    with pytest.raises(ValueError, match=r"losses_fn must return k = 3 losses, got shape \(2,\)"):
+        mtl.backward(losses, params, batch, method, state)
+    with pytest.raises(ValueError, match="state must be a CombineState, first init_combine"):
+        mtl.backward(losses, params, batch, mtl.linear(2), None)
+    with pytest.raises(ValueError, match="needs must be some of 'losses' and 'gram', got 'loss'"):
+        mtl.init_combine(method._replace(needs=frozenset({"loss"})))
+    with pytest.raises(
+        ValueError, match=r"leaf updates of shape \(2,\) has no leading axis of k = 3"
+    ):
+        mtl.combine(method).update(jnp.ones(2), state)
+    reads = mtl.Weighting(tuple, lambda stats, state: (stats.losses + 1, state), 2, frozenset())
+    with pytest.raises(TypeError) as error:
+        mtl.backward(losses, params, batch, reads, mtl.init_combine(reads))
+    assert "sees no gram and losses: Weighting.needs" in error.value.__notes__[0]
