@@ -169,7 +169,8 @@ def build_clusters(
       boundaries: of the tasks, if they are known; otherwise they are computed.
     """
     settings = config.clusters
-    if boundaries is not None and settings.name != "random":
+    # Intervals are their boundaries. Random clusters and those of a user may have an order as well.
+    if boundaries is not None and settings.name != "random" and ":" not in settings.name:
         return Clusters(np.array(boundaries))
     log_snr = process.log_snr(np.arange(process.span))
     clusters = config_lib.build(config, "clusters", log_snr=log_snr, k=settings.k)

@@ -572,6 +572,23 @@ def test_a_missing_affinity_is_named_before_anything_is_made(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_own_clusters_keep_their_order_when_a_run_goes_on(tmp_path, monkeypatch):
+    (tmp_path / "own_clusters.py").write_text(
+        "import numpy as np\n"
+        "from ant_jax.tasks.clusterings import Clusters\n"
+        "def reverse(log_snr: np.ndarray, k: int) -> Clusters:\n"
+        "    n = len(log_snr)\n"
+        "    return Clusters(np.linspace(0, n, k + 1).astype(int), np.arange(n)[::-1])\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = tiny()
+    config_lib.update(config, {"clusters.name": "own_clusters:reverse"})
+    new = experiment.build(config, 1, 10).clusters
+    resumed = experiment.build(config, 1, 10, new.boundaries.tolist()).clusters
+    np.testing.assert_array_equal(resumed.order, new.order)
+    assert new.order[0] > new.order[-1]
+
+
 def test_a_specialist_trains_on_one_cluster(tmp_path):
     config = tiny("vanilla,timestep", clusters__specialist=1, num_steps=2, evaluation__features="")
     trainer.train(config, tmp_path)
