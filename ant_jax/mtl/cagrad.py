@@ -78,16 +78,21 @@ def worst_case_shift(unit: UnitGram, mean: jax.Array, c: float) -> jax.Array:
 
 
 def cagrad(k: int, c: Annotated[float, Number(0)] = 0.4) -> Weighting:
-    r"""Conflict-averse gradient descent.
+    r"""CAGrad: conflict-averse gradient descent.
 
-    Among all d with :math:`\| d - g_0 \| \le c \| g_0 \|`, where :math:`g_0` is the mean gradient,
-    the update maximises the progress of the worst task, :math:`\min_i \langle d, g_i \rangle`. It
-    is then divided by :math:`1 + c^2` (Liu et al., *Conflict-Averse Gradient Descent for Multi-task
-    Learning*, NeurIPS 2021, algorithm 1; the division is that of the authors' code). c = 0 is the
-    mean; a large c gives the direction of `mgda`.
+    :math:`\max_d \min_i \langle d, g_i \rangle,\ \| d - g_0 \| \le c \| g_0 \|`: among all d near
+    the mean gradient :math:`g_0`, the update has the largest progress of the worst task. It is then
+    divided by :math:`1 + c^2` (Liu et al., *Conflict-Averse Gradient Descent for Multi-task
+    Learning*, NeurIPS 2021, algorithm 1; the division is that of the authors' code). Use it if the
+    mean loss must fall and no task may be left behind. With c = 0 it is the mean; a large c gives
+    the direction of `mgda`.
 
     The programme is solved exactly and does not depend on the scale of the gradients. The authors'
     code stops at the mean if the gradients are below about 1e-2, because of absolute tolerances.
+
+    Example::
+
+      tx = optax.chain(mtl.combine(mtl.cagrad(5, c=0.4)), optax.adam(1e-3))
 
     Args:
       k: number of tasks.

@@ -7,13 +7,17 @@ from ant_jax.mtl.weighting import Weighting, check_k
 
 
 def dualproj(k: int) -> Weighting:
-    r"""The vector nearest to the mean gradient that conflicts with no gradient.
+    r"""DualProj: the vector nearest to the mean gradient that conflicts with no gradient.
 
     :math:`w = \arg\min_{v \ge 1/k} v^T G v`: the projection of GEM (Lopez-Paz and Ranzato,
     *Gradient Episodic Memory for Continual Learning*, NeurIPS 2017, eq. 11), named DualProj by
-    Quinton and Rey (*Jacobian Descent for Multi-Objective Optimization*, 2024). Long gradients
-    decide the mean;
-    `upgrad` projects each gradient before it takes the mean.
+    Quinton and Rey (*Jacobian Descent for Multi-Objective Optimization*, 2024). Use it if the mean
+    loss counts but no loss may rise. Long gradients decide the mean; `upgrad` projects each
+    gradient before it takes the mean.
+
+    Example::
+
+      tx = optax.chain(mtl.combine(mtl.dualproj(5)), optax.adam(1e-3))
 
     Args:
       k: number of tasks.

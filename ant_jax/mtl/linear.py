@@ -21,11 +21,18 @@ def linear(
         tuple, Check(_are_weights, "() or k numbers >= 0 as '(0.3, 0.7)', not all 0")
     ] = (),
 ) -> Weighting:
-    r"""A fixed weighting of the task losses; by default their mean, :math:`w_i = 1/k`.
+    r"""Linear scalarisation.
 
-    The mean runs over the tasks that are present. If all tasks have the same number of examples,
-    the update is the gradient of the mean of that batch. With stratified noise levels this is not
-    vanilla training, because stratified sampling changes the distribution of the levels.
+    :math:`w_i = 1/k`: the mean of the task losses, or fixed weights (Xin et al., *Do Current
+    Multi-Task Optimization Methods in Deep Learning Even Help?*, NeurIPS 2022, find them hard to
+    beat). Use it as the baseline for every other method. The mean runs over the tasks that are
+    present. If all tasks have the same number of examples, the update is the gradient of the mean
+    of that batch. With stratified noise levels this is not vanilla training, because stratified
+    sampling changes the distribution of the levels.
+
+    Example::
+
+      tx = optax.chain(mtl.combine(mtl.linear(2, weights=(0.3, 0.7))), optax.adam(1e-3))
 
     Args:
       k: number of tasks.

@@ -73,16 +73,21 @@ def bargaining_solution(gram: jax.Array, active: jax.Array) -> jax.Array:
 
 
 def nash(k: int) -> Weighting:
-    r"""Multi-task learning as a bargaining game.
+    r"""Nash-MTL: the bargaining solution.
 
-    :math:`w = \alpha / k` with :math:`G \alpha = 1 / \alpha` (Navon et al., *Multi-Task Learning as
-    a Bargaining Game*, ICML 2022, claim 3.1). The norm of the update is :math:`1 / \sqrt k`, since
-    :math:`\| \sum_i \alpha_i g_i \|^2 = k`. k counts the tasks that are present. Tasks without a
-    gradient get weight 0. Where no finite solution is found, the previous one is kept, at first
-    :math:`\alpha_i = 1 / \|g_i\|`.
+    :math:`w = \alpha / k,\ G \alpha = 1 / \alpha` (Navon et al., *Multi-Task Learning as a
+    Bargaining Game*, ICML 2022, claim 3.1). Use it if gradients conflict and have different
+    lengths: every task makes the same relative progress. The norm of the update is
+    :math:`1 / \sqrt k`, since :math:`\| \sum_i \alpha_i g_i \|^2 = k`. k counts the tasks that are
+    present. Tasks without a gradient get weight 0. Where no finite solution is found, the previous
+    one is kept, at first :math:`\alpha_i = 1 / \|g_i\|`.
 
     The reference code renews the weights at every 25th step and clips the norm of the update, since
     weights that are not renewed may not fit the gradients: ``clipped(every(nash(k), 25), 1.0)``.
+
+    Example::
+
+      tx = optax.chain(mtl.combine(mtl.nash(5)), optax.adam(1e-3))
 
     Args:
       k: number of tasks.

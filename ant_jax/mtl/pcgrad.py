@@ -17,13 +17,18 @@ def projection_orders(seed: int, count: jax.Array, k: int) -> jax.Array:
 
 
 def pcgrad(k: int, seed: int | jax.Array = 0) -> Weighting:
-    r"""Gradient surgery.
+    r"""PCGrad: gradient surgery.
 
-    For each i, over the other j in random order: where :math:`\langle g_i', g_j \rangle < 0`,
-    subtract the projection of :math:`g_i'` on :math:`g_j`; the update is the mean of the
-    :math:`g_i'` (Yu et al., *Gradient Surgery for Multi-Task Learning*, NeurIPS 2020, algorithm 1).
-    Here :math:`g_i'` is kept as its coefficients over the g_j, so only the Gram matrix is needed.
-    The mean runs over the tasks that are present.
+    :math:`g_i' \leftarrow g_i' - \frac{\langle g_i', g_j \rangle}{\| g_j \|^2} g_j` for each i,
+    over the other j in random order, where :math:`\langle g_i', g_j \rangle < 0`; the update is the
+    mean of the :math:`g_i'` (Yu et al., *Gradient Surgery for Multi-Task Learning*, NeurIPS 2020,
+    algorithm 1). Use it if gradients conflict in pairs and have similar lengths. Here :math:`g_i'`
+    is kept as its coefficients over the g_j, so only the Gram matrix is needed. The mean runs over
+    the tasks that are present.
+
+    Example::
+
+      tx = optax.chain(mtl.combine(mtl.pcgrad(5)), optax.adam(1e-3))
 
     Args:
       k: number of tasks.

@@ -20,14 +20,19 @@ class UncertaintyState(NamedTuple):
 
 
 def uncertainty(k: int, learning_rate: Annotated[float, Number(above=0)] = 0.025) -> Weighting:
-    r"""Homoscedastic uncertainty weighting.
+    r"""Uncertainty weighting.
 
-    Minimises :math:`\sum_i \frac12 (e^{-s_i} L_i / k + s_i)` jointly over the parameters and the
-    log-variances s (Kendall et al., *Multi-Task Learning Using Uncertainty to Weigh Losses*, CVPR
-    2018, eq. 7, with the 1/k of the ANT reference code). Hence :math:`w_i = e^{-s_i} / (2k)` from
-    the s before its update, and s moves along :math:`\frac12 (1 - e^{-s_i} L_i / k)` by Adam
-    without decay, from s = 0. An absent task's s and Adam state stay as they are. s stays
-    at -40 or above: the weight of a loss that is 0 would grow until it overflows.
+    :math:`w_i = e^{-s_i} / (2k)`, which minimises :math:`\sum_i \frac12 (e^{-s_i} L_i / k + s_i)`
+    jointly over the parameters and the log-variances s (Kendall et al., *Multi-Task Learning Using
+    Uncertainty to Weigh Losses*, CVPR 2018, eq. 7, with the 1/k of the ANT reference code). Use it
+    if the losses have different sizes and one backward pass must be enough. The weights are those
+    before the update of s, and s moves along :math:`\frac12 (1 - e^{-s_i} L_i / k)` by Adam without
+    decay, from s = 0. An absent task's s and Adam state stay as they are. s stays at -40 or above:
+    the weight of a loss that is 0 would grow until it overflows.
+
+    Example::
+
+      tx = optax.chain(mtl.combine(mtl.uncertainty(5)), optax.adam(1e-3))
 
     Args:
       k: number of tasks.

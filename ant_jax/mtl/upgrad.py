@@ -8,17 +8,22 @@ from ant_jax.mtl.weighting import Weighting, check_k
 
 
 def upgrad(k: int) -> Weighting:
-    r"""Unconflicting projection of gradients.
+    r"""UPGrad: unconflicting projection of gradients.
 
     The dual cone holds the vectors that have no negative inner product with a gradient. Each
     gradient is projected on it, and the update is the mean of the projections:
     :math:`w = \frac1k \sum_i \arg\min_{v \ge e_i} v^T G v` (Quinton and Rey, *Jacobian Descent for
-    Multi-Objective Optimization*, 2024, arXiv 2406.16232, proposition 1). The update conflicts with
-    no gradient, and is linear in the length of each. Without conflicts it is the mean.
+    Multi-Objective Optimization*, 2024, arXiv 2406.16232, proposition 1). Use it if no loss may
+    rise and each gradient should count by its length. The update conflicts with no gradient, and
+    without conflicts it is the mean.
 
     The reference code adds 1e-4 of the trace to the diagonal of G, so its update may conflict with
     gradients that are 100 times shorter than others. Here a ridge of 1e-6 on the cosines keeps the
     result independent of the lengths.
+
+    Example::
+
+      tx = optax.chain(mtl.combine(mtl.upgrad(5)), optax.adam(1e-3))
 
     Args:
       k: number of tasks.

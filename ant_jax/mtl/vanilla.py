@@ -6,9 +6,15 @@ from ant_jax.mtl.weighting import Weighting, check_k
 
 
 def vanilla(k: int) -> Weighting:
-    r"""Each task by its share of the examples, :math:`w_i = n_i / \sum_j n_j`.
+    r"""Vanilla training.
 
-    The update is the gradient of the mean over all examples, whatever their tasks.
+    :math:`w_i = n_i / \sum_j n_j`: each task by its share of the n examples, so the update is the
+    gradient of the mean over all examples (for diffusion Ho et al., *Denoising Diffusion
+    Probabilistic Models*, NeurIPS 2020). Use it to see what training does without tasks.
+
+    Example::
+
+      tx = optax.chain(mtl.combine(mtl.vanilla(5)), optax.adam(1e-3))
 
     Args:
       k: number of tasks.
