@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import app
@@ -20,6 +21,7 @@ from ant_jax.train_step import TrainState
 from experiments import (
     comparisons,
     dynamics,
+    landscape,
     presets,
     report,
     runner,
@@ -354,3 +356,19 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.train, "train", fail)
     with pytest.raises(RuntimeError, match=r"run vanilla-snr-seed=0 in .*No space left on device"):
         runner.execute([run], tmp_path)
+
+
+def test_the_landscape_draws_every_method_it_is_given(tmp_path, capsys):
+    landscape.write(tmp_path, ["linear", "mgda"], steps=50)
+    check_picture(tmp_path / "landscape.png")
+    rows = read(tmp_path / "landscape.csv")
+    assert [row["method"] for row in rows] == ["linear"] * 3 + ["mgda"] * 3
+    assert "on the Pareto set" in capsys.readouterr().out
+
+
+def test_the_gradients_of_the_landscape_are_opposed_on_the_pareto_set():
+    point = jnp.array([0.0, landscape.PARETO_Y])
+    first, second = jax.jacrev(landscape.task_losses)(point)
+    cosine = first @ second / jnp.linalg.norm(first) / jnp.linalg.norm(second)
+    assert cosine < -0.999
+    assert (landscape.task_losses(point) > 0).all()
