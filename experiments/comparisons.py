@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ant_jax import mtl, settings
 from experiments import runner
 from experiments.presets import METHODS, Preset, make_config
 from experiments.runner import Run
@@ -68,6 +69,12 @@ def core(affinity: Path) -> list[Setting]:
     return [VANILLA, *clustered, *shares, normalised]
 
 
+def field() -> list[Setting]:
+    """Vanilla, and every method of `ant_jax.mtl` on SNR clusters with its default settings."""
+    methods = [name for name in settings.names_in(mtl, mtl.Weighting) if name != "vanilla"]
+    return [VANILLA, *(Setting(name, name, "snr", {}, name) for name in methods)]
+
+
 def fixed_setting(weights: Sequence[float]) -> Setting:
     """Linear with fixed weights."""
     rounded = tuple(float(f"{weight:.4g}") for weight in weights)
@@ -125,19 +132,19 @@ def ablations(preset: Preset) -> list[Setting]:
             for method in methods
         ]
 
-    settings = group("snr", ("vanilla", *METHODS), {})
+    found = group("snr", ("vanilla", *METHODS), {})
     for k in (2, 8):
-        settings += group(f"k = {k}", ("uncertainty", "pcgrad", "nash"), {"clusters.k": k})
-    settings += group("k = 20", ("nash",), {"clusters.k": 20})
+        found += group(f"k = {k}", ("uncertainty", "pcgrad", "nash"), {"clusters.k": k})
+    found += group("k = 20", ("nash",), {"clusters.k": 20})
     # Random clusters have equal sizes, so evenly spaced intervals are the fair comparison.
-    settings += group("timestep", ("uncertainty", "nash"), {}, "timestep")
-    settings += group("random", ("uncertainty", "nash"), {}, "random", "timestep: {method}")
-    settings += group(
+    found += group("timestep", ("uncertainty", "nash"), {}, "timestep")
+    found += group("random", ("uncertainty", "nash"), {}, "random", "timestep: {method}")
+    found += group(
         "renewed every 25", ("nash",), {"method.update_every": 25, "method.max_norm": 1.0}
     )
     for name, change in changes(preset).items():
-        settings += group(name, CHANGED_METHODS, change, against=f"{name}: vanilla")
-    return settings
+        found += group(name, CHANGED_METHODS, change, against=f"{name}: vanilla")
+    return found
 
 
 def changes(preset: Preset) -> dict[str, dict[str, Any]]:

@@ -11,20 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app
 from tqdm import tqdm
 
 from ant_jax import mtl, settings
 from ant_jax.runtime.files import user_path, write_bytes
-from experiments import report
+from experiments import report, runner
 
 import matplotlib.pyplot as plt  # isort: skip  (after report, which chooses the backend)
 
-OUT = flags.DEFINE_string("out", "runs/landscape", "Folder for the picture, the table and the CSV.")
-STEPS = flags.DEFINE_integer("steps", 100_000, "Steps of Adam.", lower_bound=1)
-
 STARTS = np.array([[-8.5, 7.5], [-8.5, -5.0], [9.0, 9.0]], np.float32)
-LEARNING_RATE = 0.001
+LEARNING_RATE, STEPS = 0.001, 100_000
 # The Pareto set of the lower half: a segment between the minima of the two losses.
 PARETO_X, PARETO_Y = (-7.0, 7.0), -8.3552
 _POINTS = 500
@@ -125,8 +122,8 @@ def draw(results: dict[str, Paths]) -> plt.Figure:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
-    out = user_path(OUT.value)
-    write(out, settings.names_in(mtl, mtl.Weighting), STEPS.value)
+    out = user_path(runner.OUT.value or "runs/experiments/landscape")
+    write(out, settings.names_in(mtl, mtl.Weighting), STEPS)
 
 
 def write(out: Path, names: list[str], steps: int) -> None:
@@ -170,4 +167,4 @@ def write(out: Path, names: list[str], steps: int) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    runner.start(main)

@@ -4,8 +4,8 @@
 and the controls. The learning rate of each is the best on one grid, with the same budget for all
 and with separate seeds. ``ablations`` changes the number of clusters, uses random clusters, other
 loss weights, other noise schedules and more, with the learning rates of ``core``, and compares with
-vanilla under the same change. Everything is measured at several steps; `write_report` describes the
-columns.
+vanilla under the same change. ``field`` compares all methods of `ant_jax.mtl` on SNR clusters.
+Everything is measured at several steps; `write_report` describes the columns.
 """
 
 import functools
@@ -33,6 +33,7 @@ from experiments.comparisons import (
     ablations,
     changes,
     core,
+    field,
     fixed_setting,
     runs_of,
     tuning_runs,
@@ -48,11 +49,15 @@ _SMOKE = ("vanilla", "nash, snr", "nash, gradient")
 def main(argv):
     quiet_console()
     digits = PRESETS["digits"]
-    presets = {"smoke": PRESETS["smoke"], "digits": digits, "core": digits, "ablations": digits}
-    preset, out = runner.choose(argv, presets | {"imagenet64": PRESETS["imagenet64"]})
+    presets = {"smoke": PRESETS["smoke"], "digits": digits, "imagenet64": PRESETS["imagenet64"]}
+    presets |= {"core": digits, "ablations": digits, "field": digits}
+    preset, out = runner.choose(argv, presets)
     name = runner.PRESET.value
     if name == "ablations":
         ablate(preset, out)
+        return
+    if name == "field":
+        compare_field(preset, out, field(), _GRID)
         return
     settings = core(task_affinity.path_of(out))
     grid = _GRID_AT_SCALE if name == "imagenet64" else _GRID
@@ -108,6 +113,43 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
         + [f"{method}, snr, shares" for method in ("linear", "uncertainty", "pcgrad")],
     }
     draw(results, panels, folder / "core.png")
+
+
+def compare_field(
+    preset: Preset, out: Path, settings: list[Setting], grid: tuple[float, ...]
+) -> None:
+    """Tunes, trains, measures and reports all methods, each on the same grid."""
+    tuning = [run for each in settings for run in tuning_runs(preset, grid, each)]
+    if runner.DRY_RUN.value:
+        runs = [run for each in settings for run in runs_of(preset, each, grid[0])]
+        runner.print_plan({"learning rates": tuning, "comparison": runs}, out, preset)
+        return
+    chosen = choose_rates(preset, out, grid, settings)
+    plan = {each.label: runs_of(preset, each, chosen[each.label]) for each in settings}
+    runner.execute([run for runs in plan.values() for run in runs], out, "comparison")
+    results = {label: runner.execute(runs, out) for label, runs in plan.items()}
+    last = lambda label: np.mean([quality(result) for result in results[label]])
+    results = {label: results[label] for label in sorted(results, key=last)}
+    milliseconds = time_steps(preset, out, settings)
+    folder = out / "table"
+    write_report(results, dict.fromkeys(results, "vanilla"), milliseconds, folder, "field")
+    report.save_figure(_draw_field(results), folder / "field.png")
+    logging.info("picture: %s", folder / "field.png")
+
+
+def _draw_field(results):
+    """The last distance of every method, the best at the top."""
+    figure, ax = plt.subplots(figsize=(7, max(3.5, 1 + 0.25 * len(results))), layout="constrained")
+    for place, (label, group) in enumerate(results.items()):
+        values = [quality(result) for result in group if not result["diverged"]]
+        colour = "tab:orange" if label == "vanilla" else "tab:blue"
+        ax.plot(values, [place] * len(values), "o", ms=3, color=colour, alpha=0.5)
+        if values:
+            ax.plot(np.mean(values), place, "|", ms=12, mew=2, color=colour)
+    ax.set(xscale="log", xlabel="distance or validation loss after the last step", ylim=(-1, None))
+    ax.set_yticks(range(len(results)), results)
+    ax.invert_yaxis()
+    return figure
 
 
 def choose_rates(

@@ -14,6 +14,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from ant_jax import config as config_lib
+from ant_jax import mtl, settings
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.tasks import affinity
@@ -89,6 +90,7 @@ def test_every_experiment_at_its_smallest(command, tmp_path, capsys):
     check_gap(out / "transfer_gap")
     check_table(out / "table")
     check_dynamics(out / "dynamics")
+    check_field(out)
     check_picture(out / "demo.png")
     assert (out / "demo.md").read_text().count("\n") == 2 + 2 * SMOKE.measurements
     # Nothing is left to do, and the plan says so.
@@ -98,6 +100,24 @@ def test_every_experiment_at_its_smallest(command, tmp_path, capsys):
     assert "task affinity: 1 runs, 0 of them to do, 0 steps" in plan
     assert "learning rates: 6 runs, 0 of them to do, 0 steps" in plan
     assert "comparison: 4 runs, 0 of them to do, 0 steps" in plan
+
+
+def check_field(out):
+    """The runs are those of the table before."""
+    methods = [each for each in comparisons.field() if each.label in ("vanilla", "nash")]
+    with flagsaver.as_parsed(preset="smoke", out=str(out), dry_run="false"):
+        table.compare_field(SMOKE, out, methods, (3e-3, 6e-3))
+    check_picture(out / "table" / "field.png")
+    rows = read(out / "table" / "field.csv")
+    assert {row["setting"] for row in rows} == {"vanilla", "nash"}
+
+
+def test_the_field_has_every_method(tmp_path, capsys):
+    with flagsaver.as_parsed(preset="field", out=str(tmp_path), dry_run="true"):
+        table.main(["table"])
+    count = len(settings.names_in(mtl, mtl.Weighting))
+    assert f"comparison: {3 * count} runs" in capsys.readouterr().out
+    assert "mgda" in {each.method for each in comparisons.field()}
 
 
 def check_affinity(folder):
@@ -360,7 +380,8 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
 
 def test_the_landscape_draws_every_method_it_is_given(tmp_path, capsys):
     landscape.write(tmp_path, ["linear", "mgda"], steps=50)
-    check_picture(tmp_path / "landscape.png")
+    with Image.open(tmp_path / "landscape.png") as picture:
+        assert picture.width > 400
     rows = read(tmp_path / "landscape.csv")
     assert [row["method"] for row in rows] == ["linear"] * 3 + ["mgda"] * 3
     assert "on the Pareto set" in capsys.readouterr().out
