@@ -14,6 +14,7 @@ from jax.experimental import topologies
 
 from ant_jax import mtl, settings
 from ant_jax.diffusion import Process
+from ant_jax.mtl.backward import FORMS
 from ant_jax.runtime.devices import parallel_step, replicated
 from ant_jax.tasks import clustering
 from ant_jax.train_step import Setup, TrainState, init_state, train_step
@@ -26,6 +27,14 @@ VARIANTS = [
     *(f"nash/{form}" for form in ("scan", "masked")),
 ]
 LOOPS = ("scan", "masked")
+
+
+def checked_variant(text: str) -> str:
+    """Returns METHOD or METHOD/FORM; raises a ValueError if there is no such method or form."""
+    method, _, form = text.partition("/")
+    if method not in ("vanilla", *_METHODS) or form not in ("", *FORMS):
+        raise ValueError(f"no such variant: {text!r}")
+    return text
 
 
 class Task(NamedTuple):

@@ -54,8 +54,13 @@ def parse():
     parser.add_argument("--remat", choices=REMAT)
     parser.add_argument("--attention", choices=ATTENTION)
     parser.add_argument("--repeats", type=int, default=30)
-    variants = programs.VARIANTS
-    parser.add_argument("--variants", nargs="+", default=variants, choices=variants)
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=programs.VARIANTS,
+        type=programs.checked_variant,
+        metavar="METHOD[/FORM]",
+    )
     parser.add_argument("--compile_only", action="store_true", help="take no step")
     parser.add_argument("--target", help="a TPU to compile for, such as v5p:2x2x1; uses one chip")
     parser.add_argument(
