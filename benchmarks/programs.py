@@ -29,7 +29,7 @@ VARIANTS = [
 LOOPS = ("scan", "masked")
 
 
-def checked_variant(text: str) -> str:
+def variant(text: str) -> str:
     """Returns METHOD or METHOD/FORM; raises a ValueError if there is no such method or form."""
     method, _, form = text.partition("/")
     if method not in ("vanilla", *_METHODS) or form not in ("", *FORMS):

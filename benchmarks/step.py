@@ -58,7 +58,7 @@ def parse():
         "--variants",
         nargs="+",
         default=programs.VARIANTS,
-        type=programs.checked_variant,
+        type=programs.variant,
         metavar="METHOD[/FORM]",
     )
     parser.add_argument("--compile_only", action="store_true", help="take no step")
