@@ -9,6 +9,9 @@ from ant_jax import settings
 from ant_jax.mtl.backward import Backward, backward, backward_at_features
 from ant_jax.mtl.combine import CombineState, combine, init_combine
 from ant_jax.mtl.gramian import gramian, pairwise_cosines
+from ant_jax.mtl.hydalearn import lookahead_weights
+from ant_jax.mtl.rep_mtl import RepMTL, rep_mtl
+from ant_jax.mtl.slgrad import SLGrad, slgrad, slgrad_weights
 from ant_jax.mtl.weighting import TaskStats, Weighting
 from ant_jax.mtl.wrappers import averaged, clipped, every, scaled
 
@@ -20,6 +23,8 @@ globals().update(
 __all__ = [
     "Backward",
     "CombineState",
+    "RepMTL",
+    "SLGrad",
     "TaskStats",
     "Weighting",
     "averaged",
@@ -30,7 +35,11 @@ __all__ = [
     "every",
     "gramian",
     "init_combine",
+    "lookahead_weights",
     "pairwise_cosines",
+    "rep_mtl",
     "scaled",
+    "slgrad",
+    "slgrad_weights",
     *_METHODS,
 ]
