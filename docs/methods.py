@@ -25,6 +25,10 @@ A method that does not need the Gram matrix costs one backward pass. With the Gr
 is about the same if each example belongs to one task, as in diffusion. If all tasks share all
 examples, it is k pullbacks of one forward pass, or one through the trunk
 (`mtl.backward_at_features`).
+
+Three systems do not fit this form and are functions of their own: `mtl.slgrad` (SLGrad) weighs each
+example of each task, `mtl.rep_mtl` (Rep-MTL) is a loss on the saliencies of shared features, and
+`mtl.lookahead_weights` is HydaLearn by real steps.
 """
 
 
