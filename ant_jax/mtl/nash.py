@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from ant_jax.mtl.cone import unit_gram
 from ant_jax.mtl.weighting import Weighting, check_k
 
 _RIDGE = 1e-6
@@ -40,13 +41,9 @@ def bargaining_solution(gram: jax.Array, active: jax.Array) -> jax.Array:
       orthogonal or agree, and 20 to 90 (a residual of 2e-4 to 2e-3) for gradients that cancel to
       5 %. For gradients that cancel exactly it is 1000 to 2500, and no digit is right.
     """
+    # A row that is left out is a unit vector, which solves to b = 1 on its own.
+    unit = unit_gram(gram, active).cosines
     diagonal = jnp.where(active, jnp.diag(gram), 1)
-    eye = jnp.eye(diagonal.size, dtype=gram.dtype)
-    # Divided before the root is taken, so that no product of two diagonal entries overflows. A row
-    # that is left out becomes a unit vector, which solves to b = 1 on its own.
-    cosines = gram / diagonal[:, None] * jnp.sqrt(diagonal[:, None] / diagonal)
-    pairs = active[:, None] & active & (eye == 0)
-    unit = eye + jnp.where(pairs, jnp.clip(cosines, -1, 1), 0)
 
     def residual(b):
         # The ridge is kept apart: 1 + 1e-6 is off by 5 % of the 1e-6 in float32.
