@@ -1,6 +1,10 @@
 """Random and hard sets of k gradients, float64 of shape (n, k, p), and their Gram matrices."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from ant_jax.mtl import TaskStats
 
 
 def _random(rng, n, k, p):
@@ -69,3 +73,10 @@ def draw(families, k, n=20, p=20, seed=0):
 def grams(gradients):
     """Gram matrices in float64."""
     return gradients @ gradients.swapaxes(-1, -2)
+
+
+def weigh(weighting, gram):
+    """Weights of a method for a batch of Gram matrices, all tasks present, from the first state."""
+    stats = lambda gram: TaskStats(None, gram, jnp.ones(weighting.k))
+    one = lambda gram: weighting.weigh(stats(gram), weighting.init())[0]
+    return np.asarray(jax.jit(jax.vmap(one))(jnp.float32(gram)), np.float64)
