@@ -1,6 +1,5 @@
 """The optax transformation that turns k stacked gradients into one update."""
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 from optax.experimental import aggregating
 
 from ant_jax.mtl.gramian import gramian
+from ant_jax.mtl.shards import gathered, global_sum, scattered_sum
 from ant_jax.mtl.weighting import State, TaskStats, Weighting, check_needs
 
 
@@ -88,12 +88,7 @@ def combine(
         del params, extra_args
         if "losses" in weighting.needs and losses is None:
             raise ValueError("this weighting needs the task losses: update(..., losses=losses)")
-        for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
-            if leaf.ndim < 1 or leaf.shape[0] != k:
-                name = jax.tree_util.keystr(path) or "updates"
-                raise ValueError(
-                    f"leaf {name} of shape {leaf.shape} has no leading axis of k = {k}"
-                )
+        check_rows(updates, k)
         counts = jnp.ones(k) if counts is None else counts
         leaves, treedef = jax.tree.flatten(updates)
         is_shared = _shared_leaves(shared, updates)
@@ -102,25 +97,22 @@ def combine(
         if "gram" in weighting.needs:
             if axis_name is not None:
                 leaves = [
-                    _scattered_sum(leaf, axis_name) if mine else leaf
+                    scattered_sum(leaf, axis_name) if mine else leaf
                     for leaf, mine in zip(leaves, is_shared, strict=True)
                 ]
             gram = gramian([leaf for leaf, mine in zip(leaves, is_shared, strict=True) if mine])
-            if axis_name is not None:
-                gram = jax.lax.psum(gram, axis_name)
+            gram = global_sum(gram, axis_name)
         stats = TaskStats(losses, gram, counts)
         weights, weighting_state = weigh(weighting, stats, state.weighting_state)
 
         def combined(leaf, mine, shape):
             if not mine:
-                leaf = _weighted_sum(jnp.ones(k), _present_rows(leaf, stats.present))
+                leaf = weighted_sum(jnp.ones(k), present_rows(leaf, stats.present))
             else:
-                leaf = _weighted_sum(weights, leaf)
-            if axis_name is None:
-                return leaf
+                leaf = weighted_sum(weights, leaf)
             if mine and gram is not None:
-                return _gathered(leaf, shape, axis_name)
-            return jax.lax.psum(leaf, axis_name)
+                return gathered(leaf, shape, axis_name)
+            return global_sum(leaf, axis_name)
 
         update = treedef.unflatten(map(combined, leaves, is_shared, shapes))
         weighting_state = where_finite(
@@ -129,6 +121,25 @@ def combine(
         return update, CombineState(weighting_state, weights, gram)
 
     return aggregating.Aggregator(init, update)
+
+
+def check_rows(updates: Any, k: int) -> None:
+    """Raises a ValueError unless every leaf has a leading axis of k."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
+        if leaf.ndim < 1 or leaf.shape[0] != k:
+            name = jax.tree_util.keystr(path) or "updates"
+            raise ValueError(f"leaf {name} of shape {leaf.shape} has no leading axis of k = {k}")
+
+
+def present_rows(leaf: jax.Array, present: jax.Array) -> jax.Array:
+    """(k, ...) with 0 for absent tasks. Their gradients are not read: they may be anything."""
+    return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
+
+
+def weighted_sum(weights: jax.Array, leaf: jax.Array) -> jax.Array:
+    """``J^T w`` of a leaf (k, ...), summed in float32."""
+    total = jnp.einsum("k,k...->...", weights, leaf.astype(jnp.float32), precision="highest")
+    return total.astype(leaf.dtype)
 
 
 def weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Array, State]:
@@ -165,27 +176,3 @@ def _shared_leaves(shared, updates):
     if not any(leaves):
         raise ValueError("shared = False for all parameters: the method has no gradients to weigh")
     return leaves
-
-
-def _present_rows(leaf, present):
-    """An absent task's gradient is not read: it may be anything."""
-    return jnp.where(present.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0)
-
-
-def _scattered_sum(leaf, axis_name):
-    """(k, *shape) on each device to its part, (k, p), of the sum over devices; zeros at the end."""
-    flat = leaf.reshape(leaf.shape[0], -1)
-    padding = -flat.shape[1] % jax.lax.axis_size(axis_name)
-    flat = jnp.pad(flat, ((0, 0), (0, padding)))
-    return jax.lax.psum_scatter(flat, axis_name, scatter_dimension=1, tiled=True)
-
-
-def _gathered(part, shape, axis_name):
-    """The parts (p,) of all devices as an array of a shape."""
-    whole = jax.lax.all_gather(part, axis_name, tiled=True)
-    return whole[: math.prod(shape)].reshape(shape)
-
-
-def _weighted_sum(weights, leaf):
-    total = jnp.einsum("k,k...->...", weights, leaf.astype(jnp.float32), precision="highest")
-    return total.astype(leaf.dtype)

@@ -144,3 +144,25 @@ def complementarity(matrix: jax.Array, q: jax.Array, free: jax.Array | None = No
     start = (free, *solve(free), jnp.int32(k + 1), jnp.int32(_PATIENCE), jnp.int32(0))
     _, z, *_ = jax.lax.while_loop(unsolved, pivot, start)
     return jnp.maximum(z, 0)
+
+
+def project_on_simplex(x: jax.Array, present: jax.Array) -> jax.Array:
+    r"""The nearest point of the probability simplex, :math:`z_i = \max(x_i - \theta, 0)`.
+
+    :math:`\theta` is the number for which z sums to 1; it is found by sorting (Held, Wolfe and
+    Crowder, *Validation of subgradient optimization*, Mathematical Programming 1974).
+
+    Args:
+      x: (k,).
+      present: (k,) bool; the others are left out.
+
+    Returns:
+      z, (k,), 0 where not present.
+    """
+    x = jnp.where(present, x, -jnp.inf)
+    # The shift changes nothing but the rounding of a large x.
+    x = x - jnp.where(present.any(), x.max(), 0)
+    falling = -jnp.sort(-x)
+    thresholds = (jnp.cumsum(falling) - 1) / jnp.arange(1, x.size + 1)
+    last = jnp.maximum((falling > thresholds).sum() - 1, 0)
+    return jnp.where(present, jnp.maximum(x - thresholds[last], 0), 0)

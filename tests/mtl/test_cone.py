@@ -8,7 +8,13 @@ import pytest
 
 from ant_jax import mtl
 from ant_jax.mtl.cagrad import worst_case_shift
-from ant_jax.mtl.cone import complementarity, dual_cone_weights, min_norm_weights, unit_gram
+from ant_jax.mtl.cone import (
+    complementarity,
+    dual_cone_weights,
+    min_norm_weights,
+    project_on_simplex,
+    unit_gram,
+)
 
 FAMILIES = sets.REGULAR + sets.OPPOSED
 KS = (2, 3, 5, 8, 32)
@@ -172,3 +178,25 @@ def test_upgrad_is_the_mean_without_conflict():
 def test_a_problem_that_is_not_finite_ends():
     z = complementarity(jnp.full((3, 3), jnp.nan), jnp.ones(3))
     assert z.shape == (3,)
+
+
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_the_projection_on_the_simplex_is_the_nearest_point(k):
+    """z >= 0, sum 1, and x - z is largest, and equal, where z is positive."""
+    rng = np.random.default_rng(k)
+    x = rng.normal(size=(200, k)) * 10 ** rng.uniform(-3, 3, (200, 1))
+    x[:50] = np.round(x[:50])
+    x[50:60] += 1e4
+    x = x.astype(np.float32)
+    present = rng.random((200, k)) < 0.7
+    z = np.asarray(jax.vmap(project_on_simplex)(x, present), float)
+    some = present.any(1)
+    assert not z[~present].any() and (z >= 0).all() and not z[~some].any()
+    np.testing.assert_allclose(z[some].sum(1), 1, rtol=2e-6)
+    moved = np.where(present, x - z, -np.inf)[some]
+    least = np.where(z > 0, x - z, np.inf)[some].min(1)
+    assert ((moved.max(1) - least) <= 1e-6 * (1 + np.abs(x[some]).max(1))).all()
+
+
+def test_the_projection_of_what_is_not_finite_is_not_finite():
+    assert not np.isfinite(project_on_simplex(jnp.float32([0, np.nan, 1]), jnp.ones(3, bool))).all()
