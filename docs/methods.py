@@ -31,6 +31,14 @@ example of each task, `mtl.rep_mtl` (Rep-MTL) is a loss on the saliencies of sha
 `mtl.lookahead_weights` is HydaLearn by real steps.
 """
 
+AGGREGATORS = """
+## Aggregators
+
+These methods need more than the Gram matrix. `mtl.NAME(k, ...)` stands where `mtl.combine` stands,
+in front of any optimizer. It takes k stacked gradients, or 2 k: those of two halves of each task's
+examples. `moco` and `excess_mtl` keep k gradients in their state. A config cannot name them.
+"""
+
 
 class Description(NamedTuple):
     """What the docstring of a method says.
@@ -85,17 +93,37 @@ def page() -> str:
         method = settings.resolve(mtl, name, mtl.Weighting)
         said = description(method)
         needs = {"losses": "$L$", "gram": "$G$"}
-        # A bar would end the cell.
-        formula = said.formula.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
         row = (
             f"`{name}`: {said.title.rstrip('.')}",
-            f"${formula}$",
+            f"${_in_cell(said.formula)}$",
             ", ".join(words for need, words in needs.items() if need in method(3).needs),
             said.use.removeprefix("Use it ").rstrip("."),
             said.paper,
         )
         lines.append("| " + " | ".join(row) + " |")
+    lines += [
+        AGGREGATORS,
+        "| method | formula | gradients | when | paper |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name in mtl.aggregators.__all__:
+        method = getattr(mtl, name)
+        said = description(method)
+        halves = "leaves (2 k, *param_shape)" in inspect.getdoc(method)
+        row = (
+            f"`{name}`: {said.title.rstrip('.')}",
+            f"${_in_cell(said.formula)}$",
+            "2 k" if halves else "k",
+            said.use.removeprefix("Use it ").rstrip("."),
+            said.paper,
+        )
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _in_cell(formula):
+    """A bar would end the cell."""
+    return formula.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
 
 
 if __name__ == "__main__":

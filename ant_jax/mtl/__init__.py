@@ -1,11 +1,13 @@
 """Multi-task weightings and the functions that apply them.
 
 Each method is a function of a module of its own name, ``nash`` of ``nash.py``, and is here too.
+So are the methods of the folder `aggregators`, which stand in place of `combine`.
 """
 
 import sys
 
 from ant_jax import settings
+from ant_jax.mtl import aggregators
 from ant_jax.mtl.backward import Backward, backward, backward_at_features
 from ant_jax.mtl.combine import CombineState, combine, init_combine
 from ant_jax.mtl.gramian import gramian, pairwise_cosines
@@ -19,6 +21,7 @@ _METHODS = settings.names_in(sys.modules[__name__], Weighting)
 globals().update(
     {name: settings.resolve(sys.modules[__name__], name, Weighting) for name in _METHODS}
 )
+globals().update({name: getattr(aggregators, name) for name in aggregators.__all__})
 
 __all__ = [
     "Backward",
@@ -42,4 +45,5 @@ __all__ = [
     "slgrad",
     "slgrad_weights",
     *_METHODS,
+    *aggregators.__all__,
 ]

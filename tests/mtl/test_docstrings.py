@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -33,6 +34,19 @@ def test_the_example_of_a_docstring_runs(name):
     stacked = jnp.asarray(np.random.default_rng(0).normal(size=(k, 3)), jnp.float32)
     updates, _ = scope["tx"].update(stacked, state, params, losses=jnp.ones(k))
     assert updates.shape == (3,) and np.isfinite(updates).all()
+
+
+@pytest.mark.parametrize("name", mtl.aggregators.__all__)
+def test_the_example_of_an_aggregator_runs(name):
+    said = methods_page.description(getattr(mtl, name))
+    assert f"mtl.{name}(5" in said.example
+    scope = {"mtl": mtl, "optax": optax}
+    exec(said.example, scope)
+    params = jnp.ones(3)
+    state = scope["tx"].init(params)
+    n = 10 if name in ("modo", "sdmgrad") else 5
+    updates, _ = jax.eval_shape(scope["tx"].update, jnp.ones((n, 3)), state, params)
+    assert updates.shape == (3,)
 
 
 def test_a_docstring_that_lacks_a_part_is_named():
