@@ -15,7 +15,7 @@ from ant_jax.mtl.hydalearn import lookahead_weights
 from ant_jax.mtl.rep_mtl import RepMTL, rep_mtl
 from ant_jax.mtl.slgrad import SLGrad, slgrad, slgrad_weights
 from ant_jax.mtl.weighting import TaskStats, Weighting
-from ant_jax.mtl.wrappers import averaged, clipped, every, scaled
+from ant_jax.mtl.wrappers import clipped, cr_mogm, every, scaled
 
 _METHODS = settings.names_in(sys.modules[__name__], Weighting)
 globals().update(
@@ -30,11 +30,11 @@ __all__ = [
     "SLGrad",
     "TaskStats",
     "Weighting",
-    "averaged",
     "backward",
     "backward_at_features",
     "clipped",
     "combine",
+    "cr_mogm",
     "every",
     "gramian",
     "init_combine",

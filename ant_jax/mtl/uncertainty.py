@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from ant_jax.mtl.per_task import adam_step
 from ant_jax.mtl.weighting import Weighting, check_k
 from ant_jax.settings import Number
 
@@ -55,11 +56,8 @@ def uncertainty(k: int, learning_rate: Annotated[float, Number(above=0)] = 0.025
         present = stats.present
         scale = jnp.exp(-state.log_variance)
         grads = 0.5 * (1 - scale * stats.losses / k)
-        # One Adam a task, so that an absent one keeps its own step count for bias correction.
-        updates, adam_state = jax.vmap(adam.update)(grads, state.adam)
-        log_variance = jnp.maximum(state.log_variance + updates, _LEAST)
-        moved = UncertaintyState(log_variance, adam_state)
-        state = jax.tree.map(lambda new, old: jnp.where(present, new, old), moved, state)
+        bound = lambda s: jnp.maximum(s, _LEAST)
+        state = UncertaintyState(*adam_step(adam, grads, *state, present, bound))
         return jnp.where(present, scale / (2 * k), 0.0), state
 
     return Weighting(init=init, weigh=weigh, k=k, needs=frozenset({"losses"}))

@@ -24,8 +24,8 @@ class EveryState(NamedTuple):
     count: jax.Array
 
 
-class AveragedState(NamedTuple):
-    """State of `averaged`.
+class CrMogmState(NamedTuple):
+    """State of `cr_mogm`.
 
     Attributes:
       state: the method's own.
@@ -131,19 +131,27 @@ def clipped(weighting: Weighting, max_norm: float) -> Weighting:
     return weighting._replace(weigh=weigh, needs=weighting.needs | {"gram"})
 
 
-def averaged(weighting: Weighting, decay: float) -> Weighting:
-    r"""Averages the weights over time, :math:`w_t = \beta w_{t-1} + (1 - \beta) \hat w_t`.
+def cr_mogm(weighting: Weighting, decay: float) -> Weighting:
+    r"""CR-MOGM: averages the weights over time, :math:`w_t = \beta w_{t-1} + (1 - \beta) \hat w_t`.
 
-    :math:`\hat w_t` are the method's weights (CR-MOGM: Zhou et al., *On the Convergence of
-    Stochastic Multi-Objective Gradient Manipulation and Beyond*, NeurIPS 2022). Weights that are
-    computed from the gradients of one batch are correlated with its noise, and the method may then
-    fail to converge; averaged weights are less correlated. Here the average starts from the first
-    weights of each task, which have the method's scale. The average of an absent task does not
-    change.
+    :math:`\hat w_t` are the method's weights (Zhou et al., *On the Convergence of Stochastic
+    Multi-Objective Gradient Manipulation and Beyond*, NeurIPS 2022: correlation-reduced stochastic
+    multi-objective gradient manipulation). Use it if the weights follow the noise of the batches:
+    weights and gradients of one batch are correlated, and the method may then fail to converge.
+
+    The average starts from the first weights of each task, as in TorchJD, which have the method's
+    scale. The average of an absent task does not change. The paper recommends a :math:`\beta` that
+    rises to 1 as the learning rate falls; here it is constant. Averaged weights lose what the
+    method guarantees for the gradients of one batch, such as an update without conflict. Weights
+    that are inverse to the gradients' length, as those of `nash`, are averaged over the lengths of
+    many batches: `clipped` around this bounds the update.
 
     Args:
       weighting: the method.
-      decay: the average's :math:`\beta`, 0 <= decay < 1.
+      decay: the average's :math:`\beta`, 0 <= decay < 1; common is 0.9.
+
+    Returns:
+      A `Weighting` that needs what the method needs; its state is the method's and the averages.
 
     Raises:
       ValueError: for another decay.
@@ -153,13 +161,13 @@ def averaged(weighting: Weighting, decay: float) -> Weighting:
     k = weighting.k
 
     def init():
-        return AveragedState(weighting.init(), jnp.zeros(k, jnp.float32), jnp.zeros(k, bool))
+        return CrMogmState(weighting.init(), jnp.zeros(k, jnp.float32), jnp.zeros(k, bool))
 
     def weigh(stats, state):
         present = stats.present
         found, inner = weighting.weigh(stats, state.state)
         mean = jnp.where(state.known, decay * state.weights + (1 - decay) * found, found)
         weights = jnp.where(present, mean, state.weights)
-        return jnp.where(present, mean, 0), AveragedState(inner, weights, state.known | present)
+        return jnp.where(present, mean, 0), CrMogmState(inner, weights, state.known | present)
 
     return weighting._replace(init=init, weigh=weigh)

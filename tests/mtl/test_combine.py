@@ -195,7 +195,7 @@ def _memory(k):
 @pytest.fixture(scope="module", params=METHODS | {"nash, wrapped": None, "memory": None})
 def guarded(request):
     """A chain as the docstring has it, as (state, params, gradients, losses) -> (state, params)."""
-    wrapped = lambda k: mtl.averaged(mtl.clipped(mtl.every(mtl.nash(k), 2), 1.0), 0.9)
+    wrapped = lambda k: mtl.cr_mogm(mtl.clipped(mtl.every(mtl.nash(k), 2), 1.0), 0.9)
     others = {"nash, wrapped": wrapped, "memory": _memory}
     weighting = (METHODS | others)[request.param](K)
     tx = optax.chain(mtl.combine(weighting), optax.apply_if_finite(optax.adam(0.1), 10))

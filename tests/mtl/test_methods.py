@@ -19,7 +19,7 @@ WRAPPED = {
     "scaled": lambda k: mtl.scaled(mtl.nash(k), jnp.full(k, 3.0)),
     "every": lambda k: mtl.every(mtl.nash(k), 2),
     "clipped": lambda k: mtl.clipped(mtl.uncertainty(k), 0.1),
-    "averaged": lambda k: mtl.averaged(mtl.nash(k), 0.9),
+    "cr_mogm": lambda k: mtl.cr_mogm(mtl.nash(k), 0.9),
 }
 METHODS = FOLDER | WRAPPED
 KS = (1, 2, 5)

@@ -106,9 +106,9 @@ def test_a_norm_that_can_not_be(max_norm):
         mtl.clipped(mtl.nash(K), max_norm)
 
 
-def test_averaged_is_an_exponential_average_of_each_task_s_weights():
+def test_cr_mogm_is_an_exponential_average_of_each_task_s_weights():
     rng = np.random.default_rng(0)
-    nash, weighting = mtl.nash(K), mtl.averaged(mtl.nash(K), 0.8)
+    nash, weighting = mtl.nash(K), mtl.cr_mogm(mtl.nash(K), 0.8)
     weigh = jax.jit(weighting.weigh)
     state, mean, known = weighting.init(), np.zeros(K), np.zeros(K, bool)
     for counts in ([1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0], [0, 1, 1, 1]):
@@ -120,4 +120,4 @@ def test_averaged_is_an_exponential_average_of_each_task_s_weights():
         np.testing.assert_allclose(weights, np.where(present, mean, 0), rtol=1e-4)
     for decay in (-0.1, 1.0, np.nan):
         with pytest.raises(ValueError, match="decay must be >= 0 and < 1"):
-            mtl.averaged(nash, decay)
+            mtl.cr_mogm(nash, decay)
