@@ -191,7 +191,7 @@ MISTAKES = {
         "--config=configs/digit.py"
     ],
     "--config=configs: it is a folder": ["--config=configs"],
-    "config.method.name must be one of 'linear', 'nash', 'pcgrad', 'uncertainty', 'vanilla',": [
+    "config.method.name must be one of 'aligned_mtl', 'cagrad', 'config', 'cosmos', 'db_mtl',": [
         "--config=configs/digits.py:nahs"
     ],
     "--mode=fly: value should be one of <train|sample": ["--mode=fly"],
