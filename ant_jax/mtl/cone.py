@@ -86,13 +86,13 @@ def dual_cone_weights(unit: UnitGram, weights: jax.Array) -> jax.Array:
 
     Args:
       unit: the Gram matrix.
-      weights: u, (k,), 0 where a task is not active.
+      weights: u, (k,).
 
     Returns:
       v, (k,).
     """
     k = unit.norms.size
-    start = weights * unit.norms
+    start = jnp.where(unit.active, weights * unit.norms, 0)
     scale = jnp.maximum(jnp.abs(start).max(), jnp.finfo(start.dtype).tiny)
     start = start / scale
     matrix = unit.cosines + ridge(k) * jnp.eye(k)

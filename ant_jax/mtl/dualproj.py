@@ -32,7 +32,7 @@ def dualproj(k: int) -> Weighting:
 
     def weigh(stats, state):
         unit = unit_gram(stats.gram, stats.present)
-        mean = unit.active / jnp.maximum(stats.present.sum(), 1)
+        mean = stats.present / jnp.maximum(stats.present.sum(), 1).astype(jnp.float32)
         return dual_cone_weights(unit, mean), state
 
     return Weighting(init=tuple, weigh=weigh, k=k, needs=frozenset({"gram"}))

@@ -6,7 +6,7 @@ from ant_jax.mtl.cone import unit_gram
 from ant_jax.mtl.spectrum import equal_projections
 from ant_jax.mtl.weighting import Weighting, check_k
 
-_LEAST_SUM = 0.1
+_LEAST_SUM = 0.01
 
 
 def imtl_g(k: int) -> Weighting:
@@ -20,7 +20,7 @@ def imtl_g(k: int) -> Weighting:
 
     For three or more tasks the sum of v can be negative. The update of the paper then increases all
     losses. Here v is divided by the absolute value of its sum, so the update decreases them. The
-    divisor is at least 0.1 of :math:`\sum_i |v_i|`, so that the weights are bounded. In all other
+    divisor is at least 0.01 of :math:`\sum_i |v_i|`, so that the weights are bounded. In all other
     cases the rule is the paper's.
 
     Example::

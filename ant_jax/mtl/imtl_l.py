@@ -63,6 +63,6 @@ def imtl_l(k: int, learning_rate: Annotated[float, Number(above=0)] = 0.025) -> 
         gradients = scale * stats.losses - 1
         bound = lambda s: jnp.minimum(s, _MOST)
         state = ImtlLState(*adam_step(adam, gradients, *state, present, bound))
-        return jnp.where(present, scale / k, 0), state
+        return jnp.where(present, scale / jnp.maximum(present.sum(), 1), 0), state
 
     return Weighting(init=init, weigh=weigh, k=k, needs=frozenset({"losses"}))

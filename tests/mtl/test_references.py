@@ -116,7 +116,7 @@ METHODS = {
     ),
     "cosmos": Method(lambda: mtl.cosmos(K, 2.0, PREFERENCE)),
     # Both divide by K, whatever tasks are present.
-    "imtl_l": Method(lambda: mtl.imtl_l(K), 1 / K),
+    "imtl_l": Method(lambda: mtl.imtl_l(K), mean),
     "uncertainty": Method(lambda: mtl.scaled(mtl.uncertainty(K), np.full(K, float(K)))),
     "famo": Method(lambda: lagged_famo(K)),
     "dwa": Method(lambda: mtl.dwa(K, steps_per_epoch=1), mean),
@@ -223,11 +223,9 @@ _LEFT_OUT = "a gradient that is 0 is left out here"
 APART = {
     "mgda": (dict(zero=35), _LEFT_OUT + "; by the formula it has all the weight"),
     "cagrad": (dict(zero=28), _LEFT_OUT + ", also of the mean"),
-    "imtl_g": (dict(scales=1), "the divisor is at least 0.1 of the sum of absolute weights"),
     "krum_1": (dict(zero=20), _LEFT_OUT),
     "krum_2": (dict(zero=23), _LEFT_OUT),
     "gradvac": (dict(zero=15), _LEFT_OUT + ", also of the average cosines"),
-    "cr_mogm": (dict(zero=24), "UPGrad's weight of a gradient that is 0 is 0 here, not 1/k"),
     "modo": (dict(zero=35), _LEFT_OUT),
     "sdmgrad": (dict(zero=34), _LEFT_OUT),
     "excess_mtl": (dict(zero=28), "a risk of 0 is no baseline here"),
