@@ -99,6 +99,8 @@ Path = Annotated[str, Check(_is_path, "a path; a home folder ~ must exist"), Per
 
 
 REQUIRED = inspect.Parameter.empty
+# An error with a hint lists at most so many names.
+_MANY = 10
 
 
 class Setting(NamedTuple):
@@ -224,9 +226,11 @@ def resolve(folder: ModuleType, name: str, makes: type) -> Callable:
     known = names_in(folder, makes)
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
+    names = ", ".join(map(repr, known))
+    if near and len(known) > _MANY:
+        names = f"{len(known)} names, all in docs/settings.md"
     raise ValueError(
-        f"must be one of {', '.join(map(repr, known))}, or your own 'package.module:attribute', "
-        f"got {name!r}{hint}"
+        f"must be one of {names}, or your own 'package.module:attribute', got {name!r}{hint}"
     )
 
 

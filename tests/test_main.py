@@ -191,7 +191,7 @@ MISTAKES = {
         "--config=configs/digit.py"
     ],
     "--config=configs: it is a folder": ["--config=configs"],
-    "config.method.name must be one of 'aligned_mtl', 'cagrad', 'config', 'cosmos', 'db_mtl',": [
+    "names, all in docs/settings.md, or your own 'package.module:attribute', got 'nahs'; did": [
         "--config=configs/digits.py:nahs"
     ],
     "--mode=fly: value should be one of <train|sample": ["--mode=fly"],
