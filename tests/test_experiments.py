@@ -20,6 +20,7 @@ from ant_jax.config import ConfigError
 from ant_jax.tasks import affinity
 from ant_jax.train_step import TrainState
 from experiments import (
+    auxiliary_tasks,
     comparisons,
     dynamics,
     landscape,
@@ -393,3 +394,78 @@ def test_the_gradients_of_the_landscape_are_opposed_on_the_pareto_set():
     cosine = first @ second / jnp.linalg.norm(first) / jnp.linalg.norm(second)
     assert cosine < -0.999
     assert (landscape.task_losses(point) > 0).all()
+
+
+AUXILIARY = auxiliary_tasks.Size(seeds=2, steps=2, labelled=20, held_out=10, others=20, batch=10)
+
+
+def test_the_auxiliary_tasks_write_a_table_and_compute_nothing_twice(tmp_path, monkeypatch, capsys):
+    def run(method, tasks, size):
+        accuracy = np.random.default_rng(len(tasks)).random((3, size.seeds))
+        if method is methods["slgrad"]:
+            accuracy[1] = 1
+        return {"validation": accuracy.tolist(), "test": accuracy.tolist(), "seconds": 1.0}
+
+    methods = auxiliary_tasks.methods()
+    assert methods.keys() >= {"vanilla", "upgrad", "graddrop", "rep_mtl"}
+    compared = {name: methods[name] for name in ("linear", "slgrad")}
+    monkeypatch.setattr(auxiliary_tasks, "run", run)
+    auxiliary_tasks.write(tmp_path, compared, AUXILIARY)
+    check_picture(tmp_path / "auxiliary_tasks.png")
+    rows = read(tmp_path / "auxiliary_tasks.csv")
+    assert [row["method"] for row in rows[::2]] == ["single task", "linear", "slgrad"] * 3
+    assert {row["learning rate"] for row in rows if row["method"] == "slgrad"} == {"0.003"}
+    table = capsys.readouterr().out
+    assert "harmful: digit, random labels, noise" in table
+    # The best is first.
+    assert table.count("|\n| slgrad      | 100.0 ± 0.0 |") == 3
+    monkeypatch.setattr(auxiliary_tasks, "run", lambda *_: pytest.fail("again"))
+    auxiliary_tasks.write(tmp_path, compared, AUXILIARY)
+    assert capsys.readouterr().out == table
+
+
+def test_the_auxiliary_tasks_train_all_rates_and_seeds():
+    method = auxiliary_tasks.methods()["slgrad"]
+    found = auxiliary_tasks.run(method, auxiliary_tasks.GROUPS["all"], AUXILIARY)
+    for part in ("validation", "test"):
+        accuracy = np.array(found[part])
+        assert accuracy.shape == (len(auxiliary_tasks.LEARNING_RATES), AUXILIARY.seeds)
+        assert (accuracy > 0).all() and len(np.unique(accuracy)) > 1
+
+
+def test_the_labelled_images_are_of_all_classes_and_the_others_have_no_label():
+    data = auxiliary_tasks.data_of(0, AUXILIARY)
+    examples, labels = data.examples, data.examples.targets["digit"]
+    assert len(examples.images) == 40 and len(data.validation[1]) == 1497 - 40
+    assert (np.bincount(labels[:20]) == 2).all() and (np.bincount(labels[10:20]) == 1).all()
+    np.testing.assert_array_equal(examples.labelled, np.arange(40) < 20)
+    for order, labelled in ((data.order, 20), (data.order_held_out, 10)):
+        assert order.shape == (2, 20)
+        assert (order[:, :10] < labelled).all() and (order[:, 10:] >= 20).all()
+    params = jax.tree.map(lambda leaf: leaf[0], auxiliary_tasks.init_params(2))
+    losses = auxiliary_tasks.example_losses(
+        params, auxiliary_tasks.trunk(params, examples), examples, ("digit", "parity")
+    )
+    np.testing.assert_array_equal(losses > 0, [examples.labelled, np.ones(40, bool)])
+
+
+def test_all_ways_to_a_gradient_of_the_auxiliary_tasks_agree():
+    tasks = auxiliary_tasks.GROUPS["all"]
+    params = jax.tree.map(lambda leaf: leaf[0], auxiliary_tasks.init_params(2))
+    data = auxiliary_tasks.data_of(0, AUXILIARY)
+    examples = jax.tree.map(lambda leaf: leaf[data.order[0]], data.examples)
+    by = auxiliary_tasks.aggregated
+    ways = [
+        auxiliary_tasks.weighted(mtl.linear),
+        by(lambda k: mtl.combine(mtl.linear(k))),
+        by(lambda k: mtl.combine(mtl.linear(2 * k)), parts=2),
+    ]
+
+    @jax.jit
+    def gradients(params, examples):
+        started = [way.start(tasks, 0, params) for way in ways]
+        return [gradient(params, examples, None, 0, state)[0] for state, gradient in started]
+
+    first, *others = gradients(params, examples)
+    for other in others:
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), first, other)
