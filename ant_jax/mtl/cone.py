@@ -47,14 +47,14 @@ def unit_gram(gram: jax.Array, present: jax.Array) -> UnitGram:
 
 
 def ridge(k: int) -> float:
-    """What is added to the unit diagonal, so that a programme has exactly one solution.
+    """A number to add to the unit diagonal, so that a programme has exactly one solution.
 
     It is about the rounding error of the eigenvalues of k cosines in float32.
     """
     return 2e-7 * max(k, 5)
 
 
-def min_norm_weights(unit: UnitGram, free: jax.Array | None = None) -> jax.Array:
+def min_norm_weights(unit: UnitGram) -> jax.Array:
     r"""The weights of the shortest vector in the convex hull of the gradients.
 
     :math:`\min_{x \ge 0,\ 1^T x = 1} x^T G x`. With :math:`z_i = n_i x_i` and
@@ -63,7 +63,6 @@ def min_norm_weights(unit: UnitGram, free: jax.Array | None = None) -> jax.Array
 
     Args:
       unit: the Gram matrix.
-      free: (k,) bool, a guess of which weights are positive; see `complementarity`.
 
     Returns:
       x, (k,); 0 where a task is not active, and 0 everywhere if none is.
@@ -73,14 +72,14 @@ def min_norm_weights(unit: UnitGram, free: jax.Array | None = None) -> jax.Array
     a = jnp.where(unit.active, shortest / unit.norms, 0)
     matrix = unit.cosines + ridge(k) * jnp.eye(k) + a[:, None] * a
     # x is z over the norms, times one factor for all.
-    x = complementarity(matrix, -a, free) * a
+    x = complementarity(matrix, -a) * a
     return x / jnp.maximum(x.sum(), jnp.finfo(x.dtype).tiny)
 
 
 def dual_cone_weights(unit: UnitGram, weights: jax.Array) -> jax.Array:
     r"""The weights of the projection of :math:`J^T u` on the dual cone of the gradients.
 
-    The dual cone holds the vectors whose inner product with no gradient is negative. The weights
+    The dual cone holds the vectors that have no negative inner product with a gradient. The weights
     are :math:`\arg\min_{v \ge u} v^T G v` (Quinton and Rey, *Jacobian Descent for Multi-Objective
     Optimization*, 2024, proposition 1).
 
