@@ -1,10 +1,10 @@
-"""Multi-task methods that are no weightings of `combine`.
+"""Multi-task methods that choose no weights from losses and a Gram matrix.
 
-Each is an `optax.experimental.aggregating.Aggregator` of its own, the function ``graddrop`` of
-``graddrop.py``, and is here and in `ant_jax.mtl` too. It stands where `combine` stands, in front of
-any optimizer, takes the same arguments ``losses`` and ``counts``, and with ``axis_name`` works on
-this device's 1/n of the entries, as `combine` does. Only ``init`` of those that keep gradients
-differs: it must run under the mapped axis.
+Each is an `optax.experimental.aggregating.Aggregator`: the function ``graddrop`` of
+``graddrop.py``, also in `ant_jax.mtl`. It replaces `combine` in front of any optimizer, and takes
+the same arguments ``losses`` and ``counts``. With ``axis_name`` it works on this device's 1/n of
+the entries, as `combine` does. The ``init`` of those that keep gradients must then run under the
+mapped axis too.
 
 If a gradient or a loss is not finite, the update is not finite and the state does not change.
 """
