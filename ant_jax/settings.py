@@ -52,6 +52,10 @@ class Check(NamedTuple):
     holds: Callable[[Any], bool]
     allowed: str
 
+    def __repr__(self) -> str:
+        # For the signature that help() shows.
+        return repr(self.allowed)
+
 
 def Integer(low: int = -LARGEST_COUNT, high: int = LARGEST_COUNT) -> Check:
     """An integer in low .. high."""
@@ -226,8 +230,11 @@ def resolve(folder: ModuleType, name: str, makes: type) -> Callable:
     known = names_in(folder, makes)
     near = difflib.get_close_matches(name, known, 1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
+    # Such as an aggregator of `ant_jax.mtl`.
+    if name in getattr(folder, "__all__", ()):
+        hint = f"; a config cannot name {folder.__name__}.{name}"
     names = ", ".join(map(repr, known))
-    if near and len(known) > _MANY:
+    if hint and len(known) > _MANY:
         names = f"{len(known)} names, all in docs/settings.md"
     raise ValueError(
         f"must be one of {names}, or your own 'package.module:attribute', got {name!r}{hint}"

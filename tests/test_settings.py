@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 import sys
 import types
 from typing import Annotated, Literal
@@ -111,6 +112,8 @@ def test_a_function_may_return_an_object_of_a_class_of_nearly_its_name(monkeypat
     [
         ("nahs", "got 'nahs'; did you mean 'nash'?"),
         ("combine", "must be one of"),
+        ("slgrad", "names, all in docs/settings.md, or your own"),
+        ("slgrad", "got 'slgrad'; a config cannot name ant_jax.mtl.slgrad"),
         ("../nash", "must be one of"),
         ("nothing_there:f", "'nothing_there:f' can't be imported: No module named"),
         ("ant_jax.mtl:nothing", "has no attribute 'nothing'"),
@@ -122,6 +125,11 @@ def test_a_name_that_means_nothing_is_refused(name, words):
     with pytest.raises(ValueError) as error:
         settings.resolve(mtl, name, Weighting)
     assert words in str(error.value)
+
+
+def test_a_signature_shows_the_range_of_a_setting():
+    hint = inspect.signature(mtl.cagrad).parameters["c"].annotation
+    assert str(hint) == "typing.Annotated[float, 'a number >= 0']"
 
 
 def test_an_integer_may_be_of_numpy_and_is_within_its_range():
