@@ -76,7 +76,8 @@ def combine(
 
     Raises:
       ValueError: from update, if the method needs losses and none came, if a leaf's leading axis is
-        not k, or if ``shared`` does not fit the updates or shares nothing.
+        not k, if losses or counts are not (k,), or if ``shared`` does not fit the updates or shares
+        nothing.
     """
     k = weighting.k
 
@@ -89,6 +90,7 @@ def combine(
         if "losses" in weighting.needs and losses is None:
             raise ValueError("this weighting needs the task losses: update(..., losses=losses)")
         check_rows(updates, k)
+        check_vectors(k, losses=losses, counts=counts)
         counts = jnp.ones(k) if counts is None else counts
         leaves, treedef = jax.tree.flatten(updates)
         is_shared = _shared_leaves(shared, updates)
@@ -129,6 +131,13 @@ def check_rows(updates: Any, k: int) -> None:
         if leaf.ndim < 1 or leaf.shape[0] != k:
             name = jax.tree_util.keystr(path) or "updates"
             raise ValueError(f"leaf {name} of shape {leaf.shape} has no leading axis of k = {k}")
+
+
+def check_vectors(k: int, **vectors: jax.Array | None) -> None:
+    """Raises a ValueError unless each vector is (k,) or None."""
+    for name, vector in vectors.items():
+        if vector is not None and jnp.shape(vector) != (k,):
+            raise ValueError(f"{name} must have shape ({k},), got {jnp.shape(vector)}")
 
 
 def present_rows(leaf: jax.Array, present: jax.Array) -> jax.Array:
@@ -172,7 +181,13 @@ def _shared_leaves(shared, updates):
     """Whether each leaf of the updates is shared by the tasks."""
     if shared is None:
         return [True] * len(jax.tree.leaves(updates))
-    leaves = jax.tree.leaves(jax.tree.broadcast(shared, updates))
+    try:
+        leaves = jax.tree.leaves(jax.tree.broadcast(shared, updates))
+    except ValueError as error:
+        raise ValueError(
+            "shared must be a pytree of bools with the structure of the parameters or the upper "
+            "part of it; the error above says where they differ"
+        ) from error
     if not any(leaves):
         raise ValueError("shared = False for all parameters: the method has no gradients to weigh")
     return leaves

@@ -99,6 +99,22 @@ def test_missing_losses_are_an_error_where_they_are_needed():
             jax.eval_shape(tx.update, stacked, tx.init(None))
 
 
+@pytest.mark.parametrize("make", [lambda k: mtl.combine(mtl.nash(k)), mtl.moco])
+@pytest.mark.parametrize("name", ["losses", "counts"])
+def test_losses_and_counts_of_a_wrong_shape_are_an_error(name, make):
+    tx = make(K)
+    with pytest.raises(ValueError, match=rf"{name} must have shape \(3,\), got \(4,\)"):
+        tx.update(jnp.ones((K, 2)), tx.init(jnp.ones(2)), **{name: jnp.ones(4)})
+
+
+def test_shared_of_another_structure_is_an_error_that_says_what_it_must_be():
+    tx = mtl.combine(mtl.nash(K), shared={"trunk": True})
+    stacked = {"trunk": jnp.ones((K, 2)), "heads": jnp.ones((K, 2))}
+    with pytest.raises(ValueError, match="shared must be a pytree of bools") as error:
+        tx.update(stacked, tx.init(None))
+    assert "heads" in str(error.value.__cause__)
+
+
 @pytest.mark.parametrize("shape", [(4, 5), (1, 3), ()])
 def test_wrong_leading_axis_is_an_error_that_names_the_leaf(shape):
     tx = mtl.combine(mtl.linear(K))

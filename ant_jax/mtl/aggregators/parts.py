@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from optax.experimental import aggregating
 
-from ant_jax.mtl.combine import check_rows, present_rows, where_finite
+from ant_jax.mtl.combine import check_rows, check_vectors, present_rows, where_finite
 from ant_jax.mtl.shards import gathered, part_size, scattered_sum
 from ant_jax.mtl.weighting import State
 
@@ -32,6 +32,7 @@ def on_parts(
     def update(updates, state, params=None, *, losses=None, counts=None, **extra_args):
         del params, extra_args
         check_rows(updates, k)
+        check_vectors(k, losses=losses, counts=counts)
         present = (jnp.ones(k) if counts is None else counts) > 0
 
         def rows(leaf):
