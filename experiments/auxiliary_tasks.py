@@ -22,16 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app
 from optax.experimental import aggregating
 from tqdm import tqdm
 
 from ant_jax import mtl, settings
 from ant_jax.data.digits import digits
-from ant_jax.runtime.files import user_path, write_bytes
+from ant_jax.runtime.files import write_bytes
 from experiments import report, runner
 
 import matplotlib.pyplot as plt  # isort: skip  (after report, which chooses the backend)
+from matplotlib.ticker import NullLocator  # isort: skip
 
 MAIN = "digit"
 SINGLE, EQUAL = "single task", "linear"
@@ -398,9 +398,7 @@ def init_params(seeds: int) -> Any:
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
-    out = user_path(runner.OUT.value or "runs/experiments/auxiliary_tasks")
+    out = runner.out_folder(argv, "auxiliary_tasks")
     write(out, methods(), Size())
 
 
@@ -510,10 +508,10 @@ def _table(found):
 
 
 def draw(rows: dict[str, dict[str, Result]]) -> plt.Figure:
-    """The paired differences to the main task alone, sorted, one panel a group."""
+    """The paired differences to the main task alone, sorted, one panel for each group."""
     height = 2.5 + 0.18 * max(map(len, rows.values()))
     figure, axes = plt.subplots(
-        1, len(rows), figsize=(4.2 * len(rows), height), layout="constrained"
+        1, len(rows), figsize=(4.2 * len(rows), height), sharex=True, layout="constrained"
     )
     for axis, (group, found) in zip(axes, rows.items(), strict=True):
         single = found[SINGLE].accuracy
@@ -522,13 +520,25 @@ def draw(rows: dict[str, dict[str, Result]]) -> plt.Figure:
             mean, error = mean_and_error(found[name].accuracy - single)
             color = "C1" if name in (SINGLE, EQUAL) else "C0"
             axis.errorbar(mean, y, xerr=error, fmt="o", color=color, ms=4, lw=1)
-        axis.axvline(0, color="C1", lw=0.8)
-        axis.axvline(np.mean(found[EQUAL].accuracy - single), color="C1", lw=0.8, ls="--")
+        alone = axis.axvline(0, color="C1", lw=0.8)
+        difference = np.mean(found[EQUAL].accuracy - single)
+        equal = axis.axvline(difference, color="C1", lw=0.8, ls="--")
         axis.set_yticks(range(len(names)), names, fontsize=8)
-        axis.set(title=f"{group} auxiliary tasks", xlabel="accuracy - single task (points)")
+        axis.set(
+            title=f"{group} auxiliary tasks",
+            xlabel="accuracy - single task\n(points; logarithmic beyond 5)",
+        )
+        # Most methods are within 5 points of each other, a few are 30 points away.
+        axis.set_xscale("symlog", linthresh=5, linscale=0.8)
+        axis.set_xticks([-30, -10, -5, -2, 0, 2])
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.margins(y=0.01)
         axis.grid(axis="x", lw=0.3)
+    names = "single task: the main task alone", "linear: equal weights"
+    figure.legend((alone, equal), names, loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
 
 if __name__ == "__main__":
-    runner.start(main)
+    runner.start(main, presets=False)

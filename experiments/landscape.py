@@ -1,7 +1,7 @@
 """Every method on the landscape of the CAGrad paper: ``python -m experiments.landscape``.
 
-Draws the paths of all methods of ``ant_jax.mtl`` from three starting points, one panel a method,
-and prints where they end.
+Draws the paths of all weightings of ``ant_jax.mtl`` from three starting points, one panel for each
+method, and prints where they end.
 """
 
 from pathlib import Path
@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app
 from tqdm import tqdm
 
 from ant_jax import mtl, settings
-from ant_jax.runtime.files import user_path, write_bytes
+from ant_jax.runtime.files import write_bytes
 from experiments import report, runner
 
 import matplotlib.pyplot as plt  # isort: skip  (after report, which chooses the backend)
+from matplotlib.lines import Line2D  # isort: skip
 
 STARTS = np.array([[-8.5, 7.5], [-8.5, -5.0], [9.0, 9.0]], np.float32)
 LEARNING_RATE, STEPS = 0.001, 100_000
@@ -95,7 +95,7 @@ def arrived(found: Paths) -> np.ndarray:
 
 
 def draw(results: dict[str, Paths]) -> plt.Figure:
-    """One panel a method, over the contours of the mean loss."""
+    """One panel for each method, over the contours of the mean loss, and a key below."""
     columns = min(6, len(results))
     rows = -(-len(results) // columns)
     figure, axes = plt.subplots(
@@ -116,13 +116,21 @@ def draw(results: dict[str, Paths]) -> plt.Figure:
             axis.plot(*path[-1], "k*", ms=7, zorder=4)
         axis.set(title=name, xlim=(-11, 11), ylim=(-11, 11), xticks=(), yticks=())
         axis.title.set_fontsize(9)
+    mark = lambda marker, color, ms: Line2D([], [], ls="", marker=marker, color=color, ms=ms)
+    key = {
+        "start": mark("o", "k", 4),
+        "first steps": mark("o", "red", 5),
+        "last steps": mark("o", "yellow", 5),
+        "end": mark("*", "k", 7),
+        "Pareto set": Line2D([], [], color="0.6", lw=4),
+        "mean loss (darker is lower)": Line2D([], [], color="0.4", lw=0.6),
+    }
+    figure.legend(key.values(), key.keys(), loc="outside lower center", ncols=3, fontsize=9)
     return figure
 
 
 def main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}")
-    out = user_path(runner.OUT.value or "runs/experiments/landscape")
+    out = runner.out_folder(argv, "landscape")
     write(out, settings.names_in(mtl, mtl.Weighting), STEPS)
 
 
@@ -167,4 +175,4 @@ def write(out: Path, names: list[str], steps: int) -> None:
 
 
 if __name__ == "__main__":
-    runner.start(main)
+    runner.start(main, presets=False)

@@ -34,7 +34,9 @@ from ant_jax.settings import Affects
 from experiments.presets import Preset, make_config
 
 PRESET = flags.DEFINE_string("preset", "digits", "Size of the experiment.")
-OUT = flags.DEFINE_string("out", None, "Folder for all output; default runs/experiments/PRESET.")
+OUT = flags.DEFINE_string(
+    "out", None, "Folder for all output; by default a folder in runs/experiments."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
 
 # For fewer steps than this, starting a process takes longer than it saves.
@@ -53,8 +55,16 @@ class Stopped(RuntimeError):
     """A run stopped on request before its end; it has saved its state."""
 
 
-def start(main: Callable[[list[str]], None]) -> None:
-    """Runs a command; if it is asked to stop, it prints one line and exits."""
+def start(main: Callable[[list[str]], None], presets: bool = True) -> None:
+    """Runs a command; if it is asked to stop, it prints one line and exits.
+
+    Args:
+      main: the command.
+      presets: whether it has presets and a dry run; otherwise ``--out`` is its only flag.
+    """
+    # Without this, --help would not list the flags, because they are defined here.
+    for flag in (PRESET, OUT, DRY_RUN) if presets else (OUT,):
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
 
     def run(argv):
         with signals.ending_the_program("start again to resume") as stop:
@@ -78,13 +88,35 @@ def choose(argv: Sequence[str], presets: dict[str, Preset]) -> tuple[Preset, Pat
     name = PRESET.value
     if name not in presets:
         raise app.UsageError(f"--preset={name}: must be one of {', '.join(presets)}")
+    return presets[name], _folder(presets[name].name)
+
+
+def out_folder(argv: Sequence[str], name: str) -> Path:
+    """The output folder of a command that has no presets and no dry run.
+
+    Args:
+      argv: the command line.
+      name: of the folder in ``runs/experiments``, if there is no ``--out``.
+
+    Raises:
+      app.UsageError: for any argument but ``--out``, or if that is not a folder.
+    """
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    for flag in (PRESET, DRY_RUN):
+        if flag.present:
+            raise app.UsageError(f"this command has no --{flag.name}")
+    return _folder(name)
+
+
+def _folder(name):
     try:
-        out = user_path(OUT.value or f"runs/experiments/{presets[name].name}")
+        out = user_path(OUT.value or f"runs/experiments/{name}")
     except OSError as error:
         raise app.UsageError(f"--out={error}") from None
     if out.exists() and not out.is_dir():
         raise app.UsageError(f"--out={out} is not a folder")
-    return presets[name], out
+    return out
 
 
 def make_run(

@@ -251,7 +251,7 @@ def ablate(preset: Preset, out: Path) -> None:
     write_report(results, against, {}, out / "table", "ablations")
     ours = ("uncertainty", "nash")
     panels = {
-        "number of clusters": [
+        "number of clusters (snr: k = 5)": [
             "snr: vanilla",
             *(f"{name}: nash" for name in ("k = 2", "snr", "k = 8", "k = 20", "renewed every 25")),
         ],
@@ -389,7 +389,7 @@ def draw(
     rows = math.ceil(len(panels) / 4)
     columns = math.ceil(len(panels) / rows)
     figure, axes = plt.subplots(
-        rows, columns, figsize=(16, 4.8 * rows), sharey=True, squeeze=False, layout="constrained"
+        rows, columns, figsize=(16, 5.6 * rows), sharey="row", squeeze=False, layout="constrained"
     )
     for ax, (title, labels) in zip(axes.flat, panels.items(), strict=True):
         for label in labels:
@@ -411,7 +411,9 @@ def draw(
         ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         ax.yaxis.set_major_formatter("{x:g}")
         ax.yaxis.set_minor_formatter(NullFormatter())
-        ax.legend(fontsize="small")
+        # Below the panel, where it covers no curve.
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "columnspacing": 1}
+        ax.legend(fontsize="small", ncols=1 if len(labels) < 4 else 2, **below)
     has_distance = any(
         "frechet_distance" in row for group in results.values() for row in group[0]["rows"]
     )
