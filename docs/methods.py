@@ -19,16 +19,46 @@ HEAD = """\
 `ant_jax.mtl.NAME(k, ...)` is a weighting of k tasks, and `config.method.name = "NAME"` trains with
 it. A weighting chooses the weights $w$ from the losses $L$ and the Gram matrix $G = J J^T$ of their
 gradients, where row i of the Jacobian $J$ is $g_i$; the update is $J^T w$.
-[settings.md](settings.md) has the settings. `python docs/methods.py` writes this page.
+[settings.md](settings.md) has the settings and their ranges; a config checks the ranges, a call in
+Python does not. `help(ant_jax.mtl.NAME)` explains the method and the other symbols of its formula.
+`python docs/methods.py` writes this page.
 
 A method that does not need the Gram matrix costs one backward pass. With the Gram matrix the cost
 is about the same if each example belongs to one task, as in diffusion. If all tasks share all
 examples, it is k pullbacks of one forward pass, or one through the trunk
 (`mtl.backward_at_features`).
 
-Three systems do not fit this form and are functions of their own: `mtl.slgrad` (SLGrad) weighs each
-example of each task, `mtl.rep_mtl` (Rep-MTL) is a loss on the saliencies of shared features, and
-`mtl.lookahead_weights` is HydaLearn by real steps.
+Three systems do not fit this form. They are functions for your own loop; a config cannot name
+them, and `help` shows an example of each:
+
+- `mtl.slgrad` (SLGrad) weighs each example of each task. Use it if some examples of the auxiliary
+  tasks are harmful. It needs held-out examples of a main task.
+- `mtl.rep_mtl` (Rep-MTL) adds two losses on the gradients at shared features. Use it if all tasks
+  share all examples.
+- `mtl.lookahead_weights` (HydaLearn as in the paper) tries a step along the gradient of each task
+  and measures the main loss, which may be any metric.
+
+## Which method?
+
+- **As a baseline**: `linear`.
+- **Losses of different sizes**: `uncertainty`, `imtl_l` or `geometric_mean` need one backward pass.
+  `nash`, `imtl_g` and `db_mtl` need the Gram matrix, and also handle gradients of different
+  lengths.
+- **Conflicting gradients**: `nash`, `cagrad`, `upgrad` or `mgda`; `pcgrad` if the gradients have
+  similar lengths.
+- **A main task with auxiliary tasks**: `gcosim` and `hydalearn` take the index of the main task,
+  `lookahead_weights` its loss, and `slgrad` its gradient on held-out examples. With helpful and
+  harmful auxiliary tasks together, some methods that know no main task were better:
+  [`famo`, `nash` and `uncertainty`](../experiments/RESULTS.md#auxiliary-tasks).
+- **A fixed preference**: `linear(3, weights=(0.5, 0.3, 0.2))` weighs the losses. `cosmos` and `pbi`
+  ask for losses in given proportions.
+- **Noisy gradients**: `modo`, `sdmgrad` or `moco`. **Outliers**: `trimmed_mean` or `krum`.
+- **Many devices**: each method works on many devices. A run needs no setting
+  ([many_devices.md](many_devices.md)). In your own loop, give `axis_name` to `combine`, `backward`
+  or the aggregator. With the Gram matrix a step sends k + 1 times the bytes of one gradient,
+  otherwise 2 times, as without tasks.
+
+## Weightings
 """
 
 AGGREGATORS = """
@@ -37,6 +67,16 @@ AGGREGATORS = """
 These methods need more than the Gram matrix. `mtl.NAME(k, ...)` stands where `mtl.combine` stands,
 in front of any optimizer. It takes k stacked gradients, or 2 k: those of two halves of each task's
 examples. `moco` and `excess_mtl` keep k gradients in their state. A config cannot name them.
+
+They have no argument `shared`. If each task has a head, let the aggregator see the trunk alone, and
+add the gradients of the heads:
+
+```python
+aggregator = mtl.moco(2)
+state = aggregator.init(params["trunk"])
+trunk, state = aggregator.update(stacked["trunk"], state, losses=losses)
+updates = {"trunk": trunk, "heads": jax.tree.map(lambda g: g.sum(0), stacked["heads"])}
+```
 """
 
 

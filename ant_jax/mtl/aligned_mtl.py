@@ -14,10 +14,10 @@ def aligned_mtl(k: int, scale: Literal["min", "median", "rmse"] = "min") -> Weig
 
     :math:`w = \sqrt{\lambda_s}\, G^{-1/2} 1 / k`: the gradients are replaced by orthogonal vectors
     of the same length, :math:`\sqrt{\lambda_s}`, and the update is their mean. :math:`G^{-1/2}` is
-    a pseudo-inverse. :math:`\lambda_s` is the smallest of the eigenvalues of G that are not 0,
-    their median, or their mean (Senushkin et al., *Independent Component Alignment for Multi-Task
-    Learning*, CVPR 2023, algorithm 1, with the smallest). Use it if long gradients should not
-    dominate, and stable training matters more than speed. With "min" the update is short if
+    a pseudo-inverse. :math:`\lambda_s` is the smallest of the eigenvalues of G that are not 0, as
+    in the paper, or their median or mean (Senushkin et al., *Independent Component Alignment for
+    Multi-Task Learning*, CVPR 2023, algorithm 1). Use it if long gradients should not dominate, and
+    stable training matters more than speed. With "min" the update is short if
     gradients conflict, or if two are nearly the same. Single weights may be negative.
 
     The authors' code takes the sum of the vectors, here it is the mean. An eigenvalue below 1e-6 k

@@ -106,8 +106,9 @@ def famo(
     preconditioner of Adam add an error that does not vanish with :math:`\eta`. On a small denoising
     network with SGD, this :math:`\delta` and the measured one had a correlation over tasks of 0.86
     or more in the first 500 steps and none later; the largest z was 0.79 instead of 0.45. If
-    G is of the shared parameters, the steps of the others are missing. `exact_update` of this
-    module is the paper's update, for a loop that computes the losses after the step.
+    G is of the shared parameters, the steps of the others are missing. ``exact_update``
+    in the module ``ant_jax.mtl.famo`` is the paper's update, for a loop that computes the losses
+    after the step.
 
     Adam on the logits divides by the size of its gradient. So a common factor of all
     :math:`\delta`, such as :math:`\eta`, cancels but for two terms: the decay acts as

@@ -16,8 +16,8 @@ def gcosim(k: int, main: Annotated[int, Integer(0)] = 0, weighted: bool = True) 
     cosine between its gradient and that of the main loss m, or 0 if they conflict (Du et al.,
     *Adapting Auxiliary Losses Using Gradient Similarity*, 2018, arXiv 1812.02224). Use it if one
     loss is the aim and the others only help, such as an auxiliary loss beside the denoising loss.
-    The main loss has weight 1/k. In the unweighted variant all auxiliary losses of a positive
-    cosine have it too. The method is not meant for noise levels, which are all needed.
+    The main loss has weight 1/k. With ``weighted=False`` every auxiliary loss with a positive
+    cosine has weight 1/k too. The method is not meant for noise levels, which are all needed.
 
     The paper does not divide by k. k counts the tasks that are present. If the main task is absent
     or has no gradient, the update is 0.

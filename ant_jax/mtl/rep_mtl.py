@@ -64,17 +64,17 @@ def rep_mtl(
     are relative to it. The paper's experiments take logarithms of the losses; ``task_losses`` may
     return those. The paper tries weights of 0.7 to 1.5 and uses 0.9 where they are fixed. It gives
     no temperature, and does not say which task i the term A takes. The authors have not released
-    code.
+    code. H and A alone: ``from ant_jax.mtl.rep_mtl import task_entropy, cross_task_alignment``.
 
     Args:
       task_losses: features to the task losses, (k,): the heads and their losses. The features must
         be their argument, since the saliencies are derivatives by it.
-      features: Z, (B, ..., C): channels last, any number of axes of positions between. Use float32:
-        the terms are functions of means, in which much of the saliencies may cancel.
+      features: Z, (B, C) or (B, ..., C): channels last, any number of axes of positions between.
+        Use float32: the terms are functions of means, in which much of the saliencies may cancel.
       entropy_weight: :math:`\lambda_1`.
       alignment_weight: :math:`\lambda_2`.
       temperature: that of the contrastive loss.
-      task: see `cross_task_alignment`.
+      task: index of the one task that A compares, None for the mean over all.
 
     Raises:
       ValueError: if there are fewer than 2 examples.
