@@ -44,7 +44,8 @@ PRESETS = {
         digits.get_config,
         {
             "num_steps": 8,
-            "data.batch_size": 40,
+            "clusters.k": 2,
+            "data.batch_size": 32,
             "process.timesteps": 40,
             "model.width": 8,
             "model.depth": 1,
@@ -59,7 +60,7 @@ PRESETS = {
         (0,),
         2,
         12,
-        40,
+        32,
         0.5,
     ),
     "digits": Preset(

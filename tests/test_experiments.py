@@ -34,6 +34,7 @@ from experiments import (
 
 ROOT = Path(__file__).parents[1]
 SMOKE = presets.PRESETS["smoke"]
+K = SMOKE.settings["clusters.k"]
 # The last of equal flags counts.
 ONE_DEVICE = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=1"
 
@@ -141,7 +142,7 @@ def check_gap(folder):
     check_picture(folder / "transfer_gap.png")
     rows = read(folder / "transfer_gap.csv")
     assert {row["method"] for row in rows} == {"vanilla", "nash"}
-    assert len(rows) == 2 * len(SMOKE.seeds) * 5
+    assert len(rows) == 2 * len(SMOKE.seeds) * K
     gap = numbers(rows, "multi-task distance") - numbers(rows, "mixed distance")
     np.testing.assert_allclose(numbers(rows, "gap"), gap, atol=1e-6)
     loss = numbers(rows, "multi-task loss") - numbers(rows, "specialist loss")
@@ -159,7 +160,7 @@ def check_table(folder):
     assert (numbers(rows, "frechet_distance") > 0).all()
     assert (numbers(rows, "validation_loss") > 0).all()
     chosen = json.loads((folder / "chosen.json").read_text())
-    assert len(chosen["nash_weights"]) == 5
+    assert len(chosen["nash_weights"]) == K
     assert set(chosen["learning_rates"]) == {"vanilla", "nash, snr", comparisons.FIXED}
     tuned_as = dict(
         zip(settings, ["vanilla", "nash, snr", "nash, snr", comparisons.FIXED], strict=True)
@@ -176,7 +177,7 @@ def check_dynamics(folder):
     for name in ("vanilla", "nash"):
         check_picture(folder / f"{name}.png")
     rows = read(folder / "dynamics.csv")
-    cosines = np.stack([numbers(rows, f"cosine {i} {i + 1}") for i in range(4)])
+    cosines = np.stack([numbers(rows, f"cosine {i} {i + 1}") for i in range(K - 1)])
     assert (np.abs(cosines) <= 1 + 1e-6).all()
     shares = numbers(rows, "conflict")
     assert ((shares >= 0) & (shares <= 1)).all()
@@ -353,9 +354,9 @@ def test_runs_side_by_side_in_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_workers", lambda: 2)
     monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     settings = {"num_steps": 2}
-    runs = [runner.make_run(SMOKE, "vanilla", "snr", seed, settings) for seed in (0, 1)]
+    runs = [runner.make_run(SMOKE, "vanilla", "snr", seed, settings, 1) for seed in (0, 1)]
     first, second = runner.execute(runs, tmp_path)
-    assert [row["step"] for row in first["rows"]] == [1, 2]
+    assert [row["step"] for row in first["rows"]] == [2]
     assert first["rows"] != second["rows"]
     # Other samples are measured again; nothing is trained again.
     saved = (runner.folder(runs[0], tmp_path) / "checkpoints" / "2").stat().st_mtime_ns

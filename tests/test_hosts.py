@@ -1,7 +1,6 @@
 """Compares two processes of four devices each with one process of eight devices."""
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -9,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -38,33 +38,14 @@ def configured():
     return tiny("nash", checkpoint__keep=9, evaluation__features="")
 
 
-def two(*programs, **environment):
-    """Starts two processes that connect, and waits for them; [(exit status, stderr)]."""
+def two(*programs):
+    """Runs two processes that connect; [(exit status, what it has written)]."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
-    started = [
-        subprocess.Popen(
-            [
-                *(sys.executable, *program),
-                f"--coordinator=localhost:{port}",
-                "--num_processes=2",
-                f"--process_id={index}",
-            ],
-            cwd=ROOT,
-            env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)} | environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index, program in enumerate(programs)
-    ]
-    try:
-        outputs = [process.communicate(timeout=200)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [(process.returncode, text) for process, text in zip(started, outputs, strict=True)]
+    together = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    lines = [[*each, *together, f"--process_id={i}"] for i, each in enumerate(programs)]
+    return forked.run(lines, devices=4, together=True)
 
 
 def programs(folder, workdir, stops, samples):

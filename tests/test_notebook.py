@@ -13,7 +13,7 @@ from experiments.presets import PRESETS
 
 def smaller(argument, get_config=digits.get_config):
     config = get_config(argument)
-    update(config, PRESETS["smoke"].settings)
+    update(config, PRESETS["smoke"].settings | {"clusters.k": 5, "data.batch_size": 40})
     return config
 
 digits.get_config = smaller

@@ -638,8 +638,9 @@ def test_a_process_that_is_late_does_not_end_the_other(what, tmp_path):
     # Nash-MTL has a reduce-scatter, the strictest about this timeout.
     case = Case("nash", 8, SMALL, 8, ())
     main = "runpy.run_module('ant_jax.main', run_name='__main__', alter_sys=True)"
-    late = f"import runpy, sys, time, jax\n{LATE[what]}\n{main}"
+    late = tmp_path / "late.py"
+    late.write_text(f"import runpy, sys, time, jax\n{LATE[what]}\n{main}")
     run = arguments(tmp_path / "run", case, **{"checkpoint.every": 8, "log_every": 2})
-    (first, text), (second, other) = two(["-m", "ant_jax.main", *run], ["-c", late, *run])
+    (first, text), (second, other) = two(["-m", "ant_jax.main", *run], [late, *run])
     assert first == second == 0, text + other
     assert saved_in(tmp_path / "run") == [8]

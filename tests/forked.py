@@ -1,0 +1,101 @@
+"""Programs in processes of their own, which are forked from one that has imported everything."""
+
+import atexit
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+_SERVER = """
+import json, os, runpy, sys
+import ant_jax.cli, ant_jax.encode, ant_jax.evaluate, ant_jax.export, ant_jax.train
+
+def start(arguments, said, flags):
+    process = os.fork()
+    if process:
+        return process
+    os.environ["XLA_FLAGS"] = flags
+    os.dup2(os.open(said, os.O_CREAT | os.O_WRONLY), 2)
+    os.dup2(2, 1)
+    sys.argv = arguments[1:] if arguments[0] == "-m" else arguments
+    try:
+        if arguments[0] == "-m":
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as end:
+        if not end.code:
+            raise
+        # Without half a second of cleaning up.
+        print(end.code, file=sys.stderr, flush=True)
+        os._exit(1)
+    sys.exit()
+
+for line in sys.stdin:
+    programs, said, flags, together = json.loads(line)
+    started, ended = [], []
+    for i, arguments in enumerate(programs):
+        started.append(start(arguments, f"{said}/{i}", flags))
+        if not together:
+            ended.append(os.waitpid(started[-1], 0)[1])
+    if together:
+        ended = [os.waitpid(process, 0)[1] for process in started]
+    print(json.dumps([os.waitstatus_to_exitcode(each) for each in ended]), flush=True)
+"""
+
+
+@functools.cache
+def _server():
+    process = subprocess.Popen(
+        [sys.executable, "-c", _SERVER],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    atexit.register(process.wait)
+    atexit.register(process.stdin.close)
+    return process
+
+
+def run(
+    programs: Sequence[Sequence[str]], devices: int, together: bool = False, seconds: float = 200
+) -> list[tuple[int, str]]:
+    """Runs programs one after the other, or together.
+
+    Args:
+      programs: of each, what stands behind ``python``: a file or -m and a module, and arguments.
+      devices: how many CPU devices each has.
+      together: whether all start at once.
+      seconds: after which they are killed.
+
+    Returns:
+      The exit status of each and what it has written.
+    """
+    server = _server()
+    # The last of equal flags counts.
+    flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
+    with tempfile.TemporaryDirectory() as said:
+        killer = threading.Timer(seconds, os.killpg, (server.pid, signal.SIGKILL))
+        killer.start()
+        try:
+            lines = [[str(each) for each in program] for program in programs]
+            print(json.dumps([lines, said, flags, together]), file=server.stdin, flush=True)
+            answer = server.stdout.readline()
+        finally:
+            killer.cancel()
+        texts = [Path(said, str(i)).read_text() for i in range(len(programs))]
+        if not answer:
+            _server.cache_clear()
+            raise TimeoutError(f"killed after {seconds} s: {texts}")
+        return list(zip(json.loads(answer), texts, strict=True))
