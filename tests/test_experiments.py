@@ -199,6 +199,21 @@ def test_a_file_is_no_folder_for_the_output():
         task_affinity.main(["task_affinity"])
 
 
+@pytest.mark.parametrize("flag", ["preset", "dry_run"])
+def test_a_command_without_presets_refuses_them(flag):
+    with (
+        flagsaver.as_parsed(**{flag: "smoke" if flag == "preset" else "true"}),
+        pytest.raises(app.UsageError, match=f"this command has no --{flag}"),
+    ):
+        landscape.main(["landscape"])
+
+
+def test_help_lists_the_flags(command):
+    listed = command("landscape", "--help").stdout
+    assert "--out:" in listed and "--preset:" not in listed
+    assert "dry_run:" in command("dynamics", "--help").stdout
+
+
 def test_a_tilde_is_the_home_in_the_name_of_the_output(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with flagsaver.as_parsed(preset="smoke", out="~/here"):
