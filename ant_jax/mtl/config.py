@@ -40,10 +40,8 @@ def config(k: int) -> Weighting:
 
     def weigh(stats, state):
         unit = unit_gram(stats.gram, stats.present)
-        cosines, norms, active = unit
-        v = equal_projections(unit)
-        projections = jnp.dot(cosines, v, precision="highest")
-        squared = jnp.dot(v, projections, precision="highest")
+        _, norms, active = unit
+        v, projections, squared = equal_projections(unit)
         # Norms are divided by each other only, so that no product overflows.
         shortest = jnp.where(active, norms, jnp.inf).min()
         ratios = jnp.where(active, norms / shortest, 0)

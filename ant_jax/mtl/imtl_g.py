@@ -42,7 +42,7 @@ def imtl_g(k: int) -> Weighting:
         unit = unit_gram(stats.gram, stats.present)
         shortest = jnp.where(unit.active, unit.norms, jnp.inf).min()
         # In units that keep the largest number at about 1.
-        v = equal_projections(unit) * jnp.where(unit.active, shortest / unit.norms, 0)
+        v = equal_projections(unit).v * jnp.where(unit.active, shortest / unit.norms, 0)
         total = jnp.maximum(jnp.abs(v.sum()), _LEAST_SUM * jnp.abs(v).sum())
         return v / jnp.where(total > 0, total, 1), state
 

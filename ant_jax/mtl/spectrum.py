@@ -1,5 +1,7 @@
 """Eigenvalues of a Gram matrix in float32, and pseudo-inverses by them."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -18,23 +20,45 @@ def spectrum(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return values, vectors, values > 1e-6 * values.size * values[-1]
 
 
-def equal_projections(unit: UnitGram) -> jax.Array:
-    r"""The v for which :math:`\sum_j v_j g_j / n_j` has the projection 1 on each gradient.
+class EqualProjections(NamedTuple):
+    r"""The direction :math:`\sum_j v_j g_j / n_j`, with n the norms of the gradients.
 
-    It is :math:`v = C^+ 1`, with C the cosines and n the norms. Where equal projections do not
-    exist, because the gradients depend on each other, v is the least-squares solution.
+    Attributes:
+      v: (k,), :math:`C^+ 1` with C the cosines; 0 where a task is not active.
+      projections: (k,), :math:`C v`, of the direction on the gradients; 0 where a task is not
+        active.
+      squared: :math:`v^T C v`, the squared length of the direction.
+
+    All are 0 if the gradients cancel.
+    """
+
+    v: jax.Array
+    projections: jax.Array
+    squared: jax.Array
+
+
+def equal_projections(unit: UnitGram) -> EqualProjections:
+    """The direction that has the projection 1 on each gradient.
+
+    Where it does not exist, because the gradients depend on each other, it is the least-squares
+    solution.
 
     Args:
       unit: the Gram matrix.
-
-    Returns:
-      v, (k,); 0 where a task is not active, and 0 everywhere if the gradients cancel.
     """
     values, vectors, positive = spectrum(unit.cosines)
     ones = unit.active.astype(vectors.dtype)
-    parts = jnp.dot(ones, vectors, precision="highest")
-    scaled = jnp.where(positive, parts / jnp.where(positive, values, 1), 0)
+    parts = jnp.where(positive, jnp.dot(ones, vectors, precision="highest"), 0)
+    scaled = parts / jnp.where(positive, values, 1)
     v = jnp.dot(vectors, scaled, precision="highest")
-    # 1^T C^+ 1 is at least 1 for independent gradients. For gradients that cancel it is 0, and v is
+    # Not by C v, whose terms cancel if gradients nearly depend on each other.
+    projections = jnp.dot(vectors, parts, precision="highest")
+    squared = jnp.dot(parts, scaled, precision="highest")
+    # v^T C v is at least 1 for independent gradients. For gradients that cancel it is 0, and v is
     # rounding error.
-    return jnp.where(unit.active & (jnp.dot(parts, scaled) > 1e-6), v, 0)
+    known = squared > 1e-6
+    return EqualProjections(
+        jnp.where(unit.active & known, v, 0),
+        jnp.where(unit.active & known, projections, 0),
+        jnp.where(known, squared, 0),
+    )

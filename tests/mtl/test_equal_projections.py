@@ -42,6 +42,26 @@ def test_projections_on_all_gradients_are_equal(method, k):
         np.testing.assert_allclose(length, mean, rtol=1e-4)
 
 
+def test_the_length_of_config_is_exact_for_gradients_that_nearly_depend_on_each_other():
+    """The sum of the norms over sqrt(1' C^-1 1), where C^-1 has numbers of 1e4."""
+    k, rng = 5, np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(100, n, k)))[0] for n in (k, 10))
+    singular = 10 ** rng.uniform(-2, 0, size=(100, 1, k))
+    gradients = (left * singular) @ right.swapaxes(1, 2)
+    gradients /= np.linalg.norm(gradients, axis=2, keepdims=True)
+    gradients *= 10 ** rng.uniform(-3, 3, size=(100, k, 1))
+    gradients = np.float32(gradients).astype(float)
+    gram = sets.grams(gradients)
+    found = np.linalg.norm(
+        np.einsum("nk,nkp->np", sets.weigh(mtl.config(k), gram), gradients), axis=1
+    )
+    norms = np.linalg.norm(gradients, axis=2)
+    cosines = gram / norms[:, :, None] / norms[:, None]
+    solution = np.linalg.solve(cosines, np.ones((100, k, 1)))[..., 0]
+    length = norms.mean(1) / np.sqrt(solution.sum(1))
+    np.testing.assert_allclose(found, length, rtol=1e-5)
+
+
 def test_imtl_g_of_two_tasks_in_closed_form():
     """Whatever the angle."""
     gradients = np.stack([of_angles([0, angle], [2, 6]) for angle in (1, 60, 120, 179)])
