@@ -13,6 +13,8 @@ from ant_jax.settings import Number
 _RIDGE = 1e-6
 _TOLERANCE = 1e-6
 _MAX_ITERATIONS = 60
+# So many steps near the solution that are not shorter than the last ones are rounding errors.
+_MAX_STALLS = 2
 
 
 def fair_weights(unit: UnitGram, alpha: float) -> jax.Array:
@@ -55,7 +57,7 @@ def fair_weights(unit: UnitGram, alpha: float) -> jax.Array:
         return 1 - product(cosines, b) * factor, product(jnp.abs(cosines), b) * factor
 
     def newton(carry):
-        x, (r, _), iteration = carry
+        x, (r, _), iteration, last, stalls = carry
         # In units in which the second derivatives of the sum are the identity.
         root = jnp.exp((1 + p) / 2 * x) * alpha**0.5
         hessian = root[:, None] * cosines * root + eye * (1 + _RIDGE * root**2)
@@ -66,18 +68,23 @@ def fair_weights(unit: UnitGram, alpha: float) -> jax.Array:
         decrease = jnp.minimum(-jnp.expm1(-alpha * jnp.log1p(p * largest)), 0.999)
         step = jnp.where(largest > 0, decrease / jnp.where(largest > 0, largest, 1), 1)
         x = x + jnp.log1p(step * u)
-        return x, residual(x), iteration + 1
+        change = jnp.abs(u).max()
+        # Far from the solution, the steps of weights that grow have about the same size, alpha.
+        stalls += (change < jnp.minimum(alpha, 1) / 2) & (change > 0.9 * last)
+        return x, residual(x), iteration + 1, change, stalls
 
     def unsolved(carry):
-        _, (r, size), iteration = carry
-        return jnp.any(jnp.abs(r) > _TOLERANCE * (1 + size)) & (iteration < _MAX_ITERATIONS)
+        _, (r, size), iteration, _, stalls = carry
+        inexact = jnp.any(jnp.abs(r) > _TOLERANCE * (1 + size))
+        return inexact & (iteration < _MAX_ITERATIONS) & (stalls < _MAX_STALLS)
 
     # The multiple of it for which b (C b - c b^-p) adds up to 0.
     squared = jnp.sum(start * start)
     total = jnp.dot(start, product(cosines, start), precision="highest")
     total = jnp.maximum(total, _RIDGE * squared)
     x = jnp.log(squared / total) / (1 + p) * jnp.ones_like(norms)
-    x, _, _ = jax.lax.while_loop(unsolved, newton, (x, residual(x), 0))
+    carry = (x, residual(x), 0, jnp.full((), jnp.inf, x.dtype), 0)
+    x, *_ = jax.lax.while_loop(unsolved, newton, carry)
     return jnp.where(active, start * jnp.exp(x + (p - 1) / (p + 1) * mean) / norms, 0)
 
 

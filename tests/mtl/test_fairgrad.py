@@ -1,6 +1,7 @@
 """FairGrad: solutions of G w = w^(-1/alpha) on hard Gram matrices."""
 
 import functools
+import importlib
 
 import gradients as sets
 import jax
@@ -47,6 +48,17 @@ def test_solves_hard_gram_matrices(alpha):
     assert solved.mean() > 0.97
     regular = np.arange(len(gram)) < 20 * len(sets.REGULAR)
     assert solved[np.nonzero(seen)[0] < regular.sum()].all()
+
+
+def test_ends_where_float32_brings_no_further_gain(monkeypatch):
+    """With fewer iterations allowed, the result is the same."""
+    gram = sets.grams(sets.draw([sets._nearly_opposed], 8, n=150))
+    expected = solve(gram, 5.0)
+    module = importlib.import_module("ant_jax.mtl.fairgrad")
+    monkeypatch.setattr(module, "_MAX_ITERATIONS", module._MAX_ITERATIONS // 2)
+    _solve.cache_clear()
+    np.testing.assert_array_equal(solve(gram, 5.0), expected)
+    _solve.cache_clear()
 
 
 @pytest.mark.parametrize("k", [2, 5])
