@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from ant_jax.settings import check_integer
+
 State = Any
 
 
@@ -49,9 +51,8 @@ class Weighting(NamedTuple):
 
 
 def check_k(k: int) -> None:
-    """Raises a ValueError unless k is a positive int."""
-    if not isinstance(k, int) or isinstance(k, bool) or k < 1:
-        raise ValueError(f"k, the number of tasks, must be an int >= 1, got {k!r}")
+    """Raises a ValueError unless k is an integer >= 1."""
+    check_integer("k, the number of tasks,", k, 1)
 
 
 def check_needs(weighting: Weighting) -> None:

@@ -126,6 +126,10 @@ def test_wrong_k_is_an_error(name, k):
         FOLDER[name](k)
 
 
+def test_k_may_be_an_integer_of_numpy():
+    assert mtl.linear(np.int64(3)).weigh(TaskStats(None, None, jnp.ones(3)), ())[0].shape == (3,)
+
+
 @pytest.mark.parametrize("name", FOLDER)
 def test_settings_have_defaults_that_they_allow_and_the_package_has_the_method(name):
     for setting in settings.settings_of(FOLDER[name], {"k", "seed"}).values():
