@@ -31,6 +31,9 @@ def task_losses(params, batch):
     return heads(params, trunk(params, batch), batch)
 
 
+jacobian_of = jax.jit(jax.jacrev(task_losses))
+
+
 def assert_close(a, b):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), a, b)
 
@@ -51,8 +54,8 @@ def test_tasks_that_share_all_examples(problem, name, microbatches):
         )
     )()
     assert_close(found.losses, task_losses(params, batch))
-    jacobian = jax.jacrev(task_losses)(params, batch)
-    gradient, after = mtl.combine(weighting).update(jacobian, state, losses=found.losses)
+    update = jax.jit(mtl.combine(weighting).update)
+    gradient, after = update(jacobian_of(params, batch), state, losses=found.losses)
     assert_close(found.gradient, gradient)
     assert_close(found.state, after)
     np.testing.assert_array_equal(found.counts, np.ones(K))
@@ -110,12 +113,16 @@ def test_backward_at_features(problem, name, counts):
         )
     )()
     losses = task_losses(params, batch) * present
-    at_features = jax.jacrev(lambda z: heads(params, z, batch) * present)(trunk(params, batch))
-    gram = mtl.gramian(at_features) if "gram" in weighting.needs else None
-    stats = mtl.TaskStats(losses, gram, present)
-    weights, _ = weighting.weigh(stats, weighting.init())
+
+    @jax.jit
+    def weigh(features):
+        at_features = jax.jacrev(lambda z: heads(params, z, batch) * present)(features)
+        gram = mtl.gramian(at_features) if "gram" in weighting.needs else None
+        return weighting.weigh(mtl.TaskStats(losses, gram, present), weighting.init())[0]
+
+    weights = weigh(trunk(params, batch))
     assert_close((found.losses, found.state.weights), (losses, weights))
-    jacobian = jax.jacrev(task_losses)(params, batch)
+    jacobian = jacobian_of(params, batch)
     assert_close(found.gradient["trunk"], weighted(jacobian, weights)["trunk"])
     assert_close(found.gradient["heads"], weighted(jacobian, present)["heads"])
 
@@ -125,10 +132,13 @@ def test_one_nan_leaves_no_trace_in_the_method(problem, name):
     params, batch = problem
     batch, weighting = batch | {"y": batch["y"].at[3, 1].set(jnp.nan)}, METHODS[name]
     before = jax.tree.map(lambda leaf: leaf + 1, mtl.init_combine(weighting))
-    for found in (
-        mtl.backward(task_losses, params, batch, weighting, before),
-        mtl.backward_at_features(trunk, heads, params, batch, weighting, before),
-    ):
+    both = jax.jit(
+        lambda: (
+            mtl.backward(task_losses, params, batch, weighting, before),
+            mtl.backward_at_features(trunk, heads, params, batch, weighting, before),
+        )
+    )
+    for found in both():
         np.testing.assert_array_equal(np.isnan(found.losses), [False, True, False])
         assert np.isnan(found.gradient["trunk"]).any()
         jax.tree.map(
@@ -140,7 +150,7 @@ def test_one_nan_leaves_no_trace_in_the_method(problem, name):
 def test_combine_weighs_what_the_tasks_share_and_sums_the_rest(problem, devices):
     params, batch = problem
     weighting = METHODS["nash"]
-    jacobian = jax.jacrev(task_losses)(params, batch)
+    jacobian = jacobian_of(params, batch)
     # An absent task's gradients are not read.
     counts = jnp.array([2, 0, 1])
     jacobian["heads"] = jacobian["heads"].at[1].set(jnp.nan)

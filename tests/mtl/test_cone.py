@@ -1,5 +1,7 @@
 """Optimality of MGDA, UPGrad, DualProj and CAGrad on hard Gram matrices."""
 
+import functools
+
 import gradients as sets
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,32 @@ FAMILIES = sets.REGULAR + sets.OPPOSED
 KS = (2, 3, 5, 8, 32)
 
 
+@jax.jit
+@jax.vmap
+def units(gram):
+    return unit_gram(gram, jnp.ones(len(gram), bool))
+
+
+# A compilation each, shared by the tests: operations one by one would compile each of them.
+shortest = jax.jit(jax.vmap(min_norm_weights))
+projected = jax.jit(jax.vmap(dual_cone_weights))
+nearest = jax.jit(jax.vmap(project_on_simplex))
+shifts = jax.jit(jax.vmap(worst_case_shift, (0, None, None)))
+
+
+@functools.cache
+def compiled(name, k, *settings):
+    weighting = getattr(mtl, name)(k, *settings)
+    weigh = lambda gram: weighting.weigh(mtl.TaskStats(None, gram, jnp.ones(k)), ())[0]
+    return jax.jit(jax.vmap(weigh))
+
+
+def weigh(gram, name, k, *settings):
+    """Weights of a method for a batch of Gram matrices, all tasks present."""
+    return np.asarray(compiled(name, k, *settings)(jnp.float32(gram)), float)
+
+
+@functools.cache
 class Problem:
     """Sets of gradients as float32 rounds them, with what float64 makes of them."""
 
@@ -31,9 +59,7 @@ class Problem:
         norms = np.where(self.active, self.norms, 1)
         self.cosines = self.gram / norms[:, :, None] / norms[:, None]
         self.cosines[:, range(k), range(k)] = 1
-        self.unit = jax.vmap(lambda gram: unit_gram(gram, jnp.ones(k, bool)))(
-            jnp.float32(self.gram)
-        )
+        self.unit = units(jnp.float32(self.gram))
 
 
 def apply(matrices, vectors):
@@ -44,14 +70,14 @@ def apply(matrices, vectors):
 def test_min_norm_weights_are_optimal(k):
     """In lengths of the shortest gradient times those of each, (G x)_i >= x' G x."""
     problem = Problem(k)
-    weights = np.asarray(jax.jit(jax.vmap(min_norm_weights))(problem.unit), float)
+    weights = np.asarray(shortest(problem.unit), float)
     assert (weights >= 0).all() and not weights[~problem.active].any()
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
     progress = apply(problem.gram, weights)
     squared = np.einsum("ni,ni->n", weights, progress)[:, None]
-    shortest = np.where(problem.active, problem.norms, np.inf).min(1, keepdims=True)
     norms = np.where(problem.active, problem.norms, np.inf)
-    assert ((squared - progress) / norms / shortest).max() < 2e-6 * max(k, 5)
+    least = norms.min(1, keepdims=True)
+    assert ((squared - progress) / norms / least).max() < 2e-6 * max(k, 5)
     trace = np.einsum("nii->n", problem.gram)[:, None] / k
     assert (weights * np.abs(progress - squared) / trace).max() < 1e-5
 
@@ -63,9 +89,7 @@ def test_dual_cone_weights_are_optimal(k):
     # The mean, and one gradient alone.
     for start in (np.full(k, 1 / k), np.eye(k)[0]):
         start = np.where(problem.active, start, 0)
-        weights = np.asarray(
-            jax.jit(jax.vmap(dual_cone_weights))(problem.unit, jnp.float32(start)), float
-        )
+        weights = np.asarray(projected(problem.unit, jnp.float32(start)), float)
         assert (weights >= np.float32(start)).all()
         v, u = weights * problem.norms, np.float32(start) * problem.norms
         scale = np.abs(v).max(1, keepdims=True)
@@ -79,11 +103,10 @@ def test_dual_cone_weights_are_optimal(k):
 @pytest.mark.parametrize("k", [2, 5, 8])
 def test_the_worst_case_shift_is_optimal(k, c):
     """The dual value, <g0, g_x> + c |g0| |g_x|, bounds the worst progress from above."""
-    families = [f for f in FAMILIES if f not in (*sets.OPPOSED, sets._zero_row)]
+    families = tuple(f for f in FAMILIES if f not in (*sets.OPPOSED, sets._zero_row))
     problem = Problem(k, families)
     mean = np.full(k, 1 / k)
-    shift = jax.jit(jax.vmap(lambda unit: worst_case_shift(unit, jnp.float32(mean), c)))
-    v = np.asarray(shift(problem.unit), float)
+    v = np.asarray(shifts(problem.unit, jnp.float32(mean), c), float)
     assert (v >= 0).all()
     length = np.sqrt(np.einsum("i,nij,j->n", mean, problem.gram, mean))
     moved = np.sqrt(np.einsum("ni,nij,nj->n", v, problem.gram, v))
@@ -101,9 +124,8 @@ def test_the_worst_case_shift_is_optimal(k, c):
 def test_cagrad_keeps_both_of_two_opposed_gradients(k):
     """Then no progress is possible for both: the optimum is 0, as far as float32 resolves it."""
     c = 0.9
-    problem = Problem(k, [sets._opposed])
-    weights = jax.vmap(lambda gram: _weights(mtl.cagrad(k, c), gram))(jnp.float32(problem.gram))
-    progress = apply(problem.gram, np.asarray(weights, float)) * (1 + c**2)
+    problem = Problem(k, (sets._opposed,))
+    progress = apply(problem.gram, weigh(problem.gram, "cagrad", k, c)) * (1 + c**2)
     mean = np.sqrt(problem.gram.sum((1, 2))) / k
     cosine = progress[:, [0, -1]] / problem.norms[:, [0, -1]] / mean[:, None]
     before = problem.gram.mean(2)[:, [0, -1]] / problem.norms[:, [0, -1]] / mean[:, None]
@@ -112,31 +134,21 @@ def test_cagrad_keeps_both_of_two_opposed_gradients(k):
     assert reach.any() and cosine[reach].min() > -1e-3
 
 
-def _weights(weighting, gram):
-    stats = mtl.TaskStats(None, gram, jnp.ones(weighting.k))
-    return weighting.weigh(stats, weighting.init())[0]
-
-
 @pytest.mark.parametrize("k", [2, 5])
 def test_cagrad_is_the_mean_for_c_0_and_mgda_for_a_large_c(k):
-    problem = Problem(k, [sets._random])
-    gram = jnp.float32(problem.gram)
-    of = lambda weighting: np.asarray(jax.vmap(lambda g: _weights(weighting, g))(gram), float)
-    np.testing.assert_allclose(of(mtl.cagrad(k, 0.0)), 1 / k, rtol=1e-6)
-    large = of(mtl.cagrad(k, 1e4))
-    np.testing.assert_allclose(
-        large / large.sum(1, keepdims=True), of(mtl.mgda(k)), rtol=1e-2, atol=1e-3
-    )
+    gram = Problem(k, (sets._random,)).gram
+    np.testing.assert_allclose(weigh(gram, "cagrad", k, 0.0), 1 / k, rtol=1e-6)
+    large = weigh(gram, "cagrad", k, 1e4)
+    mgda = weigh(gram, "mgda", k)
+    np.testing.assert_allclose(large / large.sum(1, keepdims=True), mgda, rtol=1e-2, atol=1e-3)
 
 
 def test_two_gradients_have_the_closed_form():
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        a, b = rng.normal(size=(2, 4))
-        gram = np.array([[a @ a, a @ b], [a @ b, b @ b]])
-        first = np.clip((b @ b - a @ b) / ((a - b) @ (a - b)), 0, 1)
-        found = _weights(mtl.mgda(2), jnp.float32(gram))
-        np.testing.assert_allclose(found, [first, 1 - first], atol=2e-5)
+    gram = sets.grams(np.random.default_rng(0).normal(size=(20, 2, 4)))
+    aa, ab, bb = gram[:, 0, 0], gram[:, 0, 1], gram[:, 1, 1]
+    first = np.clip((bb - ab) / (aa - 2 * ab + bb), 0, 1)
+    found = weigh(gram, "mgda", 2)
+    np.testing.assert_allclose(found, np.stack([first, 1 - first], 1), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["mgda", "upgrad", "dualproj", "cagrad"])
@@ -144,11 +156,8 @@ def test_two_gradients_have_the_closed_form():
 def test_weights_do_not_depend_on_the_scale_of_the_gradients(name, scale):
     """The update, because the weights of gradients that depend linearly are not unique."""
     problem = Problem(5, sets.REGULAR)
-    weigh = jax.jit(jax.vmap(lambda gram: _weights(getattr(mtl, name)(5), gram)))
     progress = [
-        apply(
-            problem.cosines, np.asarray(weigh(jnp.float32(factor * problem.gram))) * problem.norms
-        )
+        apply(problem.cosines, weigh(factor * problem.gram, name, 5) * problem.norms)
         for factor in (1, scale)
     ]
     size = np.abs(progress[0]).max(1, keepdims=True)
@@ -158,10 +167,7 @@ def test_weights_do_not_depend_on_the_scale_of_the_gradients(name, scale):
 @pytest.mark.parametrize("name", ["upgrad", "mgda"])
 def test_the_update_conflicts_with_no_gradient(name):
     problem = Problem(5)
-    weights = jax.vmap(lambda gram: _weights(getattr(mtl, name)(5), gram))(
-        jnp.float32(problem.gram)
-    )
-    weights = np.asarray(weights, float)
+    weights = weigh(problem.gram, name, 5)
     inner = apply(problem.cosines, weights * problem.norms)
     length = np.abs(weights * problem.norms).max(1, keepdims=True)
     assert (inner[problem.active] / np.broadcast_to(length, inner.shape)[problem.active]).min() > (
@@ -171,12 +177,12 @@ def test_the_update_conflicts_with_no_gradient(name):
 
 def test_upgrad_is_the_mean_without_conflict():
     gradients = np.abs(np.random.default_rng(0).normal(size=(5, 8)))
-    weights = _weights(mtl.upgrad(5), jnp.float32(gradients @ gradients.T))
+    weights = weigh((gradients @ gradients.T)[None], "upgrad", 5)
     np.testing.assert_allclose(weights, 0.2, rtol=1e-6)
 
 
 def test_a_problem_that_is_not_finite_ends():
-    z = complementarity(jnp.full((3, 3), jnp.nan), jnp.ones(3))
+    z = jax.jit(complementarity)(jnp.full((3, 3), jnp.nan), jnp.ones(3))
     assert z.shape == (3,)
 
 
@@ -189,7 +195,7 @@ def test_the_projection_on_the_simplex_is_the_nearest_point(k):
     x[50:60] += 1e4
     x = x.astype(np.float32)
     present = rng.random((200, k)) < 0.7
-    z = np.asarray(jax.vmap(project_on_simplex)(x, present), float)
+    z = np.asarray(nearest(x, present), float)
     some = present.any(1)
     assert not z[~present].any() and (z >= 0).all() and not z[~some].any()
     np.testing.assert_allclose(z[some].sum(1), 1, rtol=2e-6)
@@ -199,4 +205,4 @@ def test_the_projection_on_the_simplex_is_the_nearest_point(k):
 
 
 def test_the_projection_of_what_is_not_finite_is_not_finite():
-    assert not np.isfinite(project_on_simplex(jnp.float32([0, np.nan, 1]), jnp.ones(3, bool))).all()
+    assert not np.isfinite(nearest(np.float32([[0, np.nan, 1]]), np.ones((1, 3), bool))).all()

@@ -32,7 +32,7 @@ def test_the_example_of_a_docstring_runs(name):
     state = scope["tx"].init(params)
     k = len(state[0].weights)
     stacked = jnp.asarray(np.random.default_rng(0).normal(size=(k, 3)), jnp.float32)
-    updates, _ = scope["tx"].update(stacked, state, params, losses=jnp.ones(k))
+    updates, _ = jax.jit(scope["tx"].update)(stacked, state, params, losses=jnp.ones(k))
     assert updates.shape == (3,) and np.isfinite(updates).all()
 
 
