@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ant_jax import mtl, settings
+from ant_jax.mtl.aggregators.halves import OnHalves
 
 PATH = Path(__file__).with_suffix(".md")
 
@@ -146,14 +147,14 @@ def page() -> str:
         "| method | formula | gradients | when | paper |",
         "| --- | --- | --- | --- | --- |",
     ]
+    on_halves = settings.names_in(mtl.aggregators, OnHalves)
     for name in mtl.aggregators.__all__:
         method = getattr(mtl, name)
         said = description(method)
-        halves = "leaves (2 k, *param_shape)" in inspect.getdoc(method)
         row = (
             f"`{name}`: {said.title.rstrip('.')}",
             f"${_in_cell(said.formula)}$",
-            "2 k" if halves else "k",
+            "2 k" if name in on_halves else "k",
             said.use.removeprefix("Use it ").rstrip("."),
             said.paper,
         )

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from ant_jax import mtl, settings
 from ant_jax.data.digits import digits
+from ant_jax.mtl.aggregators.halves import OnHalves
 from ant_jax.runtime.files import write_bytes
 from experiments import report, runner
 
@@ -40,8 +41,6 @@ WIDTH = 32
 CLASSES = 10
 # In so many steps a batch has had all images with auxiliary targets, once each on average.
 STEPS_PER_EPOCH = 20
-# These take the gradients of two halves of each task's examples.
-_OF_HALVES = ("modo", "sdmgrad")
 
 _CAPTION = """\
 Accuracy of the main task on {test} held-out images, in %: mean and standard error over {seeds}
@@ -298,8 +297,9 @@ def methods() -> dict[str, Method]:
     """All methods of ``ant_jax.mtl`` by name: weightings, aggregators and systems."""
     names = settings.names_in(mtl, mtl.Weighting)
     found = {name: weighted(settings.resolve(mtl, name, mtl.Weighting)) for name in names}
+    on_halves = settings.names_in(mtl.aggregators, OnHalves)
     for name in mtl.aggregators.__all__:
-        found[name] = aggregated(getattr(mtl, name), parts=2 if name in _OF_HALVES else 1)
+        found[name] = aggregated(getattr(mtl, name), parts=2 if name in on_halves else 1)
     return found | {
         "hydalearn, real steps": Method(_lookahead, holds_out=True),
         "slgrad": Method(_slgrad, holds_out=True),

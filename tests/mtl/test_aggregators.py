@@ -14,9 +14,10 @@ from optax.experimental import aggregating
 from ant_jax import mtl, settings
 from ant_jax.mtl import aggregators
 from ant_jax.mtl.aggregators.graddrop import entry_draws
+from ant_jax.mtl.aggregators.halves import OnHalves
 
 NAMES = aggregators.__all__
-HALVES = {"modo", "sdmgrad"}
+HALVES = set(settings.names_in(aggregators, OnHalves))
 MOVING = {"moco", "excess_mtl"}
 K = 4
 SHAPES = {"bias": [(3,), ()], "kernel": (4, 5)}
@@ -70,10 +71,11 @@ def run(name, gradients, counts=None, losses=None, state=None, k=K, **options):
 
 def test_the_folder_and_the_package_have_them():
     names = {"graddrop", "trimmed_mean", "modo", "sdmgrad", "moco", "excess_mtl"}
-    assert names == set(NAMES)
+    assert names == set(NAMES) and {"modo", "sdmgrad"} == HALVES
     for name in NAMES:
         assert getattr(mtl, name) is getattr(aggregators, name) and name in mtl.__all__
         assert isinstance(getattr(mtl, name)(K), aggregating.Aggregator)
+        assert isinstance(getattr(mtl, name)(K), OnHalves) == (name in HALVES)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from ant_jax import mtl, settings
+from ant_jax.mtl.aggregators.halves import OnHalves
 
 _spec = importlib.util.spec_from_file_location(
     "methods_page", Path(__file__).parents[2] / "docs" / "methods.py"
@@ -44,7 +45,7 @@ def test_the_example_of_an_aggregator_runs(name):
     exec(said.example, scope)
     params = jnp.ones(3)
     state = scope["tx"].init(params)
-    n = 10 if name in ("modo", "sdmgrad") else 5
+    n = 10 if isinstance(getattr(mtl, name)(5), OnHalves) else 5
     updates, _ = jax.eval_shape(scope["tx"].update, jnp.ones((n, 3)), state, params)
     assert updates.shape == (3,)
 

@@ -10,12 +10,19 @@ from ant_jax.mtl.combine import combine
 from ant_jax.mtl.weighting import Weighting, check_k
 
 
+class OnHalves(aggregating.Aggregator):
+    """An `Aggregator` of gradients with leaves (2 k, *param_shape).
+
+    Row i is of one half of task i's examples, row k + i of the other.
+    """
+
+
 def on_halves(
     k: int,
     axis_name: str | None,
     renew: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array],
     use: Callable[[jax.Array, jax.Array], jax.Array],
-) -> aggregating.Aggregator:
+) -> OnHalves:
     """`combine` with a weighting of 2 k gradients, of which i and k + i are of task i.
 
     Both gradients of a task get its weight, in proportion to their examples. The state is (k,)
@@ -45,4 +52,4 @@ def on_halves(
         return (use(state, first | second) * shares).reshape(2 * k), state
 
     init = lambda: jnp.full(k, 1 / k, jnp.float32)
-    return combine(Weighting(init, weigh, 2 * k, frozenset({"gram"})), axis_name)
+    return OnHalves(*combine(Weighting(init, weigh, 2 * k, frozenset({"gram"})), axis_name))

@@ -3,9 +3,8 @@
 from typing import Annotated
 
 import jax.numpy as jnp
-from optax.experimental import aggregating
 
-from ant_jax.mtl.aggregators.halves import on_halves
+from ant_jax.mtl.aggregators.halves import OnHalves, on_halves
 from ant_jax.mtl.aggregators.simplex import among, stepped
 from ant_jax.settings import Number
 
@@ -15,7 +14,7 @@ def modo(
     gamma: Annotated[float, Number(above=0)] = 0.5,
     rho: Annotated[float, Number(0)] = 0.02,
     axis_name: str | None = None,
-) -> aggregating.Aggregator:
+) -> OnHalves:
     r"""Multi-objective gradient descent with double sampling.
 
     :math:`w = \Pi(w_{t-1} - \gamma (A / \tau + \rho I) w_{t-1})` with

@@ -4,9 +4,8 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from optax.experimental import aggregating
 
-from ant_jax.mtl.aggregators.halves import on_halves
+from ant_jax.mtl.aggregators.halves import OnHalves, on_halves
 from ant_jax.mtl.aggregators.simplex import among, replaced
 from ant_jax.mtl.cone import project_on_simplex
 from ant_jax.settings import Integer, Number
@@ -19,7 +18,7 @@ def sdmgrad(
     learning_rate: Annotated[float, Number(above=0)] = 1.0,
     momentum: Annotated[float, Number(0, 0.99)] = 0.5,
     axis_name: str | None = None,
-) -> aggregating.Aggregator:
+) -> OnHalves:
     r"""Stochastic direction-oriented multi-objective gradient descent.
 
     :math:`w = (x + \lambda u) / (1 + \lambda)`, where :math:`u = 1/k` and x is on the simplex. At
