@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 
 _FLOOR = 1e-8
+# Adam squares the gradients.
+_LARGEST_GRADIENT = 1e18
 
 
 def mean_over(values: jax.Array, present: jax.Array) -> jax.Array:
@@ -46,7 +48,7 @@ def adam_step(
 
     Args:
       adam: the optimizer.
-      gradients: (k,).
+      gradients: (k,); one beyond 1e18 in size counts as that.
       values: (k,).
       state: ``jax.vmap(adam.init)(values)`` at first.
       present: (k,) bool.
@@ -55,6 +57,7 @@ def adam_step(
     Returns:
       The values and the state after the step.
     """
+    gradients = jnp.clip(gradients, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
     updates, after = jax.vmap(adam.update)(gradients, state)
     moved = (bound(values + updates), after)
     return jax.tree.map(lambda new, old: jnp.where(present, new, old), moved, (values, state))

@@ -61,6 +61,20 @@ def test_tasks_that_share_all_examples(problem, name, microbatches):
     np.testing.assert_array_equal(found.counts, np.ones(K))
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_devices_that_share_the_examples_agree_with_one(problem, name):
+    params, batch = problem
+    weighting, state = METHODS[name], mtl.init_combine(METHODS[name])
+    of = lambda batch, axis: mtl.backward(
+        task_losses, params, batch, weighting, state, microbatches=2, axis_name=axis
+    )
+    parts = jax.tree.map(lambda leaf: leaf.reshape(3, -1, *leaf.shape[1:]), batch)
+    mapped = jax.pmap(lambda part: of(part, "devices"), "devices", devices=jax.devices()[:3])
+    expected = jax.jit(lambda: of(batch, None))()
+    for device in range(3):
+        assert_close(jax.tree.map(lambda leaf, i=device: leaf[i], mapped(parts)), expected)
+
+
 def test_grouped_forms_take_tasks_that_take_turns(problem):
     params, batch = problem
     weighting, tasks = METHODS["nash"], jnp.arange(B) % K

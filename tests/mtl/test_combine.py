@@ -247,3 +247,18 @@ def test_a_batch_that_is_not_finite_leaves_no_trace(guarded, where, value):
     jax.tree.map(
         np.testing.assert_array_equal, (result[0][0], result[1]), (expected[0][0], expected[1])
     )
+
+
+def test_a_gram_matrix_that_overflows_leaves_no_trace_either():
+    """The gradients, weights and update are finite."""
+    count = mtl.Weighting(
+        lambda: jnp.int32(0),
+        lambda stats, count: (jnp.full(2, 0.5), count + 1),
+        2,
+        frozenset({"gram"}),
+    )
+    tx = mtl.combine(count)
+    state = tx.init(None)
+    for size, calls in ((1.0, 1), (1e20, 1), (1.0, 2)):
+        update, state = tx.update(jnp.full((2, 3), size), state)
+        assert np.isfinite(update).all() and state.weighting_state == calls

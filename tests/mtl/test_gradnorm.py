@@ -78,10 +78,16 @@ def test_gradnorm_leaves_a_task_without_gradient_out():
     assert not weights[:, 0].any() and state.logits[0] == 0
     np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
     assert weights[-1, 1] > weights[-1, 2] > 0
+    # Nor does its loss count in the mean of the others.
+    losses = np.random.default_rng(0).uniform(0.1, 5, size=(50, 3)) * [1e3, 1, 1]
+    losses[0] = 1
+    weights, _ = weigh_all(mtl.gradnorm(3), losses, gram(norms))
+    others, _ = weigh_all(mtl.gradnorm(2), losses[:, 1:], gram(norms)[1:, 1:])
+    np.testing.assert_allclose(weights[:, 1:], others, rtol=1e-5)
 
 
 def test_gradnorm_survives_a_first_loss_of_zero_and_losses_that_vanish():
-    losses = np.array([[0.0, 1, 1], [1, 0, 1], [0, 0, 0], [1, 1, 1]])
+    losses = np.array([[0.0, 1e-20, 1], [1, 1e25, 1], [0, 0, 0], [1, 1, 1]])
     weights, state = weigh_all(mtl.gradnorm(3), losses, gram())
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((weights, state)))
 
