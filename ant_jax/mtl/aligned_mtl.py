@@ -6,7 +6,7 @@ import jax.numpy as jnp
 
 from ant_jax.mtl.cone import unit_gram
 from ant_jax.mtl.spectrum import spectrum
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
 def aligned_mtl(k: int, scale: Literal["min", "median", "rmse"] = "min") -> Weighting:
@@ -39,9 +39,7 @@ def aligned_mtl(k: int, scale: Literal["min", "median", "rmse"] = "min") -> Weig
     Raises:
       ValueError: if k < 1, or for another scale.
     """
-    check_k(k)
-    if scale not in ("min", "median", "rmse"):
-        raise ValueError(f"scale must be 'min', 'median' or 'rmse', got {scale!r}")
+    check_arguments(aligned_mtl, k, scale=scale)
 
     def weigh(stats, state):
         cosines, norms, active = unit_gram(stats.gram, stats.present)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ant_jax.mtl.cone import UnitGram, complementarity, ridge, unit_gram
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Number
 
 _TOLERANCE = 1e-6
@@ -102,14 +102,13 @@ def cagrad(k: int, c: Annotated[float, Number(0)] = 0.4) -> Weighting:
       A stateless `Weighting` that needs the Gram matrix.
 
     Raises:
-      ValueError: if k < 1.
+      ValueError: if k < 1, or if a setting is out of its range.
     """
-    check_k(k)
+    check_arguments(cagrad, k, c=c)
 
     def weigh(stats, state):
         unit = unit_gram(stats.gram, stats.present)
         mean = unit.active / jnp.maximum(unit.active.sum(), 1)
-        weights = mean if c == 0 else mean + worst_case_shift(unit, mean, c)
-        return weights / (1 + c * c), state
+        return (mean + worst_case_shift(unit, mean, c)) / (1 + c * c), state
 
     return Weighting(init=tuple, weigh=weigh, k=k, needs=frozenset({"gram"}))

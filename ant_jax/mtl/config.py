@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from ant_jax.mtl.cone import unit_gram
 from ant_jax.mtl.spectrum import equal_projections
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
 def config(k: int) -> Weighting:
@@ -36,7 +36,7 @@ def config(k: int) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(config, k)
 
     def weigh(stats, state):
         unit = unit_gram(stats.gram, stats.present)

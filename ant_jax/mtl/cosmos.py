@@ -5,7 +5,7 @@ from typing import Annotated
 import jax.numpy as jnp
 
 from ant_jax.mtl.preference import Preference, preference_vector, restricted
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Number
 
 
@@ -42,7 +42,7 @@ def cosmos(
     Raises:
       ValueError: if k < 1, or there are not k preferences > 0.
     """
-    check_k(k)
+    check_arguments(cosmos, k, penalty=penalty)
     preferred = preference_vector(k, preference)
 
     def weigh(stats, state):

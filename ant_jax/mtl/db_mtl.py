@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from ant_jax.mtl.cone import unit_gram
 from ant_jax.mtl.per_task import positive_losses
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
 def db_mtl(k: int) -> Weighting:
@@ -39,7 +39,7 @@ def db_mtl(k: int) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(db_mtl, k)
 
     def weigh(stats, state):
         present = stats.present

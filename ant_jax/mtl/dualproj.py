@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from ant_jax.mtl.cone import dual_cone_weights, unit_gram
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
 def dualproj(k: int) -> Weighting:
@@ -28,7 +28,7 @@ def dualproj(k: int) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(dualproj, k)
 
     def weigh(stats, state):
         unit = unit_gram(stats.gram, stats.present)

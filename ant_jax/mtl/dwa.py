@@ -5,7 +5,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Integer, Number
 
 
@@ -55,9 +55,9 @@ def dwa(
       the update g.
 
     Raises:
-      ValueError: if k < 1.
+      ValueError: if k < 1, or if a setting is out of its range.
     """
-    check_k(k)
+    check_arguments(dwa, k, steps_per_epoch=steps_per_epoch, temperature=temperature)
 
     def init():
         zeros = jnp.zeros(k, jnp.float32)
@@ -66,7 +66,8 @@ def dwa(
     def weigh(stats, state):
         present = stats.present
         mean, last, before, steps = state
-        known = (steps >= 2 * steps_per_epoch) & (before != 0)
+        # In the first two epochs it is 0.
+        known = before != 0
         rate = jnp.where(known, last / jnp.where(known, before, 1), 1) / temperature
         largest = jnp.finfo(jnp.float32).max
         weights = jax.nn.softmax(jnp.clip(rate, -largest, largest), where=present)

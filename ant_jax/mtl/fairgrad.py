@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ant_jax.mtl.cone import UnitGram, unit_gram
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Number
 
 # That of `nash`, whose rule this is for alpha = 1.
@@ -118,9 +118,7 @@ def fairgrad(k: int, alpha: Annotated[float, Number(0.25, 10)] = 1.0) -> Weighti
     Raises:
       ValueError: if k < 1, or if alpha is not in 0.25 .. 10.
     """
-    check_k(k)
-    if not 0.25 <= alpha <= 10:
-        raise ValueError(f"alpha must be >= 0.25 and <= 10, got {alpha}")
+    check_arguments(fairgrad, k, alpha=alpha)
 
     def weigh(stats, state):
         return fair_weights(unit_gram(stats.gram, stats.present), alpha), state

@@ -8,7 +8,7 @@ import optax
 
 from ant_jax.mtl.cone import unit_gram
 from ant_jax.mtl.per_task import adam_step, positive_losses
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Number
 
 # Adam squares the changes.
@@ -136,9 +136,11 @@ def famo(
       Identical gradients g give the update g.
 
     Raises:
-      ValueError: if k < 1.
+      ValueError: if k < 1, or if a setting is out of its range.
     """
-    check_k(k)
+    check_arguments(
+        famo, k, step_size=step_size, learning_rate=learning_rate, weight_decay=weight_decay
+    )
     adam = optax.adam(learning_rate)
 
     def init():

@@ -5,8 +5,8 @@ from typing import Annotated
 import jax.numpy as jnp
 
 from ant_jax.mtl.cone import unit_gram
-from ant_jax.mtl.weighting import Weighting, check_k
-from ant_jax.settings import Integer
+from ant_jax.mtl.weighting import Weighting, check_arguments
+from ant_jax.settings import Integer, check_integer
 
 
 def gcosim(k: int, main: Annotated[int, Integer(0)] = 0, weighted: bool = True) -> Weighting:
@@ -37,9 +37,8 @@ def gcosim(k: int, main: Annotated[int, Integer(0)] = 0, weighted: bool = True) 
     Raises:
       ValueError: if k < 1, or if there is no task ``main``.
     """
-    check_k(k)
-    if not 0 <= main < k:
-        raise ValueError(f"main must be the index of one of {k} tasks, got {main}")
+    check_arguments(gcosim, k, weighted=weighted)
+    check_integer("main", main, 0, k - 1)
 
     def weigh(stats, state):
         present = stats.present

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from ant_jax.mtl.per_task import mean_over, positive_losses
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
 def geometric_mean(k: int) -> Weighting:
@@ -32,7 +32,7 @@ def geometric_mean(k: int) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(geometric_mean, k)
 
     def weigh(stats, state):
         present = stats.present

@@ -8,8 +8,10 @@ import optax
 
 from ant_jax.mtl.cone import unit_gram
 from ant_jax.mtl.per_task import adam_step, mean_over
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Number
+
+_LARGEST_RATIO = 1e30
 
 
 class GradNormState(NamedTuple):
@@ -63,9 +65,9 @@ def gradnorm(
       the first losses. Identical gradients g give the update g.
 
     Raises:
-      ValueError: if k < 1.
+      ValueError: if k < 1, or if a setting is out of its range.
     """
-    check_k(k)
+    check_arguments(gradnorm, k, alpha=alpha, learning_rate=learning_rate)
     adam = optax.adam(learning_rate)
 
     def init():
@@ -83,6 +85,8 @@ def gradnorm(
 
         first = jnp.where(present & ~state.known, losses, state.first)
         ratio = jnp.where(first > 0, jnp.maximum(losses, 0) / jnp.where(first > 0, first, 1), 1)
+        # So that the mean of ratios is finite.
+        ratio = jnp.minimum(ratio, _LARGEST_RATIO)
         mean = mean_over(ratio, active)
         rate = jnp.where(mean > 0, ratio / jnp.where(mean > 0, mean, 1), 1)
         slope = jnp.sign(lengths - mean_over(lengths, active) * rate**alpha) * norms

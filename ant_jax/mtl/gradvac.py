@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ant_jax.mtl.cone import ridge, unit_gram
 from ant_jax.mtl.pcgrad import projection_orders
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Number
 
 _LARGEST_TARGET = 0.999
@@ -62,9 +62,7 @@ def gradvac(
     Raises:
       ValueError: if k < 1, or if beta is not in 0 .. 1.
     """
-    check_k(k)
-    if not 0 <= beta <= 1:
-        raise ValueError(f"beta must be >= 0 and <= 1, got {beta}")
+    check_arguments(gradvac, k, beta=beta)
     dot = lambda a, b: jnp.dot(a, b, precision="highest")
 
     def vaccinate(i, order, averages, unit):

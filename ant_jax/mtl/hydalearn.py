@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 
-from ant_jax.mtl.weighting import Weighting, check_k
-from ant_jax.settings import Integer
+from ant_jax.mtl.weighting import Weighting, check_arguments
+from ant_jax.settings import Integer, check_integer
 
 
 def hydalearn(k: int, main: Annotated[int, Integer(-1)] = 0) -> Weighting:
@@ -39,9 +39,8 @@ def hydalearn(k: int, main: Annotated[int, Integer(-1)] = 0) -> Weighting:
     Raises:
       ValueError: if k < 1, or main is not -1 or the index of a task.
     """
-    check_k(k)
-    if not -1 <= main < k:
-        raise ValueError(f"main must be the index of one of {k} tasks, or -1, got {main}")
+    check_arguments(hydalearn, k)
+    check_integer("main", main, -1, k - 1)
 
     def weigh(stats, state):
         pairs = stats.present[:, None] & stats.present

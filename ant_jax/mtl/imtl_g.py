@@ -4,7 +4,7 @@ import jax.numpy as jnp
 
 from ant_jax.mtl.cone import unit_gram
 from ant_jax.mtl.spectrum import equal_projections
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 _LEAST_SUM = 0.01
 
@@ -36,7 +36,7 @@ def imtl_g(k: int) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(imtl_g, k)
 
     def weigh(stats, state):
         unit = unit_gram(stats.gram, stats.present)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ant_jax.mtl.per_task import adam_step
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Number
 
 # Adam squares e^s L.
@@ -48,9 +48,9 @@ def imtl_l(k: int, learning_rate: Annotated[float, Number(above=0)] = 0.025) -> 
       g give the update g.
 
     Raises:
-      ValueError: if k < 1.
+      ValueError: if k < 1, or if a setting is out of its range.
     """
-    check_k(k)
+    check_arguments(imtl_l, k, learning_rate=learning_rate)
     adam = optax.adam(learning_rate)
 
     def init():

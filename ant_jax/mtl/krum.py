@@ -5,8 +5,8 @@ from typing import Annotated
 import jax.numpy as jnp
 
 from ant_jax.mtl.cone import unit_gram
-from ant_jax.mtl.weighting import Weighting, check_k
-from ant_jax.settings import Integer
+from ant_jax.mtl.weighting import Weighting, check_arguments
+from ant_jax.settings import Integer, check_integer
 
 
 def krum(
@@ -40,11 +40,9 @@ def krum(
     Raises:
       ValueError: if k < 1, or if there are too many outliers or selected gradients.
     """
-    check_k(k)
-    if not 0 <= outliers <= max(k - 3, 0):
-        raise ValueError(f"outliers must be >= 0 and <= k - 3 = {k - 3}, got {outliers}")
-    if not 1 <= selected <= k:
-        raise ValueError(f"selected must be >= 1 and <= k = {k}, got {selected}")
+    check_arguments(krum, k)
+    check_integer("outliers", outliers, 0, max(k - 3, 0))
+    check_integer("selected", selected, 1, k)
 
     def weigh(stats, state):
         cosines, norms, active = unit_gram(stats.gram, stats.present)

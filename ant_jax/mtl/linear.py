@@ -5,7 +5,7 @@ from typing import Annotated
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Check, Number
 
 
@@ -44,7 +44,7 @@ def linear(
     Raises:
       ValueError: if k < 1, or the weights can't be.
     """
-    check_k(k)
+    check_arguments(linear, k)
     fixed = np.asarray(weights, np.float32)
     if fixed.shape != (0,) and not (
         fixed.shape == (k,) and (fixed >= 0).all() and 0 < fixed.sum() < np.inf

@@ -1,7 +1,7 @@
 """MGDA: the shortest vector in the convex hull of the gradients (Désidéri, 2012)."""
 
 from ant_jax.mtl.cone import min_norm_weights, unit_gram
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
 def mgda(k: int) -> Weighting:
@@ -28,7 +28,7 @@ def mgda(k: int) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(mgda, k)
 
     def weigh(stats, state):
         return min_norm_weights(unit_gram(stats.gram, stats.present)), state

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ant_jax.mtl.cone import unit_gram
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 _RIDGE = 1e-6
 _TOLERANCE = 1e-6
@@ -95,7 +95,7 @@ def nash(k: int) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(nash, k)
 
     def weigh(stats, state):
         gram, present = stats.gram, stats.present

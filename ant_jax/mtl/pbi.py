@@ -5,7 +5,7 @@ from typing import Annotated
 import jax.numpy as jnp
 
 from ant_jax.mtl.preference import Preference, preference_vector, restricted
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Number
 
 # Losses that are this near to the ray, in their length, count as on it.
@@ -42,7 +42,7 @@ def pbi(k: int, theta: Annotated[float, Number(0)] = 5.0, preference: Preference
     Raises:
       ValueError: if k < 1, or there are not k preferences > 0.
     """
-    check_k(k)
+    check_arguments(pbi, k, theta=theta)
     preferred = preference_vector(k, preference)
 
     def weigh(stats, state):

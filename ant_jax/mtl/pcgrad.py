@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
 def projection_orders(seed: int, count: jax.Array, k: int) -> jax.Array:
@@ -40,7 +40,7 @@ def pcgrad(k: int, seed: int | jax.Array = 0) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(pcgrad, k)
 
     def surgery(i, order, gram, present):
         def project(coefficients, j):

@@ -23,7 +23,8 @@ def preference_vector(k: int, preference: tuple) -> np.ndarray:
     Raises:
       ValueError: unless there are k finite numbers > 0, or none.
     """
-    vector = np.asarray(preference or (1.0,) * k, np.float32)
+    vector = np.asarray(preference, np.float32)
+    vector = vector if vector.size else np.ones(k, np.float32)
     if vector.shape != (k,) or not ((vector > 0) & (vector < np.inf)).all():
         raise ValueError(f"preference must be {k} finite numbers > 0, got {preference}")
     return vector / vector.sum()

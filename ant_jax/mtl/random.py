@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
 def random(k: int, seed: int | jax.Array = 0) -> Weighting:
@@ -29,7 +29,7 @@ def random(k: int, seed: int | jax.Array = 0) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(random, k)
 
     def weigh(stats, count):
         key = jax.random.fold_in(jax.random.key(seed), count)

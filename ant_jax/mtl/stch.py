@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ant_jax.mtl.per_task import positive_losses
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Integer, Number
 
 
@@ -58,9 +58,9 @@ def stch(
       losses L give the update g / L in the warm-up, because the objective is the log-loss.
 
     Raises:
-      ValueError: if k < 1.
+      ValueError: if k < 1, or if a setting is out of its range.
     """
-    check_k(k)
+    check_arguments(stch, k, mu=mu, warmup_steps=warmup_steps)
     start = warmup_steps - -(-warmup_steps // 5)
 
     def init():

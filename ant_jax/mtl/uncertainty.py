@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ant_jax.mtl.per_task import adam_step
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 from ant_jax.settings import Number
 
 _LEAST = -40.0
@@ -43,9 +43,9 @@ def uncertainty(k: int, learning_rate: Annotated[float, Number(above=0)] = 0.025
       A `Weighting` that needs the losses.
 
     Raises:
-      ValueError: if k < 1.
+      ValueError: if k < 1, or if a setting is out of its range.
     """
-    check_k(k)
+    check_arguments(uncertainty, k, learning_rate=learning_rate)
     adam = optax.adam(learning_rate)
 
     def init():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from ant_jax.mtl.cone import dual_cone_weights, unit_gram
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
 def upgrad(k: int) -> Weighting:
@@ -34,7 +34,7 @@ def upgrad(k: int) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(upgrad, k)
 
     def weigh(stats, state):
         present = stats.present

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
 def vanilla(k: int) -> Weighting:
@@ -25,7 +25,7 @@ def vanilla(k: int) -> Weighting:
     Raises:
       ValueError: if k < 1.
     """
-    check_k(k)
+    check_arguments(vanilla, k)
 
     def weigh(stats, state):
         return jnp.where(stats.present, stats.counts / stats.counts.sum(), 0), state

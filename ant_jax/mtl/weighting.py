@@ -1,11 +1,13 @@
 """The type of a weighting: a rule that chooses the cotangent of the task losses."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from ant_jax.settings import check_integer
+from ant_jax.settings import check_integer, settings_of
 
 State = Any
 
@@ -50,9 +52,22 @@ class Weighting(NamedTuple):
     needs: frozenset[str]
 
 
-def check_k(k: int) -> None:
-    """Raises a ValueError unless k is an integer >= 1."""
+def check_arguments(method: Callable, k: int, **values: Any) -> None:
+    """Raises a ValueError unless k is an integer >= 1 and values are what their annotations allow.
+
+    Args:
+      method: a component; its annotations give the ranges of its settings.
+      k: number of tasks.
+      **values: settings by name. JAX arrays, which may be traced, are not checked.
+    """
     check_integer("k, the number of tasks,", k, 1)
+    others = inspect.signature(method).parameters.keys() - values
+    for name, setting in settings_of(method, others).items():
+        value = values[name]
+        value = value.item() if isinstance(value, np.generic) else value
+        problem = None if isinstance(value, jax.Array) else setting.problem(value)
+        if problem:
+            raise ValueError(f"{name} must be {problem}, got {value!r}")
 
 
 def check_needs(weighting: Weighting) -> None:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ant_jax.mtl.weighting import State, Weighting
+from ant_jax.settings import check_integer
 
 
 class EveryState(NamedTuple):
@@ -78,10 +79,9 @@ def every(weighting: Weighting, n: int) -> Weighting:
       n: renewals are at the calls 0, n, 2 n, ...
 
     Raises:
-      ValueError: if n < 1.
+      ValueError: unless n is an integer >= 1.
     """
-    if n < 1:
-        raise ValueError(f"n must be >= 1, got {n}")
+    check_integer("n", n, 1)
     k = weighting.k
 
     def init():

@@ -87,6 +87,10 @@ def test_settings_have_defaults_that_they_allow_and_wrong_arguments_are_errors(n
     for k in (0, 2.0, True):
         with pytest.raises(ValueError, match="k, the number of tasks"):
             method(k)
+    for setting in settings.settings_of(method, {"k", "seed", "axis_name"}):
+        for value in (-5, np.nan):
+            with pytest.raises(ValueError, match=f"{setting} must be"):
+                method(K, **{setting: value})
     tx = method(K)
     with pytest.raises(ValueError, match=r"\['a'\].*leading axis of k"):
         tx.update({"a": jnp.ones((rows(name) + 1, 2))}, tx.init({"a": jnp.ones(2)}))

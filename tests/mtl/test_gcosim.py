@@ -37,5 +37,5 @@ def test_without_the_main_task_there_is_no_update():
 
 @pytest.mark.parametrize("main", [-1, 4])
 def test_main_is_one_of_the_tasks(main):
-    with pytest.raises(ValueError, match="main must be"):
+    with pytest.raises(ValueError, match="main must be an integer >= 0 and <= 3"):
         mtl.gcosim(4, main)

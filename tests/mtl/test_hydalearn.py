@@ -60,7 +60,7 @@ def test_the_update_does_not_raise_the_main_loss_to_first_order():
 
 @pytest.mark.parametrize("main", [3, -2])
 def test_a_main_task_that_does_not_exist_is_an_error(main):
-    with pytest.raises(ValueError, match="main must be the index"):
+    with pytest.raises(ValueError, match="main must be an integer >= -1 and <= 2"):
         mtl.hydalearn(3, main)
 
 

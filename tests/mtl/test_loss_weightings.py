@@ -226,7 +226,7 @@ def test_pbi_and_cosmos_leave_absent_tasks_out_of_the_preference():
 
 
 @pytest.mark.parametrize("method", [mtl.pbi, mtl.cosmos])
-@pytest.mark.parametrize("preference", [(1, 2), (1, 2, 0), (1, 2, -1), (1, 2, np.nan)])
+@pytest.mark.parametrize("preference", [(1, 2), (1, 2, 0), (1, 2, -1), (1, 2, np.nan), 0.5])
 def test_a_preference_that_can_not_be(method, preference):
     with pytest.raises(ValueError, match="preference must be 3 finite numbers > 0"):
         method(3, preference=preference)

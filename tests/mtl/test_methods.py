@@ -61,7 +61,7 @@ def test_weights_are_finite_on_hard_gram_matrices(method):
     for call, gram in enumerate(hard_grams(k)):
         # From the first state, and on.
         state = weighting.init() if call % 2 == 0 else state
-        losses = np.float32([0, 1e-20, 1, 1e3, 1e8])[(np.arange(k) + call) % 5]
+        losses = np.float32([0, 1e-20, 1, 1e3, 1e25])[(np.arange(k) + call) % 5]
         weights, state = weigh(losses, gram, np.ones(k, np.float32), state)
         assert weights.shape == (k,) and weights.dtype == np.float32
         assert finite((weights, state))
@@ -124,6 +124,23 @@ def test_relabelling_of_tasks_permutes_the_weights(method):
 def test_wrong_k_is_an_error(name, k):
     with pytest.raises(ValueError, match="k, the number of tasks"):
         FOLDER[name](k)
+
+
+@pytest.mark.parametrize("name", FOLDER)
+@pytest.mark.parametrize("value", [-5, np.nan])
+def test_a_setting_out_of_its_range_is_an_error(name, value):
+    for setting in settings.settings_of(FOLDER[name], {"k", "seed"}):
+        with pytest.raises(ValueError, match=f"{setting} must be"):
+            FOLDER[name](3, **{setting: value})
+
+
+def test_numbers_of_numpy_and_jax_are_settings_too():
+    expected = mtl.cagrad(3, 0.5)
+    gram = jnp.eye(3) - 0.2
+    for c in (np.float32(0.5), np.float64(0.5), jnp.float32(0.5)):
+        found = jax.jit(mtl.cagrad(3, c).weigh)(TaskStats(None, gram, jnp.ones(3)), ())[0]
+        want = jax.jit(expected.weigh)(TaskStats(None, gram, jnp.ones(3)), ())[0]
+        np.testing.assert_allclose(found, want, rtol=1e-6)
 
 
 def test_k_may_be_an_integer_of_numpy():

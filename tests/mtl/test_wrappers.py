@@ -56,7 +56,7 @@ def test_every_renews_each_third_call_and_keeps_the_state_in_between():
         else:
             assert state.state == before.state
         np.testing.assert_allclose(weights, expected, rtol=1e-5)
-    with pytest.raises(ValueError, match="n must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="n must be an integer >= 1, got 0"):
         mtl.every(plain, 0)
 
 

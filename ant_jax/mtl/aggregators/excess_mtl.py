@@ -9,7 +9,7 @@ from optax.experimental import aggregating
 from ant_jax.mtl.aggregators.parts import on_parts, zero_parts
 from ant_jax.mtl.combine import weighted_sum
 from ant_jax.mtl.shards import global_sum
-from ant_jax.mtl.weighting import check_k
+from ant_jax.mtl.weighting import check_arguments
 from ant_jax.settings import Integer, Number
 
 _LARGEST_RATIO = 1e30
@@ -75,10 +75,11 @@ def excess_mtl(
       share of the weights while the others change.
 
     Raises:
-      ValueError: if k < 1; from update, if a leaf's leading axis is not k.
+      ValueError: if k < 1, or a setting is out of its range; from update, if a leaf's leading
+        axis is not k.
       NameError: from init, outside of the mapped axis ``axis_name``.
     """
-    check_k(k)
+    check_arguments(excess_mtl, k, eta=eta, warmup=warmup)
 
     def aggregate(parts, present, state):
         size = jax.tree.map(jnp.hypot, state.size, parts)

@@ -8,7 +8,7 @@ from optax.experimental import aggregating
 
 from ant_jax.mtl.aggregators.parts import on_parts
 from ant_jax.mtl.shards import part_start
-from ant_jax.mtl.weighting import check_k
+from ant_jax.mtl.weighting import check_arguments
 from ant_jax.settings import Number
 
 
@@ -66,9 +66,10 @@ def graddrop(
       An `Aggregator` of gradients with leaves (k, *param_shape); its state counts the calls.
 
     Raises:
-      ValueError: if k < 1; from update, if a leaf's leading axis is not k.
+      ValueError: if k < 1, or a setting is out of its range; from update, if a leaf's leading
+        axis is not k.
     """
-    check_k(k)
+    check_arguments(graddrop, k, leak=leak)
 
     def aggregate(parts, present, state):
         call = jax.random.fold_in(jax.random.key(seed), state.count)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from optax.experimental import aggregating
 
 from ant_jax.mtl.combine import combine
-from ant_jax.mtl.weighting import Weighting, check_k
+from ant_jax.mtl.weighting import Weighting
 
 
 class OnHalves(aggregating.Aggregator):
@@ -38,7 +38,6 @@ def on_halves(
         the spectral norm of ``cross``.
       use: ``(state, tasks) -> (k,) weights`` of the tasks with a gradient of at least one half.
     """
-    check_k(k)
 
     def weigh(stats, state):
         diagonal = jnp.diag(stats.gram)

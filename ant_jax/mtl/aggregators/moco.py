@@ -11,7 +11,7 @@ from ant_jax.mtl.aggregators.simplex import among, stepped
 from ant_jax.mtl.combine import weighted_sum
 from ant_jax.mtl.gramian import gramian
 from ant_jax.mtl.shards import global_sum
-from ant_jax.mtl.weighting import check_k
+from ant_jax.mtl.weighting import check_arguments
 from ant_jax.settings import Number
 
 
@@ -72,10 +72,11 @@ def moco(
       moving gradient and its weight, and is left out of the update.
 
     Raises:
-      ValueError: if k < 1; from update, if a leaf's leading axis is not k.
+      ValueError: if k < 1, or a setting is out of its range; from update, if a leaf's leading
+        axis is not k.
       NameError: from init, outside of the mapped axis ``axis_name``.
     """
-    check_k(k)
+    check_arguments(moco, k, beta=beta, gamma=gamma, rho=rho)
 
     def aggregate(parts, present, state):
         follow = lambda y, g: jnp.where(present[:, None], y + beta * (g - y), y)

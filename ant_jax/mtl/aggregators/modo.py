@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from ant_jax.mtl.aggregators.halves import OnHalves, on_halves
 from ant_jax.mtl.aggregators.simplex import among, stepped
+from ant_jax.mtl.weighting import check_arguments
 from ant_jax.settings import Number
 
 
@@ -58,8 +59,10 @@ def modo(
       with the weights w, (k,), as ``weighting_state``. Identical gradients g give the update g.
 
     Raises:
-      ValueError: if k < 1; from update, if a leaf's leading axis is not 2 k.
+      ValueError: if k < 1, or a setting is out of its range; from update, if a leaf's leading
+        axis is not 2 k.
     """
+    check_arguments(modo, k, gamma=gamma, rho=rho)
 
     def renew(cross, trace, tasks, weights):
         return stepped(weights, tasks, cross / jnp.where(trace > 0, trace, 1), gamma, rho)

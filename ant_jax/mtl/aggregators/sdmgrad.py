@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ant_jax.mtl.aggregators.halves import OnHalves, on_halves
 from ant_jax.mtl.aggregators.simplex import among, replaced
 from ant_jax.mtl.cone import project_on_simplex
+from ant_jax.mtl.weighting import check_arguments
 from ant_jax.settings import Integer, Number
 
 
@@ -56,8 +57,12 @@ def sdmgrad(
       with x, (k,), as ``weighting_state``. Identical gradients g give the update g.
 
     Raises:
-      ValueError: if k < 1; from update, if a leaf's leading axis is not 2 k.
+      ValueError: if k < 1, or a setting is out of its range; from update, if a leaf's leading
+        axis is not 2 k.
     """
+    check_arguments(
+        sdmgrad, k, lam=lam, steps=steps, learning_rate=learning_rate, momentum=momentum
+    )
     toward_mean = lambda x, tasks: x + lam * tasks / jnp.maximum(tasks.sum(), 1)
 
     def renew(cross, trace, tasks, state):

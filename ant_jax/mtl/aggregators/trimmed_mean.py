@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from optax.experimental import aggregating
 
 from ant_jax.mtl.aggregators.parts import on_parts
-from ant_jax.mtl.weighting import check_k
-from ant_jax.settings import Integer
+from ant_jax.mtl.weighting import check_arguments
+from ant_jax.settings import Integer, check_integer
 
 
 def trimmed_mean(
@@ -41,9 +41,8 @@ def trimmed_mean(
     Raises:
       ValueError: if k < 1 or k < 2 trim + 1; from update, if a leaf's leading axis is not k.
     """
-    check_k(k)
-    if not 0 <= 2 * trim < k:
-        raise ValueError(f"trim must be >= 0 and leave some of k = {k} gradients, got {trim}")
+    check_arguments(trimmed_mean, k)
+    check_integer("trim", trim, 0, (k - 1) // 2)
 
     def aggregate(parts, present, state):
         number = present.sum()
