@@ -1,5 +1,7 @@
 """GradVac on the Gram matrix against the algorithm on explicit vectors."""
 
+import importlib
+
 import gradients as sets
 import jax
 import jax.numpy as jnp
@@ -96,3 +98,18 @@ def test_stays_finite_at_averages_of_1():
 def test_beta_out_of_range_is_an_error():
     with pytest.raises(ValueError, match="beta must be"):
         mtl.gradvac(3, 1.5)
+
+
+def test_a_gradient_that_a_correction_cancels_is_not_corrected_further(monkeypatch):
+    """Gradients 0 and 1 are opposed: what float32 leaves of them has no cosine with gradient 2."""
+    module = importlib.import_module("ant_jax.mtl.gradvac")
+    in_order = lambda seed, count, k: jnp.tile(jnp.arange(k), (k, 1))
+    monkeypatch.setattr(module, "projection_orders", in_order)
+    rng = np.random.default_rng(0)
+    gradients = rng.normal(size=(50, 3, 20))
+    gradients[:, 1] = -rng.uniform(0.1, 10, size=(50, 1)) * gradients[:, 0]
+    weighting = mtl.gradvac(3, 0.5)
+    weigh = lambda gram: weighting.weigh(TaskStats(None, gram, jnp.ones(3)), weighting.init())[1]
+    phi = np.asarray(jax.jit(jax.vmap(weigh))(jnp.float32(sets.grams(gradients))).phi)
+    np.testing.assert_allclose(phi[:, 0, 1], -0.5, rtol=1e-5)
+    np.testing.assert_array_equal(phi[:, :2, 2], 0)
