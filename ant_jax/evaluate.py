@@ -45,11 +45,11 @@ def sample(config: ConfigDict, workdir: str | Path, step: int | None = None, **g
       FloatingPointError: if samples have numbers that are not finite.
     """
     workdir = user_path(workdir)
-    step, setup, state = results.restore_run(config, workdir, step, **given)
-    made_from, num = results.run_origin(config, workdir, step, state), config.sample.num
+    step, setup, params = results.restore_run(config, workdir, step, **given)
+    made_from, num = results.run_origin(config, workdir, step, params), config.sample.num
     with cache.folder(workdir, made_from) as place:
         logging.info("drawing %d samples from step %d", num, step)
-        _draw(config, place, step, setup, state)
+        _draw(config, place, step, setup, params)
         plain = workdir / "samples" / f"{step:08d}.npz"
         content = {"num_samples": num, "made_from": made_from}
         place_of = lambda: results.write(plain.with_suffix(".json"), content, config, workdir).stem
@@ -107,22 +107,22 @@ def evaluate(
     if config.evaluation.samples:
         return _of_file(config, workdir) if processes.is_first() else None
     _check_source(config, workdir, before)
-    step, setup, state = results.restore_run(config, workdir, step, **given)
-    made_from = results.run_origin(config, workdir, step, state)
+    step, setup, params = results.restore_run(config, workdir, step, **given)
+    made_from = results.run_origin(config, workdir, step, params)
     if not config.evaluation.features:
         if not processes.is_first():
             return None
-        figures = {"step": step} | _validation(config, step, setup, state)
+        figures = {"step": step} | _validation(config, step, setup, params)
         _report(figures, _with_evaluation(made_from, config), config, workdir, [])
         return figures
     with cache.folder(workdir, made_from) as place:
         if not processes.is_first():
-            _draw(config, place, step, setup, state)
+            _draw(config, place, step, setup, params)
             return None
         # First, so that missing held-out images are found before hours of drawing.
-        validation = _validation(config, step, setup, state)
+        validation = _validation(config, step, setup, params)
         measure, measured_by = measuring.build(config)
-        _draw(config, place, step, setup, state)
+        _draw(config, place, step, setup, params)
         first = []
         batches = results.keep_first(cache.read(place, config.sample.num), first)
         try:
@@ -175,10 +175,10 @@ def _of_file(config, workdir):
     return figures
 
 
-def _validation(config, step, setup, state):
+def _validation(config, step, setup, params):
     if not config.evaluation.split:
         return {}
-    apply_fn = experiment.denoiser(setup, state.ema_params)
+    apply_fn = experiment.denoiser(setup, params)
     everything = np.array([0, setup.process.span])
     (loss,) = measuring.validation_losses(config, setup, apply_fn, everything, timesteps_each=25)
     if not np.isfinite(loss):
@@ -211,12 +211,12 @@ def _report(figures, made_from, config, workdir, first):
     logging.info("%s", path)
 
 
-def _draw(config, place, step, setup, state):
+def _draw(config, place, step, setup, params):
     """Draws the samples of the EMA that are not drawn yet."""
     # The folder's name depends on the parameters and the decoder.
     processes.assert_equal(lambda: {"parameters of the run and of config.autoencoder": place.name})
     num = config.sample.num
-    apply_fn = experiment.denoiser(setup, state.ema_params)
+    apply_fn = experiment.denoiser(setup, params)
     draw = functools.partial(experiment.draw_samples, config, setup, apply_fn, num)
     try:
         batch_size = sampling.rounded_batch_size(config.sample.batch_size, num)

@@ -41,12 +41,11 @@ def export(config: ConfigDict, workdir: str | Path, step: int | None = None) -> 
                 f"could not describe it: name it in the config, config.{name}.name = "
                 "'package.module:attribute', and train with that"
             )
-    step, setup, state = results.restore_run(config, workdir, step, draws=False)
+    step, setup, params = results.restore_run(config, workdir, step, draws=False)
     path = workdir / "weights" / f"{step:08d}.safetensors"
     if processes.is_first():
-        weights = interop.to_torch(
-            jax.device_get(state.ema_params), init_from.export_names(setup.model)
-        )
+        names = init_from.export_names(setup.model)
+        weights = interop.to_torch(jax.device_get(params), names)
         interop.write_state(path, weights, init_from.export_metadata(config))
     logging.info("the EMA of step %d: %s", step, path)
     return path

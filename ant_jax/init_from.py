@@ -161,17 +161,16 @@ def _ema_of_run(workdir, wanted, setup):
     if config is None:
         raise FileNotFoundError("it is a folder without a run")
     _check_meaning(config_lib.meaning(config), wanted)
-    # Built from its own config, because a checkpoint is restored as a whole.
-    theirs = experiment.build(config, **workdir_lib.load_facts(workdir))
-    restored = workdir_lib.restore(config, theirs, workdir)
+    run = workdir_lib.recorded(workdir)["id"]
+    restored = checkpoint.restore_part(workdir / "checkpoints", "ema_params", run=run)
     if restored is None:
         raise FileNotFoundError("the run has no checkpoint yet")
-    step, state = restored
+    step, params = restored
     shapes = lambda tree: {
         keystr(path, simple=True, separator="/"): leaf.shape
         for path, leaf in jax.tree.leaves_with_path(tree)
     }
-    theirs, ours = shapes(state.ema_params), shapes(experiment.abstract_params(setup))
+    theirs, ours = shapes(params), shapes(experiment.abstract_params(setup))
     differing = [
         f"{name}: {theirs.get(name, 'none')} there, {ours.get(name, 'none')} here"
         for name in sorted(theirs.keys() | ours.keys())
@@ -182,7 +181,6 @@ def _ema_of_run(workdir, wanted, setup):
             f"{len(differing)} of its parameters don't fit config.model: "
             + "; ".join(differing[:5])
         )
-    params = jax.device_get(state.ema_params)
     _check_finite(params)
     logging.info("starting from the EMA of step %d of %s", step, workdir)
     return params

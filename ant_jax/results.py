@@ -16,24 +16,30 @@ from ant_jax.runtime.files import write_bytes, write_new
 from ant_jax.runtime.tree_hash import tree_hash
 from ant_jax.sampling import cache
 from ant_jax.settings import Affects
-from ant_jax.train_step import TrainState
 from ant_jax.workdir import compatibility
 
 
 def restore_run(
-    config: ConfigDict, workdir: Path, step: int | None = None, *, draws: bool = True, **given: Any
-) -> tuple[int, experiment.Setup, TrainState]:
-    """Restores a run from a checkpoint.
+    config: ConfigDict,
+    workdir: Path,
+    step: int | None = None,
+    *,
+    draws: bool = True,
+    average: bool = True,
+    **given: Any,
+) -> tuple[int, experiment.Setup, dict]:
+    """Restores the parameters of a run from a checkpoint.
 
     Args:
       config: of the run.
       workdir: of the run.
       step: of the checkpoint; the newest by default.
       draws: whether samples will be drawn. Then the config must have the autoencoder of the run.
+      average: whether to restore the moving average of the parameters.
       **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
 
     Returns:
-      The step of the checkpoint, what the config describes, and the state at that step.
+      The step of the checkpoint, what the config describes, and the parameters at that step.
 
     Raises:
       FileNotFoundError: if the workdir has no checkpoint (of that step).
@@ -49,11 +55,11 @@ def restore_run(
     if draws:
         compatibility.check_encoder(config, workdir)
     setup = experiment.build(config, **workdir_lib.load_facts(workdir), **given)
-    restored = workdir_lib.restore(config, setup, workdir, step)
+    restored = workdir_lib.restore_params(config, setup, workdir, step, average=average)
     if restored is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}: train first")
-    step, state = restored
-    return step, setup, state
+    step, params = restored
+    return step, setup, params
 
 
 def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
@@ -72,10 +78,10 @@ def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
     )
 
 
-def run_origin(config: ConfigDict, workdir: Path, step: int, state: TrainState) -> dict[str, Any]:
+def run_origin(config: ConfigDict, workdir: Path, step: int, params: Any) -> dict[str, Any]:
     """The `origin` of samples that the EMA of a run draws at a step, and the run's id."""
     run = {"run": workdir_lib.recorded(workdir)["id"]}
-    return run | origin(config, step, state.ema_params)
+    return run | origin(config, step, params)
 
 
 def keep_first(batches: Iterator, first: list[np.ndarray]) -> Iterator:

@@ -64,10 +64,12 @@ def _of_run(run, preset, out):
         x0, labels = dataset.images(run.config, run.config.data.split, preset.affinity_images)
         matrices = []
         for step in run.steps:
-            _, setup, state = results.restore_run(run.config, runner.folder(run, out), step)
+            _, setup, params = results.restore_run(
+                run.config, runner.folder(run, out), step, average=False
+            )
             matrix = affinity.task_affinity(
                 setup.model.apply,
-                {"params": state.params},
+                {"params": params},
                 setup.process,
                 x0,
                 grid,

@@ -89,10 +89,9 @@ def gaps_of(run: Run, specialists: list[Run], out: Path) -> list[dict[str, Any]]
 
 def _measure(run, specialists, out):
     config = run.config
-    _, setup, state = results.restore_run(config, runner.folder(run, out))
+    _, setup, params = results.restore_run(config, runner.folder(run, out))
     alone = [
-        results.restore_run(other.config, runner.folder(other, out))[2].ema_params
-        for other in specialists
+        results.restore_run(other.config, runner.folder(other, out))[2] for other in specialists
     ]
     boundaries = setup.clusters.boundaries
     evaluator = measuring.build(config, ["frechet"]) if config.evaluation.features else None
@@ -107,8 +106,8 @@ def _measure(run, specialists, out):
     gap = transfer_gap(
         distance,
         setup.model.apply,
-        {"params": state.ema_params},
-        [{"params": params} for params in alone],
+        {"params": params},
+        [{"params": each} for each in alone],
         boundaries,
     )
 
@@ -118,8 +117,8 @@ def _measure(run, specialists, out):
         return float(loss)
 
     rows = []
-    for i, params in enumerate(alone):
-        multi_task_loss, specialist_loss = loss(state.ema_params, i), loss(params, i)
+    for i, own in enumerate(alone):
+        multi_task_loss, specialist_loss = loss(params, i), loss(own, i)
         rows.append(
             {
                 "method": config.method.name,

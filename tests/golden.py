@@ -169,8 +169,8 @@ def draw(name: str, folder: Path) -> dict:
     case, changes = SAMPLES[name]
     config = make_config(case, folder)
     config_lib.update(config, {"sample.num": 24, "sampler.num_steps": 12} | changes)
-    _, setup, state = results.restore_run(config, folder / case)
-    apply_fn = experiment.denoiser(setup, state.ema_params)
+    _, setup, params = results.restore_run(config, folder / case)
+    apply_fn = experiment.denoiser(setup, params)
     pixels = [images for images, _ in experiment.draw_samples(config, setup, apply_fn, 24)]
     x0 = config_lib.build(config, "sampler")(
         setup.process,

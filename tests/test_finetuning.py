@@ -11,7 +11,6 @@ import pytest
 
 from ant_jax import compiled_step, experiment, export, init_from, interop, optimizer, train
 from ant_jax import config as config_lib
-from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.models import dit, dit_weights, unet, unet_weights
 from ant_jax.runtime import checkpoint
@@ -393,8 +392,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written_or_c
     workdir, before = begun
     damaged = jax.tree.map(np.array, before.ema_params)
     damaged["output"]["bias"][2] = np.inf
-    found = (4, before._replace(ema_params=damaged))
-    monkeypatch.setattr(workdir_lib, "restore", lambda *_: found)
+    monkeypatch.setattr(checkpoint, "restore_part", lambda *_, run: (4, damaged))
     with pytest.raises(
         ConfigError, match="its parameter output/bias has values that are NaN or inf"
     ):

@@ -218,21 +218,31 @@ def restore(
     return _read_newest(directory, step, run, lambda path: checkpoint_arrays.read(path, template))
 
 
-def restore_part(directory: str | os.PathLike, name: str, run: str = "") -> tuple[int, Any] | None:
+def restore_part(
+    directory: str | os.PathLike,
+    name: str,
+    template: Any = None,
+    step: int | None = None,
+    run: str = "",
+) -> tuple[int, Any] | None:
     """Reads one part of the newest intact checkpoint, as NumPy arrays.
 
     Args:
       directory: of a `Checkpointer`.
       name: of the part: a key at the root of the saved pytree.
+      template: pytree of arrays or `jax.ShapeDtypeStruct` that the part must be like; None for any.
+      step: read only the checkpoint of this step.
       run: skip checkpoints whose record has another "id"; "" to skip none.
 
     Returns:
       (step, part), the part as nested dicts; None if there is no checkpoint at all.
 
     Raises:
-      CheckpointError: if no checkpoint is intact, or if they are gone; see `restore`.
+      CheckpointError: if no checkpoint is intact, if they are gone, or if the part has another
+        structure than the template; see `restore` for other errors.
     """
-    return _read_newest(directory, None, run, lambda path: checkpoint_arrays.read_part(path, name))
+    read = lambda path: checkpoint_arrays.read_part(path, name, template)
+    return _read_newest(directory, step, run, read)
 
 
 def _read_newest(directory, step, run, read):

@@ -21,13 +21,18 @@ def open_orbax() -> Any:
     # Imported late, because the import is slow and the first training step does not need it.
     import orbax.checkpoint as ocp
 
+    return ocp.StandardCheckpointer(multiprocessing_options=_of_all_processes())
+
+
+def _of_all_processes():
+    import orbax.checkpoint as ocp
+
     # With the processes named, orbax waits for them by messages. Otherwise it uses a collective,
     # which on CPUs fails after half a minute.
     count = jax.process_count()
-    options = ocp.options.MultiprocessingOptions(
+    return ocp.options.MultiprocessingOptions(
         active_processes=set(range(count)) if count > 1 else None
     )
-    return ocp.StandardCheckpointer(multiprocessing_options=options)
 
 
 @contextlib.contextmanager
@@ -81,17 +86,25 @@ def _check_template(saved: Any, template: Any) -> None:
             )
 
 
-def read_part(path: Path, name: str) -> Any:
+def read_part(path: Path, name: str, template: Any = None) -> Any:
     """Reads one part of a checkpoint, as NumPy arrays in nested dicts.
 
     Args:
       path: of the checkpoint, in a `plain_path`.
       name: of the part: a key at the root of the saved pytree.
+      template: pytree of arrays or `jax.ShapeDtypeStruct` that the part must be like; None for any.
+
+    Raises:
+      ValueError: if the template has another structure or other shapes; names the first array that
+        differs.
     """
     import orbax.checkpoint as ocp
 
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=_of_all_processes())
+    with ocp.Checkpointer(handler, multiprocessing_options=_of_all_processes()) as orbax:
         tree = {name: orbax.metadata(path).item_metadata.tree[name]}
+        if template is not None:
+            _check_template(tree, {name: template})
         kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         wanted = ocp.args.PyTreeRestore(tree, restore_args=kinds, partial_restore=True)
         return orbax.restore(path, args=wanted)[name]

@@ -8,14 +8,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import jax
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
 from ant_jax import data
 from ant_jax.compiled_step import abstract_state
 from ant_jax.config import ConfigError
-from ant_jax.experiment import Setup
+from ant_jax.experiment import Setup, abstract_params
 from ant_jax.runtime import checkpoint, processes
+from ant_jax.runtime.devices import replicate
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.train_step import TrainState
@@ -272,17 +274,54 @@ def restore(
         `checkpoint.restore`.
     """
     directory, template = workdir / "checkpoints", abstract_state(config, setup)
-    # Process 0 chooses the checkpoint; the others may see an older state of the disk.
-    run = _read_facts(workdir).get("id", "") if processes.is_first() else ""
-    restored = _restore(directory, template, step, run)
+    restored = _restore(directory, template, step, _id(workdir))
     if restored is not None:
-        record = processes.broadcast_from_first(
-            lambda: checkpoint.read_record(directory, restored[0])
-        )
-        if record is not None:
-            there = config_lib.from_json(record["config"])
-            config_lib.check_same(there, config, directory / str(restored[0]))
+        _check_config(config, directory, restored[0])
     return restored
+
+
+def restore_params(
+    config: ConfigDict,
+    setup: Setup,
+    workdir: Path,
+    step: int | None = None,
+    *,
+    average: bool = True,
+) -> tuple[int, dict] | None:
+    """Restores the parameters alone, a quarter of a checkpoint, on this process's devices.
+
+    Args:
+      config: of the run.
+      setup: what the config describes.
+      workdir: of the run.
+      step: of the checkpoint; the newest by default.
+      average: whether to restore their moving average.
+
+    Returns:
+      (step, parameters), or None if there is no checkpoint.
+
+    Raises:
+      As `restore` does.
+    """
+    directory, name = workdir / "checkpoints", "ema_params" if average else "params"
+    template = abstract_params(setup)
+    restored = checkpoint.restore_part(directory, name, template, step, _id(workdir))
+    if restored is None:
+        return None
+    _check_config(config, directory, restored[0])
+    return restored[0], replicate(restored[1], jax.local_devices())
+
+
+def _id(workdir):
+    """Of the run. Process 0 chooses the checkpoint; others may see an older state of the disk."""
+    return _read_facts(workdir).get("id", "") if processes.is_first() else ""
+
+
+def _check_config(config, directory, step):
+    record = processes.broadcast_from_first(lambda: checkpoint.read_record(directory, step))
+    if record is not None:
+        there = config_lib.from_json(record["config"])
+        config_lib.check_same(there, config, directory / str(step))
 
 
 def _restore(directory, template, step, run):

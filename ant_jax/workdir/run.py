@@ -44,7 +44,7 @@ def load_run(workdir: str | os.PathLike) -> Run:
     known = workdir_lib.recorded(workdir)
     if known is None:
         raise FileNotFoundError(f"no run in {workdir}: it has no config.json and no checkpoints")
-    restored = checkpoint.restore_part(workdir / "checkpoints", "ema_params", known["id"])
+    restored = checkpoint.restore_part(workdir / "checkpoints", "ema_params", run=known["id"])
     if restored is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}: its run has saved none yet")
     step, params = restored

@@ -22,6 +22,7 @@ from ant_jax.runtime.checkpoint import (
     checkpoint_steps,
     read_record,
     restore,
+    restore_part,
 )
 from ant_jax.runtime.devices import replicate
 
@@ -197,8 +198,20 @@ MISMATCHES = {
 def test_a_state_of_another_structure_is_refused(three, mismatch):
     template = replicate(MISMATCHES[mismatch](make_state(0)), jax.devices())
     words = f"3 does not fit this config, .*: params.{mismatch}"
-    with pytest.raises(CheckpointError, match=words.replace("(", r"\(").replace(")", r"\)")):
+    words = words.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(CheckpointError, match=words):
         restore(three, template)
+    with pytest.raises(CheckpointError, match=words):
+        restore_part(three, "params", template["params"])
+
+
+def test_a_part_is_read_alone(three):
+    for step in (None, 2):
+        found, part = restore_part(three, "params", make_state(0)["params"], step)
+        assert found == (step or 3)
+        assert_equal(part, make_state(found)["params"])
+    with pytest.raises(FileNotFoundError):
+        restore_part(three, "params", step=7)
 
 
 def test_a_checkpoint_does_not_depend_on_the_number_of_devices(tmp_path):

@@ -129,13 +129,12 @@ def check(batches, labelled):
 def test_an_evaluation_without_samples_leaves_those_that_are_being_drawn(tmp_path, monkeypatch):
     config = digits.get_config("vanilla")
     config.evaluation.features = ""
-    state = SimpleNamespace(ema_params={})
     setup = SimpleNamespace(process=SimpleNamespace(span=5), model=None)
-    monkeypatch.setattr(evaluate.results, "restore_run", lambda *_: (3, setup, state))
+    monkeypatch.setattr(evaluate.results, "restore_run", lambda *_: (3, setup, {}))
     monkeypatch.setattr(evaluate.experiment, "denoiser", lambda *_: None)
     monkeypatch.setattr(measuring, "validation_losses", lambda *_, timesteps_each: np.ones(1))
     workdir_lib.save_config(config, tmp_path)
-    with cache.folder(tmp_path, results.origin(config, 3, state.ema_params)) as place:
+    with cache.folder(tmp_path, results.origin(config, 3, {})) as place:
         cache.draw_missing(place, NUM, BATCH, drawing([]))
         # Nor do they keep it from being done.
         assert evaluate.evaluate(config, tmp_path) == {"step": 3, "validation_loss": 1.0}
