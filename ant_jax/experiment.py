@@ -286,16 +286,15 @@ def check_batch(config: ConfigDict, setup: Setup) -> None:
     try:
         check_step(
             len(setup.clusters.boundaries) - 1,
-            batch_size // count,
+            batch_size,
+            count,
             draw=setup.draw,
             form=form,
             microbatches=config.optimizer.microbatches,
             weighting=setup.weighting,
         )
     except ValueError as error:
-        raise ConfigError(
-            f"config.data.batch_size = {batch_size} over {count} device(s): {error}"
-        ) from None
+        raise ConfigError(f"config.data.batch_size = {batch_size}: {error}") from None
 
 
 def init_params(model: nn.Module, image_shape: tuple[int, int, int], seed: int) -> dict:

@@ -6,6 +6,7 @@ differentiated: counts are summed first, each device's losses are its sums divid
 counts, and losses and gradients are summed after.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -123,16 +124,19 @@ def train_step(
       ValueError: if a setting is unknown, or the batch can't be split into tasks and microbatches.
     """
     batch_size = batch["image"].shape[0]
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    total = devices * batch_size
     check_step(
         len(setup.boundaries) - 1,
-        batch_size,
+        total,
+        devices,
         draw=setup.draw,
         form=setup.form,
         microbatches=setup.microbatches,
         weighting=setup.weighting,
     )
     first_index = 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch_size
-    examples, tasks = draw_examples(state.step, batch, setup, first_index)
+    examples, tasks = draw_examples(state.step, batch, setup, first_index, total)
 
     def losses_fn(params, part):
         denoise = lambda x, t, y: setup.apply_fn(params, x, t, y)
@@ -166,13 +170,14 @@ def train_step(
 def check_step(
     k: int,
     batch_size: int,
+    devices: int,
     *,
     draw: str,
     form: str,
     microbatches: int,
     weighting: mtl.Weighting,
 ) -> None:
-    """Raises a ValueError if settings exclude each other or don't fit the per-device batch size."""
+    """Raises a ValueError if settings exclude each other or don't fit the global batch size."""
     if draw not in clusters.DRAWS:
         raise ValueError(f"draw must be one of {clusters.DRAWS}, got {draw!r}")
     if form not in FORMS:
@@ -181,11 +186,14 @@ def check_step(
         raise ValueError(f"the method is for k = {weighting.k}, the boundaries give k = {k}")
     if "gram" in weighting.needs and form != "masked" and draw == "uniform":
         raise ValueError("the uniform draw leaves the tasks uneven: use form='masked' with it")
-    parts = microbatches * (k if draw == "stratified" else 1)
-    if microbatches < 1 or batch_size % parts:
+    # So that every group of `mtl.blocks` is divisible by the number of microbatches.
+    unit = max(microbatches, 1) * math.lcm(devices, k if draw == "stratified" else 1)
+    if microbatches < 1 or batch_size % unit:
+        of_tasks = f" and {k} tasks" if draw == "stratified" else ""
+        nearest = max(round(batch_size / unit), 1) * unit
         raise ValueError(
-            f"the per-device batch of {batch_size} must be divisible by {parts} = {microbatches} "
-            f"microbatches" + (f" x {k} clusters" if draw == "stratified" else "")
+            f"the batch of {batch_size} must be divisible by {unit} = {microbatches} "
+            f"microbatches x lcm({devices} devices{of_tasks}): for example {nearest}"
         )
 
 
@@ -194,8 +202,16 @@ def draw_examples(
     batch: dict[str, jax.Array],
     setup: Setup,
     first_index: int | jax.Array,
+    total: int,
 ) -> tuple[Examples, jax.Array]:
     """Draws the noise level, noise and dropped label of each example from its own key.
+
+    Args:
+      step: number of steps taken before.
+      batch: see `train_step`.
+      setup: what the step does.
+      first_index: of the first example, in the global batch.
+      total: number of examples in the global batch.
 
     Returns:
       The examples and the task of each, (B,) int.
@@ -214,6 +230,7 @@ def draw_examples(
         setup.process.level,
         uniform[:, 0],
         index,
+        total,
         setup.boundaries,
         setup.draw,
         setup.timestep_order,

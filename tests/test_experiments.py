@@ -366,7 +366,8 @@ def test_what_is_kept_is_made_anew_from_another_source(tmp_path):
 def test_runs_side_by_side_in_processes(tmp_path, monkeypatch):
     """What a large plan does on CPUs: pickled runs, a core each, and results measured anew."""
     monkeypatch.setattr(runner, "_WORTH_A_PROCESS", 0)
-    monkeypatch.setattr(runner, "_workers", lambda: 2)
+    core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    monkeypatch.setattr(runner, "_cores", lambda: [core, core])
     monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     settings = {"num_steps": 2}
     runs = [runner.make_run(SMOKE, "vanilla", "snr", seed, settings, 1) for seed in (0, 1)]

@@ -11,7 +11,11 @@ DATA = Path(__file__).parent / "data" / "golden"
 
 
 def test_a_run_goes_on_from_a_checkpoint_of_an_older_version(tmp_path):
-    """Nash, whose weights are renewed every third step, at step 4 of 8."""
+    """Nash, whose weights are renewed every third step, at step 4 of 8.
+
+    Steps 1 to 4 were recorded by the old version, steps 5 to 8 since each task has one block of the
+    batch. Until the renewal at step 7 the weights are still those of the old version's step 4.
+    """
     with tarfile.open(DATA / "workdir.tar.gz") as archive:
         archive.extractall(tmp_path, filter="data")
     workdir = tmp_path / "workdir"

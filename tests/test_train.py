@@ -506,11 +506,11 @@ def test_the_log_is_the_mean_of_its_interval_and_grids_are_drawn(finished, tmp_p
 
 IMPOSSIBLE = {
     "data.batch_size = 20 must be divisible by the number of devices, 8": {"data__batch_size": 20},
-    "data.batch_size = 24 over 8 .*: the per-device batch of 3 must be divisible by 2": {
-        "data__batch_size": 24
+    "data.batch_size = 16: .* 24 = 1 microbatches x .*8 devices and 3 tasks.: for example 24": {
+        "clusters__k": 3
     },
-    "data.batch_size = 16 over 8 .* by 4 = 2 microbatches x 2 clusters": {
-        "optimizer__microbatches": 2
+    "data.batch_size = 16: .* 32 = 4 microbatches x .*8 devices and 2 tasks.: for example 32": {
+        "optimizer__microbatches": 4
     },
     "the images of .*digits.* are 8x8": {"data__image_size": 16},
     "digits has no split 'validation'": {"data__split": "validation"},

@@ -5,9 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from ant_jax.mtl.combine import CombineState, combine, weigh, where_finite
+from ant_jax.mtl.blocks import blocks
+from ant_jax.mtl.combine import CombineState, combine_parts, weigh, where_finite
 from ant_jax.mtl.gramian import gramian
+from ant_jax.mtl.shards import exchanged, gathered, global_sum, scattered_sum
 from ant_jax.mtl.weighting import TaskStats, Weighting
 
 FORMS = ("vmap", "scan", "masked")
@@ -40,6 +43,7 @@ def backward(
     form: str = "masked",
     microbatches: int = 1,
     axis_name: str | None = None,
+    parts: bool = False,
 ) -> Backward:
     """The gradient of k task losses, combined by a method.
 
@@ -47,6 +51,9 @@ def backward(
     method that needs it takes the k gradients, which `combine` combines. If each example belongs to
     one task, these too cost about one backward pass by the forms "vmap" and "scan". If a loss or
     gradient is not finite, the result is not finite and the method's own state does not change.
+
+    On n devices, "vmap" and "scan" compute on each device the gradients of its own tasks only, and
+    move as many bytes as training without tasks if k <= n divides n: see `mtl.blocks`.
 
     Args:
       losses_fn: ``(params, batch)`` to the loss of each example, (B,), or, where ``tasks`` is None,
@@ -59,12 +66,15 @@ def backward(
         where all tasks share all examples.
       form: how the k gradients are found. "masked" is the general form, k pullbacks of one forward
         pass, one after the other. "vmap" and "scan" take one backward pass for the examples of each
-        task, in parallel or one after the other. They need tasks that take turns: on each device
-        example j is of task j mod k. Otherwise the losses are NaN.
+        task, in parallel or one after the other. They need equally many examples of each task, in
+        the order of the tasks: example j of the batch of all devices is of task j k // B, and
+        device d has its examples d B / n to (d + 1) B / n - 1. Otherwise the losses are NaN.
       microbatches: number of parts into which the batch is split; their gradients are added. A
         method that needs losses but no Gram matrix then runs the forward pass twice, because its
         weights must be known before the first pullback.
       axis_name: name of a mapped axis over which the batch is split.
+      parts: whether the gradient stays split over the devices: each gets the `mtl.shards` part of
+        every leaf, (p,), for an optimizer that treats every entry alone.
 
     Raises:
       ValueError: for an unknown form, or one that does not fit the tasks, or a batch that can't be
@@ -75,14 +85,14 @@ def backward(
         raise ValueError(
             f"state must be a CombineState, first init_combine(weighting), got {state!r}"
         )
-    _check(k, batch, tasks, form, microbatches, needs_gram)
-
-    def global_sum(tree):
-        return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+    devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    grouped = needs_gram and form != "masked"
+    layout = blocks(k, devices)
+    _check(batch, tasks, form, microbatches, layout.groups if grouped else 1)
 
     if tasks is None:
         counts = jnp.ones(k)
-        parts_in_all = microbatches * (1 if axis_name is None else jax.lax.axis_size(axis_name))
+        parts_in_all = microbatches * devices
 
         def task_losses(params, part):
             losses = losses_fn(params, part[0])
@@ -91,7 +101,7 @@ def backward(
             return losses / parts_in_all
 
     else:
-        counts = global_sum(jax.nn.one_hot(tasks, k).sum(0))
+        counts = global_sum(jax.nn.one_hot(tasks, k).sum(0), axis_name)
         factors = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1), 0)
 
         def task_losses(params, part):
@@ -102,15 +112,23 @@ def backward(
 
     whole = (batch, tasks)
     if needs_gram:
-        if form == "masked":
-            gradients = lambda part: _masked_gradients(task_losses, params, part, k)
+        if grouped:
+            losses, rows = _grouped_gradients(
+                losses_fn, params, whole, factors, form, microbatches, layout, axis_name
+            )
         else:
-            gradients = lambda part: _grouped_gradients(losses_fn, params, part, factors, form)
-        losses, stacked = _sum_over(gradients, whole, microbatches)
-        losses = global_sum(losses)
-        gradient, state = combine(weighting, axis_name).update(
-            stacked, state, losses=losses, counts=counts
+            gradients = lambda part: _masked_gradients(task_losses, params, part, k)
+            losses, rows = _sum_over(gradients, _split(whole, microbatches), microbatches)
+            if axis_name is not None:
+                rows = jax.tree.map(lambda leaf: scattered_sum(leaf, axis_name), rows)
+        losses = global_sum(losses, axis_name)
+        gradient, state = combine_parts(
+            weighting, rows, state, losses=losses, counts=counts, axis_name=axis_name
         )
+        if not parts:
+            gradient = jax.tree.map(
+                lambda part, leaf: gathered(part, leaf.shape, axis_name), gradient, params
+            )
         return Backward(gradient, losses, counts, state)
 
     find_weights = lambda losses: weigh(
@@ -119,14 +137,21 @@ def backward(
     losses, gradient, weights, weighting_state = _cotangent_gradient(
         task_losses,
         params,
-        whole,
+        _split(whole, microbatches),
         microbatches,
         find_weights,
         "losses" in weighting.needs,
-        global_sum,
+        axis_name,
     )
+    if parts and axis_name is not None:
+        gradient = jax.tree.map(lambda leaf: scattered_sum(leaf[None], axis_name)[0], gradient)
+    else:
+        gradient = global_sum(gradient, axis_name)
     weighting_state = where_finite(
-        (losses, weights, gradient), weighting_state, state.weighting_state
+        (losses, weights, gradient),
+        weighting_state,
+        state.weighting_state,
+        axis_name if parts else None,
     )
     return Backward(gradient, losses, counts, CombineState(weighting_state, weights, None))
 
@@ -180,57 +205,63 @@ def backward_at_features(
     return Backward(gradient, losses, counts, CombineState(weighting_state, weights, gram))
 
 
-def _check(k, batch, tasks, form, microbatches, needs_gram):
+def _check(batch, tasks, form, microbatches, groups):
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}")
     if tasks is None and form != "masked":
         raise ValueError(f"form = {form!r} groups the examples by task: give it tasks")
-    groups = k if needs_gram and form != "masked" else 1
     if microbatches * groups == 1:
         return
     for leaf in jax.tree.leaves((batch, tasks)):
         if microbatches < 1 or leaf.shape[0] % (microbatches * groups):
             raise ValueError(
                 f"a batch of {leaf.shape[0]} can't be split into {microbatches} microbatches"
-                + (f" of {groups} tasks" if groups > 1 else "")
+                + (f" of {groups} groups of one task each" if groups > 1 else "")
             )
 
 
+def _split(whole, microbatches):
+    if microbatches == 1:
+        return whole
+    return jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), whole)
+
+
 def _sum_over(fn, whole, microbatches):
-    """Sums fn over the parts of a batch, one part after the other."""
+    """Sums fn over the parts of a batch, which its leading axis counts, one after the other."""
     if microbatches == 1:
         return fn(whole)
-    parts = jax.tree.map(lambda leaf: leaf.reshape(microbatches, -1, *leaf.shape[1:]), whole)
-    first = jax.tree.map(lambda leaf: leaf[0], parts)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fn, first))
+    first = jax.tree.map(lambda leaf: leaf[0], whole)
+    nothing = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fn, first)
+    )
     add = lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None)
-    return jax.lax.scan(add, zeros, parts)[0]
+    return jax.lax.scan(add, nothing, whole)[0]
 
 
 def _cotangent_gradient(
-    task_losses, params, whole, microbatches, find_weights, needs_losses, global_sum
+    task_losses, params, whole, microbatches, find_weights, needs_losses, axis_name
 ):
-    """One backward pass a part: the gradient is the pullback of the weights."""
+    """One backward pass a part: the gradient of this device is the pullback of the weights."""
     losses_of = lambda part: jax.vjp(lambda p: task_losses(p, part), params)
     if microbatches == 1:
         local_losses, pullback = losses_of(whole)
-        losses = global_sum(local_losses)
+        losses = global_sum(local_losses, axis_name)
         weights, state = find_weights(losses)
         (gradient,) = pullback(weights)
-        return losses, global_sum(gradient), weights, state
+        return losses, gradient, weights, state
 
     losses = None
     if needs_losses:
         of_part = lambda part: task_losses(params, part)
-        losses = global_sum(_sum_over(of_part, whole, microbatches))
+        losses = global_sum(_sum_over(of_part, whole, microbatches), axis_name)
     weights, state = find_weights(losses)
 
     def losses_and_gradient(part):
         losses, pullback = losses_of(part)
         return losses, pullback(weights)[0]
 
-    losses, gradient = global_sum(_sum_over(losses_and_gradient, whole, microbatches))
-    return losses, gradient, weights, state
+    losses, gradient = _sum_over(losses_and_gradient, whole, microbatches)
+    return global_sum(losses, axis_name), gradient, weights, state
 
 
 def _masked_gradients(task_losses, params, part, k):
@@ -240,18 +271,52 @@ def _masked_gradients(task_losses, params, part, k):
     return losses, stacked
 
 
-def _grouped_gradients(losses_fn, params, part, factors, form):
-    """The k gradients of one part, whose example j is of task j mod k."""
-    k = factors.size
-    # A reshape, where a sort by task would round otherwise and cost a copy.
-    by_task = lambda leaf: leaf.reshape(-1, k, *leaf.shape[1:]).swapaxes(0, 1)
-    grouped, tasks = jax.tree.map(by_task, part)
-    factors = jnp.where((tasks == jnp.arange(k)[:, None]).all(), factors, jnp.nan)
+def _grouped_gradients(losses_fn, params, whole, factors, form, microbatches, layout, axis_name):
+    """This device's part of the k gradients; each device computes those of its own tasks.
+
+    Returns:
+      The losses (k,) of this device's examples, and a pytree with leaves (k, p).
+    """
+    k, (groups, slots, tasks) = factors.size, layout
+    device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+    expected = jnp.asarray(tasks)[device]
+
+    def by_group(leaf):
+        leaf = leaf.reshape(groups, microbatches, -1, *leaf.shape[1:])
+        # Where there is one part, grouping is a reshape and costs nothing.
+        return leaf[:, 0] if microbatches == 1 else leaf.swapaxes(0, 1)
 
     def loss_and_gradient(group, factor):
         loss = lambda p: jnp.sum(losses_fn(p, group)) * factor
         return jax.value_and_grad(loss)(params)
 
-    if form == "scan":
-        return jax.lax.map(lambda args: loss_and_gradient(*args), (grouped, factors))
-    return jax.vmap(loss_and_gradient)(grouped, factors)
+    def of_part(part):
+        examples, found = part
+        # The factor of a task, unless the examples are in another order.
+        factor = jnp.where((found == expected[:, None]).all(), factors[expected], jnp.nan)
+        if slots < groups:
+            return _in_slots(loss_and_gradient, examples, factor, expected - expected[0], slots)
+        if form == "scan":
+            return jax.lax.map(lambda args: loss_and_gradient(*args), (examples, factor))
+        return jax.vmap(loss_and_gradient)(examples, factor)
+
+    losses, stacked = _sum_over(of_part, jax.tree.map(by_group, whole), microbatches)
+    if axis_name is None:
+        return losses, stacked
+    rows = layout.first[:, None] + np.arange(slots)
+    losses = jax.ops.segment_sum(losses, jnp.asarray(rows)[device], k)
+    return losses, jax.tree.map(lambda leaf: exchanged(leaf, rows, k, axis_name), stacked)
+
+
+def _in_slots(loss_and_gradient, examples, factors, slot_of, slots):
+    """Adds what several groups of one task find, one group after the other."""
+
+    def add(total, group):
+        slot, *arguments = group
+        found = loss_and_gradient(*arguments)
+        return jax.tree.map(lambda a, b: a.at[slot].add(b), total, found), None
+
+    first = jax.tree.map(lambda leaf: leaf[0], (examples, factors))
+    shapes = jax.eval_shape(loss_and_gradient, *first)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes)
+    return jax.lax.scan(add, nothing, (slot_of, examples, factors))[0]

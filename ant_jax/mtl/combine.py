@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from optax.experimental import aggregating
 
 from ant_jax.mtl.gramian import gramian
-from ant_jax.mtl.shards import gathered, global_sum, scattered_sum
+from ant_jax.mtl.shards import all_finite, gathered, global_sum, scattered_sum
 from ant_jax.mtl.weighting import State, TaskStats, Weighting, check_needs
 
 
@@ -125,6 +125,41 @@ def combine(
     return aggregating.Aggregator(init, update)
 
 
+def combine_parts(
+    weighting: Weighting,
+    parts: Any,
+    state: CombineState,
+    *,
+    losses: jax.Array | None,
+    counts: jax.Array,
+    axis_name: str | None = None,
+) -> tuple[Any, CombineState]:
+    """Combines k gradients that are split over devices; the update stays split.
+
+    Args:
+      weighting: the method.
+      parts: pytree with leaves (k, p), this device's part of the gradients; see `mtl.shards`.
+      state: of `combine`.
+      losses: (k,), global; None if the method needs none.
+      counts: (k,), global.
+      axis_name: name of the mapped axis; None for one device, which has leaves (k, *param_shape).
+
+    Returns:
+      This device's part of ``J^T w``, and the new state, the same on all devices.
+    """
+    gram = None
+    if "gram" in weighting.needs:
+        gram = global_sum(gramian(parts), axis_name)
+    weights, weighting_state = weigh(
+        weighting, TaskStats(losses, gram, counts), state.weighting_state
+    )
+    update = jax.tree.map(lambda leaf: weighted_sum(weights, leaf), parts)
+    weighting_state = where_finite(
+        (weights, gram, update), weighting_state, state.weighting_state, axis_name
+    )
+    return update, CombineState(weighting_state, weights, gram)
+
+
 def check_rows(updates: Any, k: int) -> None:
     """Raises a ValueError unless every leaf has a leading axis of k."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
@@ -171,9 +206,9 @@ def weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Arr
     return weights, state
 
 
-def where_finite(numbers: Any, after: State, before: State) -> State:
-    """The state ``after``, or that of ``before`` unless all numbers of a pytree are finite."""
-    finite = jnp.array([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(numbers)]).all()
+def where_finite(numbers: Any, after: State, before: State, axis_name: str | None = None) -> State:
+    """The state ``after``, or ``before`` unless all numbers are finite, on all devices."""
+    finite = all_finite(numbers, axis_name)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
 
 

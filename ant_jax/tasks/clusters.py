@@ -11,15 +11,22 @@ from ant_jax.tasks.clustering import assign_clusters
 DRAWS = ("stratified", "uniform")
 
 
-def assign(index: Any, k: int) -> Any:
-    """The task of each example of a stratified batch, by its index in the global batch."""
-    return index % k
+def assign(index: Any, total: int, k: int) -> Any:
+    """The task of each example of a stratified batch: each task has one block of the batch.
+
+    Args:
+      index: int, of the examples in the global batch.
+      total: number of examples in the global batch.
+      k: number of tasks.
+    """
+    return index * k // total
 
 
 def draw(
     level: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     uniform: jax.Array,
     index: jax.Array,
+    total: int,
     boundaries: jax.typing.ArrayLike,
     how: str,
     order: jax.typing.ArrayLike | None = None,
@@ -30,6 +37,7 @@ def draw(
       level: the function `diffusion.Process.level` of the noise process.
       uniform: (B,) uniform random numbers in [0, 1), one per example.
       index: (B,) int, the index of each example in the global batch.
+      total: number of examples in the global batch.
       boundaries: (k + 1,) int, of the tasks; may be traced.
       how: "stratified": `assign` chooses the task, and the level has the process's density inside
         the task; "uniform": the level has that density over all levels.
@@ -41,7 +49,7 @@ def draw(
     """
     bounds = jnp.asarray(boundaries)
     if how == "stratified":
-        task = assign(index, len(boundaries) - 1)
+        task = assign(index, total, len(boundaries) - 1)
         low, high = bounds[task], bounds[task + 1]
     else:
         low, high = jnp.zeros_like(index), jnp.full_like(index, bounds[-1])

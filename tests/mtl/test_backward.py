@@ -1,11 +1,15 @@
 """Losses and gradients of `backward` and `backward_at_features` against plain autodiff."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ant_jax import mtl
+from ant_jax.mtl.blocks import blocks
+from ant_jax.mtl.shards import gathered
 
 K, B = 3, 12
 METHODS = {"uncertainty": mtl.uncertainty(K), "nash": mtl.nash(K)}
@@ -75,10 +79,19 @@ def test_devices_that_share_the_examples_agree_with_one(problem, name):
         assert_close(jax.tree.map(lambda leaf, i=device: leaf[i], mapped(parts)), expected)
 
 
-def test_grouped_forms_take_tasks_that_take_turns(problem):
+def one_loss_each(params, part):
+    return ((trunk(params, part) - part["y"][:, :1]) ** 2).mean(1)
+
+
+def in_blocks(batch, k):
+    """The task of each example."""
+    size = len(batch["x"])
+    return jnp.arange(size) * k // size
+
+
+def test_grouped_forms_take_tasks_in_blocks(problem):
     params, batch = problem
-    weighting, tasks = METHODS["nash"], jnp.arange(B) % K
-    one_loss_each = lambda params, part: ((trunk(params, part) - part["y"][:, :1]) ** 2).mean(1)
+    weighting, tasks = METHODS["nash"], in_blocks(batch, K)
 
     def found(form, tasks):
         state = mtl.init_combine(weighting)
@@ -97,6 +110,69 @@ def test_grouped_forms_take_tasks_that_take_turns(problem):
         got = found(form, tasks)
         assert_close(got.gradient, want.gradient)
         assert np.isnan(found(form, tasks[::-1]).losses).all()
+
+
+@pytest.mark.parametrize("form", ["vmap", "scan", "masked"])
+@pytest.mark.parametrize(
+    ("k", "n", "microbatches", "parts"),
+    [
+        (8, 8, 1, True),
+        (4, 8, 2, True),
+        (8, 2, 1, False),
+        (8, 4, 2, True),
+        (5, 8, 1, True),
+        (3, 2, 2, False),
+    ],
+)
+def test_devices_that_have_some_tasks_each_agree_with_one(problem, form, k, n, microbatches, parts):
+    params, _ = problem
+    rng = np.random.default_rng(k)
+    size = microbatches * math.lcm(k, n)
+    batch = {name: jnp.asarray(rng.normal(size=(size, 5)), jnp.float32) for name in "xy"}
+    # A method that sees all, and whose weights do not magnify what is rounded.
+    weighting = mtl.Weighting(
+        lambda: (),
+        lambda stats, state: (stats.losses / (1 + jnp.abs(stats.gram).sum(1)), state),
+        k,
+        frozenset({"gram", "losses"}),
+    )
+    state = mtl.init_combine(weighting)
+
+    def found(batch, form, **settings):
+        batch, tasks = batch
+        return mtl.backward(
+            one_loss_each, params, batch, weighting, state, tasks=tasks, form=form, **settings
+        )
+
+    whole = batch, in_blocks(batch, k)
+    want = jax.jit(lambda: found(whole, "masked"))()
+
+    def on_device(part):
+        got = found(part, form, microbatches=microbatches, axis_name="devices", parts=parts)
+        if parts:
+            back = lambda part, leaf: gathered(part, leaf.shape, "devices")
+            got = got._replace(gradient=jax.tree.map(back, got.gradient, params))
+        return got
+
+    split = jax.tree.map(lambda leaf: leaf.reshape(n, -1, *leaf.shape[1:]), whole)
+    got = jax.pmap(on_device, "devices", devices=jax.devices()[:n])(split)
+    for device in range(n):
+        assert_close(jax.tree.map(lambda leaf, i=device: leaf[i], got), want)
+
+
+@pytest.mark.parametrize("k", range(1, 10))
+def test_blocks_of_tasks_on_devices(k):
+    for n in range(1, 18):
+        groups, slots, tasks = layout = blocks(k, n)
+        assert slots <= math.ceil(k / n) + (k % n > 0 and n % k > 0)
+        assert groups == k // math.gcd(k, n) and tasks.shape == (n, groups)
+        # Of a batch that fits, example by example.
+        size = 3 * math.lcm(k, n)
+        task_of, device_of = (np.arange(size) * each // size for each in (k, n))
+        np.testing.assert_array_equal(np.repeat(tasks, size // tasks.size), task_of)
+        for device in range(n):
+            here = task_of[device_of == device]
+            assert layout.first[device] == here.min() and slots > np.ptp(here)
 
 
 @pytest.mark.parametrize(
