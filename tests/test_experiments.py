@@ -351,7 +351,7 @@ def test_an_impossible_run_fails_before_the_first(tmp_path, monkeypatch):
     good = runner.make_run(SMOKE, "vanilla", "snr", 0)
     bad = runner.make_run(SMOKE, "nash", "snr", 0, {"clusters.k": 7})
     with pytest.raises(
-        ConfigError, match=r"run nash-snr-clusters.k=7-seed=0: .*must be divisible by 7"
+        ConfigError, match=r"run nash-snr-clusters.k=7-seed=0: .*must be divisible by .*7 tasks"
     ):
         runner.execute([good, bad], tmp_path)
 
