@@ -12,11 +12,27 @@ from ml_collections import ConfigDict
 from ant_jax import config as config_lib
 from ant_jax import experiment, models
 from ant_jax.experiment import Setup
+from ant_jax.mtl.shards import gathered
 from ant_jax.optimizer import build_optimizer, stop_gradients
 from ant_jax.runtime import processes
-from ant_jax.runtime.devices import compiler_options, parallel_step, replicate, replicated
+from ant_jax.runtime.devices import (
+    abstract,
+    alone,
+    compiler_options,
+    parallel_map,
+    parallel_step,
+    replicate,
+    replicated,
+)
 from ant_jax.train_step import Setup as StepSetup
-from ant_jax.train_step import TrainState, init_state, train_step
+from ant_jax.train_step import (
+    TrainState,
+    init_state,
+    split_axes,
+    split_state,
+    train_step,
+    whole_state,
+)
 
 
 def training_step(config: ConfigDict, setup: Setup) -> Callable:
@@ -50,7 +66,10 @@ def start_compiling(config: ConfigDict, setup: Setup) -> Callable:
     if jax.process_count() > 1:
         return training_step(config, setup)
     step, arguments = _step_and_arguments(config, setup)
-    lowered = step.lower(abstract_state(config, setup), _abstract_batch(config, setup), arguments)
+    devices = jax.local_devices()
+    axes = None if alone(devices) else _axes(*_program(config, setup)[:2], setup.image_shape)
+    state = abstract(_shapes(config, setup), devices, axes)
+    lowered = step.lower(state, _abstract_batch(config, setup), arguments)
     compiling = _in_a_thread(lowered.compile)
 
     def run(state, batch):
@@ -85,7 +104,7 @@ def _in_a_thread(function):
 
 
 def _step_and_arguments(config, setup):
-    step = _training_step(*_program(config, setup), tuple(jax.local_devices()))
+    step = _training_step(*_program(config, setup), setup.image_shape, tuple(jax.local_devices()))
     scale, order = experiment.interval_scale(config, setup.clusters), setup.clusters.order
     arguments = _StepArguments(
         np.int32(config.seed),
@@ -135,7 +154,7 @@ def _first_state_of(config, setup):
 
 
 @functools.lru_cache(maxsize=8)
-def _training_step(program, model, process, draw, specialist, given, devices):
+def _training_step(program, model, process, draw, specialist, given, image_shape, devices):
     def step(state, batch, arguments, axis_name=None):
         k = len(arguments.boundaries) - 1
         setup = StepSetup(
@@ -147,7 +166,7 @@ def _training_step(program, model, process, draw, specialist, given, devices):
             weighting=experiment.build_weighting(
                 program, k, arguments.seed, arguments.loss_scale, specialist, given
             ),
-            optimizer=build_optimizer(program, arguments.learning_rate),
+            optimizer=build_optimizer(program, arguments.learning_rate, axis_name),
             seed=arguments.seed,
             draw=draw,
             timestep_order=arguments.timestep_order,
@@ -157,10 +176,55 @@ def _training_step(program, model, process, draw, specialist, given, devices):
             label_dropout=program.label_dropout,
             ema_decay=program.ema_decay,
             skip_nonfinite=program.optimizer.nonfinite == "skip",
+            split=True,
         )
         return train_step(state, batch, setup, axis_name)
 
-    return parallel_step(step, devices)
+    return parallel_step(step, devices, _axes(program, model, image_shape))
+
+
+def _axes(program, model, image_shape):
+    """The axis of devices of every leaf of a state; see `split_axes`."""
+    params = jax.eval_shape(lambda: experiment.init_params(model, image_shape, 0))
+    return split_axes(build_optimizer(program, 0.0), params)
+
+
+class Layout(NamedTuple):
+    """How a state lies on the devices while it is trained.
+
+    Attributes:
+      split: puts a state that every device has whole in the layout of `training_step`.
+      whole: the inverse, for checkpoints, which do not depend on the devices.
+      average: the moving average alone, whole.
+    """
+
+    split: Callable[[TrainState], TrainState]
+    whole: Callable[[TrainState], TrainState]
+    average: Callable[[TrainState], dict]
+
+
+def layout(config: ConfigDict, setup: Setup) -> Layout:
+    """The layout of a run's state. With several processes, all call its functions together."""
+    program, model, *_ = _program(config, setup)
+    return _layout(program, model, setup.image_shape, tuple(jax.local_devices()))
+
+
+@functools.lru_cache(maxsize=8)
+def _layout(program, model, image_shape, devices):
+    if alone(devices):
+        return Layout(lambda state: state, lambda state: state, lambda state: state.ema_params)
+    optimizer = build_optimizer(program, 0.0)
+    axes = _axes(program, model, image_shape)
+    split = functools.partial(split_state, optimizer=optimizer)
+    whole = functools.partial(whole_state, optimizer=optimizer)
+    average = lambda state, axis_name: jax.tree.map(
+        lambda part, leaf: gathered(part, leaf.shape, axis_name), state.ema_params, state.params
+    )
+    return Layout(
+        parallel_map(split, devices, None, axes),
+        parallel_map(whole, devices, axes, None),
+        parallel_map(average, devices, axes, None),
+    )
 
 
 def new_state(config: ConfigDict, setup: Setup, params: dict | None = None) -> TrainState:
@@ -180,11 +244,11 @@ def new_state(config: ConfigDict, setup: Setup, params: dict | None = None) -> T
 
 def abstract_state(config: ConfigDict, setup: Setup) -> TrainState:
     """The shapes, types and shardings of a state's arrays."""
-    abstract = jax.eval_shape(_first_state_of(config, setup), np.int32(0))
-    sharding = replicated(jax.local_devices())
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
-    )
+    return abstract(_shapes(config, setup), jax.local_devices())
+
+
+def _shapes(config, setup):
+    return jax.eval_shape(_first_state_of(config, setup), np.int32(0))
 
 
 def _abstract_batch(config, setup):

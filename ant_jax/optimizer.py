@@ -4,19 +4,27 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
+from ant_jax.mtl.shards import global_sum
+
 
 def build_optimizer(
-    config: ConfigDict, learning_rate: float | jax.Array | None = None
+    config: ConfigDict,
+    learning_rate: float | jax.Array | None = None,
+    axis_name: str | None = None,
 ) -> optax.GradientTransformation:
     """AdamW with warm-up; with ``clip_norm``, the combined gradient is clipped first.
+
+    It treats every entry of the parameters alone, but for the norm.
 
     Args:
       config: the run's config.
       learning_rate: used instead of the config's; may be traced.
+      axis_name: name of the mapped axis over which the gradients are split, if they are.
     """
     settings = config.optimizer
     if learning_rate is None:
@@ -30,7 +38,7 @@ def build_optimizer(
         schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
     optimizer = optax.adamw(schedule, weight_decay=settings.weight_decay)
     if settings.clip_norm:
-        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+        optimizer = optax.chain(_clip_by_global_norm(settings.clip_norm, axis_name), optimizer)
     if settings.frozen:
         # Frozen parameters need no moments.
         optimizer = optax.partition(
@@ -38,6 +46,18 @@ def build_optimizer(
             lambda params: frozen(params, settings.frozen),
         )
     return optimizer
+
+
+def _clip_by_global_norm(max_norm, axis_name):
+    """`optax.clip_by_global_norm` of gradients that are split over devices."""
+
+    def update(updates, state, params=None):
+        del params
+        norm = jnp.sqrt(global_sum(optax.tree.norm(updates, squared=True), axis_name))
+        clip = lambda leaf: jnp.where(norm < max_norm, leaf, leaf / norm * max_norm)
+        return jax.tree.map(clip, updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def frozen(params: Any, pattern: str) -> Any:

@@ -115,7 +115,8 @@ class _Start(NamedTuple):
 
     Attributes:
       step: number of steps done.
-      state: the state after them.
+      state: the state after them, split over the devices.
+      layout: of the state on the devices.
       take_step: ``(state, batch) -> (state, metrics)``.
       kept: measurements of the steps since the last report, from the checkpoint.
       restored: whether the state comes from a checkpoint.
@@ -123,6 +124,7 @@ class _Start(NamedTuple):
 
     step: int
     state: TrainState
+    layout: compiled_step.Layout
     take_step: Callable
     kept: dict[str, Any]
     restored: bool
@@ -151,20 +153,21 @@ def _start(config, workdir, setup, num_images):
     # A checkpoint of an older version has no measurements.
     kept = record["metrics"] if record else measurements.NOTHING | {"lines": None}
     hooks.check_replicas(step, state)
-    return _Start(step, state, take_step, kept, restored is not None)
+    layout = compiled_step.layout(config, setup)
+    return _Start(step, layout.split(state), layout, take_step, kept, restored is not None)
 
 
 def _train(config, start, on):
-    state = start.state
+    state, whole, average = start.state, start.layout.whole, start.layout.average
     if on.pictures.is_missing(start.step):
-        on.pictures.draw(start.step, state.ema_params)
+        on.pictures.draw(start.step, average(state))
     for step in range(start.step + 1, config.num_steps + 1):
         on.profile(step)
         # The devices still compute the previous step while the next batch is read here.
         batch = next(on.batches, None)
         if batch is None:
             logging.info("asked to stop while waiting for data: saving step %d", step - 1)
-            on.saves.save(step - 1, state)
+            on.saves.save(step - 1, whole(state))
             break
         replaced = int(batch.pop("replaced", np.zeros(0)).sum())
         state, metrics = start.take_step(state, batch)
@@ -181,15 +184,15 @@ def _train(config, start, on):
         if log or last:
             on.reports.write(step, on.measured.report())
         if step % config.checkpoint.every == 0 or last or stopping:
-            on.saves.save(step, state)
+            on.saves.save(step, whole(state))
         if stopping:
             # If a picture is due now, the next start draws it.
             logging.info("asked to stop: saving step %d; the same command resumes", step)
             break
         if on.pictures.is_due(step):
-            on.pictures.draw(step, state.ema_params)
+            on.pictures.draw(step, average(state))
             on.reports.restart_clock(step)
-    return state
+    return whole(state)
 
 
 class _Hooks(NamedTuple):

@@ -17,6 +17,7 @@ import optax
 from ant_jax import mtl, pixels
 from ant_jax.diffusion import Process
 from ant_jax.mtl.backward import FORMS
+from ant_jax.mtl.shards import gathered, global_sum, part_of
 from ant_jax.tasks import clusters
 
 
@@ -59,6 +60,8 @@ class Setup(NamedTuple):
       ema_decay: the average's decay, ramped up as min(ema_decay, (1 + step) / (10 + step)).
       skip_nonfinite: whether a step changes nothing but ``step`` if its loss or combined gradient
         is not finite. Such a step never changes the state of the method.
+      split: whether each of n devices updates its own 1/n of the parameters; see `split_state`. The
+        optimizer must treat every entry alone, as AdamW does.
     """
 
     apply_fn: Callable[..., jax.Array]
@@ -75,6 +78,7 @@ class Setup(NamedTuple):
     label_dropout: float = 0.0
     ema_decay: float = 0.9999
     skip_nonfinite: bool = False
+    split: bool = False
 
 
 class Examples(NamedTuple):
@@ -106,7 +110,7 @@ def train_step(
     result does not depend on the number of devices, and a resumed run is the same run.
 
     Args:
-      state: the state; the same on all devices.
+      state: the state; the same on all devices, or split by `split_state` if ``setup.split``.
       batch: ``image`` (B, H, W, C), uint8 (scaled to [-1, 1] here) or float32, and, where
         ``num_classes`` > 0, ``label`` (B,) int. B is the per-device batch size; device d holds the
         global examples d B .. (d + 1) B - 1.
@@ -114,7 +118,7 @@ def train_step(
       axis_name: name of the mapped axis of devices.
 
     Returns:
-      The new state and the metrics, both the same on all devices: ``loss`` (plain mean of the
+      The new state, and the metrics, the same on all devices: ``loss`` (plain mean of the
       per-example losses of the batch), ``cluster_losses`` (k,), ``weights`` (k,), ``counts`` (k,),
       ``grad_norm`` of the combined gradient and, for methods with a Gram matrix, ``cosines``
       (k (k - 1) / 2,) between task gradients, in the order of `mtl.pairwise_cosines`, the
@@ -152,19 +156,80 @@ def train_step(
         form=setup.form,
         microbatches=setup.microbatches,
         axis_name=axis_name,
+        parts=setup.split,
     )
-    updates, opt_state = setup.optimizer.update(found.gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    # From here to the end a device sees its part of every parameter, if they are split.
+    axis_name = axis_name if setup.split else None
+    old = state._replace(params=jax.tree.map(lambda leaf: part_of(leaf, axis_name), state.params))
+    updates, opt_state = setup.optimizer.update(found.gradient, old.opt_state, old.params)
+    params = optax.apply_updates(old.params, updates)
     decay = jnp.minimum(setup.ema_decay, (1 + state.step) / (10 + state.step))
-    ema_params = optax.incremental_update(params, state.ema_params, 1 - decay)
+    ema_params = optax.incremental_update(params, old.ema_params, 1 - decay)
 
-    metrics = _metrics(found)
+    metrics = _metrics(found, axis_name)
     new = TrainState(state.step + 1, params, ema_params, opt_state, found.state)
     if setup.skip_nonfinite:
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, state)
+        kept = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
         new = kept._replace(step=new.step)
-    return new, metrics
+    return new._replace(params=_gathered(new.params, state.params, axis_name)), metrics
+
+
+def split_state(
+    state: TrainState, optimizer: optax.GradientTransformation, axis_name: str
+) -> TrainState:
+    """Leaves each of n devices its 1/n of the moving average and of the optimizer's state.
+
+    What follows the parameters is split, such as Adam's moments, and the rest, such as counts, is
+    on all devices (Rajbhandari et al., *ZeRO*, SC 2020, stage 1). The parameters stay whole: the
+    network needs them.
+
+    Args:
+      state: the same on all devices.
+      optimizer: of the state.
+      axis_name: name of the mapped axis of devices.
+    """
+    part = lambda leaf, follows: part_of(leaf, axis_name) if follows else leaf
+    follows, _ = _following(optimizer, state.params)
+    return state._replace(
+        ema_params=jax.tree.map(lambda leaf: part_of(leaf, axis_name), state.ema_params),
+        opt_state=jax.tree.map(part, state.opt_state, follows),
+    )
+
+
+def whole_state(
+    state: TrainState, optimizer: optax.GradientTransformation, axis_name: str
+) -> TrainState:
+    """The inverse of `split_state`."""
+    follows, like = _following(optimizer, state.params)
+    whole = lambda leaf, follows, like: gathered(leaf, like.shape, axis_name) if follows else leaf
+    return state._replace(
+        ema_params=_gathered(state.ema_params, state.params, axis_name),
+        opt_state=jax.tree.map(whole, state.opt_state, follows, like),
+    )
+
+
+def split_axes(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """The axis of devices of every leaf of a split state, outside the mapped function; 0 or None.
+
+    Args:
+      optimizer: of the state.
+      params: arrays or shapes of the parameters.
+    """
+    follows, _ = _following(optimizer, params)
+    return TrainState(None, None, 0, jax.tree.map(lambda each: 0 if each else None, follows), None)
+
+
+def _following(optimizer, params):
+    """Whether each leaf of the optimizer's state has the shape of a parameter, and the shapes."""
+    shaped = lambda leaf, *more: jax.ShapeDtypeStruct((*leaf.shape, *more), leaf.dtype)
+    like = jax.eval_shape(optimizer.init, jax.tree.map(shaped, params))
+    other = jax.eval_shape(optimizer.init, jax.tree.map(lambda leaf: shaped(leaf, 1), params))
+    return jax.tree.map(lambda a, b: a.shape != b.shape, like, other), like
+
+
+def _gathered(parts, like, axis_name):
+    return jax.tree.map(lambda part, leaf: gathered(part, leaf.shape, axis_name), parts, like)
 
 
 def check_step(
@@ -242,14 +307,14 @@ def draw_examples(
     return Examples(x0, label, t, noise), tasks
 
 
-def _metrics(found):
+def _metrics(found, axis_name):
     losses, counts, method_state = found.losses, found.counts, found.state
     metrics = {
         "loss": jnp.sum(losses * counts) / counts.sum(),
         "cluster_losses": losses,
         "weights": method_state.weights,
         "counts": counts,
-        "grad_norm": optax.tree.norm(found.gradient),
+        "grad_norm": jnp.sqrt(global_sum(optax.tree.norm(found.gradient, squared=True), axis_name)),
     }
     if method_state.gram is not None:
         cosines = mtl.pairwise_cosines(method_state.gram)

@@ -1,5 +1,6 @@
 """Train steps compiled ahead of time, for the devices of this machine or for an absent TPU."""
 
+import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +16,16 @@ from jax.experimental import topologies
 from ant_jax import mtl, settings
 from ant_jax.diffusion import Process
 from ant_jax.mtl.backward import FORMS
-from ant_jax.runtime.devices import parallel_step, replicated
+from ant_jax.runtime.devices import abstract, parallel_map, parallel_step, replicate
 from ant_jax.tasks import clustering
-from ant_jax.train_step import Setup, TrainState, init_state, train_step
+from ant_jax.train_step import (
+    Setup,
+    TrainState,
+    init_state,
+    split_axes,
+    split_state,
+    train_step,
+)
 
 # METHOD or METHOD/FORM of the k gradients: each method by its fastest form, and the forms of Nash.
 _METHODS = [name for name in settings.names_in(mtl, mtl.Weighting) if name != "vanilla"]
@@ -79,6 +87,15 @@ def first_state(task: Task, variant: str) -> TrainState:
     return init_state(params, _OPTIMIZER, _weighting(task, variant))
 
 
+def place(state: TrainState, devices: Sequence[jax.Device]) -> TrainState:
+    """The state on the devices, as a compiled step takes it."""
+    state = replicate(state, devices)
+    if len(devices) == 1:
+        return state
+    split = functools.partial(split_state, optimizer=_OPTIMIZER)
+    return parallel_map(split, devices, None, split_axes(_OPTIMIZER, state.params))(state)
+
+
 def first_batch(task: Task, size: int) -> dict[str, np.ndarray]:
     """A batch of random examples."""
     rng = np.random.default_rng(0)
@@ -103,19 +120,18 @@ def step_of(task: Task, variant: str) -> Callable:
         form=form or "vmap",
         num_classes=task.model.num_classes,
         label_dropout=0.1 if task.model.num_classes else 0.0,
+        split=True,
     )
     return lambda state, batch, axis_name=None: train_step(state, batch, setup, axis_name)
 
 
 def compile_step(task: Task, variant: str, size: int, devices: Sequence[jax.Device]) -> Program:
     """Compiles the step of a variant for a batch size; puts no data on the devices."""
-    sharding = replicated(devices)
-    state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(lambda: first_state(task, variant)),
-    )
+    state = jax.eval_shape(lambda: first_state(task, variant))
+    axes = None if len(devices) == 1 else split_axes(_OPTIMIZER, state.params)
+    state = abstract(state, devices, axes)
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, first_batch(task, size)))
-    step = mapped = parallel_step(step_of(task, variant), devices)
+    step = mapped = parallel_step(step_of(task, variant), devices, axes)
     if len(devices) > 1:
         # A program of pmap takes a batch that is already split over the devices.
         step = jax.jit(lambda state, batch: mapped(state, batch), donate_argnums=0)

@@ -195,7 +195,7 @@ def peak(args, batch_size, name):
 
 def new_state(task, name, devices):
     make = jax.jit(lambda: programs.first_state(task, name), out_shardings=replicated(devices))
-    return make()
+    return programs.place(make(), devices)
 
 
 def run(task, compiled, batch_size, devices, repeats):

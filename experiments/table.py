@@ -193,7 +193,8 @@ def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, 
         for kind, run in runs.items():
             setup = experiment.build(run.config, source.image_shape[-1], source.num_classes)
             steps[kind] = compiled_step.training_step(run.config, setup)
-            states[kind] = compiled_step.new_state(run.config, setup)
+            split = compiled_step.layout(run.config, setup).split
+            states[kind] = split(compiled_step.new_state(run.config, setup))
             settings = run.config.data
             batch = next(
                 data.batches(

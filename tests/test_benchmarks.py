@@ -127,7 +127,7 @@ def test_what_is_compiled_ahead_runs(count, monkeypatch):
     task, devices = programs.Task(Layers(), (4, 4, 1), PROCESS, K), jax.devices()[:count]
     program = programs.compile_step(task, "uncertainty", 2 * K, devices)
     state = jax.jit(lambda: programs.first_state(task, "uncertainty"))()
-    state = devices_lib.replicate(state, devices)
+    state = programs.place(state, devices)
     state, metrics = program.compiled(state, programs.first_batch(task, 2 * K))
     assert int(state.step) == 1 and metrics["loss"] > 0
 

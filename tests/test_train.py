@@ -455,7 +455,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
         compiled_step, "build_optimizer", lambda *args: optax.chain(build(*args), spoil)
     )
     # Steps are shared between runs of one config: neither an earlier one here, nor this one there.
-    for name in ("_training_step", "_first_state"):
+    for name in ("_training_step", "_first_state", "_layout"):
         monkeypatch.setattr(compiled_step, name, getattr(compiled_step, name).__wrapped__)
     with pytest.raises(FloatingPointError, match="last good checkpoint: step 2 "):
         trainer.train(tiny(), tmp_path)

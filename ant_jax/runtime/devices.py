@@ -1,5 +1,6 @@
 """Runs a step on the devices of this process."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,44 +15,110 @@ Step = Callable[..., tuple[Any, Any]]
 _AXIS = "batch"
 
 
-def parallel_step(step: Step, devices: Sequence[jax.Device]) -> Step:
+def parallel_step(step: Step, devices: Sequence[jax.Device], state_axes: Any = None) -> Step:
     """Compiles a step for the devices of this process: `jax.jit` for one, `jax.pmap` for many.
 
     Args:
       step: ``(state, batch, *extra, axis_name=None) -> (state, metrics)``, such as `train_step`
         with its settings bound.
       devices: the devices of this process.
+      state_axes: pytree like the state or its upper part: 0 where a leaf is split over the devices,
+        which are then its first axis, and None where each device has it whole.
 
     Returns:
       ``(state, batch, *extra) -> (state, metrics)``. ``batch`` is this process's part of the global
       batch; its size is a multiple of the number of devices. ``extra`` is the same on all devices.
-      The state is donated; put the first state on the devices by `replicate`. The function has a
+      The state is donated; put the first state on the devices by `replicate`, and split it by
+      `parallel_map`. The function has a
       method ``lower`` like that of `jax.jit`; a later call reuses the program that it compiles.
       With several processes ``lower`` accepts arrays only, not `jax.ShapeDtypeStruct`.
     """
-    if jax.device_count() == 1 or (jax.process_count() == 1 and len(devices) == 1):
+    if alone(devices):
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(devices))
-    mapped = jax.pmap(
-        lambda state, batch, extra: step(state, batch, *extra, axis_name=_AXIS),
-        axis_name=_AXIS,
-        in_axes=(None, 0, None),
-        out_axes=None,
-        devices=devices if jax.process_count() == 1 else None,
-        donate_argnums=0,
-    )
+
+    def on_device(whole, parts, batch, extra):
+        state, metrics = step(_joined(whole, parts), batch, *extra, axis_name=_AXIS)
+        return *_separated(state, state_axes), metrics
+
+    mapped = _pmap(on_device, devices, (None, 0, 0, None), (None, 0, None), donate_argnums=(0, 1))
     split = lambda leaf: leaf.reshape(len(devices), -1, *leaf.shape[1:])
     split_batch = lambda batch: jax.tree.map(split, batch)
 
     def run(state, batch, *extra):
-        return mapped(state, split_batch(batch), extra)
+        found = mapped(*_separated(state, state_axes), split_batch(batch), extra)
+        return _joined(*found[:2]), found[2]
 
     def lower(state, batch, *extra):
         abstract = jax.process_count() == 1
-        parts = jax.eval_shape(split_batch, batch) if abstract else split_batch(batch)
-        return mapped.lower(state, parts, extra)
+        batch = jax.eval_shape(split_batch, batch) if abstract else split_batch(batch)
+        return mapped.lower(*_separated(state, state_axes), batch, extra)
 
     run.lower = lower
     return run
+
+
+def parallel_map(
+    function: Callable,
+    devices: Sequence[jax.Device],
+    in_axes: Any,
+    out_axes: Any,
+) -> Callable:
+    """Compiles ``function(argument, axis_name)`` for the devices of all processes.
+
+    Args:
+      function: what each device does.
+      devices: the devices of this process.
+      in_axes: pytree like the argument or its upper part: 0 where a leaf is split over the devices,
+        None where each device has it whole.
+      out_axes: the same of the result.
+    """
+
+    def on_device(whole, parts, _):
+        return _separated(function(_joined(whole, parts), axis_name=_AXIS), out_axes)
+
+    mapped = _pmap(on_device, devices, (None, 0, 0), (None, 0))
+
+    def run(argument):
+        # pmap wants at least one argument that is split.
+        return _joined(*mapped(*_separated(argument, in_axes), np.zeros(len(devices))))
+
+    return run
+
+
+def _separated(tree, axes):
+    """Two trees, what is whole and what is split, each with None in place of the other's leaves.
+
+    With several processes pmap takes no axes that hold dicts, as those of a state do.
+    """
+    pick = lambda wanted: jax.tree.map(
+        lambda axis, part: part if axis == wanted else jax.tree.map(lambda _: None, part),
+        axes,
+        tree,
+        is_leaf=lambda axis: axis is None,
+    )
+    return pick(None), pick(0)
+
+
+def _joined(whole, parts):
+    """The inverse of `_separated`."""
+    choose = lambda a, b: b if a is None else a
+    return jax.tree.map(choose, whole, parts, is_leaf=lambda leaf: leaf is None)
+
+
+def _pmap(function, devices, in_axes, out_axes, donate_argnums=()):
+    return jax.pmap(
+        function,
+        axis_name=_AXIS,
+        in_axes=in_axes,
+        out_axes=out_axes,
+        devices=devices if jax.process_count() == 1 else None,
+        donate_argnums=donate_argnums,
+    )
+
+
+def alone(devices: Sequence[jax.Device]) -> bool:
+    """Whether a step runs on one device only, of one process."""
+    return jax.device_count() == 1 or (jax.process_count() == 1 and len(devices) == 1)
 
 
 def compiler_options(devices: Sequence[jax.Device]) -> dict[str, int] | None:
@@ -76,6 +143,26 @@ def split_over(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
     """The sharding of arrays whose leading axis is split over the devices."""
     mesh = jax.sharding.Mesh(np.asarray(devices), (_AXIS,))
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(_AXIS))
+
+
+def abstract(tree: Any, devices: Sequence[jax.Device], axes: Any = None) -> Any:
+    """The shapes, types and shardings of a pytree on the devices of one process.
+
+    Args:
+      tree: arrays or shapes, each whole.
+      devices: the devices of this process.
+      axes: pytree like ``tree`` or its upper part: 0 where a leaf is split over the devices, see
+        `mtl.shards`, and None where each device has it whole.
+    """
+
+    def of(axis, leaf):
+        if axis is None:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(devices))
+        shape = len(devices), -(-leaf.size // len(devices))
+        return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=split_over(devices))
+
+    below = lambda axis, part: jax.tree.map(functools.partial(of, axis), part)
+    return jax.tree.map(below, axes, tree, is_leaf=lambda axis: axis is None)
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
