@@ -69,14 +69,25 @@ def start_compiling(config: ConfigDict, setup: Setup) -> Callable:
     devices = jax.local_devices()
     axes = None if alone(devices) else _axes(*_program(config, setup)[:2], setup.image_shape)
     state = abstract(_shapes(config, setup), devices, axes)
-    lowered = step.lower(state, _abstract_batch(config, setup), arguments)
-    compiling = _in_a_thread(lowered.compile)
+    values = jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), arguments)
+    leaves, structure = jax.tree.flatten((state, _abstract_batch(config, setup), values))
+    compiling = _compilation(step, structure, tuple(leaves))
 
     def run(state, batch):
-        compiling.result()
+        try:
+            compiling.result()
+        except Exception:
+            _compilation.cache_clear()
+            raise
         return step(state, batch, arguments)
 
     return run
+
+
+@functools.lru_cache(maxsize=8)
+def _compilation(step, structure, leaves):
+    """The compilation of a step in a thread; runs that share a step do not lower it again."""
+    return _in_a_thread(step.lower(*structure.unflatten(leaves)).compile)
 
 
 def _in_step(step, arguments):

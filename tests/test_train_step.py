@@ -246,21 +246,20 @@ def test_devices_do_not_change_the_step(params, batch, method):
     state = ts.init_state(params, optax.identity(), weighting)._replace(
         step=jnp.asarray(5, jnp.int32)
     )
-    for n in (8,):
-        # out_axes=0 shows every replica; None would hide a forgotten collective.
-        mapped = jax.pmap(step, "devices", in_axes=(None, 0), out_axes=0, devices=jax.devices()[:n])
-        split = jax.tree.map(lambda leaf, n=n: leaf.reshape(n, -1, *leaf.shape[1:]), batch)
-        replicas = jax.device_get(mapped(replicate(state, jax.devices()[:n]), split))
-        for leaf in jax.tree.leaves(replicas):
-            np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
-        new, metrics = jax.tree.map(lambda leaf: leaf[0], replicas)
-        assert_close(jax.tree.map(np.subtract, new.params, params), want)
-        for a, b in zip(
-            jax.tree.leaves((new.method_state, metrics)),
-            jax.tree.leaves((want_state.method_state, want_metrics)),
-            strict=True,
-        ):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    # out_axes=0 shows every replica; None would hide a forgotten collective.
+    mapped = jax.pmap(step, "devices", in_axes=(None, 0), out_axes=0, devices=jax.devices())
+    split = jax.tree.map(lambda leaf: leaf.reshape(8, -1, *leaf.shape[1:]), batch)
+    replicas = jax.device_get(mapped(replicate(state, jax.devices()), split))
+    for leaf in jax.tree.leaves(replicas):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+    new, metrics = jax.tree.map(lambda leaf: leaf[0], replicas)
+    assert_close(jax.tree.map(np.subtract, new.params, params), want)
+    for a, b in zip(
+        jax.tree.leaves((new.method_state, metrics)),
+        jax.tree.leaves((want_state.method_state, want_metrics)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -283,35 +282,34 @@ def test_devices_that_update_their_parts_agree_with_one(params, batch, method, s
         want, want_metrics = one(want, batch)
     axes = ts.split_axes(optimizer, params)
     assert axes.opt_state[0].trace == dict.fromkeys(params, 0) and axes.opt_state[1].count is None
-    for n in (2, 8):
-        devices = jax.devices()[:n]
-        functions = [
-            functools.partial(function, optimizer=optimizer)
-            for function in (ts.split_state, ts.whole_state)
-        ]
-        split = parallel_map(functions[0], devices, None, axes)
-        whole = parallel_map(functions[1], devices, axes, 0)
-        many = parallel_step(step, devices, axes)
-        state = split(replicate(first, devices))
-        for _ in range(2):
-            state, metrics = many(state, batch)
-        for name, leaf in params.items():
-            size = -(-leaf.size // n)
-            assert state.ema_params[name].shape == state.opt_state[0].trace[name].shape == (n, size)
-        replicas = jax.device_get(whole(state))
-        for leaf in jax.tree.leaves(replicas):
-            np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
-        found = jax.tree.map(lambda leaf: leaf[0], replicas)
-        assert_close(found.opt_state[0].trace, want.opt_state[0].trace)
-        for name in ("params", "ema_params"):
-            change = lambda tree, name=name: jax.tree.map(np.subtract, getattr(tree, name), params)
-            assert_close(change(found), change(want))
-        for a, b in zip(
-            jax.tree.leaves((found.method_state, metrics)),
-            jax.tree.leaves((want.method_state, want_metrics)),
-            strict=True,
-        ):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    n, devices = 8, jax.devices()
+    functions = [
+        functools.partial(function, optimizer=optimizer)
+        for function in (ts.split_state, ts.whole_state)
+    ]
+    split = parallel_map(functions[0], devices, None, axes)
+    whole = parallel_map(functions[1], devices, axes, 0)
+    many = parallel_step(step, devices, axes)
+    state = split(replicate(first, devices))
+    for _ in range(2):
+        state, metrics = many(state, batch)
+    for name, leaf in params.items():
+        size = -(-leaf.size // n)
+        assert state.ema_params[name].shape == state.opt_state[0].trace[name].shape == (n, size)
+    replicas = jax.device_get(whole(state))
+    for leaf in jax.tree.leaves(replicas):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+    found = jax.tree.map(lambda leaf: leaf[0], replicas)
+    assert_close(found.opt_state[0].trace, want.opt_state[0].trace)
+    for name in ("params", "ema_params"):
+        change = lambda tree, name=name: jax.tree.map(np.subtract, getattr(tree, name), params)
+        assert_close(change(found), change(want))
+    for a, b in zip(
+        jax.tree.leaves((found.method_state, metrics)),
+        jax.tree.leaves((want.method_state, want_metrics)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def test_a_split_state_is_whole_again_to_the_bit(params):
