@@ -56,8 +56,10 @@ them, and `help` shows an example of each:
 - **Noisy gradients**: `modo`, `sdmgrad` or `moco`. **Outliers**: `trimmed_mean` or `krum`.
 - **Many devices**: each method works on many devices. A run needs no setting
   ([many_devices.md](many_devices.md)). In your own loop, give `axis_name` to `combine`, `backward`
-  or the aggregator. With the Gram matrix a step sends k + 1 times the bytes of one gradient,
-  otherwise 2 times, as without tasks.
+  or the aggregator. `backward` with `form="vmap"` or `"scan"` then computes on each device the
+  gradients of its own tasks alone, and sends no more bytes than training without tasks if the
+  number of tasks divides the number of devices. `combine` of k gradients of every device sends
+  k + 1 times the bytes of one gradient, where training without tasks sends 2 times.
 
 ## Weightings
 """

@@ -12,7 +12,8 @@ from ant_jax import mtl
 from ant_jax import train_step as ts
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
 from ant_jax.models.dit import DiT
-from ant_jax.runtime.devices import parallel_map, parallel_step, replicate
+from ant_jax.mtl.blocks import blocks
+from ant_jax.runtime.devices import abstract, parallel_map, parallel_step, replicate
 from ant_jax.tasks import clusters
 
 T, K, BATCH, CLASSES = 100, 4, 32, 3
@@ -545,25 +546,39 @@ def moved_bytes(program, devices):
     return total
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_what_devices_send_each_other(batch, method):
-    """As many bytes as vanilla, also where the Gram matrix is needed."""
+WIDE = {"in": (17, 800), "labels": (CLASSES + 1, 800), "out": (800, 16)}
+
+
+@functools.cache
+def on_eight_devices(name, k):
+    """Bytes that a device sends in a step, and its temporaries, in multiples of one gradient."""
     rng = np.random.default_rng(0)
-    # Large enough for padding and metrics to matter little.
-    width = 333
-    shapes = {"in": (17, width), "labels": (CLASSES + 1, width), "out": (width, 16)}
-    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-    one_gradient = 4 * sum(leaf.size for leaf in jax.tree.leaves(params))
-    devices = jax.devices()[:4]
-    parts = {name: np.zeros((4, -(-leaf.size // 4)), np.float32) for name, leaf in params.items()}
+    # Large enough for padding, metrics and activations to matter little.
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in WIDE.items()}
+    batch = {"image": np.zeros((80, 4, 4, 1), np.uint8), "label": np.zeros(80, np.int32)}
+    optimizer, weighting = optax.identity(), getattr(mtl, name)(k)
+    draw = "uniform" if name == "vanilla" else "stratified"
+    boundaries = np.arange(k + 1) * T // k
+    step = step_fn(weighting, draw=draw, split=True, optimizer=optimizer, boundaries=boundaries)
+    devices, axes = jax.devices(), ts.split_axes(optimizer, params)
+    state = ts.init_state(params, optimizer, weighting)
+    program = parallel_step(step, devices, axes).lower(abstract(state, devices, axes), batch)
+    compiled, gradient = program.compile(), 4 * sum(leaf.size for leaf in params.values())
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return moved_bytes(compiled.as_text(), 8) / gradient, temporaries / gradient
 
-    def sent(weighting, how):
-        step, optimizer = step_fn(weighting, draw=how, split=True), optax.identity()
-        axes = ts.split_axes(optimizer, params)
-        state = ts.init_state(params, optimizer, weighting)._replace(ema_params=parts)
-        lowered = parallel_step(step, devices, axes).lower(state, batch)
-        return moved_bytes(lowered.compile().as_text(), len(devices))
 
-    vanilla = sent(METHODS["vanilla"], "uniform")
-    assert vanilla == pytest.approx(2 * one_gradient * 3 / 4, rel=0.01)
-    assert sent(METHODS[method], "stratified") == pytest.approx(vanilla, rel=0.02)
+@pytest.mark.parametrize(
+    ("method", "k"),
+    [("uncertainty", 8), ("nash", 8), ("pcgrad", 4), ("nash", 2), ("nash", 5), ("nash", 16)],
+)
+def test_what_devices_send_and_hold(method, k):
+    """The gradients of its own tasks alone, whatever k."""
+    slots = blocks(k, 8).slots if "gram" in getattr(mtl, method)(k).needs else 1
+    assert slots == {8: 1, 4: 1, 2: 1, 5: 2, 16: 2}[k]
+    vanilla, _ = on_eight_devices("vanilla", k)
+    sent, held = on_eight_devices(method, k)
+    assert vanilla == pytest.approx(2 * 7 / 8, rel=0.01)
+    assert sent == pytest.approx((slots + 1) / 2 * vanilla, rel=0.02)
+    # What is sent and what is received, and a little else.
+    assert held < 2 * slots + 0.4

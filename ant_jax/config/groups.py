@@ -78,7 +78,7 @@ class Data:
       crop: how images of another size are cropped.
       flip: mirror half of the images.
       replace_unreadable: use the next image instead of a damaged one; otherwise the run stops.
-      batch_size: over all devices; the share of each device must be a multiple of k.
+      batch_size: over all devices; a multiple of their number and of k.
       num_workers: processes that decode images in advance.
     """
 
