@@ -17,10 +17,11 @@ FORMS = ("vmap", "scan", "masked")
 
 
 class Backward(NamedTuple):
-    """What a backward pass has found; the same on all devices.
+    """What a backward pass has found; the same on all devices, but for parts of the gradient.
 
     Attributes:
-      gradient: the combined gradient ``J^T w``, a pytree like the parameters.
+      gradient: the combined gradient ``J^T w``, a pytree like the parameters, or this device's part
+        of it.
       losses: (k,) the task losses, 0 where a task is absent.
       counts: (k,) the examples of each task; 1 each where all tasks share all examples.
       state: the method's new state, with the weights and the Gram matrix that were used.
@@ -53,7 +54,7 @@ def backward(
     gradient is not finite, the result is not finite and the method's own state does not change.
 
     On n devices, "vmap" and "scan" compute on each device the gradients of its own tasks only, and
-    move as many bytes as training without tasks if k <= n divides n: see `mtl.blocks`.
+    move as many bytes as training without tasks if k divides n: see `mtl.blocks`.
 
     Args:
       losses_fn: ``(params, batch)`` to the loss of each example, (B,), or, where ``tasks`` is None,
