@@ -281,6 +281,9 @@ def _grouped_gradients(losses_fn, params, whole, factors, form, microbatches, la
     k, (groups, slots, tasks) = factors.size, layout
     device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
     expected = jnp.asarray(tasks)[device]
+    rows = layout.first[:, None] + np.arange(slots)
+    # Not the same as slots == groups: with k = 2 and n = 3 the tasks are [[0, 0], [0, 1], [1, 1]].
+    one_each = np.array_equal(tasks, rows)
 
     def by_group(leaf):
         leaf = leaf.reshape(groups, microbatches, -1, *leaf.shape[1:])
@@ -295,7 +298,7 @@ def _grouped_gradients(losses_fn, params, whole, factors, form, microbatches, la
         examples, found = part
         # The factor of a task, unless the examples are in another order.
         factor = jnp.where((found == expected[:, None]).all(), factors[expected], jnp.nan)
-        if slots < groups:
+        if not one_each:
             return _in_slots(loss_and_gradient, examples, factor, expected - expected[0], slots)
         if form == "scan":
             return jax.lax.map(lambda args: loss_and_gradient(*args), (examples, factor))
@@ -304,7 +307,6 @@ def _grouped_gradients(losses_fn, params, whole, factors, form, microbatches, la
     losses, stacked = _sum_over(of_part, jax.tree.map(by_group, whole), microbatches)
     if axis_name is None:
         return losses, stacked
-    rows = layout.first[:, None] + np.arange(slots)
     losses = jax.ops.segment_sum(losses, jnp.asarray(rows)[device], k)
     return losses, jax.tree.map(lambda leaf: exchanged(leaf, rows, k, axis_name), stacked)
 

@@ -122,6 +122,9 @@ def test_grouped_forms_take_tasks_in_blocks(problem):
         (8, 4, 2, True),
         (5, 8, 1, True),
         (3, 2, 2, False),
+        # As many slots as groups, but some devices have two groups of one task.
+        (2, 3, 1, False),
+        (4, 6, 2, True),
     ],
 )
 def test_devices_that_have_some_tasks_each_agree_with_one(problem, form, k, n, microbatches, parts):
