@@ -226,14 +226,21 @@ def _layout(program, model, image_shape, devices):
         return Layout(lambda state: state, lambda state: state, lambda state: state.ema_params)
     optimizer = build_optimizer(program, 0.0)
     axes = _axes(program, model, image_shape)
-    split = functools.partial(split_state, optimizer=optimizer)
-    whole = functools.partial(whole_state, optimizer=optimizer)
+
+    def but_parameters(function, in_axes, out_axes):
+        # They are whole in both layouts, and pmap would copy them.
+        of_rest = lambda state, axis_name: function(state, optimizer, axis_name)._replace(
+            params=None
+        )
+        mapped = parallel_map(of_rest, devices, in_axes, out_axes)
+        return lambda state: mapped(state)._replace(params=state.params)
+
     average = lambda state, axis_name: jax.tree.map(
         lambda part, leaf: gathered(part, leaf.shape, axis_name), state.ema_params, state.params
     )
     return Layout(
-        parallel_map(split, devices, None, axes),
-        parallel_map(whole, devices, axes, None),
+        but_parameters(split_state, None, axes),
+        but_parameters(whole_state, axes, None),
         parallel_map(average, devices, axes, None),
     )
 

@@ -252,6 +252,15 @@ def test_the_run_does_not_depend_on_the_devices_it_is_resumed_on(finished, tmp_p
         )
 
 
+def test_a_checkpoint_takes_no_second_copy_of_the_parameters():
+    config = tiny()
+    setup = experiment.build(config, 1, 10)
+    layout, state = compiled_step.layout(config, setup), compiled_step.new_state(config, setup)
+    split = layout.split(state)
+    for each in (split, layout.whole(split)):
+        assert jax.tree.all(jax.tree.map(lambda a, b: a is b, each.params, state.params))
+
+
 def test_a_corrupt_checkpoint_is_passed_over(finished, tmp_path):
     config, whole, expected = finished
     trainer.train(tiny(num_steps=4), tmp_path)
