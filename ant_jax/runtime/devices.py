@@ -29,9 +29,9 @@ def parallel_step(step: Step, devices: Sequence[jax.Device], state_axes: Any = N
       ``(state, batch, *extra) -> (state, metrics)``. ``batch`` is this process's part of the global
       batch; its size is a multiple of the number of devices. ``extra`` is the same on all devices.
       The state is donated; put the first state on the devices by `replicate`, and split it by
-      `parallel_map`. The function has a
-      method ``lower`` like that of `jax.jit`; a later call reuses the program that it compiles.
-      With several processes ``lower`` accepts arrays only, not `jax.ShapeDtypeStruct`.
+      `parallel_map`. The function has a method ``lower`` like that of `jax.jit`; a later call
+      reuses the program that it compiles. With several processes ``lower`` accepts arrays only, not
+      `jax.ShapeDtypeStruct`.
     """
     if alone(devices):
         return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(devices))
