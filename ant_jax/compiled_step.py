@@ -67,7 +67,7 @@ def start_compiling(config: ConfigDict, setup: Setup) -> Callable:
         return training_step(config, setup)
     step, arguments = _step_and_arguments(config, setup)
     devices = jax.local_devices()
-    axes = None if alone(devices) else _axes(*_program(config, setup)[:2], setup.image_shape)
+    axes = _axes(*_program(config, setup)[:2], setup.image_shape, tuple(devices))
     state = abstract(_shapes(config, setup), devices, axes)
     values = jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), arguments)
     leaves, structure = jax.tree.flatten((state, _abstract_batch(config, setup), values))
@@ -191,11 +191,13 @@ def _training_step(program, model, process, draw, specialist, given, image_shape
         )
         return train_step(state, batch, setup, axis_name)
 
-    return parallel_step(step, devices, _axes(program, model, image_shape))
+    return parallel_step(step, devices, _axes(program, model, image_shape, devices))
 
 
-def _axes(program, model, image_shape):
+def _axes(program, model, image_shape, devices):
     """The axis of devices of every leaf of a state; see `split_axes`."""
+    if alone(devices):
+        return None
     params = jax.eval_shape(lambda: experiment.init_params(model, image_shape, 0))
     return split_axes(build_optimizer(program, 0.0), params)
 
@@ -225,7 +227,7 @@ def _layout(program, model, image_shape, devices):
     if alone(devices):
         return Layout(lambda state: state, lambda state: state, lambda state: state.ema_params)
     optimizer = build_optimizer(program, 0.0)
-    axes = _axes(program, model, image_shape)
+    axes = _axes(program, model, image_shape, devices)
 
     def but_parameters(function, in_axes, out_axes):
         # They are whole in both layouts, and pmap would copy them.
