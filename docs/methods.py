@@ -20,8 +20,8 @@ HEAD = """\
 `ant_jax.mtl.NAME(k, ...)` is a weighting of k tasks, and `config.method.name = "NAME"` trains with
 it. A weighting chooses the weights $w$ from the losses $L$ and the Gram matrix $G = J J^T$ of their
 gradients, where row i of the Jacobian $J$ is $g_i$; the update is $J^T w$.
-[settings.md](settings.md) has the settings and their ranges; a config checks the ranges, a call in
-Python does not. `help(ant_jax.mtl.NAME)` explains the method and the other symbols of its formula.
+[settings.md](settings.md) has the settings and their ranges.
+`help(ant_jax.mtl.NAME)` explains the method and the other symbols of its formula.
 `python docs/methods.py` writes this page.
 
 A method that does not need the Gram matrix costs one backward pass. With the Gram matrix the cost

@@ -49,8 +49,8 @@ def parallel_step(step: Step, devices: Sequence[jax.Device], state_axes: Any = N
         return _joined(*found[:2]), found[2]
 
     def lower(state, batch, *extra):
-        abstract = jax.process_count() == 1
-        batch = jax.eval_shape(split_batch, batch) if abstract else split_batch(batch)
+        of_shapes = jax.process_count() == 1
+        batch = jax.eval_shape(split_batch, batch) if of_shapes else split_batch(batch)
         return mapped.lower(*_separated(state, state_axes), batch, extra)
 
     run.lower = lower
@@ -79,7 +79,7 @@ def parallel_map(
     mapped = _pmap(on_device, devices, (None, 0, 0), (None, 0))
 
     def run(argument):
-        # pmap wants at least one argument that is split.
+        # pmap needs at least one argument that is split.
         return _joined(*mapped(*_separated(argument, in_axes), np.zeros(len(devices))))
 
     return run
