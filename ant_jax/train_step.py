@@ -61,7 +61,9 @@ class Setup(NamedTuple):
       skip_nonfinite: whether a step changes nothing but ``step`` if its loss or combined gradient
         is not finite. Such a step never changes the state of the method.
       split: whether each of n devices updates its own 1/n of the parameters; see `split_state`. The
-        optimizer must treat every entry alone, as AdamW does.
+        optimizer must treat every entry alone, as AdamW does. It sees each parameter as one flat
+        part: it may select parameters by name, not by shape. No error shows an optimizer that takes
+        norms, such as `optax.lamb` and `optax.clip_by_global_norm`: use False with these.
     """
 
     apply_fn: Callable[..., jax.Array]
@@ -188,6 +190,10 @@ def split_state(
       state: the same on all devices.
       optimizer: of the state.
       axis_name: name of the mapped axis of devices.
+
+    Raises:
+      ValueError: if the optimizer's state depends on the shapes of the parameters, as that of
+        `optax.contrib.muon` does.
     """
     part = lambda leaf, follows: part_of(leaf, axis_name) if follows else leaf
     follows, _ = _following(optimizer, state.params)
@@ -215,6 +221,9 @@ def split_axes(optimizer: optax.GradientTransformation, params: Any) -> TrainSta
     Args:
       optimizer: of the state.
       params: arrays or shapes of the parameters.
+
+    Raises:
+      ValueError: as `split_state`.
     """
     follows, _ = _following(optimizer, params)
     return TrainState(None, None, 0, jax.tree.map(lambda each: 0 if each else None, follows), None)
@@ -222,9 +231,19 @@ def split_axes(optimizer: optax.GradientTransformation, params: Any) -> TrainSta
 
 def _following(optimizer, params):
     """Whether each leaf of the optimizer's state has the shape of a parameter, and the shapes."""
-    shaped = lambda leaf, *more: jax.ShapeDtypeStruct((*leaf.shape, *more), leaf.dtype)
-    like = jax.eval_shape(optimizer.init, jax.tree.map(shaped, params))
-    other = jax.eval_shape(optimizer.init, jax.tree.map(lambda leaf: shaped(leaf, 1), params))
+    like = jax.eval_shape(optimizer.init, params)
+    # Flat as parts are, and with another number of entries.
+    flat = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((leaf.size + 1,), leaf.dtype), params)
+    other = jax.eval_shape(optimizer.init, flat)
+    alike = jax.tree.structure(like) == jax.tree.structure(other) and all(
+        b.shape in (a.shape, (a.size + 1,))
+        for a, b in zip(jax.tree.leaves(like), jax.tree.leaves(other), strict=True)
+    )
+    if not alike:
+        raise ValueError(
+            "the optimizer's state depends on the shapes of the parameters, so devices can't "
+            "update parts of them: use split=False"
+        )
     return jax.tree.map(lambda a, b: a.shape != b.shape, like, other), like
 
 

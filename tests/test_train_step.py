@@ -283,24 +283,10 @@ def test_devices_that_update_their_parts_agree_with_one(params, batch, method, s
         want, want_metrics = one(want, batch)
     axes = ts.split_axes(optimizer, params)
     assert axes.opt_state[0].trace == dict.fromkeys(params, 0) and axes.opt_state[1].count is None
-    n, devices = 8, jax.devices()
-    functions = [
-        functools.partial(function, optimizer=optimizer)
-        for function in (ts.split_state, ts.whole_state)
-    ]
-    split = parallel_map(functions[0], devices, None, axes)
-    whole = parallel_map(functions[1], devices, axes, 0)
-    many = parallel_step(step, devices, axes)
-    state = split(replicate(first, devices))
-    for _ in range(2):
-        state, metrics = many(state, batch)
+    found, state, metrics = after_two_steps(step, optimizer, first, batch)
     for name, leaf in params.items():
-        size = -(-leaf.size // n)
-        assert state.ema_params[name].shape == state.opt_state[0].trace[name].shape == (n, size)
-    replicas = jax.device_get(whole(state))
-    for leaf in jax.tree.leaves(replicas):
-        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
-    found = jax.tree.map(lambda leaf: leaf[0], replicas)
+        size = -(-leaf.size // 8)
+        assert state.ema_params[name].shape == state.opt_state[0].trace[name].shape == (8, size)
     assert_close(found.opt_state[0].trace, want.opt_state[0].trace)
     for name in ("params", "ema_params"):
         change = lambda tree, name=name: jax.tree.map(np.subtract, getattr(tree, name), params)
@@ -311,6 +297,67 @@ def test_devices_that_update_their_parts_agree_with_one(params, batch, method, s
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def after_two_steps(step, optimizer, first, batch):
+    """What eight devices that update their parts have: the state whole, the state, the metrics."""
+    devices, axes = jax.devices(), ts.split_axes(optimizer, first.params)
+    split, whole = (
+        functools.partial(function, optimizer=optimizer)
+        for function in (ts.split_state, ts.whole_state)
+    )
+    many = parallel_step(step, devices, axes)
+    state = parallel_map(split, devices, None, axes)(replicate(first, devices))
+    for _ in range(2):
+        state, metrics = many(state, batch)
+    replicas = jax.device_get(parallel_map(whole, devices, axes, 0)(state))
+    for leaf in jax.tree.leaves(replicas):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:1], leaf.shape))
+    return jax.tree.map(lambda leaf: leaf[0], replicas), state, metrics
+
+
+ENTRYWISE = {
+    "adam": optax.adam(0.01),
+    "adamw": optax.adamw(0.01),
+    "adagrad": optax.adagrad(0.1),
+    "lion": optax.lion(0.01),
+    "momentum": optax.sgd(0.1, 0.9, nesterov=True),
+    "rmsprop": optax.rmsprop(0.01),
+}
+OF_WHOLE_PARAMETERS = {"lamb": optax.lamb(0.01), "muon": optax.contrib.muon(0.01)}
+
+
+@pytest.mark.parametrize("split", [True, False], ids=["entrywise", "of whole parameters"])
+def test_optimizers_on_devices_agree_with_one(params, batch, split):
+    # A network for each, all in one program.
+    optimizers = ENTRYWISE if split else OF_WHOLE_PARAMETERS
+    names = lambda tree: {name: jax.tree.map(lambda _: name, tree[name]) for name in tree}
+    optimizer, weighting = optax.partition(optimizers, names), METHODS["linear"]
+    apply = lambda params, *args: sum(apply_fn(params[name], *args) for name in optimizers)
+    step = step_fn(weighting, optimizer=optimizer, apply_fn=apply, split=split)
+    network = params | ({"without entries": jnp.zeros((0, 3))} if split else {})
+    first = ts.init_state(dict.fromkeys(optimizers, network), optimizer, weighting)
+    one, want = jax.jit(step), first
+    for _ in range(2):
+        want, _ = one(want, batch)
+    if split:
+        found, _, _ = after_two_steps(step, optimizer, first, batch)
+    else:
+        # Copied, because the step donates its state, and each buffer only once.
+        found = replicate(jax.tree.map(jnp.copy, first), jax.devices())
+        many = parallel_step(step, jax.devices())
+        for _ in range(2):
+            found, _ = many(found, batch)
+    for name in optimizers:
+        change = lambda tree, name=name: jax.tree.map(np.subtract, tree.params[name], network)
+        assert_close(change(found), change(want))
+
+
+def test_an_optimizer_whose_state_shows_that_it_needs_whole_parameters_is_not_split(params):
+    wide = {"wide": jnp.zeros((128, 256))}
+    for optimizer, params in ((optax.contrib.muon(0.01), params), (optax.adafactor(0.01), wide)):
+        with pytest.raises(ValueError, match="depends on the shapes .*: use split=False"):
+            ts.split_axes(optimizer, params)
 
 
 def test_a_split_state_is_whole_again_to_the_bit(params):

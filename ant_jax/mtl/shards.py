@@ -1,7 +1,8 @@
 """Arrays whose entries are split over n devices: each has its own 1/n, its part.
 
-A part has one axis: the entries of the array in order, zeros behind the last. Most functions take
-the name of a mapped axis, or None for one device, which has all entries.
+A part has one axis: the entries of the array in order, zeros behind the last. An array without
+entries has parts of one zero. Most functions take the name of a mapped axis, or None for one
+device, which has all entries.
 """
 
 import math
@@ -14,7 +15,8 @@ import numpy as np
 
 def part_size(size: int, axis_name: str | None) -> int:
     """Number of entries on each device, of an array with ``size`` entries."""
-    return size if axis_name is None else -(-size // jax.lax.axis_size(axis_name))
+    # XLA gathers and scatters no empty arrays.
+    return size if axis_name is None else max(-(-size // jax.lax.axis_size(axis_name)), 1)
 
 
 def part_start(part_size: int, axis_name: str | None) -> jax.Array:

@@ -158,7 +158,7 @@ def abstract(tree: Any, devices: Sequence[jax.Device], axes: Any = None) -> Any:
     def of(axis, leaf):
         if axis is None:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(devices))
-        shape = len(devices), -(-leaf.size // len(devices))
+        shape = len(devices), max(-(-leaf.size // len(devices)), 1)
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=split_over(devices))
 
     below = lambda axis, part: jax.tree.map(functools.partial(of, axis), part)
