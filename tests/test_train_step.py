@@ -331,7 +331,7 @@ OF_WHOLE_PARAMETERS = {"lamb": optax.lamb(0.01), "muon": optax.contrib.muon(0.01
 def test_optimizers_on_devices_agree_with_one(params, batch, split):
     # A network for each, all in one program.
     optimizers = ENTRYWISE if split else OF_WHOLE_PARAMETERS
-    names = lambda tree: {name: jax.tree.map(lambda _: name, tree[name]) for name in tree}
+    names = dict(zip(optimizers, optimizers, strict=True))
     optimizer, weighting = optax.partition(optimizers, names), METHODS["linear"]
     apply = lambda params, *args: sum(apply_fn(params[name], *args) for name in optimizers)
     step = step_fn(weighting, optimizer=optimizer, apply_fn=apply, split=split)
@@ -355,9 +355,9 @@ def test_optimizers_on_devices_agree_with_one(params, batch, split):
 
 def test_an_optimizer_whose_state_shows_that_it_needs_whole_parameters_is_not_split(params):
     wide = {"wide": jnp.zeros((128, 256))}
-    for optimizer, params in ((optax.contrib.muon(0.01), params), (optax.adafactor(0.01), wide)):
-        with pytest.raises(ValueError, match="depends on the shapes .*: use split=False"):
-            ts.split_axes(optimizer, params)
+    for optimizer, each in ((optax.contrib.muon(0.01), params), (optax.adafactor(0.01), wide)):
+        with pytest.raises(ValueError, match=r"depends on the shapes .*: use split=False"):
+            ts.split_axes(optimizer, each)
 
 
 def test_a_split_state_is_whole_again_to_the_bit(params):
