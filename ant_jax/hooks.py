@@ -46,6 +46,7 @@ class Saves:
         record: dict[str, Any],
         measured: Callable[[], dict[str, Any]],
         last: int | None,
+        whole: Callable[[TrainState], TrainState],
     ):
         """Saves nothing yet.
 
@@ -54,8 +55,10 @@ class Saves:
           record: describes the run in every checkpoint; see `save_record`.
           measured: returns the entry "metrics" of a checkpoint's record.
           last: the step that the run goes on from; None for a new run.
+          whole: see `compiled_step.Layout`.
         """
         self._checkpointer, self._record, self._measured = checkpointer, record, measured
+        self._whole = whole
         self.last = last
 
     def save(self, step: int, state: TrainState) -> None:
@@ -69,11 +72,22 @@ class Saves:
         if step == self.last:
             return
         metrics = self._measured()
+        state = self.whole(state)
         if not np.isfinite(jax.jit(optax.tree.norm)((state.params, state.ema_params))):
             raise FloatingPointError(f"step {step}: parameters are not finite; {self.advice()}")
         check_replicas(step, state)
         self._checkpointer.save(step, state, self._record | {"metrics": metrics})
         self.last = step
+
+    def whole(self, state: TrainState) -> TrainState:
+        """The state as a checkpoint has it, after waiting for the last save.
+
+        Raises:
+          CheckpointError: if the last save failed.
+        """
+        # On CPUs a save holds its whole state until it ends. Two may not fit in memory.
+        self._checkpointer.wait()
+        return self._whole(state)
 
     def check(self) -> None:
         """Raises the CheckpointError of the save in the background, if it has failed."""

@@ -158,7 +158,7 @@ def _start(config, workdir, setup, num_images):
 
 
 def _train(config, start, on):
-    state, whole, average = start.state, start.layout.whole, start.layout.average
+    state, average = start.state, start.layout.average
     if on.pictures.is_missing(start.step):
         on.pictures.draw(start.step, average(state))
     for step in range(start.step + 1, config.num_steps + 1):
@@ -167,7 +167,7 @@ def _train(config, start, on):
         batch = next(on.batches, None)
         if batch is None:
             logging.info("asked to stop while waiting for data: saving step %d", step - 1)
-            on.saves.save(step - 1, whole(state))
+            on.saves.save(step - 1, state)
             break
         replaced = int(batch.pop("replaced", np.zeros(0)).sum())
         state, metrics = start.take_step(state, batch)
@@ -184,7 +184,7 @@ def _train(config, start, on):
         if log or last:
             on.reports.write(step, on.measured.report())
         if step % config.checkpoint.every == 0 or last or stopping:
-            on.saves.save(step, whole(state))
+            on.saves.save(step, state)
         if stopping:
             # If a picture is due now, the next start draws it.
             logging.info("asked to stop: saving step %d; the same command resumes", step)
@@ -192,7 +192,7 @@ def _train(config, start, on):
         if on.pictures.is_due(step):
             on.pictures.draw(step, average(state))
             on.reports.restart_clock(step)
-    return whole(state)
+    return on.saves.whole(state)
 
 
 class _Hooks(NamedTuple):
@@ -223,6 +223,7 @@ def _hooks(config, workdir, source, setup, start, record, check_alone):
         record,
         lambda: measured.state() | {"lines": writer.written()},
         start.step if start.restored else None,
+        start.layout.whole,
     )
     skips = config.optimizer.nonfinite == "skip"
     guard = LossGuard(skips, saves.advice)

@@ -35,6 +35,7 @@ from ant_jax.runtime import checkpoint
 from ant_jax.runtime import devices as devices_lib
 from ant_jax.runtime.lock import InUseError
 from ant_jax.tasks import affinity
+from ant_jax.train_step import TrainState
 from ant_jax.workdir import compatibility
 from configs import digits
 
@@ -488,6 +489,24 @@ def test_a_failing_save_stops_the_run_with_the_reason(tmp_path, monkeypatch):
         checkpoint.CheckpointError, match=r"No space left.*newest complete checkpoint: step 2"
     ):
         trainer.train(tiny(), tmp_path)
+
+
+def test_no_state_is_made_whole_while_another_is_written(tmp_path, monkeypatch):
+    order = []
+
+    def slow(*_):
+        time.sleep(0.2)
+        order.append("written")
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "_commit", slow)
+    whole = lambda state: (order.append("whole"), state)[1]
+    state = TrainState(*[jnp.ones(2)] * 5)
+    with contextlib.closing(checkpoint.Checkpointer(tmp_path)) as checkpointer:
+        saves = hooks.Saves(checkpointer, {}, dict, None, whole)
+        saves.save(1, state)
+        saves.save(2, state)
+        saves.whole(state)
+    assert order == ["whole", "written", "whole", "written", "whole"]
 
 
 def test_a_source_that_fails_does_not_lose_the_last_checkpoint(finished, tmp_path, monkeypatch):

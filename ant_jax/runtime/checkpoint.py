@@ -32,7 +32,7 @@ class Checkpointer:
     """Writes and reads the checkpoints of one run.
 
     `save` copies the state to the host and writes it in the background. If that fails, the next
-    call of `save`, `check` or `close` raises the error.
+    call of `save`, `wait`, `check` or `close` raises the error.
 
     Attributes:
       directory: holds the checkpoints, one subdirectory for each step. The file DIRECTORY.json
@@ -109,6 +109,11 @@ class Checkpointer:
                 # Renamed first, because a directory whose name is a step must be complete. Files
                 # that a reader or a network disk keeps open are deleted at the next start.
                 self._rename(old, f"{_PARTIAL}old-{old}", _remove)
+
+    def wait(self) -> None:
+        """Waits for the last save, in all processes; raises its error."""
+        self._finish()
+        processes.barrier()
 
     def check(self) -> None:
         """Raises the error of the save in the background, if it has failed."""
