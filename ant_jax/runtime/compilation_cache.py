@@ -20,13 +20,12 @@ def enable() -> None:
     """Caches programs in the user's cache folder, unless JAX has a cache folder already.
 
     Programs for the CPU fit one kind of machine and one jaxlib only, so each pair has its own
-    folder. On Intel CPUs nothing is cached: XLA mistakes tuning hints for missing CPU features,
-    rejects every cached program, and prints long warnings (openxla/xla, issue 44565).
+    folder.
 
     A damaged program is compiled again and replaced. Without this, JAX would warn at every start,
     and if zstandard is installed, reading the file could crash the process.
     """
-    folder = _folder(_cpu(), jax.default_backend())
+    folder = _folder(_cpu())
     if folder is None or jax.config.jax_compilation_cache_dir:
         return
     writable = False
@@ -80,9 +79,7 @@ def _seal(program):
     return hashlib.sha256(program).digest()
 
 
-def _folder(cpu: str, backend: str) -> Path | None:
-    if backend == "cpu" and "GenuineIntel" in cpu:
-        return None
+def _folder(cpu: str) -> Path | None:
     cache = user_cache()
     if cache is None:
         return None
