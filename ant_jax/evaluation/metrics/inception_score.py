@@ -1,7 +1,6 @@
 """The inception score."""
 
 import numpy as np
-from scipy.special import logsumexp
 
 from ant_jax.evaluation.metrics import Metric
 
@@ -51,6 +50,9 @@ def inception_score_of(logits: np.ndarray, split_size: int = 5000) -> float:
 
 
 def _score(logits: np.ndarray) -> float:
+    # Imported here, because it is slow and training does not need it.
+    from scipy.special import logsumexp
+
     if not np.isfinite(logits).all():
         raise ValueError("logits are not finite")
     logs = logits - logsumexp(logits, axis=1, keepdims=True)
