@@ -38,12 +38,15 @@ def configured():
     return tiny("nash", checkpoint__keep=9, evaluation__features="")
 
 
-def two(*programs):
-    """Runs two processes that connect; [(exit status, what it has written)]."""
+def free_address():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    together = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def two(*programs):
+    """Runs two processes that connect; [(exit status, what it has written)]."""
+    together = [f"--coordinator={free_address()}", "--num_processes=2"]
     lines = [[*each, *together, f"--process_id={i}"] for i, each in enumerate(programs)]
     return forked.run(lines, devices=4, together=True)
 
@@ -98,6 +101,13 @@ def test_two_processes_find_the_losses_and_the_checkpoint_of_one(whole, stopped)
     assert [status for status, _ in ended] == [0, 0], ended
     assert_close(lines(workdir), lines(whole[0])[:STOP])
     assert_close(states(workdir, 4), states(whole[0], 4))
+
+
+def test_steps_of_every_layout_are_those_of_one_device():
+    address = free_address()
+    programs = [["tests/host_layouts.py", address, i] for i in (0, 1)]
+    ended = forked.run(programs, devices=4, together=True)
+    assert [status for status, _ in ended] == [0, 0], ended
 
 
 def test_each_process_reads_its_own_part_of_every_batch(whole, stopped):

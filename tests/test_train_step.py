@@ -35,20 +35,28 @@ def apply_fn(params, x, t, y):
     return (hidden @ params["out"]).reshape(x.shape)
 
 
-@pytest.fixture(scope="module")
-def params():
+def make_params():
     shapes = {"in": (17, 12), "labels": (CLASSES + 1, 12), "out": (12, 16)}
     rng = np.random.default_rng(1)
     return {n: jnp.asarray(0.4 * rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
 
 
-@pytest.fixture(scope="module")
-def batch():
+def make_batch(size):
     rng = np.random.default_rng(0)
     return {
-        "image": rng.integers(0, 256, (BATCH, 4, 4, 1)).astype(np.uint8),
-        "label": rng.integers(0, CLASSES, BATCH).astype(np.int32),
+        "image": rng.integers(0, 256, (size, 4, 4, 1)).astype(np.uint8),
+        "label": rng.integers(0, CLASSES, size).astype(np.int32),
     }
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_params()
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return make_batch(BATCH)
 
 
 def step_fn(weighting, **settings):
