@@ -112,22 +112,24 @@ def test_grouped_forms_take_tasks_in_blocks(problem):
         assert np.isnan(found(form, tasks[::-1]).losses).all()
 
 
-@pytest.mark.parametrize("form", ["vmap", "scan", "masked"])
+# Layouts that `test_devices` leaves to `make test-all`.
 @pytest.mark.parametrize(
-    ("k", "n", "microbatches", "parts"),
+    ("k", "n", "form", "microbatches", "parts"),
     [
-        (8, 8, 1, True),
-        (4, 8, 2, True),
-        (8, 2, 1, False),
-        (8, 4, 2, True),
-        (5, 8, 1, True),
-        (3, 2, 2, False),
+        (8, 8, "vmap", 1, True),
+        (8, 2, "vmap", 1, False),
+        (8, 4, "vmap", 2, True),
+        (3, 2, "vmap", 2, False),
         # As many slots as groups, but some devices have two groups of one task.
-        (2, 3, 1, False),
-        (4, 6, 2, True),
+        (2, 3, "vmap", 1, False),
+        (4, 6, "vmap", 2, True),
+        (8, 8, "scan", 1, True),
+        (8, 4, "scan", 2, False),
+        (4, 8, "masked", 1, True),
+        (5, 8, "masked", 2, False),
     ],
 )
-def test_devices_that_have_some_tasks_each_agree_with_one(problem, form, k, n, microbatches, parts):
+def test_devices_that_have_some_tasks_each_agree_with_one(problem, k, n, form, microbatches, parts):
     params, _ = problem
     rng = np.random.default_rng(k)
     size = microbatches * math.lcm(k, n)
