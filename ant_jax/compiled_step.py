@@ -21,6 +21,7 @@ from ant_jax.runtime.devices import (
     compiler_options,
     parallel_map,
     parallel_step,
+    parts_of,
     replicate,
     replicated,
 )
@@ -29,7 +30,6 @@ from ant_jax.train_step import (
     TrainState,
     init_state,
     split_axes,
-    split_state,
     train_step,
     whole_state,
 )
@@ -72,13 +72,12 @@ def start_compiling(config: ConfigDict, setup: Setup) -> Callable:
     values = jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), arguments)
     leaves, structure = jax.tree.flatten((state, _abstract_batch(config, setup), values))
     compiling = _compilation(step, structure, tuple(leaves))
+    if compiling.done() and compiling.exception():
+        _compilation.cache_clear()
+        compiling = _compilation(step, structure, tuple(leaves))
 
     def run(state, batch):
-        try:
-            compiling.result()
-        except Exception:
-            _compilation.cache_clear()
-            raise
+        compiling.result()
         return step(state, batch, arguments)
 
     return run
@@ -229,20 +228,19 @@ def _layout(program, model, image_shape, devices):
     optimizer = build_optimizer(program, 0.0)
     axes = _axes(program, model, image_shape, devices)
 
-    def but_parameters(function, in_axes, out_axes):
-        # They are whole in both layouts, and pmap would copy them.
-        of_rest = lambda state, axis_name: function(state, optimizer, axis_name)._replace(
-            params=None
-        )
-        mapped = parallel_map(of_rest, devices, in_axes, out_axes)
-        return lambda state: mapped(state)._replace(params=state.params)
-
+    # The parameters are whole in both layouts, and pmap would copy them.
+    rest = parallel_map(
+        lambda state, axis_name: whole_state(state, optimizer, axis_name)._replace(params=None),
+        devices,
+        axes,
+        None,
+    )
     average = lambda state, axis_name: jax.tree.map(
         lambda part, leaf: gathered(part, leaf.shape, axis_name), state.ema_params, state.params
     )
     return Layout(
-        but_parameters(split_state, None, axes),
-        but_parameters(whole_state, axes, None),
+        lambda state: parts_of(state, devices, axes),
+        lambda state: rest(state)._replace(params=state.params),
         parallel_map(average, devices, axes, None),
     )
 

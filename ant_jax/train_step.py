@@ -60,7 +60,7 @@ class Setup(NamedTuple):
       ema_decay: the average's decay, ramped up as min(ema_decay, (1 + step) / (10 + step)).
       skip_nonfinite: whether a step changes nothing but ``step`` if its loss or combined gradient
         is not finite. Such a step never changes the state of the method.
-      split: whether each of n devices updates its own 1/n of the parameters; see `split_state`. The
+      split: whether each of n devices updates its own 1/n of the parameters; see `split_axes`. The
         optimizer must treat every entry alone, as AdamW does. It sees each parameter as one flat
         part: it may select parameters by name, not by shape. No error shows an optimizer that takes
         norms, such as `optax.lamb` and `optax.clip_by_global_norm`: use False with these.
@@ -112,7 +112,7 @@ def train_step(
     result does not depend on the number of devices, and a resumed run is the same run.
 
     Args:
-      state: the state; the same on all devices, or split by `split_state` if ``setup.split``.
+      state: the state; the same on all devices, or split as `split_axes` says if ``setup.split``.
       batch: ``image`` (B, H, W, C), uint8 (scaled to [-1, 1] here) or float32, and, where
         ``num_classes`` > 0, ``label`` (B,) int. B is the per-device batch size; device d holds the
         global examples d B .. (d + 1) B - 1.
@@ -177,36 +177,16 @@ def train_step(
     return new._replace(params=_gathered(new.params, state.params, axis_name)), metrics
 
 
-def split_state(
-    state: TrainState, optimizer: optax.GradientTransformation, axis_name: str
-) -> TrainState:
-    """Leaves each of n devices its 1/n of the moving average and of the optimizer's state.
-
-    What follows the parameters is split, such as Adam's moments, and the rest, such as counts, is
-    on all devices (Rajbhandari et al., *ZeRO*, SC 2020, stage 1). The parameters stay whole: the
-    network needs them.
-
-    Args:
-      state: the same on all devices.
-      optimizer: of the state.
-      axis_name: name of the mapped axis of devices.
-
-    Raises:
-      ValueError: if the optimizer's state depends on the shapes of the parameters, as that of
-        `optax.contrib.muon` does.
-    """
-    part = lambda leaf, follows: part_of(leaf, axis_name) if follows else leaf
-    follows, _ = _following(optimizer, state.params)
-    return state._replace(
-        ema_params=jax.tree.map(lambda leaf: part_of(leaf, axis_name), state.ema_params),
-        opt_state=jax.tree.map(part, state.opt_state, follows),
-    )
-
-
 def whole_state(
     state: TrainState, optimizer: optax.GradientTransformation, axis_name: str
 ) -> TrainState:
-    """The inverse of `split_state`."""
+    """Gathers a state that is split as `split_axes` says.
+
+    Args:
+      state: the parts of this device.
+      optimizer: of the state.
+      axis_name: name of the mapped axis of devices.
+    """
     follows, like = _following(optimizer, state.params)
     whole = lambda leaf, follows, like: gathered(leaf, like.shape, axis_name) if follows else leaf
     return state._replace(
@@ -216,14 +196,22 @@ def whole_state(
 
 
 def split_axes(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """The axis of devices of every leaf of a split state, outside the mapped function; 0 or None.
+    """The axis of devices of every leaf of a state of which each of n devices has its 1/n.
+
+    The moving average is split, and what follows the parameters in the optimizer's state, such as
+    Adam's moments. The rest, such as counts, is on all devices (Rajbhandari et al., *ZeRO*, SC
+    2020, stage 1). The parameters stay whole: the network needs them.
 
     Args:
       optimizer: of the state.
       params: arrays or shapes of the parameters.
 
+    Returns:
+      0 where a leaf is split, and None where it is whole, outside the mapped function.
+
     Raises:
-      ValueError: as `split_state`.
+      ValueError: if the optimizer's state depends on the shapes of the parameters, as that of
+        `optax.contrib.muon` does.
     """
     follows, _ = _following(optimizer, params)
     return TrainState(None, None, 0, jax.tree.map(lambda each: 0 if each else None, follows), None)

@@ -1,6 +1,5 @@
 """Train steps compiled ahead of time, for the devices of this machine or for an absent TPU."""
 
-import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -16,14 +15,13 @@ from jax.experimental import topologies
 from ant_jax import mtl, settings
 from ant_jax.diffusion import Process
 from ant_jax.mtl.backward import FORMS
-from ant_jax.runtime.devices import abstract, parallel_map, parallel_step, replicate
+from ant_jax.runtime.devices import abstract, parallel_step, parts_of, replicate
 from ant_jax.tasks import clustering
 from ant_jax.train_step import (
     Setup,
     TrainState,
     init_state,
     split_axes,
-    split_state,
     train_step,
 )
 
@@ -92,8 +90,7 @@ def place(state: TrainState, devices: Sequence[jax.Device]) -> TrainState:
     state = replicate(state, devices)
     if len(devices) == 1:
         return state
-    split = functools.partial(split_state, optimizer=_OPTIMIZER)
-    return parallel_map(split, devices, None, split_axes(_OPTIMIZER, state.params))(state)
+    return parts_of(state, devices, split_axes(_OPTIMIZER, state.params))
 
 
 def first_batch(task: Task, size: int) -> dict[str, np.ndarray]:

@@ -332,6 +332,10 @@ def test_the_step_is_compiled_once(devices, tmp_path, monkeypatch):
         jax.monitoring.unregister_event_duration_listener(listener)
 
 
+def refused(*_):
+    raise ConfigError("refused")
+
+
 def test_what_goes_wrong_in_compiling_is_raised_by_the_first_step(tmp_path, monkeypatch):
     def failing(*args, **kwargs):
         raise MemoryError("too large a program")
@@ -343,6 +347,12 @@ def test_what_goes_wrong_in_compiling_is_raised_by_the_first_step(tmp_path, monk
         with pytest.raises(MemoryError, match="too large a program"):
             trainer.train(tiny(), tmp_path)
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == []
+    # Nor does a run that ends before its first step leave the error to the next.
+    monkeypatch.setattr(workdir_lib, "restore", refused)
+    with pytest.raises(ConfigError, match="refused"):
+        trainer.train(tiny(), tmp_path)
+    monkeypatch.undo()
+    trainer.train(tiny(num_steps=1), tmp_path)
 
 
 def test_a_run_that_fails_early_leaves_no_thread_behind(tmp_path, monkeypatch):
@@ -351,9 +361,6 @@ def test_a_run_that_fails_early_leaves_no_thread_behind(tmp_path, monkeypatch):
     def compiling(self):
         threads.append(threading.current_thread())
         return lower(self)
-
-    def refused(*_):
-        raise ConfigError("refused")
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", compiling)
     compiled_step._compilation.cache_clear()
@@ -837,9 +844,6 @@ def test_a_start_that_is_refused_changes_nothing(message, copied, tmp_path, monk
 
 
 def test_a_start_that_is_refused_at_the_end_makes_nothing(tmp_path, monkeypatch):
-    def refused(*_):
-        raise ConfigError("refused")
-
     monkeypatch.setattr(compiled_step, "new_state", refused)
     (tmp_path / "there").mkdir()
     for workdir in (tmp_path / "runs" / "a", tmp_path / "there"):

@@ -13,7 +13,7 @@ from ant_jax import train_step as ts
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
 from ant_jax.models.dit import DiT
 from ant_jax.mtl.blocks import blocks
-from ant_jax.runtime.devices import abstract, parallel_map, parallel_step, replicate
+from ant_jax.runtime.devices import abstract, parallel_map, parallel_step, parts_of, replicate
 from ant_jax.tasks import clusters
 
 T, K, BATCH, CLASSES = 100, 4, 32, 3
@@ -306,12 +306,10 @@ def test_devices_that_update_their_parts_agree_with_one(params, batch, method, s
 def after_two_steps(step, optimizer, first, batch):
     """What eight devices that update their parts have: the state whole, the state, the metrics."""
     devices, axes = jax.devices(), ts.split_axes(optimizer, first.params)
-    split, whole = (
-        functools.partial(function, optimizer=optimizer)
-        for function in (ts.split_state, ts.whole_state)
-    )
+    whole = functools.partial(ts.whole_state, optimizer=optimizer)
     many = parallel_step(step, devices, axes)
-    state = parallel_map(split, devices, None, axes)(replicate(first, devices))
+    # Copied, because the step donates its state.
+    state = parts_of(replicate(jax.tree.map(jnp.copy, first), devices), devices, axes)
     for _ in range(2):
         state, metrics = many(state, batch)
     replicas = jax.device_get(parallel_map(whole, devices, axes, 0)(state))
@@ -368,11 +366,10 @@ def test_a_split_state_is_whole_again_to_the_bit(params):
     optimizer = optax.adamw(1e-3)
     state = ts.init_state(params, optimizer, METHODS["nash"])
     state = jax.tree.map(lambda leaf: leaf + np.arange(leaf.size).reshape(leaf.shape), state)
-    back = lambda state, axis_name: ts.whole_state(
-        ts.split_state(state, optimizer, axis_name), optimizer, axis_name
-    )
-    devices = jax.devices()[:8]
-    found = parallel_map(back, devices, None, None)(replicate(state, devices))
+    devices, axes = jax.devices()[:8], ts.split_axes(optimizer, params)
+    parts = parts_of(replicate(state, devices), devices, axes)
+    back = lambda state, axis_name: ts.whole_state(state, optimizer, axis_name)
+    found = parallel_map(back, devices, axes, None)(parts)
     jax.tree.map(np.testing.assert_array_equal, found, state)
 
 
@@ -382,10 +379,8 @@ def test_a_step_that_one_device_finds_not_finite_is_skipped_by_all(params, batch
     image = batch["image"] / np.float32(127.5) - 1
     image[-1] = np.nan
     devices, axes = jax.devices()[:8], ts.split_axes(optimizer, params)
-    split = parallel_map(
-        lambda state, axis_name: ts.split_state(state, optimizer, axis_name), devices, None, axes
-    )
-    before = split(replicate(ts.init_state(params, optimizer, weighting), devices))
+    before = replicate(ts.init_state(params, optimizer, weighting), devices)
+    before = parts_of(before, devices, axes)
     before = jax.device_get(before)
     state, metrics = parallel_step(step, devices, axes)(before, batch | {"image": image})
     assert np.isnan(metrics["grad_norm"]) and int(state.step) == 1

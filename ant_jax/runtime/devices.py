@@ -29,7 +29,7 @@ def parallel_step(step: Step, devices: Sequence[jax.Device], state_axes: Any = N
       ``(state, batch, *extra) -> (state, metrics)``. ``batch`` is this process's part of the global
       batch; its size is a multiple of the number of devices. ``extra`` is the same on all devices.
       The state is donated; put the first state on the devices by `replicate`, and split it by
-      `parallel_map`. The function has a method ``lower`` like that of `jax.jit`; a later call
+      `parts_of`. The function has a method ``lower`` like that of `jax.jit`; a later call
       reuses the program that it compiles. With several processes ``lower`` accepts arrays only, not
       `jax.ShapeDtypeStruct`.
     """
@@ -158,11 +158,41 @@ def abstract(tree: Any, devices: Sequence[jax.Device], axes: Any = None) -> Any:
     def of(axis, leaf):
         if axis is None:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(devices))
-        shape = len(devices), max(-(-leaf.size // len(devices)), 1)
+        shape = len(devices), _part_size(leaf, len(devices))
         return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=split_over(devices))
 
     below = lambda axis, part: jax.tree.map(functools.partial(of, axis), part)
     return jax.tree.map(below, axes, tree, is_leaf=lambda axis: axis is None)
+
+
+def parts_of(tree: Any, devices: Sequence[jax.Device], axes: Any) -> Any:
+    """Leaves each device its part of the arrays that are split, as in `abstract`.
+
+    They go through the host, which needs no compiled program.
+
+    Args:
+      tree: arrays that each device of this process holds whole.
+      devices: the devices of this process.
+      axes: see `abstract`.
+    """
+    processes, index = jax.process_count(), jax.process_index()
+
+    def of(axis, leaf):
+        if axis is None:
+            return leaf
+        # Of the devices of all processes.
+        size = _part_size(leaf, processes * len(devices))
+        parts = np.zeros((processes, len(devices), size), leaf.dtype)
+        parts.reshape(-1)[: leaf.size] = np.ravel(leaf)
+        return jax.device_put(parts[index], split_over(devices))
+
+    below = lambda axis, part: jax.tree.map(functools.partial(of, axis), part)
+    return jax.tree.map(below, axes, tree, is_leaf=lambda axis: axis is None)
+
+
+def _part_size(leaf, devices):
+    """Number of entries on each of all devices; see `mtl.shards.part_size`."""
+    return max(-(-leaf.size // devices), 1)
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
