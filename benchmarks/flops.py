@@ -44,15 +44,24 @@ def products(model: DiT, height: int, width: int) -> Products:
 
     Their sum is what Peebles & Xie (ICCV 2023, arXiv 2212.09748) call FLOPs.
     """
-    tokens = (height // model.patch) * (width // model.patch)
+    tokens = _tokens(model, height, width)
     features, patch = model.width, model.patch**2 * model.channels
-    per_token = (3 + 1 + 2 * MLP_RATIO) * features**2
-    attention = 2 * tokens**2 * features
-    block = tokens * per_token + attention + 6 * features**2
+    block, _ = _block(model, tokens)
     outputs = patch * (2 if model.learned_variance else 1)
     first = tokens * patch * features + TIMESTEP_FEATURES * features
     rest = features**2 + model.depth * block + 2 * features**2 + tokens * features * outputs
     return Products(first, rest)
+
+
+def _tokens(model, height, width):
+    return (height // model.patch) * (width // model.patch)
+
+
+def _block(model, tokens):
+    """Multiply-adds of a block, and those of attention's two products among them."""
+    per_token = (3 + 1 + 2 * MLP_RATIO) * model.width**2
+    attention = 2 * tokens**2 * model.width
+    return tokens * per_token + attention + 6 * model.width**2, attention
 
 
 def forward_flops(model: DiT, height: int, width: int) -> int:
@@ -69,6 +78,13 @@ def gradient_flops(model: DiT, height: int, width: int) -> int:
     """
     first, rest = products(model, height, width)
     return 2 * (2 * first + 3 * rest)
+
+
+def step_flops(model: DiT, height: int, width: int) -> int:
+    """`gradient_flops`, and what the model's ``remat`` computes again in the backward pass."""
+    block, attention = _block(model, _tokens(model, height, width))
+    again = {"none": 0, "dots": attention, "blocks": block}[model.remat]
+    return gradient_flops(model, height, width) + 2 * model.depth * again
 
 
 def combine_flops(num_params: int, k: int) -> int:

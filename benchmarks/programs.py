@@ -1,6 +1,9 @@
 """Train steps compiled ahead of time, for the devices of this machine or for an absent TPU."""
 
+import importlib
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -33,6 +36,7 @@ VARIANTS = [
     *(f"nash/{form}" for form in ("scan", "masked")),
 ]
 LOOPS = ("scan", "masked")
+MODELS = ("S/2", "B/2", "L/2", "XL/2")
 
 
 def variant(text: str) -> str:
@@ -71,6 +75,17 @@ class Program(NamedTuple):
     compiled: jax.stages.Compiled
     lower_seconds: float
     compile_seconds: float
+
+
+def published(name: str, k: int) -> tuple[Task, int]:
+    """The task and the batch size of one of the configs imagenet256_dit_*; needs ml_collections."""
+    from ant_jax import experiment
+
+    module = f"configs.imagenet256_dit_{name.lower().replace('/', '')}"
+    config = importlib.import_module(module).get_config()
+    model = experiment.build_model(config, channels=4, num_classes=1000)
+    task = Task(model, (32, 32, 4), experiment.build_process(config), k)
+    return task, config.data.batch_size
 
 
 def first_state(task: Task, variant: str) -> TrainState:
@@ -150,6 +165,25 @@ def program_bytes(compiled: jax.stages.Compiled) -> int:
     )
 
 
+def sent_bytes(compiled: jax.stages.Compiled, num_devices: int) -> float:
+    """Bytes that each device sends in a program's collectives, by the ring algorithm.
+
+    They are counted in the text of the program. It must be compiled for CPUs: compilers for
+    accelerators write some collectives in other forms. A collective inside a loop counts once.
+    """
+    # By the shape of the result, of which a reduce-scatter gives 1 / num_devices.
+    kinds = {"all-reduce": 2, "reduce-scatter": num_devices, "all-gather": 1, "all-to-all": 1}
+    pattern = r"= (.*?) (all-[\w-]+|reduce-scatter|collective-[\w-]+)\("
+    total = 0
+    for types, kind in re.findall(pattern, compiled.as_text()):
+        elements = sum(
+            math.prod(map(int, filter(None, shape.split(","))))
+            for shape in re.findall(r"[fs]32\[([\d,]*)\]", types)
+        )
+        total += 4 * elements * kinds[kind] * (num_devices - 1) / num_devices
+    return total
+
+
 def num_params(task: Task) -> int:
     """The number of parameters of the network."""
     state = jax.eval_shape(lambda: first_state(task, "vanilla"))
@@ -181,13 +215,13 @@ def largest_batch(fits: Callable[[int], bool], unit: int) -> int:
     return low * unit
 
 
-def tpu(topology: str) -> jax.Device:
-    """A TPU to compile for, such as "v5e:2x2"; needs libtpu, but no TPU."""
+def tpus(topology: str) -> list[jax.Device]:
+    """TPUs to compile for, such as "v5e:2x2"; needs libtpu, but no TPU."""
     # Do not query the metadata of a TPU machine, and do not lock a TPU.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 _OPTIMIZER = optax.adamw(1e-4)

@@ -18,7 +18,6 @@ flax, optax and numpy.
 """
 
 import argparse
-import importlib
 import multiprocessing
 import sys
 import time
@@ -35,12 +34,12 @@ from ant_jax.models.remat import REMAT
 from ant_jax.runtime.devices import replicate, replicated
 from benchmarks import flops, programs
 
-MODELS = ("S/2", "B/2", "L/2", "XL/2")
-
 
 def parse():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", choices=MODELS, help="a model of the configs imagenet256_dit_*")
+    parser.add_argument(
+        "--model", choices=programs.MODELS, help="a model of the configs imagenet256_dit_*"
+    )
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--heads", type=int, default=6)
@@ -101,16 +100,11 @@ def main():
 
 def what(args):
     """The task, and the batch size unless it is "auto"."""
+    fields = {"dtype": args.dtype and jnp.dtype(args.dtype), "remat": args.remat}
+    fields |= {"attention": args.attention}
+    fields = {name: value for name, value in fields.items() if value}
     if args.model:
-        from ant_jax import experiment
-
-        name = args.model.lower().replace("/", "")
-        config = importlib.import_module(f"configs.imagenet256_dit_{name}").get_config()
-        shape, classes = (32, 32, 4), 1000
-        for field in ("dtype", "remat"):
-            config.model[field] = getattr(args, field) or config.model[field]
-        model = experiment.build_model(config, shape[-1], classes)
-        process, size = experiment.build_process(config), config.data.batch_size
+        task, size = programs.published(args.model, args.k)
     else:
         shape, size = (args.size, args.size, args.channels), 40
         model = DiT(
@@ -120,21 +114,19 @@ def what(args):
             patch=args.patch,
             channels=args.channels,
             num_classes=args.classes,
-            dtype=jnp.dtype(args.dtype or "float32"),
-            remat=args.remat or "none",
         )
-        process = diffusion.gaussian()
-    # Not in the config: building from it queries the devices, which this process must not take yet.
-    model = model.clone(attention=args.attention or model.attention)
+        task = programs.Task(model, shape, diffusion.gaussian(), args.k)
     size = int(args.batch) if args.batch not in (None, "auto") else size
-    return programs.Task(model, shape, process, args.k), size
+    # Not in the config: building attention from it queries the devices, which this process must not
+    # take yet.
+    return task._replace(model=task.model.clone(**fields)), size
 
 
 def devices_of(args):
     if not args.target:
         return jax.local_devices()
     try:
-        return [programs.tpu(args.target)]
+        return programs.tpus(args.target)[:1]
     except (RuntimeError, ValueError) as error:
         sys.exit(f"--target={args.target}: {error} (is libtpu installed? pip install -e '.[tpu]')")
 

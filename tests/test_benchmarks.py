@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from ant_jax import mtl
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
 from ant_jax.models.dit import SIZES, DiT
 from ant_jax.runtime import devices as devices_lib
-from benchmarks import flops, programs, step
+from ant_jax.train_step import check_step
+from benchmarks import flops, many_devices, programs, step
 
 K = 5
 PROCESS = GaussianDiffusion(alphas_bar("cosine", 1000), "learned_range")
@@ -98,6 +100,29 @@ def test_the_counts_agree_with_xla():
     assert 1 < gradient < 1.02
 
 
+@pytest.mark.parametrize("remat", ["dots", "blocks"])
+def test_the_count_of_what_is_computed_again_agrees_with_xla(remat):
+    model, integers = MODEL.clone(remat=remat), jax.ShapeDtypeStruct((2,), jnp.int32)
+    inputs = jax.ShapeDtypeStruct((2, 16, 32, 4), jnp.float32), integers, integers
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    loss = lambda params, *inputs: jnp.sum(model.apply(params, *inputs) ** 2)
+    lowered = jax.jit(jax.grad(loss)).lower(params, *inputs)
+    by_xla = lowered.cost_analysis()["flops"]
+    assert 1 < by_xla / (2 * flops.step_flops(model, 16, 32)) < 1.03
+
+
+@pytest.mark.parametrize("k", [5, 8])
+@pytest.mark.parametrize("n", [8, 64, 256])
+def test_the_batches_of_the_table_fit_the_devices(k, n):
+    check_step(
+        *(k, many_devices.nearest_batch(256, k, n), n),
+        draw="stratified",
+        form="vmap",
+        microbatches=1,
+        weighting=mtl.nash(k),
+    )
+
+
 @pytest.mark.parametrize("variant", ["uncertainty", "pcgrad/vmap", "nash/vmap"])
 def test_a_multi_task_step_has_hardly_more_flops_than_vanilla(variant):
     assert flops_by_xla(variant) <= 1.05 * flops_by_xla("vanilla")
@@ -143,7 +168,7 @@ def test_scan_takes_less_memory_than_vanilla_where_activations_outweigh_paramete
     assert memory(2000 * K, "pcgrad/scan") < 0.75 * memory(2000 * K, "vanilla")
 
 
-@pytest.mark.parametrize("name", step.MODELS)
+@pytest.mark.parametrize("name", programs.MODELS)
 def test_a_model_is_that_of_its_config(name, monkeypatch):
     monkeypatch.setattr("sys.argv", ["step", "--model", name, "--remat", "dots"])
     task, size = step.what(step.parse())

@@ -1,6 +1,4 @@
 import functools
-import math
-import re
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from ant_jax.models.dit import DiT
 from ant_jax.mtl.blocks import blocks
 from ant_jax.runtime.devices import abstract, parallel_map, parallel_step, parts_of, replicate
 from ant_jax.tasks import clusters
+from benchmarks import many_devices, programs
 
 T, K, BATCH, CLASSES = 100, 4, 32, 3
 BOUNDARIES = np.array([0, 7, 30, 71, T])
@@ -577,41 +576,31 @@ def test_cosines_of_the_cluster_gradients_are_reported(params, batch):
     assert metrics["conflict"] == (want.min() < 0)
 
 
-def moved_bytes(program, devices):
-    """Bytes that each device sends in a compiled program's collectives, by the ring algorithm."""
-    kinds = {"all-reduce": 2, "reduce-scatter": devices, "all-gather": 1, "all-to-all": 1}
-    total = 0
-    for types, kind in re.findall(
-        r"= (.*?) (all-[\w-]+|reduce-scatter|collective-[\w-]+)\(", program
-    ):
-        elements = sum(
-            math.prod(map(int, filter(None, shape.split(","))))
-            for shape in re.findall(r"[fs]32\[([\d,]*)\]", types)
-        )
-        total += 4 * elements * kinds[kind] * (devices - 1) / devices
-    return total
-
-
 WIDE = {"in": (17, 800), "labels": (CLASSES + 1, 800), "out": (800, 16)}
 
 
 @functools.cache
 def on_eight_devices(name, k):
-    """Bytes that a device sends in a step, and its temporaries, in multiples of one gradient."""
+    """Of a step on each device: bytes of arguments, sent bytes and temporaries, and FLOPs.
+
+    The first three are multiples of one gradient, the last of the number of parameters.
+    """
     rng = np.random.default_rng(0)
     # Large enough for padding, metrics and activations to matter little.
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in WIDE.items()}
     batch = {"image": np.zeros((80, 4, 4, 1), np.uint8), "label": np.zeros(80, np.int32)}
-    optimizer, weighting = optax.identity(), getattr(mtl, name)(k)
+    optimizer, weighting = optax.adamw(1e-3), getattr(mtl, name)(k)
     draw = "uniform" if name == "vanilla" else "stratified"
     boundaries = np.arange(k + 1) * T // k
     step = step_fn(weighting, draw=draw, split=True, optimizer=optimizer, boundaries=boundaries)
     devices, axes = jax.devices(), ts.split_axes(optimizer, params)
     state = ts.init_state(params, optimizer, weighting)
     program = parallel_step(step, devices, axes).lower(abstract(state, devices, axes), batch)
-    compiled, gradient = program.compile(), 4 * sum(leaf.size for leaf in params.values())
-    temporaries = compiled.memory_analysis().temp_size_in_bytes
-    return moved_bytes(compiled.as_text(), 8) / gradient, temporaries / gradient
+    compiled, size = program.compile(), sum(leaf.size for leaf in params.values())
+    memory = compiled.memory_analysis()
+    found = memory.argument_size_in_bytes, programs.sent_bytes(compiled, 8)
+    found = [each / (4 * size) for each in (*found, memory.temp_size_in_bytes)]
+    return *found, compiled.cost_analysis()["flops"] / size
 
 
 @pytest.mark.parametrize(
@@ -620,11 +609,19 @@ def on_eight_devices(name, k):
 )
 def test_what_devices_send_and_hold(method, k):
     """The gradients of its own tasks alone, whatever k."""
-    slots = blocks(k, 8).slots if "gram" in getattr(mtl, method)(k).needs else 1
+    needs_gram = "gram" in getattr(mtl, method)(k).needs
+    slots = blocks(k, 8).slots if needs_gram else 1
     assert slots == {8: 1, 4: 1, 2: 1, 5: 2, 16: 2}[k]
-    vanilla, _ = on_eight_devices("vanilla", k)
-    sent, held = on_eight_devices(method, k)
+    _, vanilla, _, network = on_eight_devices("vanilla", k)
+    arguments, sent, held, work = on_eight_devices(method, k)
     assert vanilla == pytest.approx(2 * 7 / 8, rel=0.01)
     assert sent == pytest.approx((slots + 1) / 2 * vanilla, rel=0.02)
     # What is sent and what is received, and a little else.
-    assert held < 2 * slots + 0.4
+    assert held < 2 * slots + 0.5
+    form = "own tasks" if needs_gram else "vanilla"
+    formula = many_devices.costs(form, num_params=1, k=k, n=8, network=8 * network)
+    assert formula.sent / 4 == pytest.approx(sent, rel=0.02)
+    assert (formula.parameters + formula.state) / 4 == pytest.approx(arguments, rel=0.01)
+    assert formula.gradients / 4 == slots
+    if k != 5:  # XLA counts the body of a loop once.
+        assert formula.network + formula.combine == pytest.approx(work, rel=0.04)

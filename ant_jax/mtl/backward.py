@@ -282,8 +282,6 @@ def _grouped_gradients(losses_fn, params, whole, factors, form, microbatches, la
     device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
     expected = jnp.asarray(tasks)[device]
     rows = layout.first[:, None] + np.arange(slots)
-    # Not the same as slots == groups: with k = 2 and n = 3 the tasks are [[0, 0], [0, 1], [1, 1]].
-    one_each = np.array_equal(tasks, rows)
 
     def by_group(leaf):
         leaf = leaf.reshape(groups, microbatches, -1, *leaf.shape[1:])
@@ -298,7 +296,7 @@ def _grouped_gradients(losses_fn, params, whole, factors, form, microbatches, la
         examples, found = part
         # The factor of a task, unless the examples are in another order.
         factor = jnp.where((found == expected[:, None]).all(), factors[expected], jnp.nan)
-        if not one_each:
+        if not layout.one_each:
             return _in_slots(loss_and_gradient, examples, factor, expected - expected[0], slots)
         if form == "scan":
             return jax.lax.map(lambda args: loss_and_gradient(*args), (examples, factor))

@@ -28,6 +28,15 @@ class Blocks(NamedTuple):
         """(n,) the first task of each device: that of its slot 0; slot s is of task first + s."""
         return self.tasks[:, 0]
 
+    @property
+    def one_each(self) -> bool:
+        """Whether each group of a device has a slot of its own, the same on all devices.
+
+        That is more than slots == groups: with k = 2 and n = 3 the tasks are
+        [[0, 0], [0, 1], [1, 1]].
+        """
+        return np.array_equal(self.tasks, self.first[:, None] + np.arange(self.slots))
+
 
 def blocks(k: int, n: int) -> Blocks:
     """The `Blocks` of k tasks on n devices; they do not depend on the size of the batch."""
