@@ -90,7 +90,7 @@ class Checkpointer:
         arrays = collections.Counter(map(checkpoint_arrays.shape_and_dtype, jax.tree.leaves(state)))
         # Process 0 may still be busy with the last checkpoint.
         processes.barrier()
-        self._orbax.save(self._place / f"{_PARTIAL}{step}", checkpoint_arrays.to_global(state))
+        self._orbax.save(self._place / f"{_PARTIAL}{step}", checkpoint_arrays.to_save(state))
         partial = self.directory / f"{_PARTIAL}{step}"
         self._pending = self._executor.submit(self._commit, partial, step, arrays, record)
 

@@ -110,6 +110,17 @@ def read_part(path: Path, name: str, template: Any = None) -> Any:
         return orbax.restore(path, args=wanted)[name]
 
 
+def to_save(tree: Any) -> Any:
+    """The arrays that orbax saves: one copy of those that each device of one process holds whole.
+
+    Of several copies it saves a slice each, and compiles a program for each slice.
+    """
+    if jax.process_count() > 1:
+        return to_global(tree)
+    one = lambda leaf: leaf.addressable_data(0) if leaf.is_fully_replicated else leaf
+    return jax.tree.map(lambda leaf: one(leaf) if isinstance(leaf, jax.Array) else leaf, tree)
+
+
 def to_global(tree: Any) -> Any:
     """Turns arrays that every process holds whole into global ones, the only kind orbax accepts."""
     if jax.process_count() == 1:

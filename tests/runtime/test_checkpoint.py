@@ -72,6 +72,23 @@ def largest_file(path):
     return max(files(path), key=lambda file: file.stat().st_size)
 
 
+def test_copies_on_many_devices_are_saved_without_compiling_anything(tmp_path):
+    state = replicate({"w": np.ones((8, 5, 7), np.float32)}, jax.devices())
+    compiled = []
+
+    def listener(event, *_, **__):
+        compiled.extend([event] if event == "/jax/core/compile/backend_compile_duration" else [])
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        with contextlib.closing(Checkpointer(tmp_path)) as checkpoints:
+            checkpoints.save(1, state)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert not compiled
+    assert_equal(restore(tmp_path, state)[1], state)
+
+
 def test_the_newest_checkpoint_is_restored_as_it_was(three):
     step, state = restore(three, make_state(0))
     assert step == 3
