@@ -391,7 +391,7 @@ def on_devices(name, gradients, devices, counts=None, **options):
         return jax.lax.scan(step, tx.init(PARAMS), parts)
 
     parts = split(gradients, devices, np.random.default_rng(8))
-    return jax.pmap(calls, "batch", devices=jax.devices()[:devices])(parts)
+    return jax.device_get(jax.pmap(calls, "batch", devices=jax.devices()[:devices])(parts))
 
 
 def integers(name, steps):
@@ -466,7 +466,7 @@ def test_a_shard_map_gives_the_same():
             check_vma=False,
         )
     )(parts)
-    expected, last = single.update(gradients, single.init({"a": jnp.zeros(7)}))
+    expected, last = jax.jit(single.update)(gradients, single.init({"a": jnp.zeros(7)}))
     np.testing.assert_allclose(found["a"], expected["a"], rtol=1e-5)
     # One array for all devices, padded to a multiple of their number.
     assert state.moving["a"].shape == (K, 8)

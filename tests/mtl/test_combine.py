@@ -143,7 +143,7 @@ def test_four_devices_give_the_update_of_one(name):
 
     expected = jax.jit(on(single))(stacked)
     # out_axes=0 shows every replica.
-    found = jax.pmap(on(mapped), "batch", devices=jax.devices()[:devices])(parts)
+    found = jax.device_get(jax.pmap(on(mapped), "batch", devices=jax.devices()[:devices])(parts))
     for replicas, leaf in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert replicas.shape == (devices, *leaf.shape)
         np.testing.assert_array_equal(replicas, np.broadcast_to(replicas[0], replicas.shape))
