@@ -11,7 +11,8 @@ of each task, and updated all parameters.
 
 The formulas follow from the architecture. ``--compile`` also compiles vanilla and Nash-MTL for that
 many virtual CPU devices and compares; nothing runs. ``--target`` compiles for TPUs instead, with
-libtpu installed. GB are 10^9 bytes. All commands need ml_collections.
+libtpu installed. GB are 10^9 bytes; the sum is without activations. All commands need
+ml_collections.
 """
 
 import argparse
@@ -36,7 +37,7 @@ class Costs(NamedTuple):
       sent: bytes that it sends in collectives, by the ring algorithm.
       parameters: bytes of the parameters.
       state: bytes of Adam's moments and the moving average.
-      gradients: bytes of the gradients that it may hold at once.
+      gradients: bytes of the most gradients that it holds at once.
       network: FLOPs of the network, forward and backward.
       combine: FLOPs of the Gram matrix and the weighted sum.
     """
@@ -93,7 +94,7 @@ def main():
     fields |= {"dtype": args.dtype and jnp.dtype(args.dtype)}
     fields = {name: value for name, value in fields.items() if value}
     columns = ["k", "devices", "batch", "form", "sent GB", "parameters GB", "optimizer and EMA GB"]
-    columns += ["gradients GB, at most", "network TFLOP", "combining TFLOP"]
+    columns += ["gradients GB", "sum GB", "network TFLOP", "combining TFLOP"]
     if args.compile or args.target:
         columns += ["sent, compiled / formula", "arguments, compiled / formula"]
         columns += ["FLOPs, compiled / formula", "temporaries GB, compiled", "compile s"]
@@ -112,7 +113,7 @@ def main():
             for form, variant in FORMS.items():
                 found = costs(form, num_params, k, n, network)
                 cells = [k, n, batch, form]
-                cells += [f"{each / 1e9:.3f}" for each in found[:4]]
+                cells += [f"{each / 1e9:.3f}" for each in (*found[:4], sum(found[1:4]))]
                 cells += [f"{each / 1e12:.4g}" for each in found[4:]]
                 if (args.compile or args.target) and variant:
                     cells += compiled(task._replace(k=k), variant, batch, n, args.target, found)

@@ -7,8 +7,8 @@ FFHQ is a folder of the 70 000 images, of 256 pixels or larger, without subfolde
 
 Hardware: 94 M parameters take 1.9 GB with the EMA, the optimizer and a gradient, and 1.9 GB more
 for the five gradients of pcgrad and nash. The activations of pixels are large;
-config.model.remat reduces them. For several devices choose config.data.batch_size such that the
-share of each device is a multiple of k = 5.
+config.model.remat reduces them. For several devices choose a config.data.batch_size that is
+divisible by k = 5 and by the number of devices.
 
 The network, the linear schedule, the learned variance, the learning rate and the sampler (250 steps
 of DDPM, evenly spaced) are those of Choi et al., *Perception Prioritized Training of Diffusion

@@ -10,8 +10,8 @@ FFHQ is a folder of the 70 000 images, of 256 pixels or larger, without subfolde
 VQ-F4 is the autoencoder vq-f4 of LDM's authors. The latents take 3.4 GB.
 
 Hardware: 274 M parameters take 5.5 GB with the EMA, the optimizer and a gradient, and 5.5 GB more
-for the five gradients of pcgrad and nash. For several devices choose config.data.batch_size such
-that the share of each device is a multiple of k = 5.
+for the five gradients of pcgrad and nash. For several devices choose a config.data.batch_size that
+is divisible by k = 5 and by the number of devices.
 
 The network, the schedule, the learning rate and the sampler (200 DDIM steps, eta 1, at LDM's own
 timesteps) are those of Rombach et al., *High-Resolution Image Synthesis with Latent Diffusion
