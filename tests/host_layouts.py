@@ -15,7 +15,7 @@ import test_train_step as t
 from ant_jax import mtl
 from ant_jax import train_step as ts
 from ant_jax.runtime import connection, processes
-from ant_jax.runtime.devices import parallel_step, replicate
+from ant_jax.runtime.devices import parallel_step, parts_of, replicate
 from ant_jax.runtime.process_failure import exit_all_on_error
 
 BATCH, STEPS = 80, 2
@@ -73,12 +73,9 @@ def of_one_device(states, batch):
 def of_all_devices(states, batch):
     """The same, but for the average; ``batch`` is that of this process. Replicas are equal."""
     devices = jax.local_devices()
-    part = lambda leaf: np.zeros((len(devices), -(-leaf.size // jax.device_count())), leaf.dtype)
-    averages = {name: jax.tree.map(part, state.params) for name, state in states.items()}
-    states = replicate(states, devices)
-    states = {name: states[name]._replace(ema_params=averages[name]) for name in CASES}
-    axes = ts.TrainState(None, None, 0, None, None)
-    many = parallel_step(step, devices, dict.fromkeys(CASES, axes))
+    axes = dict.fromkeys(CASES, ts.TrainState(None, None, 0, None, None))
+    states = parts_of(replicate(states, devices), devices, axes)
+    many = parallel_step(step, devices, axes)
     many.lower(states, batch).compile()
     for _ in range(STEPS):
         # On CPUs a collective waits half a minute at most.
