@@ -15,8 +15,8 @@ def gramian(stacked: jax.typing.ArrayLike) -> jax.Array:
     """
     grams = []
     for leaf in jax.tree.leaves(stacked):
-        flat = leaf.reshape(leaf.shape[0], -1).astype(jnp.float32)
-        grams.append(jnp.einsum("ip,jp->ij", flat, flat, precision="highest"))
+        rows, axes = leaf.astype(jnp.float32), tuple(range(1, leaf.ndim))
+        grams.append(jnp.tensordot(rows, rows, (axes, axes), precision="highest"))
     return sum(grams)
 
 
