@@ -1,6 +1,7 @@
 """The train step of a config, compiled for the devices, and the state that it starts from."""
 
 import functools
+import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -21,10 +22,15 @@ from ant_jax.runtime.devices import (
     compiler_options,
     parallel_map,
     parallel_step,
+    partitioned_step,
     parts_of,
     replicate,
     replicated,
+    shard,
+    shard_in_process,
+    sharding_of,
 )
+from ant_jax.runtime.sharded import by_task, network_on_shards
 from ant_jax.train_step import Setup as StepSetup
 from ant_jax.train_step import (
     TrainState,
@@ -66,9 +72,12 @@ def start_compiling(config: ConfigDict, setup: Setup) -> Callable:
     if jax.process_count() > 1:
         return training_step(config, setup)
     step, arguments = _step_and_arguments(config, setup)
-    devices = jax.local_devices()
-    axes = _axes(*_program(config, setup)[:2], setup.image_shape, tuple(devices))
-    state = abstract(_shapes(config, setup), devices, axes)
+    program, model, *_ = _program(config, setup)
+    devices = _devices(program)
+    axes = _axes(program, model, setup.image_shape, devices)
+    state = abstract_state(config, setup)
+    if axes is not None:
+        state = abstract(state, devices, axes)
     values = jax.tree.map(lambda each: jax.ShapeDtypeStruct(each.shape, each.dtype), arguments)
     leaves, structure = jax.tree.flatten((state, _abstract_batch(config, setup), values))
     compiling = _compilation(step, structure, tuple(leaves))
@@ -114,7 +123,8 @@ def _in_a_thread(function):
 
 
 def _step_and_arguments(config, setup):
-    step = _training_step(*_program(config, setup), setup.image_shape, tuple(jax.local_devices()))
+    program = _program(config, setup)
+    step = _training_step(*program, setup.image_shape, _devices(program[0]))
     scale, order = experiment.interval_scale(config, setup.clusters), setup.clusters.order
     arguments = _StepArguments(
         np.int32(config.seed),
@@ -131,6 +141,18 @@ def _program(config, setup):
     specialist = config.clusters.specialist >= 0
     given = setup.given_weighting
     return config_lib.program(config), setup.model, setup.process, setup.draw, specialist, given
+
+
+def _devices(program):
+    """The devices that hold one state: of this process, or of all if they share its arrays."""
+    if program.parallel.params == "sharded" and jax.process_count() > 1:
+        return tuple(sorted(jax.devices(), key=lambda each: (each.process_index, each.id)))
+    return tuple(jax.local_devices())
+
+
+def _is_sharded(program, devices):
+    """Whether each device holds a part of each parameter."""
+    return program.parallel.params == "sharded" and not alone(devices)
 
 
 class _StepArguments(NamedTuple):
@@ -153,29 +175,58 @@ def _first_state(program, model, process, draw, specialist, given, image_shape, 
         weighting = experiment.build_weighting(program, k, seed, None, specialist, given)
         return init_state(params, build_optimizer(program, 0.0), weighting)
 
-    return jax.jit(
-        make, out_shardings=replicated(devices), compiler_options=compiler_options(devices)
-    )
+    shardings = _shardings(program, model, image_shape, devices)
+    return jax.jit(make, out_shardings=shardings, compiler_options=compiler_options(devices))
 
 
 def _first_state_of(config, setup):
     k = len(setup.clusters.boundaries) - 1
-    return _first_state(*_program(config, setup), setup.image_shape, k, tuple(jax.local_devices()))
+    program = _program(config, setup)
+    return _first_state(*program, setup.image_shape, k, _devices(program[0]))
+
+
+def _shardings(program, model, image_shape, devices):
+    """The shardings of a state before it is split, each of a leaf or of all below it."""
+    whole = replicated(devices)
+    if not _is_sharded(program, devices):
+        return TrainState(*[whole] * len(TrainState._fields))
+    params = jax.eval_shape(lambda: experiment.init_params(model, image_shape, 0))
+    opt_state = jax.eval_shape(build_optimizer(program, 0.0).init, params)
+    of = lambda tree: jax.tree.map(lambda leaf: sharding_of(leaf.shape, devices), tree)
+    return TrainState(whole, of(params), of(params), of(opt_state), whole)
+
+
+def _on_all_devices(weighting, devices):
+    """A method that every device computes alone: its arrays are small, and messages take time."""
+    whole = lambda tree: jax.lax.with_sharding_constraint(tree, replicated(devices))
+    weigh = lambda stats, state: whole(weighting.weigh(whole(stats), state))
+    return weighting._replace(weigh=weigh)
 
 
 @functools.lru_cache(maxsize=8)
 def _training_step(program, model, process, draw, specialist, given, image_shape, devices):
+    is_sharded = _is_sharded(program, devices)
+
     def step(state, batch, arguments, axis_name=None):
         k = len(arguments.boundaries) - 1
+        weighting = experiment.build_weighting(
+            program, k, arguments.seed, arguments.loss_scale, specialist, given
+        )
+        network = lambda params, x, t, y: model.apply({"params": params}, x, t, y)
+        if is_sharded:
+            # Only this form computes the gradients of all tasks side by side.
+            side_by_side = "gram" in weighting.needs and program.method.gradient_form == "vmap"
+            groups = math.gcd(k, len(devices)) if side_by_side else 1
+            network = network_on_shards(network, devices, groups)
+            batch = by_task(batch, devices, groups)
+            weighting = _on_all_devices(weighting, devices)
         setup = StepSetup(
-            apply_fn=lambda params, x, t, y: model.apply(
-                {"params": stop_gradients(params, program.optimizer.frozen)}, x, t, y
+            apply_fn=lambda params, x, t, y: network(
+                stop_gradients(params, program.optimizer.frozen), x, t, y
             ),
             process=process,
             boundaries=arguments.boundaries,
-            weighting=experiment.build_weighting(
-                program, k, arguments.seed, arguments.loss_scale, specialist, given
-            ),
+            weighting=weighting,
             optimizer=build_optimizer(program, arguments.learning_rate, axis_name),
             seed=arguments.seed,
             draw=draw,
@@ -186,16 +237,18 @@ def _training_step(program, model, process, draw, specialist, given, image_shape
             label_dropout=program.label_dropout,
             ema_decay=program.ema_decay,
             skip_nonfinite=program.optimizer.nonfinite == "skip",
-            split=True,
+            split=not is_sharded,
         )
         return train_step(state, batch, setup, axis_name)
 
+    if is_sharded:
+        return partitioned_step(step, devices, _shardings(program, model, image_shape, devices))
     return parallel_step(step, devices, _axes(program, model, image_shape, devices))
 
 
 def _axes(program, model, image_shape, devices):
-    """The axis of devices of every leaf of a state; see `split_axes`."""
-    if alone(devices):
+    """The axis of devices of every leaf of a state, see `split_axes`; None if it is not split."""
+    if alone(devices) or _is_sharded(program, devices):
         return None
     params = jax.eval_shape(lambda: experiment.init_params(model, image_shape, 0))
     return split_axes(build_optimizer(program, 0.0), params)
@@ -205,9 +258,9 @@ class Layout(NamedTuple):
     """How a state lies on the devices while it is trained.
 
     Attributes:
-      split: puts a state that every device has whole in the layout of `training_step`.
+      split: puts a state like that of `new_state` in the layout of `training_step`.
       whole: the inverse, for checkpoints, which do not depend on the devices.
-      average: the moving average alone, whole.
+      average: the moving average alone, on the devices of this process as by `place_params`.
     """
 
     split: Callable[[TrainState], TrainState]
@@ -218,15 +271,16 @@ class Layout(NamedTuple):
 def layout(config: ConfigDict, setup: Setup) -> Layout:
     """The layout of a run's state. With several processes, all call its functions together."""
     program, model, *_ = _program(config, setup)
-    return _layout(program, model, setup.image_shape, tuple(jax.local_devices()))
+    return _layout(program, model, setup.image_shape, _devices(program))
 
 
 @functools.lru_cache(maxsize=8)
 def _layout(program, model, image_shape, devices):
-    if alone(devices):
-        return Layout(lambda state: state, lambda state: state, lambda state: state.ema_params)
-    optimizer = build_optimizer(program, 0.0)
     axes = _axes(program, model, image_shape, devices)
+    if axes is None:
+        same = lambda state: state
+        return Layout(same, same, lambda state: shard_in_process(state.ema_params, devices))
+    optimizer = build_optimizer(program, 0.0)
 
     # The parameters are whole in both layouts, and pmap would copy them.
     rest = parallel_map(
@@ -256,13 +310,27 @@ def new_state(config: ConfigDict, setup: Setup, params: dict | None = None) -> T
     state = _first_state_of(config, setup)(np.int32(config.seed))
     if params is None:
         return state
-    place = lambda: replicate(params, jax.local_devices())
+    program = _program(config, setup)[0]
+    place = lambda: _place(program, params, _devices(program))
     return state._replace(params=place(), ema_params=place())
 
 
+def place_params(config: ConfigDict, setup: Setup, params: dict) -> dict:
+    """Puts parameters on the devices of this process as ``config.parallel`` says."""
+    return _place(_program(config, setup)[0], params, tuple(jax.local_devices()))
+
+
+def _place(program, params, devices):
+    return (shard if _is_sharded(program, devices) else replicate)(params, devices)
+
+
 def abstract_state(config: ConfigDict, setup: Setup) -> TrainState:
-    """The shapes, types and shardings of a state's arrays."""
-    return abstract(_shapes(config, setup), jax.local_devices())
+    """The shapes, types and shardings of the arrays of a state like that of `new_state`."""
+    program, model, *_ = _program(config, setup)
+    shardings = _shardings(program, model, setup.image_shape, _devices(program))
+    of = lambda sharding, leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    below = lambda sharding, part: jax.tree.map(functools.partial(of, sharding), part)
+    return jax.tree.map(below, shardings, _shapes(config, setup))
 
 
 def _shapes(config, setup):

@@ -20,6 +20,7 @@ from ant_jax.config import ConfigError
 from ant_jax.diffusion import Process
 from ant_jax.diffusion.samplers import SampleOptions
 from ant_jax.optimizer import frozen
+from ant_jax.runtime.sharded import gathering
 from ant_jax.tasks.clusterings import Clusters
 from ant_jax.train_step import check_step
 
@@ -315,7 +316,7 @@ def abstract_params(setup: Setup) -> dict:
 
 def denoiser(setup: Setup, params: dict) -> Partial:
     """The network with its parameters bound, ``(x, t, y) -> output``; a pytree of them."""
-    return Partial(setup.model.apply, {"params": params})
+    return Partial(gathering(setup.model.apply, params), {"params": params})
 
 
 def draw_samples(

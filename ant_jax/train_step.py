@@ -1,5 +1,7 @@
 """The train step: a pure per-device function, run by `jax.jit` on one device or `jax.pmap` on many.
 
+Where the parameters are sharded, `jax.jit` partitions the same function of the global batch.
+
 A step draws noise levels and noise, gets the combined gradient of the task losses (`mtl.backward`),
 updates the parameters and averages them. Reductions over devices stand outside everything that is
 differentiated: counts are summed first, each device's losses are its sums divided by the global

@@ -171,17 +171,31 @@ def sent_bytes(compiled: jax.stages.Compiled, num_devices: int) -> float:
     They are counted in the text of the program. It must be compiled for CPUs: compilers for
     accelerators write some collectives in other forms. A collective inside a loop counts once.
     """
-    # By the shape of the result, of which a reduce-scatter gives 1 / num_devices.
-    kinds = {"all-reduce": 2, "reduce-scatter": num_devices, "all-gather": 1, "all-to-all": 1}
-    pattern = r"= (.*?) (all-[\w-]+|reduce-scatter|collective-[\w-]+)\("
+    pattern = r"= (.*?) (all-[\w-]+|reduce-scatter|collective-permute)\("
     total = 0
-    for types, kind in re.findall(pattern, compiled.as_text()):
+    for line in compiled.as_text().splitlines():
+        found = re.search(pattern, line)
+        if not found:
+            continue
+        types, kind = found.groups()
         elements = sum(
             math.prod(map(int, filter(None, shape.split(","))))
             for shape in re.findall(r"[fs]32\[([\d,]*)\]", types)
         )
-        total += 4 * elements * kinds[kind] * (num_devices - 1) / num_devices
+        n = _group_size(line, num_devices)
+        # By the shape of the result, of which a reduce-scatter gives 1 / n.
+        times = {"all-reduce": 2, "reduce-scatter": n, "collective-permute": n / (n - 1)}
+        total += 4 * elements * times.get(kind, 1) * (n - 1) / n
     return total
+
+
+def _group_size(line, num_devices):
+    """Number of the devices that one collective joins."""
+    if found := re.search(r"replica_groups=mesh\[(.*?)\].*?{(.*?)}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        return math.prod(int(sizes[name]) for name in re.findall(r"'(\w+)'", found[2]))
+    found = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    return int(found[1]) if found else num_devices
 
 
 def num_params(task: Task) -> int:

@@ -51,8 +51,9 @@ def two(*programs):
     return forked.run(lines, devices=4, together=True)
 
 
-def programs(folder, workdir, stops, samples):
-    settings = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+def programs(folder, workdir, stops, samples, **more):
+    changes = {name.replace("__", "."): value for name, value in more.items()}
+    settings = [f"--config.{name}={value}" for name, value in (SETTINGS | changes).items()]
     run = ["--config=configs/digits.py:nash", f"--workdir={workdir}", *settings]
     return [
         ["tests/host_program.py", folder / f"reads{i}", str(stops[i]), str(samples), *run]
@@ -155,6 +156,18 @@ def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_p
     grids = [Image.open(path.with_suffix(".png")) for path in (found, expected)]
     np.testing.assert_array_equal(*map(np.asarray, grids))
     assert list((workdir / "drawn").iterdir()) == []
+
+
+def test_two_that_shard_the_parameters_over_all_devices_go_on(whole, tmp_path):
+    workdir = shutil.copytree(whole[0], tmp_path / "run")
+    for step in (6, 8):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    more = {"parallel__params": "sharded", "sample__every": STEPS}
+    ended = two(*programs(tmp_path, workdir, stops=(0, 0), samples=1, **more))
+    assert [status for status, _ in ended] == [0, 0], ended
+    assert_close(states(workdir, STEPS), whole[1])
+    assert_close(lines(workdir), lines(whole[0]))
+    assert {path.suffix for path in (workdir / "samples").iterdir()} == {".json", ".npz", ".png"}
 
 
 def test_one_that_fails_ends_the_other_with_its_reason(tmp_path):

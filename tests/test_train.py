@@ -253,6 +253,41 @@ def test_the_run_does_not_depend_on_the_devices_it_is_resumed_on(finished, tmp_p
         )
 
 
+def test_a_run_may_go_on_with_its_parameters_on_shards_and_back(reference, tmp_path, monkeypatch):
+    expected = reference("nash")[1]
+    sharded = tiny("nash", parallel__params="sharded", sample__every=STEPS, evaluation__features="")
+
+    def run(config, folder, stop=STEPS):
+        with monkeypatch.context() as patch:
+            before_batch(patch, signal_at(stop, signal.SIGTERM))
+            return trainer.train(config, tmp_path / folder)
+
+    whole = run(sharded, "whole")
+    assert whole.params["Dense_0"]["kernel"].addressable_shards[0].data.shape == (8, 64 // 8)
+    run(sharded, "stopped", 4)
+    assert_same_state(run(sharded, "stopped"), whole)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    for name, first, last in (("on", tiny("nash"), sharded), ("back", sharded, tiny("nash"))):
+        run(first, name, 4)
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        jax.tree.map(close, run(last, name), expected)
+
+    # What is made from the checkpoint does not depend on where the parameters are.
+    assert (tmp_path / "whole" / "samples" / f"{STEPS:08d}.png").exists()
+    made = []
+    for config in (sharded, tiny("nash", evaluation__features="")):
+        workdir = shutil.copytree(
+            tmp_path / "whole", tmp_path / f"copy of {config.parallel.params}"
+        )
+        samples = np.load(evaluate.sample(config, workdir))["arr_0"]
+        weights = export.export(config, workdir).read_bytes()
+        figures = evaluate.evaluate(config, workdir)["validation_loss"]
+        made.append((samples, weights, figures))
+    np.testing.assert_array_equal(made[0][0], made[1][0])
+    assert made[0][1] == made[1][1]
+    assert made[0][2] == pytest.approx(made[1][2], rel=1e-5)
+
+
 def test_a_checkpoint_takes_no_second_copy_of_the_parameters():
     config = tiny()
     setup = experiment.build(config, 1, 10)

@@ -207,6 +207,18 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Parallel:
+    """How devices share the work.
+
+    Attributes:
+      params: "replicated": every device holds all parameters; "sharded": every device holds its
+        part of each parameter, for networks that are larger than one device.
+    """
+
+    params: Literal["replicated", "sharded"] = "replicated"
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoints:
     """When checkpoints are saved, and which are kept.
 
@@ -345,6 +357,7 @@ GROUPS = (
         default="nash",
     ),
     Group("optimizer", Optimizer, in_step=True),
+    Group("parallel", Parallel, affects=Affects.NOTHING, in_step=True),
     Group("checkpoint", Checkpoints, affects=Affects.NOTHING),
     Group(
         "sampler",

@@ -76,8 +76,13 @@ def renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config of this version that does the same as one of any version.
 
-    If a config lacks groups, the result lacks them too; `config.validate` then names them.
+    If a config lacks groups, the result lacks them too, but for ``parallel``, which is newer than
+    many runs; `config.validate` then names them.
     """
+    return {"parallel": {"params": "replicated"}} | _renewed(config)
+
+
+def _renewed(config):
     if "process" in config or not isinstance(config.get("diffusion"), Mapping):
         return dict(config)
     old = {

@@ -122,13 +122,18 @@ def to_save(tree: Any) -> Any:
 
 
 def to_global(tree: Any) -> Any:
-    """Turns arrays that every process holds whole into global ones, the only kind orbax accepts."""
+    """Turns arrays that every process holds whole into global ones, the only kind orbax accepts.
+
+    Arrays that the devices of all processes share are global already.
+    """
     if jax.process_count() == 1:
         return tree
     mesh = jax.sharding.Mesh(jax.devices(), ("devices",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 
     def convert(leaf):
+        if not leaf.sharding.is_fully_addressable:
+            return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         shards = [shard.data for shard in leaf.addressable_shards]
@@ -143,6 +148,8 @@ def _to_local(tree: Any, template: Any) -> Any:
         return tree
 
     def convert(leaf, like):
+        if not like.sharding.is_fully_addressable:
+            return leaf
         shards = [shard.data for shard in leaf.addressable_shards]
         return jax.make_array_from_single_device_arrays(leaf.shape, like.sharding, shards)
 

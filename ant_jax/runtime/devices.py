@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as Spec
 
 Step = Callable[..., tuple[Any, Any]]
 
@@ -54,6 +55,44 @@ def parallel_step(step: Step, devices: Sequence[jax.Device], state_axes: Any = N
         return mapped.lower(*_separated(state, state_axes), batch, extra)
 
     run.lower = lower
+    return run
+
+
+def partitioned_step(step: Step, devices: Sequence[jax.Device], state_shardings: Any) -> Step:
+    """Compiles a step on the global batch by `jax.jit`, which partitions it over devices.
+
+    Args:
+      step: as that of `parallel_step`; it gets no ``axis_name``.
+      devices: of all processes, those of one process together.
+      state_shardings: pytree like the state or its upper part.
+
+    Returns:
+      As `parallel_step`; the state has ``state_shardings``.
+    """
+    of_batch, whole = split_over(devices), replicated(devices)
+
+    def partitioned(state, batch, extra):
+        return step(state, batch, *extra)
+
+    compiled = jax.jit(
+        partitioned,
+        in_shardings=(state_shardings, of_batch, whole),
+        out_shardings=(state_shardings, whole),
+        donate_argnums=0,
+        compiler_options=compiler_options(devices),
+    )
+
+    def placed(batch):
+        if jax.process_count() == 1:
+            return batch
+        return jax.tree.map(
+            lambda leaf: jax.make_array_from_process_local_data(of_batch, leaf), batch
+        )
+
+    def run(state, batch, *extra):
+        return compiled(state, placed(batch), extra)
+
+    run.lower = lambda state, batch, *extra: compiled.lower(state, placed(batch), extra)
     return run
 
 
@@ -145,6 +184,24 @@ def split_over(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
     return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(_AXIS))
 
 
+def sharding_of(shape: Sequence[int], devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
+    """The sharding of an array whose largest possible axis is split over the devices.
+
+    That is the largest axis that the number of devices divides. Without one each device holds the
+    array whole.
+    """
+    mesh = jax.sharding.Mesh(np.asarray(devices), (_AXIS,))
+    return jax.sharding.NamedSharding(mesh, spec_of(shape, len(devices), _AXIS))
+
+
+def spec_of(shape: Sequence[int], count: int, names: str | tuple[str, ...]) -> Spec:
+    """The spec of `sharding_of` for a number of devices, by the names of its mesh axes."""
+    axes = [i for i, size in enumerate(shape) if size and size % count == 0]
+    if not axes:
+        return Spec()
+    return Spec(*[None] * max(axes, key=lambda i: shape[i]), names)
+
+
 def abstract(tree: Any, devices: Sequence[jax.Device], axes: Any = None) -> Any:
     """The shapes, types and shardings of a pytree on the devices of one process.
 
@@ -200,11 +257,46 @@ def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:
     return jax.device_put(tree, replicated(devices))
 
 
-def checksums(tree: Any) -> list[int]:
-    """A 32-bit checksum of the copy on each device of this process, to find replicas that differ.
+def shard(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Puts a pytree of host arrays, the same in all processes, on devices by `sharding_of`."""
+
+    def of(leaf):
+        part = lambda index: np.asarray(leaf)[index]
+        return jax.make_array_from_callback(leaf.shape, sharding_of(leaf.shape, devices), part)
+
+    return jax.tree.map(of, tree)
+
+
+def shard_in_process(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """Shards arrays over the devices of each process, instead of those of all processes.
 
     Args:
-      tree: arrays that each device holds whole.
+      tree: pytree of arrays by `sharding_of`.
+      devices: of all processes, those of one process together.
+    """
+    if jax.process_count() == 1:
+        return tree
+    here = [each for each in devices if each.process_index == jax.process_index()]
+    mesh = jax.sharding.Mesh(np.reshape(devices, (-1, len(here))), ("process", _AXIS))
+    in_process = lambda leaf: jax.sharding.NamedSharding(
+        mesh, spec_of(leaf.shape, len(here), _AXIS)
+    )
+    everywhere = jax.jit(lambda tree: tree, out_shardings=jax.tree.map(in_process, tree))(tree)
+
+    def local(leaf):
+        shards = [shard.data for shard in leaf.addressable_shards]
+        sharding = sharding_of(leaf.shape, here)
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+    return jax.tree.map(local, everywhere)
+
+
+def checksums(tree: Any) -> list[int]:
+    """A 32-bit checksum from each device of this process, to find replicas that differ.
+
+    Args:
+      tree: arrays that each device holds whole, or that are split over devices. All processes call
+        this together if the devices of several processes hold one array.
     """
     return [int(shard.data) for shard in _checksum(tree).addressable_shards]
 
@@ -215,9 +307,15 @@ def _checksum(tree):
         if leaf.dtype == bool:
             leaf = leaf.astype(jnp.uint8)
         unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(jnp.ravel(leaf), unsigned)
+        bits = jax.lax.bitcast_convert_type(leaf, unsigned)
+        # Of each entry in the flat array, without making it flat: sharded arrays stay sharded.
+        index = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis, size in enumerate(leaf.shape):
+            index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(
+                jnp.uint32, leaf.shape, axis
+            )
         # Each value has another odd factor, so a changed value or a swap changes the sum.
-        factors = jnp.uint32(2654435761) * jnp.arange(bits.size, dtype=jnp.uint32) | jnp.uint32(1)
+        factors = jnp.uint32(2654435761) * index | jnp.uint32(1)
         return jnp.sum(bits.astype(jnp.uint32) * factors, dtype=jnp.uint32)
 
     total = jnp.uint32(0)

@@ -8,16 +8,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
 from ant_jax import data
-from ant_jax.compiled_step import abstract_state
+from ant_jax.compiled_step import abstract_state, place_params
 from ant_jax.config import ConfigError
 from ant_jax.experiment import Setup, abstract_params
 from ant_jax.runtime import checkpoint, processes
-from ant_jax.runtime.devices import replicate
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.train_step import TrainState
@@ -309,7 +307,7 @@ def restore_params(
     if restored is None:
         return None
     _check_config(config, directory, restored[0])
-    return restored[0], replicate(restored[1], jax.local_devices())
+    return restored[0], place_params(config, setup, restored[1])
 
 
 def _id(workdir):
