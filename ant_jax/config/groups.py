@@ -163,8 +163,8 @@ class Method:
       draw: "stratified": batch_size / k examples in each task; "uniform": over all noise levels (a
         method that needs the Gram matrix then needs gradient_form = "masked"); "auto": uniform for
         vanilla, stratified for the other methods.
-      gradient_form: how the k gradients are computed: "vmap", "scan" (less memory) or "masked" (for
-        any draw).
+      gradient_form: how the k gradients are computed: "vmap", "scan" (less memory; on a CPU far too
+        slow for a network with convolutions) or "masked" (for any draw).
       cosines: log the cosines between task gradients, also with a method that does not need them.
       weight_by_interval_size: multiply each task loss by k times the share of its interval in the
         noise levels. linear then equals vanilla in expectation.

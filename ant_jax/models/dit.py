@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.models.attention import Attention, check_attention, check_attention_devices
+from ant_jax.models.dense import Dense
 from ant_jax.models.network import check_fields
 from ant_jax.models.norms import LayerNorm
 from ant_jax.models.remat import Remat, rematerialised
@@ -31,8 +32,8 @@ SIZES = {
 TIMESTEP_FEATURES = 256
 MLP_RATIO = 4
 
-_Dense = functools.partial(nn.Dense, kernel_init=nn.initializers.xavier_uniform())
-_ZeroDense = functools.partial(nn.Dense, kernel_init=nn.initializers.zeros)
+_Dense = functools.partial(Dense, kernel_init=nn.initializers.xavier_uniform())
+_ZeroDense = functools.partial(Dense, kernel_init=nn.initializers.zeros)
 _LayerNorm = functools.partial(LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False)
 
 
@@ -124,7 +125,7 @@ class DiT(nn.Module):
         x = _Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
         x += positions(rows, columns, self.width).astype(x.dtype)
 
-        embedding = functools.partial(nn.Dense, kernel_init=nn.initializers.normal(0.02))
+        embedding = functools.partial(Dense, kernel_init=nn.initializers.normal(0.02))
         features = timestep_features(t, TIMESTEP_FEATURES)
         condition = embedding(self.width, name="timestep_hidden")(features)
         condition = embedding(self.width, name="timestep_embedding")(nn.silu(condition))
