@@ -125,11 +125,12 @@ def _in_a_thread(function):
 def _step_and_arguments(config, setup):
     program = _program(config, setup)
     step = _training_step(*program, setup.image_shape, _devices(program[0]))
-    scale, order = experiment.interval_scale(config, setup.clusters), setup.clusters.order
+    scale = experiment.interval_scale(config, setup.process, setup.clusters)
+    order, discrete = setup.clusters.order, isinstance(setup.process.span, int)
     arguments = _StepArguments(
         np.int32(config.seed),
         np.float32(config.optimizer.learning_rate),
-        setup.clusters.boundaries.astype(np.int32),
+        setup.clusters.boundaries.astype(np.int32 if discrete else np.float32),
         None if order is None else order.astype(np.int32),
         None if scale is None else scale.astype(np.float32),
     )

@@ -22,6 +22,7 @@ from ant_jax.diffusion.samplers import SampleOptions
 from ant_jax.optimizer import frozen
 from ant_jax.runtime.sharded import gathering
 from ant_jax.tasks.clusterings import Clusters
+from ant_jax.tasks.clusters import level_boundaries, levels
 from ant_jax.train_step import check_step
 
 # Keeps a method's random draws apart from those of the train step, which use the bare seed.
@@ -120,7 +121,7 @@ def build(
         raise ConfigError(
             f"the weighting that was given is for {weighting.k} tasks, and config.clusters.k = {k}"
         )
-    specialist, scale = config.clusters.specialist >= 0, interval_scale(config, clusters)
+    specialist, scale = config.clusters.specialist >= 0, interval_scale(config, process, clusters)
     built = build_weighting(config, k, config.seed, scale, specialist, weighting)
     draw = _draw(config, weighting)
     return Setup(shape, model, process, clusters, built, draw, weighting)
@@ -173,20 +174,25 @@ def build_clusters(
     # Intervals are their boundaries. Random clusters and those of a user may have an order as well.
     if boundaries is not None and settings.name != "random" and ":" not in settings.name:
         return Clusters(np.array(boundaries))
-    log_snr = process.log_snr(np.arange(process.span))
+    log_snr = process.log_snr(levels(process))
     clusters = config_lib.build(config, "clusters", log_snr=log_snr, k=settings.k)
-    found = clusters.boundaries
+    if clusters.order is not None and not isinstance(process.span, int):
+        raise ConfigError(
+            f"config.clusters.name = {settings.name!r} forms tasks that are no intervals, which "
+            f"config.process.name = {config.process.name!r} with continuous levels does not have"
+        )
+    found = level_boundaries(process, clusters.boundaries)
     if settings.specialist >= 0:
         found = found[settings.specialist : settings.specialist + 2]
     return clusters._replace(boundaries=found if boundaries is None else np.array(boundaries))
 
 
-def interval_scale(config: ConfigDict, clusters: Clusters) -> np.ndarray | None:
+def interval_scale(config: ConfigDict, process: Process, clusters: Clusters) -> np.ndarray | None:
     """The factor of each task loss that ``weight_by_interval_size`` asks for, (k,), else None."""
     if not config.method.weight_by_interval_size:
         return None
-    sizes = np.diff(clusters.boundaries)
-    return sizes * (len(sizes) / clusters.boundaries[-1])
+    sizes = np.diff(process.cdf(clusters.boundaries))
+    return sizes * (len(sizes) / sizes.sum())
 
 
 def build_weighting(

@@ -16,7 +16,7 @@ from jax.scipy.special import log_ndtr
 from ant_jax.diffusion import posterior, schedule
 from ant_jax.diffusion.loss_weights import LossWeight
 from ant_jax.diffusion.process import Denoise, Prediction, Process, Steps
-from ant_jax.diffusion.spacing import spaced_timesteps
+from ant_jax.diffusion.spacing import RATIO_SPACINGS, noise_ratios, spaced_timesteps
 from ant_jax.settings import Affects, Integer, OneOf
 
 _VARIANCES = ("fixed_small", "fixed_large", "learned_range")
@@ -123,6 +123,10 @@ class GaussianDiffusion(Process):
         """T, the number of timesteps."""
         return len(self.alphas_bar)
 
+    def cdf(self, t: np.ndarray) -> np.ndarray:
+        """The number of timesteps below t: t itself."""
+        return t
+
     def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
         """The timestep a fraction u in [0, 1) of the way from low to high, both integers.
 
@@ -134,6 +138,16 @@ class GaussianDiffusion(Process):
     def log_snr(self, t: np.ndarray) -> np.ndarray:
         """Log signal-to-noise ratios of timesteps, in nats, float64."""
         return schedule.log_snr(self.alphas_bar)[t]
+
+    def at_log_snr(self, log_snr: np.ndarray) -> np.ndarray:
+        """The timesteps with the nearest log-SNR."""
+        falling = schedule.log_snr(self.alphas_bar)
+        middles = (falling[:-1] + falling[1:]) / 2
+        return np.searchsorted(-middles, -np.asarray(log_snr, np.float64))
+
+    def factors(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Square roots of ``alphas_bar`` and of the rest of 1."""
+        return np.sqrt(self.alphas_bar[t]), np.sqrt(1 - self.alphas_bar[t])
 
     def noised(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
         r"""Noises data: :math:`\sqrt{\bar\alpha_t} x_0 + \sqrt{1-\bar\alpha_t} \epsilon`.
@@ -173,9 +187,24 @@ class GaussianDiffusion(Process):
     def steps(self, num_steps: int, spacing: str = "even") -> Steps:
         """Some of the timesteps, see `spaced_timesteps`; the last step ends without noise.
 
-        With ``"ldm"`` it ends at the noise of timestep 0.
+        With ``"ldm"`` it ends at the noise of timestep 0. "karras" and "log_snr" take the timesteps
+        nearest to `spacing.noise_ratios`, from the least ratio of the process to its greatest, but
+        at most 80.
+
+        Raises:
+          ValueError: if the spacing is unknown, or gives another number of timesteps.
         """
-        t = spaced_timesteps(self.span, num_steps, spacing)
+        if spacing in RATIO_SPACINGS:
+            ends = np.exp(-schedule.log_snr(self.alphas_bar[[0, -1]]) / 2)
+            ratios = noise_ratios(num_steps, spacing, ends[0], min(ends[1], 80.0))
+            t = np.unique(self.at_log_snr(-2 * np.log(ratios)))
+            if len(t) < num_steps:
+                raise ValueError(
+                    f"num_steps = {num_steps} of spacing {spacing!r} fall on only {len(t)} of the "
+                    f"{self.span} timesteps: take fewer steps"
+                )
+        else:
+            t = spaced_timesteps(self.span, num_steps, spacing)
         end = self.alphas_bar[0] if spacing == "ldm" else 1.0
         signal = np.append(end, self.alphas_bar[t])
         return Steps(t, signal, 1 - signal)

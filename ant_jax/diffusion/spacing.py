@@ -1,8 +1,11 @@
-"""Which of the training timesteps a sampler uses."""
+"""Which noise levels a sampler uses."""
 
 import re
 
 import numpy as np
+
+# The spacings of `noise_ratios`.
+RATIO_SPACINGS = ("karras", "log_snr")
 
 
 def spaced_timesteps(num_timesteps: int, num_steps: int, spacing: str = "even") -> np.ndarray:
@@ -55,8 +58,8 @@ def spaced_timesteps(num_timesteps: int, num_steps: int, spacing: str = "even") 
         return np.arange(1, num_timesteps, stride)
     if not re.fullmatch(r"\d+(,\d+)*", spacing):
         raise ValueError(
-            "spacing must be 'even', 'ddim', 'ldm' or steps for each section as '10,20,30', "
-            f"got {spacing!r}"
+            "spacing must be 'even', 'karras', 'log_snr', 'ddim', 'ldm' or steps for each section "
+            f"as '10,20,30', got {spacing!r}"
         )
     counts = [int(count) for count in spacing.split(",")]
     if sum(counts) != num_steps:
@@ -75,6 +78,32 @@ def spaced_timesteps(num_timesteps: int, num_steps: int, spacing: str = "even") 
         sections.append(start + _evenly(length, count))
         start += length
     return np.concatenate(sections)
+
+
+def noise_ratios(num_steps: int, spacing: str, low: float, high: float) -> np.ndarray:
+    """Ratios of noise to signal for a sampler.
+
+    * ``"karras"``: evenly spaced in the 7th root (Karras et al. 2022, eq. 5, rho = 7).
+    * ``"log_snr"``: evenly spaced in the logarithm.
+
+    Args:
+      num_steps: number of ratios. One alone is ``high``.
+      spacing: one of the above.
+      low: the least ratio.
+      high: the greatest ratio.
+
+    Returns:
+      (num_steps,) float64, strictly increasing.
+
+    Raises:
+      ValueError: if ``spacing`` is unknown.
+    """
+    if spacing not in RATIO_SPACINGS:
+        raise ValueError(f"spacing must be 'even', 'karras' or 'log_snr', got {spacing!r}")
+    way = np.linspace(1, 0, num_steps)[::-1] if num_steps > 1 else np.ones(1)
+    if spacing == "log_snr":
+        return np.exp(np.log(low) + way * (np.log(high) - np.log(low)))
+    return (low ** (1 / 7) + way * (high ** (1 / 7) - low ** (1 / 7))) ** 7
 
 
 def _evenly(length: int, count: int) -> np.ndarray:

@@ -95,7 +95,7 @@ class DiT(nn.Module):
 
         Args:
           x: Noisy input (B, H, W, C), with H and W multiples of `patch`.
-          t: Timesteps (B,), integers.
+          t: Noise levels (B,), integers or floats in [0, 1].
           y: Labels (B,), integers in `[0, num_classes]`, where `num_classes` is the null class of
             classifier-free guidance, or None for an unconditional model. The caller drops labels.
 

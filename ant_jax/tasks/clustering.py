@@ -157,9 +157,10 @@ def assign_clusters(t: Any, boundaries: Any) -> Any:
     """Returns the cluster of each timestep; `jax.jit` can trace it if `t` is a JAX array.
 
     Args:
-      t: Integer NumPy or JAX array of any shape, timesteps in `[0, boundaries[-1])`. Timesteps
+      t: NumPy or JAX array of any shape, timesteps in `[0, boundaries[-1])`. Timesteps
         outside are assigned to the nearest cluster, because traced values can't be checked.
-      boundaries: NumPy or JAX integer array (k + 1,), as returned by `interval_clusters`.
+      boundaries: NumPy or JAX array (k + 1,), as returned by `interval_clusters`, or the levels of
+        a continuous process there.
 
     Returns:
       Integer array of the shape and kind (NumPy or JAX) of `t`, values in `[0, k)`.

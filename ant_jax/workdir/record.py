@@ -109,8 +109,8 @@ def _read_facts(workdir):
         for name, kind in _FACTS.items():
             if name in facts and type(facts[name]) is not kind:
                 raise ValueError(f"{name}: {facts[name]!r}")
-        for name, kind in (("boundaries", int), ("classes", str)):
-            if any(type(value) is not kind for value in facts.get(name, ())):
+        for name, kinds in (("boundaries", (int, float)), ("classes", (str,))):
+            if any(type(value) not in kinds for value in facts.get(name, ())):
                 raise ValueError(f"{name}: {facts[name]!r}")
     except FileNotFoundError:
         return {}

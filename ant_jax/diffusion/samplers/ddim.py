@@ -21,8 +21,8 @@ class _Coefficients(NamedTuple):
 def ddim(eta: Annotated[float, Number(0, 1)] = 0.0) -> Sampler:
     """Samples by the non-Markovian process of Song et al. 2021, eqs. 12 and 16.
 
-    With a process whose data and noise mix linearly in t, such as rectified flow, and eta = 0 it is
-    Euler's method. A learned variance is ignored.
+    With eta = 0 it is Euler's method for the probability-flow ODE: in t for flow matching, in sigma
+    for EDM, and in the ratio of noise to signal for all. A learned variance is ignored.
 
     Args:
       eta: Noise of the steps, in [0, 1]: 0 is deterministic given the first noise, 1 is DDPM with
@@ -36,7 +36,8 @@ def ddim(eta: Annotated[float, Number(0, 1)] = 0.0) -> Sampler:
     return Sampler(functools.partial(_coefficients, eta), _step)
 
 
-def _coefficients(eta, steps):
+def _coefficients(eta, process, steps):
+    del process
     share = forward_variance(steps) / steps.noise[1:]
     return _Coefficients(
         np.sqrt(steps.signal[:-1]), steps.noise[:-1], share, np.full(len(steps.t), eta)

@@ -12,7 +12,7 @@ def ddpm() -> Sampler:
     The variance of each step is that of the process or its network, or the least variance if they
     do not specify one.
     """
-    return Sampler(posterior.posterior, _step)
+    return Sampler(lambda process, steps: posterior.posterior(steps), _step)
 
 
 def _step(predict, x, level, constants, noise):

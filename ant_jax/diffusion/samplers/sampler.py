@@ -14,6 +14,9 @@ from ant_jax.diffusion.process import Denoise, Prediction, Process, Steps
 from ant_jax.settings import Integer, Number
 
 
+_NO_END = float(np.finfo(np.float32).max)
+
+
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
     """Options that all samplers share.
@@ -28,6 +31,9 @@ class SampleOptions:
         of the conditional model. 0 means all. The code of DiT guides 3 of its 4 channels.
       clip_x0: Whether to clip each prediction of x_0 to [-1, 1], and to recompute the noise from
         it: for pixels, not for latents.
+      guidance_low: The least ratio of noise to signal at which guidance is used (Kynkaanniemi et
+        al. 2024). Outside the interval a step costs one pass over the plain batch.
+      guidance_high: The greatest such ratio. The default guides up to pure noise.
     """
 
     num_steps: Annotated[int, Integer(1)] = 50
@@ -35,6 +41,8 @@ class SampleOptions:
     guidance: Annotated[float, Number(0, 1000)] = 1.0
     guidance_channels: Annotated[int, Integer(0)] = 0
     clip_x0: bool = True
+    guidance_low: Annotated[float, Number(0)] = 0.0
+    guidance_high: Annotated[float, Number(above=0)] = _NO_END
 
 
 class Level(NamedTuple):
@@ -56,15 +64,21 @@ class Sampler(NamedTuple):
     """A sampler, called as ``sampler(process, denoise, shape, keys, options)``.
 
     Attributes:
-      coefficients: ``(steps) -> pytree`` of (S,) arrays, in float64 NumPy, that a step needs.
+      coefficients: ``(process, steps) -> pytree`` of (S,) arrays, in float64 NumPy, that a step
+        needs.
       step: ``(predict, x, level, coefficients, noise) -> x`` at the next lower level, where
         predict is a `Predict`, the coefficients are those of the step, float32 scalars, and noise
         is standard normal and new. It must not be a closure: compiled programs are cached by this
         function, the process and the shapes.
+      multistep: whether a step needs the prediction of the step before. Then x and the result of a
+        step are pairs: the noised data, and the predicted data, which are zeros in the first step.
+      calls: ``(num_steps) -> int``, how often the network is called for a sample.
     """
 
-    coefficients: Callable[[Steps], Any]
-    step: Callable[[Predict, jax.Array, Level, Any, jax.Array], jax.Array]
+    coefficients: Callable[[Process, Steps], Any]
+    step: Callable[[Predict, Any, Level, Any, jax.Array], Any]
+    multistep: bool = False
+    calls: Callable[[int], int] = int
 
     def __call__(
         self,
@@ -116,6 +130,11 @@ class Sampler(NamedTuple):
         guided = np.any(np.not_equal(guidance, 1))
         if guided and (y is None or null_label is None):
             raise ValueError("guidance needs both y and null_label")
+        low, high = options.guidance_low, options.guidance_high
+        if low >= high:
+            raise ValueError(f"guidance_low must be below guidance_high, got {low} and {high}")
+        # At pure noise the ratio is infinite.
+        interval = low, np.inf if high == _NO_END else high
         steps = process.steps(options.num_steps, options.spacing)
         level = Level(steps.t, np.sqrt(steps.signal[1:]), np.sqrt(steps.noise[1:]))
         return _reverse(
@@ -125,11 +144,13 @@ class Sampler(NamedTuple):
             jnp.full_like(y, null_label) if guided else None,
             jnp.float32(guidance),
             jnp.float32(steps.start),
-            *jax.tree.map(_single, (level, self.coefficients(steps))),
+            jnp.float32(interval) if guided and interval != (0, np.inf) else None,
+            *jax.tree.map(_single, (level, self.coefficients(process, steps))),
             step=self.step,
             process=process,
             shape=tuple(shape),
             clip_x0=options.clip_x0,
+            multistep=self.multistep,
         )
 
 
@@ -146,7 +167,7 @@ def _single(table):
     return np.asarray(table, np.int32 if np.issubdtype(table.dtype, np.integer) else np.float32)
 
 
-@functools.partial(jax.jit, static_argnames=("step", "process", "shape", "clip_x0"))
+@functools.partial(jax.jit, static_argnames=("step", "process", "shape", "clip_x0", "multistep"))
 def _reverse(
     denoise,
     keys,
@@ -154,6 +175,7 @@ def _reverse(
     null_y,
     guidance,
     start,
+    interval,
     levels,
     coefficients,
     *,
@@ -161,19 +183,29 @@ def _reverse(
     process,
     shape,
     clip_x0,
+    multistep,
 ):
-    """Runs the reverse process from pure noise; ``null_y`` is None without guidance."""
+    """Runs the reverse process from pure noise.
+
+    ``null_y`` is None without guidance, and ``interval`` is None if it has no ends.
+    """
     fold_in = jax.vmap(jax.random.fold_in, (None, 0))
     keys = fold_in(keys, jnp.arange(shape[0])) if keys.ndim == 0 else keys
-    if null_y is not None:
-        denoise = _guided(denoise, null_y, guidance, shape[-1])
+    guided = denoise if null_y is None else _guided(denoise, null_y, guidance, shape[-1])
 
     def noise(number):
         of_step = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
         return jax.vmap(lambda key: jax.random.normal(key, shape[1:], jnp.float32))(of_step)
 
     def predict(x, level):
-        prediction = process.predict(denoise, x, jnp.full(shape[:1], level.t), y)
+        network = guided
+        if interval is not None:
+            ratio = level.noise / level.signal
+            within = (interval[0] <= ratio) & (ratio <= interval[1])
+            network = lambda *inputs: jax.lax.cond(
+                within, guided, lambda *inputs: jnp.float32(denoise(*inputs)), *inputs
+            )
+        prediction = process.predict(network, x, jnp.full(shape[:1], level.t), y)
         if not clip_x0:
             return prediction
         x0 = jnp.clip(prediction.x0, -1, 1)
@@ -186,8 +218,11 @@ def _reverse(
     # The first noise is that of step S, one above the last.
     num_steps = len(levels.t)
     numbered = (jnp.arange(num_steps), levels, coefficients)
-    samples, _ = jax.lax.scan(body, start * noise(num_steps), numbered, reverse=True)
-    return samples
+    first = start * noise(num_steps)
+    last, _ = jax.lax.scan(
+        body, (first, jnp.zeros_like(first)) if multistep else first, numbered, reverse=True
+    )
+    return last[0] if multistep else last
 
 
 def _guided(denoise, null_y, guidance, channels):

@@ -407,3 +407,102 @@ def test_with_a_perfect_network_every_sampler_returns_the_data(make, make_proces
     # Five standard errors of 8192 points, and what 250 steps leave.
     np.testing.assert_allclose(samples.mean(), 0.4, atol=0.03)
     np.testing.assert_allclose(samples.std(), 0.5, rtol=0.06)
+
+
+def test_heun_and_dpm_solver_are_of_second_order():
+    """Errors of a Gaussian's deviation fall by 4 for twice the steps, and Euler's by 2."""
+    edm = diffusion.EDM(sigma_min=0.01, sigma_max=10.0)
+    process, sizes = _Perfect(edm, 0.0, 0.5), (20, 40, 80)
+
+    def scale(sampler, num_steps):
+        options = SampleOptions(num_steps, "log_snr", clip_x0=False)
+        samples = sampler(process, lambda x, t, y: x, (1, 8, 8, 1), jax.random.key(0), options)
+        # All steps multiply x by a number.
+        first = jax.random.normal(
+            jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), num_steps), (8, 8, 1)
+        )
+        return float(np.median(np.asarray(samples)[0] / np.asarray(first)))
+
+    # The ODE keeps x / sqrt(0.5^2 + sigma^2) until 0.01, and the last step is Euler's.
+    exact = 10 * 0.5**2 / np.sqrt((0.5**2 + 10**2) * (0.5**2 + 0.01**2))
+    for sampler, order in ((ddim(), 1), (samplers.heun(), 2), (samplers.dpm_solver(), 2)):
+        errors = [abs(scale(sampler, num_steps) / exact - 1) for num_steps in sizes]
+        rates = np.log2(np.array(errors[:-1]) / errors[1:])
+        np.testing.assert_allclose(rates, order, atol=0.35)
+
+
+def test_churn_adds_noise_that_the_steps_remove_again():
+    """With a perfect network the data stays the same, and the samples are others."""
+    options = SampleOptions(num_steps=60, spacing="karras", clip_x0=False)
+    process = _Perfect(diffusion.EDM(), 0.4, 0.5)
+    draw = lambda sampler: np.asarray(
+        sampler(process, lambda x, t, y: x, (1, 64, 64, 1), jax.random.key(0), options), np.float64
+    )
+    plain, churned = draw(samplers.heun()), draw(samplers.heun(churn=40.0, churn_high=50.0))
+    assert np.abs(np.corrcoef(plain.ravel(), churned.ravel())[0, 1]) < 0.5
+    for samples in (plain, churned):
+        # Four standard errors of 4096 points.
+        np.testing.assert_allclose(samples.mean(), 0.4, atol=0.032)
+        np.testing.assert_allclose(samples.std(), 0.5, rtol=0.05)
+    with pytest.raises(ValueError, match=r"churn_low = 2\.0 must be below churn_high = 1.0"):
+        samplers.heun(churn_low=2.0, churn_high=1.0)
+
+
+@pytest.mark.parametrize("make", SAMPLERS)
+def test_network_is_called_as_often_as_said(make):
+    calls = []
+
+    def count(x):
+        calls.append(None)
+        return x
+
+    def denoise(x, t, y):
+        return jax.pure_callback(count, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    sampler, options = make(), SampleOptions(num_steps=7)
+    sampler(PROCESS, denoise, (1, 1, 1, 1), jax.random.key(0), options).block_until_ready()
+    assert len(calls) == sampler.calls(7) == (13 if make is samplers.heun else 7)
+
+
+def test_guidance_in_an_interval():
+    """Where the interval ends, each step is that with guidance or that without."""
+    process = diffusion.Flow()
+    shape, key, y = (2, 2, 2, 1), jax.random.key(0), jnp.array([1, 2])
+    denoise = Partial(lambda x, t, y: 0.3 * x * y[:, None, None, None])
+
+    def draw(**options):
+        options = SampleOptions(num_steps=4, clip_x0=False, **options)
+        return np.asarray(ddim()(process, denoise, shape, key, options, y, 0))
+
+    everywhere, nowhere = draw(guidance=3.0), draw()
+    np.testing.assert_allclose(draw(guidance=3.0, guidance_low=1e-6), everywhere, rtol=1e-6)
+    np.testing.assert_allclose(
+        draw(guidance=3.0, guidance_low=1e-6, guidance_high=1e-5), nowhere, rtol=1e-6
+    )
+    # The levels are 1, 3/4, 1/2 and 1/4, with ratios of infinity, 3, 1 and 1/3.
+    x = everywhere * 0 + np.stack(
+        [
+            jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, i), 4), shape[1:])
+            for i in range(2)
+        ]
+    )
+    labels = np.asarray(y)[:, None, None, None]
+    for ratio in (np.inf, 3, 1, 1 / 3):
+        guidance = 3.0 if 0.5 <= ratio <= 2 else 1.0
+        x = x - 0.25 * guidance * 0.3 * x * labels
+    found = draw(guidance=3.0, guidance_low=0.5, guidance_high=2.0)
+    np.testing.assert_allclose(found, x, rtol=1e-5)
+    with pytest.raises(ValueError, match="guidance_low must be below guidance_high"):
+        draw(guidance=3.0, guidance_low=2.0, guidance_high=1.0)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "log_snr"])
+def test_timesteps_nearest_to_a_spacing(spacing):
+    steps = PROCESS.steps(30, spacing)
+    assert steps.t[0] == 0 and len(steps.t) == 30
+    ratio = np.sqrt(steps.noise[1:] / steps.signal[1:])
+    np.testing.assert_allclose(ratio[-1], 80, rtol=0.3)
+    even = np.diff(ratio ** (1 / 7) if spacing == "karras" else np.log(ratio))
+    np.testing.assert_allclose(even[3:-3], even.mean(), rtol=0.5)
+    with pytest.raises(ValueError, match=r"num_steps = 900 of spacing .* take fewer steps"):
+        PROCESS.steps(900, spacing)
