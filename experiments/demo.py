@@ -15,6 +15,7 @@ from ant_jax import experiment
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.runtime.progress import duration
+from ant_jax.tasks.clusters import levels
 from experiments import report, runner
 from experiments.presets import PRESETS
 
@@ -82,7 +83,7 @@ def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path:
     """Grids, curves and distances of both methods, and the clusters over log-SNR."""
     config = runs[-1].config
     process = experiment.build_process(config)
-    log_snr = process.log_snr(np.arange(process.span))
+    every = levels(process)
     boundaries = experiment.build_clusters(config, process).boundaries
     k = len(boundaries) - 1
     colours = plt.colormaps["viridis"](np.linspace(0, 0.9, k))
@@ -104,10 +105,10 @@ def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path:
     ax = axes["clusters"]
     for i in range(k):
         ax.axvspan(boundaries[i], boundaries[i + 1], color=colours[i], alpha=0.35)
-    ax.plot(log_snr, color="black")
+    ax.plot(every, process.log_snr(every), color="black")
     ax.set(
-        title=f"{k} {config.clusters.name} clusters of timesteps",
-        xlabel="timestep t",
+        title=f"{k} {config.clusters.name} clusters of noise levels",
+        xlabel="noise level t",
         ylabel="log-SNR",
         xlim=(0, process.span),
     )
@@ -120,8 +121,9 @@ def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path:
     axes["losses"].set(
         title=f"task losses ({last} solid, {first} dashed)", xlabel="step", yscale="log"
     )
+    ends = report.interval_ends(boundaries)
     for i in range(k):
-        label = f"t in [{boundaries[i]}, {boundaries[i + 1]})"
+        label = "t = {}..{}".format(*ends[i])
         weights = curves[-1]["weights"][:, i]
         axes["weights"].plot(curves[-1]["step"], weights, color=colours[i], label=label)
     axes["weights"].legend(fontsize="small", loc="upper left")

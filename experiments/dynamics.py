@@ -125,8 +125,9 @@ def _draw(label, group, boundaries, pairs):
     }
     colours = plt.colormaps["viridis"](np.linspace(0, 0.9, k))
     figure, axes = plt.subplots(1, 4, figsize=(18, 4), layout="constrained")
+    ends = report.interval_ends(boundaries)
     for i in range(k):
-        name = f"t = {boundaries[i]}..{boundaries[i + 1] - 1}"
+        name = "t = {}..{}".format(*ends[i])
         axes[0].plot(steps, mean["cluster_losses"][:, i], color=colours[i], label=name)
         axes[1].plot(steps, mean["weights"][:, i], color=colours[i])
     axes[0].set(title="task losses", xlabel="step", yscale="log")

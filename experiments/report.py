@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,3 +62,15 @@ def curves(workdir: Path) -> dict[str, np.ndarray]:
     return {
         name: np.array([row[name] for row in rows], float) for name in (rows[0] if rows else ())
     }
+
+
+def interval_ends(boundaries: np.ndarray) -> list[tuple[int, int] | tuple[float, float]]:
+    """The first and the last noise level of each interval, for people.
+
+    Args:
+      boundaries: (k + 1,) of the intervals. Those of a continuous process share their ends.
+    """
+    if boundaries.dtype.kind == "f":
+        ends = [round(float(each), 3) for each in boundaries]
+        return list(itertools.pairwise(ends))
+    return [(int(low), int(high) - 1) for low, high in itertools.pairwise(boundaries)]

@@ -18,6 +18,7 @@ from ant_jax import dataset, experiment, models, results
 from ant_jax.runtime.files import write_bytes, writing
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.tasks import affinity, clustering
+from ant_jax.tasks.clusters import level_boundaries, levels
 from experiments import report, runner
 from experiments.presets import PRESETS, Preset
 from experiments.runner import Run
@@ -49,7 +50,7 @@ def measure(preset: Preset, out: Path) -> list[np.ndarray]:
     runner.finished(runs, out, "vanilla training")
     arguments = [(run, preset, out) for run in runs]
     matrices = [np.array(rows) for rows in runner.parallel(_of_run, arguments, "affinity")]
-    num_timesteps = runs[0].config.process.timesteps
+    num_timesteps = len(levels(experiment.build_process(runs[0].config)))
     grid = affinity.timestep_grid(num_timesteps, preset.affinity_grid)
     with writing(path_of(out)) as file:
         affinity.save(file, np.mean(matrices, 0), grid, num_timesteps)
@@ -58,7 +59,8 @@ def measure(preset: Preset, out: Path) -> list[np.ndarray]:
 
 def _of_run(run, preset, out):
     """(n, n) mean over the checkpoints of a run; stored in a file."""
-    grid = affinity.timestep_grid(run.config.process.timesteps, preset.affinity_grid)
+    every = levels(experiment.build_process(run.config))
+    grid = affinity.timestep_grid(len(every), preset.affinity_grid)
 
     def make():
         x0, labels = dataset.images(run.config, run.config.data.split, preset.affinity_images)
@@ -72,7 +74,7 @@ def _of_run(run, preset, out):
                 {"params": params},
                 setup.process,
                 x0,
-                grid,
+                every[grid],
                 jax.random.key(step),
                 y=labels if models.num_classes(setup.model) else None,
                 microbatch=min(len(x0), run.config.data.batch_size),
@@ -94,8 +96,9 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
     folder = out / "task_affinity"
     config = plan(preset)[0].config
     process = experiment.build_process(config)
-    grid = affinity.timestep_grid(process.span, preset.affinity_grid)
-    positions = {"timestep": grid, "log-SNR": process.log_snr(grid)}
+    every = levels(process)
+    grid = affinity.timestep_grid(len(every), preset.affinity_grid)
+    positions = {"timestep": every[grid], "log-SNR": process.log_snr(every[grid])}
     correlations = {
         name: [affinity.rank_correlation(matrix, where) for matrix in matrices]
         for name, where in positions.items()
@@ -134,9 +137,10 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
 
 def _draw(config, process, matrix, grid, profiles, correlations):
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
+    every = levels(process)
     for ax, where, name in (
-        (axes[0, 0], grid, "timestep t"),
-        (axes[0, 1], process.log_snr(grid), "log-SNR"),
+        (axes[0, 0], every[grid], "timestep t"),
+        (axes[0, 1], process.log_snr(every[grid]), "log-SNR"),
     ):
         mesh = ax.pcolormesh(
             where, where, matrix, shading="nearest", vmin=min(0, matrix.min()), vmax=1
@@ -144,13 +148,15 @@ def _draw(config, process, matrix, grid, profiles, correlations):
         ax.set(title=f"task affinity over {name}", xlabel=name, ylabel=name, aspect="equal")
     figure.colorbar(mesh, ax=axes[0], label="cosine of mean gradients")
     k = config.clusters.k
-    full = affinity.interpolate(matrix, grid, process.span)
+    full = affinity.interpolate(matrix, grid, len(every))
     clusters = {
-        "SNR": (clustering.snr_costs(process.log_snr(np.arange(process.span))), "white"),
+        "SNR": (clustering.snr_costs(process.log_snr(every)), "white"),
         "gradient": (clustering.gradient_costs(full), "red"),
     }
     for name, (cost, colour) in clusters.items():
-        for i, boundary in enumerate(clustering.interval_clusters(cost, k)[1:-1]):
+        for i, boundary in enumerate(
+            level_boundaries(process, clustering.interval_clusters(cost, k))[1:-1]
+        ):
             label = None if i else f"{name} clusters"
             axes[0, 0].axvline(boundary, color=colour, lw=0.8, label=label)
     axes[0, 0].legend(facecolor="grey", fontsize="small", loc="upper left")

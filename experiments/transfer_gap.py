@@ -116,6 +116,7 @@ def _measure(run, specialists, out):
         (loss,) = measuring.validation_losses(config, setup, apply_fn, interval, timesteps_each=20)
         return float(loss)
 
+    ends = report.interval_ends(boundaries)
     rows = []
     for i, own in enumerate(alone):
         multi_task_loss, specialist_loss = loss(params, i), loss(own, i)
@@ -124,8 +125,8 @@ def _measure(run, specialists, out):
                 "method": config.method.name,
                 "seed": config.seed,
                 "interval": i,
-                "first t": int(boundaries[i]),
-                "last t": int(boundaries[i + 1] - 1),
+                "first t": ends[i][0],
+                "last t": ends[i][1],
                 "multi-task distance": gap.multi_task,
                 "mixed distance": float(gap.mixed[i]),
                 "gap": float(gap.gap[i]),

@@ -17,7 +17,8 @@ LAYERS = {
     "pixels": {"jax", "numpy"},
     "npz": {"numpy"},
     "mtl": CORE,
-    "diffusion": CORE,
+    # SciPy for the densities of levels; jax itself needs it.
+    "diffusion": CORE | {"scipy"},
     "published_weights": {"numpy"},
     "models": CORE | {"ant_jax.published_weights"},
     "interop": {

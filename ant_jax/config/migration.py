@@ -11,6 +11,9 @@ _BEFORE = {
     "": {"init_facts": ""},
 }
 
+# Settings that this version has got since its first run, with the value that does the same.
+_SINCE = {"sampler": {"guidance_low": 0.0, "guidance_high": 1e9}}
+
 # The new names of settings of version 0.1.
 MOVED = {
     "diffusion.timesteps": "process.timesteps",
@@ -79,12 +82,17 @@ def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     If a config lacks groups, the result lacks them too, but for ``parallel``, which is newer than
     many runs; `config.validate` then names them.
     """
-    return {"parallel": {"params": "replicated"}} | _renewed(config)
+    new = dict(config)
+    if "process" not in config and isinstance(config.get("diffusion"), Mapping):
+        new = _from_first_version(config)
+    new.setdefault("parallel", {"params": "replicated"})
+    for group, values in _SINCE.items():
+        if isinstance(new.get(group), Mapping):
+            new[group] = values | dict(new[group])
+    return new
 
 
-def _renewed(config):
-    if "process" in config or not isinstance(config.get("diffusion"), Mapping):
-        return dict(config)
+def _from_first_version(config):
     old = {
         name: dict(value) if isinstance(value, Mapping) else value for name, value in config.items()
     }

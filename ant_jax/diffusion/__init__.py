@@ -7,7 +7,7 @@ from ant_jax.diffusion.gaussian import GaussianDiffusion, gaussian
 from ant_jax.diffusion.process import Denoise, Prediction, Process, Steps
 from ant_jax.diffusion.schedule import alphas_bar, log_snr
 from ant_jax.diffusion.spacing import spaced_timesteps
-from ant_jax.diffusion.switch import switch_by_timestep
+from ant_jax.diffusion.switch import switch_by_level
 
 __all__ = [
     "EDM",
@@ -22,5 +22,5 @@ __all__ = [
     "gaussian",
     "log_snr",
     "spaced_timesteps",
-    "switch_by_timestep",
+    "switch_by_level",
 ]

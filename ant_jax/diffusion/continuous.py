@@ -33,6 +33,10 @@ class ContinuousProcess(Process):
     def cdf(self, t: jax.Array) -> jax.Array:
         """The share of the density below the level t, the inverse of `quantile`, NumPy or JAX."""
 
+    @abc.abstractmethod
+    def at_log_snr(self, log_snr: np.ndarray) -> np.ndarray:
+        """The levels with these log-SNR, the inverse of `log_snr`, float64."""
+
     def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
         """The level that a share u in [0, 1) of the density in [low, high) lies below."""
         xp = u.__array_namespace__()

@@ -8,9 +8,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 import jax
-import jax.scipy.special
 import numpy as np
-import scipy.special
 
 # Beyond these ends the mode density is not positive everywhere (Esser et al. 2024, section 3.1).
 MODE_SCALES = (-1.0, 2 / (np.pi - 2))
@@ -18,7 +16,14 @@ MODE_SCALES = (-1.0, 2 / (np.pi - 2))
 
 def special(array: jax.Array | np.ndarray) -> ModuleType:
     """`scipy.special` for NumPy arrays, `jax.scipy.special` for JAX arrays."""
-    return scipy.special if isinstance(array, np.ndarray | np.generic) else jax.scipy.special
+    # Imported late, because most processes need neither.
+    if isinstance(array, np.ndarray | np.generic):
+        import scipy.special
+
+        return scipy.special
+    import jax.scipy.special
+
+    return jax.scipy.special
 
 
 def logit_normal_quantile(u: jax.Array, mean: float, std: float) -> jax.Array:

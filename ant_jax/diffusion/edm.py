@@ -9,7 +9,6 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.special
 
 from ant_jax.diffusion import densities
 from ant_jax.diffusion.continuous import ContinuousProcess
@@ -164,7 +163,8 @@ class EDM(ContinuousProcess):
     @property
     def _tails(self):
         """Shares of the whole normal density below both ends."""
-        return scipy.special.ndtr((np.array(self._ends) - self.mean) / self.std).tolist()
+        ends = (np.array(self._ends) - self.mean) / self.std
+        return densities.special(ends).ndtr(ends).tolist()
 
     def _log_sigma(self, t):
         least, greatest = self._ends

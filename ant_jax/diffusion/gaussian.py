@@ -123,10 +123,6 @@ class GaussianDiffusion(Process):
         """T, the number of timesteps."""
         return len(self.alphas_bar)
 
-    def cdf(self, t: np.ndarray) -> np.ndarray:
-        """The number of timesteps below t: t itself."""
-        return t
-
     def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
         """The timestep a fraction u in [0, 1) of the way from low to high, both integers.
 
@@ -138,12 +134,6 @@ class GaussianDiffusion(Process):
     def log_snr(self, t: np.ndarray) -> np.ndarray:
         """Log signal-to-noise ratios of timesteps, in nats, float64."""
         return schedule.log_snr(self.alphas_bar)[t]
-
-    def at_log_snr(self, log_snr: np.ndarray) -> np.ndarray:
-        """The timesteps with the nearest log-SNR."""
-        falling = schedule.log_snr(self.alphas_bar)
-        middles = (falling[:-1] + falling[1:]) / 2
-        return np.searchsorted(-middles, -np.asarray(log_snr, np.float64))
 
     def factors(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Square roots of ``alphas_bar`` and of the rest of 1."""

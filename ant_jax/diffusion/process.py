@@ -69,13 +69,6 @@ class Process(abc.ABC):
         """The upper end of the levels: the integer T of levels 0 .. T - 1, or 1.0 of [0, 1]."""
 
     @abc.abstractmethod
-    def cdf(self, t: np.ndarray) -> np.ndarray:
-        """How much of the training density lies below the level t, NumPy or JAX.
-
-        The number of timesteps for discrete levels, a share in [0, 1] for continuous ones.
-        """
-
-    @abc.abstractmethod
     def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
         """The level a fraction u in [0, 1) of the way from low to high, by the process's density.
 
@@ -85,17 +78,27 @@ class Process(abc.ABC):
           Levels in [low, high), whatever the rounding.
         """
 
-    @abc.abstractmethod
-    def log_snr(self, t: np.ndarray) -> np.ndarray:
-        """Log of signal^2 / noise^2 in nats, float64, strictly decreasing in t; NumPy alone."""
+    def cdf(self, t: np.ndarray) -> np.ndarray:
+        """How much of the training density lies below the level t, NumPy or JAX.
 
-    @abc.abstractmethod
-    def at_log_snr(self, log_snr: np.ndarray) -> np.ndarray:
-        """The levels with these log-SNR, or the nearest discrete ones; NumPy alone."""
+        The number of timesteps for discrete levels, a share in [0, 1] for continuous ones.
+        """
+        return t
 
     @abc.abstractmethod
     def factors(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The factors of data and noise at the levels t, float64; NumPy alone."""
+
+    def log_snr(self, t: np.ndarray) -> np.ndarray:
+        """Log of signal^2 / noise^2 in nats, float64, strictly decreasing in t; NumPy alone."""
+        signal, noise = self.factors(t)
+        return 2 * (np.log(signal) - np.log(noise))
+
+    def at_log_snr(self, log_snr: np.ndarray) -> np.ndarray:
+        """The levels with these log-SNR, or the nearest discrete ones; NumPy alone."""
+        falling = self.log_snr(np.arange(self.span))
+        middles = (falling[:-1] + falling[1:]) / 2
+        return np.searchsorted(-middles, -np.asarray(log_snr, np.float64))
 
     @abc.abstractmethod
     def noised(self, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:

@@ -39,7 +39,7 @@ def sample_batches(
       sampler: the sampler.
       process: the noise process.
       denoise: the network, ``(x, t, y) -> output``, with its parameters on the devices, or several
-        networks joined by `diffusion.switch_by_timestep`.
+        networks joined by `diffusion.switch_by_level`.
       image_shape: (H, W, C) of what the network sees.
       num_classes: of the network; 0 for an unconditional one.
       options: of the sampler.

@@ -1,6 +1,6 @@
 """Negative transfer: compares a multi-task model with specialists (Go et al. 2023, O2).
 
-A specialist is a model that is trained on one interval of timesteps alone. If it denoises its
+A specialist is a model that is trained on one interval of noise levels alone. If it denoises its
 interval better than the multi-task model does, the other tasks have harmed this interval.
 """
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
-from ant_jax.diffusion import switch_by_timestep
+from ant_jax.diffusion import switch_by_level
 
 
 class TransferGap(NamedTuple):
@@ -46,7 +46,7 @@ def transfer_gap(
         the data, such as the Frechet distance. Use the same initial noise in every call, so that
         the differences have less variance. All calls share one compiled program.
       apply_fn: ``(params, x, t, y) -> output``.
-      multi_task: parameters of the model trained on all timesteps.
+      multi_task: parameters of the model trained on all noise levels.
       specialists: k sets of parameters; the i-th is trained on interval i.
       boundaries: (k + 1,) boundaries of the intervals.
 
@@ -59,13 +59,11 @@ def transfer_gap(
     k = len(boundaries) - 1
     if len(specialists) != k:
         raise ValueError(f"{k} intervals need {k} specialists, got {len(specialists)}")
-    timesteps = np.arange(boundaries[-1])
 
     def mixed_with(specialist, interval):
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), multi_task, specialist)
-        low, high = interval
-        which = ((timesteps >= low) & (timesteps < high)).astype(np.int32)
-        return distance(switch_by_timestep(apply_fn, params, which))
+        edges = np.array([0, *interval, boundaries[-1]])
+        return distance(switch_by_level(apply_fn, params, edges, [0, 1, 0]))
 
     alone = mixed_with(multi_task, (0, 0))
     mixed = np.array(

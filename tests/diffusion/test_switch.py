@@ -1,4 +1,4 @@
-"""Samplers with a model for each timestep, against the models run alone and NumPy loops."""
+"""Samplers with a model for each noise level, against the models run alone and NumPy loops."""
 
 import jax
 import jax.numpy as jnp
@@ -7,10 +7,9 @@ import pytest
 from jax.tree_util import Partial
 
 from ant_jax import diffusion
-from ant_jax.diffusion import GaussianDiffusion, switch_by_timestep
+from ant_jax.diffusion import GaussianDiffusion, switch_by_level
 from ant_jax.diffusion.samplers import SampleOptions, ddim, ddpm
 from ant_jax.models.dit import DiT
-from ant_jax.tasks import clustering
 
 T = 40
 PROCESS = GaussianDiffusion(diffusion.alphas_bar("cosine", T), "learned_range")
@@ -43,14 +42,14 @@ def test_copies_of_a_model_and_one_of_several_draw_its_samples_bit_by_bit(sample
     expected = [_draw_dit(sampler, Partial(NETWORK.apply, params)) for params in (one, other)]
     assert np.abs(expected[0] - expected[1]).max() > 0.1
 
-    def draw(params, which):
-        apply_fn = switch_by_timestep(NETWORK.apply, params, which)
+    def draw(params, boundaries, which):
+        apply_fn = switch_by_level(NETWORK.apply, params, boundaries, which)
         return np.asarray(_draw_dit(sampler, apply_fn))
 
-    copies = draw(_stack(one, one, one), clustering.assign_clusters(np.arange(T), [0, 10, 20, T]))
+    copies = draw(_stack(one, one, one), [0, 10, 20, T], range(3))
     np.testing.assert_array_equal(copies, expected[0])
     for i in range(2):
-        chosen = draw(_stack(one, other, other), np.full(T, i))
+        chosen = draw(_stack(one, other, other), [0, T], [i])
         np.testing.assert_array_equal(chosen, expected[i])
 
 
@@ -72,8 +71,11 @@ def test_each_timestep_has_its_own_model(num_steps, guided):
     which, eps = rng.permutation(T), 0.1 * rng.permutation(T) - 2
     samples = ddim()(
         FIXED,
-        switch_by_timestep(
-            _constant_by_label if guided else _constant, {"eps": jnp.float32(eps)}, which
+        switch_by_level(
+            _constant_by_label if guided else _constant,
+            {"eps": jnp.float32(eps)},
+            np.arange(T + 1),
+            which,
         ),
         (2, 1, 1, 1),
         KEY,
@@ -104,8 +106,7 @@ def test_boundaries_hold_in_a_respaced_sampler():
     timesteps = np.rint(np.linspace(0, T - 1, 5)).astype(int)
     for boundary in (timesteps[2], timesteps[2] + 1):
         seen.clear()
-        which = clustering.assign_clusters(np.arange(T), [0, boundary, T])
-        apply_fn = switch_by_timestep(report, jnp.arange(2), which)
+        apply_fn = switch_by_level(report, jnp.arange(2), [0, boundary, T], [0, 1])
         ddim()(FIXED, apply_fn, (2, 1, 1, 1), KEY, SampleOptions(5))
         jax.effects_barrier()
         assert sorted(seen) == [(t, int(t >= boundary)) for t in timesteps]
@@ -123,7 +124,8 @@ def test_neither_another_choice_nor_other_parameters_compile_again():
 
     def draw(slopes, which):
         # A bound method is a new object each time, equal to the last.
-        apply_fn = switch_by_timestep(network.apply, {"slope": jnp.float32(slopes)}, which)
+        params = {"slope": jnp.float32(slopes)}
+        apply_fn = switch_by_level(network.apply, params, np.arange(T + 1), which)
         return ddpm()(FIXED, apply_fn, (2, 2, 2, 1), KEY, SampleOptions(4))
 
     first = draw([0.1, 0.9], np.arange(T) // 20)
@@ -147,7 +149,7 @@ def test_neither_another_choice_nor_other_parameters_compile_again():
         ({"a": np.zeros((2, 3))}, [0, 2], r"which\[1\] must be in \[0, 2\), got 2"),
         ({"a": np.zeros((2, 3))}, [0, 1, -1], r"which\[2\] must be in \[0, 2\), got -1"),
         ({"a": np.zeros((0, 3))}, [0], r"which\[0\] must be in \[0, 0\)"),
-        ({"a": np.zeros((2, 3))}, [0.0, 1.0], r"which must be \(T,\) integers, got float64"),
+        ({"a": np.zeros((2, 3))}, [0.0, 1.0], r"which must be \(n,\) integers, got float64"),
         ({"a": np.zeros((2, 3))}, [[0, 1]], r"which must be .*\(1, 2\)"),
         ({"a": np.zeros((2, 3))}, np.zeros(0, int), r"which must be .*\(0,\)"),
         (
@@ -162,4 +164,25 @@ def test_neither_another_choice_nor_other_parameters_compile_again():
 )
 def test_errors(params, which, message):
     with pytest.raises(ValueError, match=message):
-        switch_by_timestep(_constant, params, which)
+        switch_by_level(_constant, params, np.arange(np.size(which) + 1), which)
+
+
+def test_a_continuous_process():
+    """The first model is used up to the boundary alone."""
+    draw = lambda denoise: np.asarray(
+        ddim()(diffusion.Flow(), denoise, (1, 1, 1, 1), KEY, SampleOptions(4, clip_x0=False))
+    )
+    model = Partial(switch_by_level, _constant, {"eps": jnp.float32([1.0, -2.0])})
+    # The steps begin at 1/4, 1/2, 3/4 and 1, and each moves by its velocity times 1/4.
+    first = np.asarray(jax.random.normal(jax.random.fold_in(jax.random.fold_in(KEY, 0), 4)))
+    for boundary, low in ((0.5, 1), (0.51, 2), (0.0, 0)):
+        moved = 0.25 * (low * 1.0 + (4 - low) * -2.0)
+        samples = draw(model([0.0, boundary, 1.0], [0, 1]))
+        np.testing.assert_allclose(samples.item(), first - moved, rtol=1e-5)
+
+
+def test_boundaries_are_checked():
+    params = {"eps": np.zeros(2)}
+    for boundaries in ([0, T], [0, 30, 20]):
+        with pytest.raises(ValueError, match="2 intervals need 3 boundaries that do not decrease"):
+            switch_by_level(_constant, params, boundaries, [0, 1])

@@ -8,10 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.diffusion.process import Process, Steps
-from ant_jax.diffusion.samplers.sampler import Level, Sampler
+from ant_jax.diffusion.samplers.sampler import NO_END, Level, Sampler
 from ant_jax.settings import Number
-
-_NO_END = float(np.finfo(np.float32).max)
 
 
 class _Coefficients(NamedTuple):
@@ -25,7 +23,7 @@ class _Coefficients(NamedTuple):
 def heun(
     churn: Annotated[float, Number(0)] = 0.0,
     churn_low: Annotated[float, Number(0)] = 0.0,
-    churn_high: Annotated[float, Number(above=0)] = _NO_END,
+    churn_high: Annotated[float, Number(above=0)] = NO_END,
     churn_scale: Annotated[float, Number(above=0)] = 1.0,
 ) -> Sampler:
     r"""Samples by Heun's second-order method (Karras et al. 2022, algorithms 1 and 2).

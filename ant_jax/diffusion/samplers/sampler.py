@@ -13,8 +13,8 @@ from jax.tree_util import Partial
 from ant_jax.diffusion.process import Denoise, Prediction, Process, Steps
 from ant_jax.settings import Integer, Number
 
-
-_NO_END = float(np.finfo(np.float32).max)
+# A ratio of noise to signal that counts as infinite, which no setting can be.
+NO_END = 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class SampleOptions:
         it: for pixels, not for latents.
       guidance_low: The least ratio of noise to signal at which guidance is used (Kynkaanniemi et
         al. 2024). Outside the interval a step costs one pass over the plain batch.
-      guidance_high: The greatest such ratio. The default guides up to pure noise.
+      guidance_high: The greatest such ratio; 1e9 is no end.
     """
 
     num_steps: Annotated[int, Integer(1)] = 50
@@ -42,7 +42,7 @@ class SampleOptions:
     guidance_channels: Annotated[int, Integer(0)] = 0
     clip_x0: bool = True
     guidance_low: Annotated[float, Number(0)] = 0.0
-    guidance_high: Annotated[float, Number(above=0)] = _NO_END
+    guidance_high: Annotated[float, Number(above=0)] = NO_END
 
 
 class Level(NamedTuple):
@@ -134,7 +134,7 @@ class Sampler(NamedTuple):
         if low >= high:
             raise ValueError(f"guidance_low must be below guidance_high, got {low} and {high}")
         # At pure noise the ratio is infinite.
-        interval = low, np.inf if high == _NO_END else high
+        interval = low, np.inf if high >= NO_END else high
         steps = process.steps(options.num_steps, options.spacing)
         level = Level(steps.t, np.sqrt(steps.signal[1:]), np.sqrt(steps.noise[1:]))
         return _reverse(

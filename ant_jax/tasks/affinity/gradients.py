@@ -46,7 +46,7 @@ def task_affinity(
       params: Pytree of the P parameters.
       diffusion: The noise process and its loss.
       x0: (M, H, W, C) float32 images in [-1, 1].
-      timesteps: (n,) integers in [0, T), the tasks to compare.
+      timesteps: (n,) noise levels of the process, the tasks to compare.
       key: Key of the noise and of the sketch.
       y: (M,) integer labels, passed to the model unchanged, or None.
       sketch_size: Length of the sketch of a gradient. The errors of the cosines have a standard
@@ -70,8 +70,14 @@ def task_affinity(
     if y is not None and np.shape(y) != (len(x0),):
         raise ValueError(f"y must have shape ({len(x0)},) like the images, not {np.shape(y)}.")
     timesteps = np.asarray(timesteps)
-    if timesteps.ndim != 1 or not timesteps.size or timesteps.dtype.kind not in "iu":
-        raise ValueError(f"timesteps must be integers of shape (n,), not {timesteps!r}.")
+    discrete = isinstance(diffusion.span, int)
+    if (
+        timesteps.ndim != 1
+        or not timesteps.size
+        or timesteps.dtype.kind not in "iuf"[: 3 - discrete]
+    ):
+        kind = "integers" if discrete else "numbers"
+        raise ValueError(f"timesteps must be {kind} of shape (n,), not {timesteps!r}.")
     if timesteps.min() < 0 or timesteps.max() >= diffusion.span:
         raise ValueError(f"timesteps must be in [0, {diffusion.span}), not {timesteps!r}.")
     if sketch_size is not None:
@@ -83,7 +89,7 @@ def task_affinity(
     gram = _gram(
         params,
         x0.astype(jnp.float32),
-        timesteps.astype(np.int32),
+        timesteps.astype(np.int32 if discrete else np.float32),
         key,
         None if y is None else jnp.asarray(y),
         apply_fn=apply_fn,
