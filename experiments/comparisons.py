@@ -1,4 +1,4 @@
-"""What `experiments.table` compares: the settings of the core and of the ablations."""
+"""What `experiments.table` compares: the settings of each of its comparisons."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +39,7 @@ class Setting(NamedTuple):
 VANILLA = Setting("vanilla", "vanilla", "snr", {}, "vanilla")
 CLUSTERS = ("timestep", "snr", "gradient")
 FIXED = "linear, Nash's mean weights"
+PROCESS_METHODS = ("uncertainty", "nash")
 CHANGED_METHODS = ("vanilla", "uncertainty", "nash")
 
 
@@ -73,6 +74,37 @@ def field() -> list[Setting]:
     """Vanilla, and every method of `ant_jax.mtl` on SNR clusters with its default settings."""
     methods = [name for name in settings.names_in(mtl, mtl.Weighting) if name != "vanilla"]
     return [VANILLA, *(Setting(name, name, "snr", {}, name) for name in methods)]
+
+
+def processes() -> list[Setting]:
+    """Noise processes and predictions x methods x clusters; 50 calls of the network a sample."""
+    sampling = {"sampler.name": "ddim", "sampler.num_steps": 50}
+    # Heun's method calls the network 49 times in 25 steps.
+    heun = {"sampler.name": "heun", "sampler.num_steps": 25, "sampler.spacing": "karras"}
+    changes = {
+        "DDPM epsilon": sampling,
+        "DDPM v": sampling | {"process.prediction": "v"},
+        "flow": sampling | {"process.name": "flow"},
+        "flow logit-normal": sampling | {"process.name": "flow", "process.density": "logit_normal"},
+        "EDM": heun | {"process.name": "edm"},
+    }
+    found = []
+    for name, change in changes.items():
+        vanilla = f"{name}: vanilla"
+        found.append(Setting(vanilla, "vanilla", "snr", change, vanilla, vanilla))
+        found += [
+            Setting(
+                f"{name}: {method}, {clusters}",
+                method,
+                clusters,
+                change,
+                f"{name}: {method}, snr",
+                vanilla,
+            )
+            for method in PROCESS_METHODS
+            for clusters in ("snr", "timestep")
+        ]
+    return found
 
 
 def fixed_setting(weights: Sequence[float]) -> Setting:

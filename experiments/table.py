@@ -5,6 +5,7 @@ and the controls. The learning rate of each is the best on one grid, with the sa
 and with separate seeds. ``ablations`` changes the number of clusters, uses random clusters, other
 loss weights, other noise schedules and more, with the learning rates of ``core``, and compares with
 vanilla under the same change. ``field`` compares all methods of `ant_jax.mtl` on SNR clusters.
+``processes`` asks whether balancing helps DDPM, flow matching and EDM alike.
 Everything is measured at several steps; `write_report` describes the columns.
 """
 
@@ -12,6 +13,7 @@ import functools
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ from experiments.comparisons import (
     core,
     field,
     fixed_setting,
+    processes,
     runs_of,
     tuning_runs,
 )
@@ -50,14 +53,17 @@ def main(argv):
     quiet_console()
     digits = PRESETS["digits"]
     presets = {"smoke": PRESETS["smoke"], "digits": digits, "imagenet64": PRESETS["imagenet64"]}
-    presets |= {"core": digits, "ablations": digits, "field": digits}
+    presets |= dict.fromkeys(("core", "ablations", "field", "processes"), digits)
     preset, out = runner.choose(argv, presets)
     name = runner.PRESET.value
     if name == "ablations":
         ablate(preset, out)
         return
     if name == "field":
-        compare_field(preset, out, field(), _GRID)
+        compare_tuned(preset, out, field(), _GRID, name, draw_field)
+        return
+    if name == "processes":
+        compare_tuned(preset, out, processes(), _GRID, name, draw_processes)
         return
     settings = core(task_affinity.path_of(out))
     grid = _GRID_AT_SCALE if name == "imagenet64" else _GRID
@@ -113,31 +119,59 @@ def compare(preset: Preset, out: Path, settings: list[Setting], grid: tuple[floa
         + [f"{method}, snr, shares" for method in ("linear", "uncertainty", "pcgrad")],
     }
     draw(results, panels, folder / "core.png")
+    logging.info("picture: %s", folder / "core.png")
 
 
-def compare_field(
-    preset: Preset, out: Path, settings: list[Setting], grid: tuple[float, ...]
+def compare_tuned(
+    preset: Preset,
+    out: Path,
+    settings: list[Setting],
+    grid: tuple[float, ...],
+    name: str,
+    picture: Callable[[dict[str, list[dict[str, Any]]], Path], None],
 ) -> None:
-    """Tunes, trains, measures and reports all methods, each on the same grid."""
+    """Tunes, trains, measures and reports settings, each on the same grid.
+
+    Args:
+      preset: the sizes.
+      out: the folder of the output.
+      settings: what is compared. In the table, those that are compared with one setting follow each
+        other, the best first.
+      grid: the learning rates to choose from.
+      name: of the files of the table.
+      picture: draws the results by setting into a file.
+    """
     tuning = [run for each in settings for run in tuning_runs(preset, grid, each)]
     if runner.DRY_RUN.value:
         runs = [run for each in settings for run in runs_of(preset, each, grid[0])]
         runner.print_plan({"learning rates": tuning, "comparison": runs}, out, preset)
         return
     chosen = choose_rates(preset, out, grid, settings)
-    plan = {each.label: runs_of(preset, each, chosen[each.label]) for each in settings}
+    plan = {each.label: runs_of(preset, each, chosen[each.tuned_as]) for each in settings}
     runner.execute([run for runs in plan.values() for run in runs], out, "comparison")
     results = {label: runner.execute(runs, out) for label, runs in plan.items()}
+    against = {each.label: each.against for each in settings}
+    order = list(dict.fromkeys(against.values()))
     last = lambda label: np.mean([quality(result) for result in results[label]])
-    results = {label: results[label] for label in sorted(results, key=last)}
+    place = lambda label: (order.index(against[label]), last(label))
+    results = {label: results[label] for label in sorted(results, key=place)}
     milliseconds = time_steps(preset, out, settings)
-    folder = out / "table"
-    write_report(results, dict.fromkeys(results, "vanilla"), milliseconds, folder, "field")
-    report.save_figure(_draw_field(results), folder / "field.png")
-    logging.info("picture: %s", folder / "field.png")
+    milliseconds = {each.label: milliseconds[_kind(each)] for each in settings}
+    write_report(results, against, milliseconds, out / "table", name)
+    path = out / "table" / f"{name}.png"
+    picture(results, path)
+    logging.info("picture: %s", path)
 
 
-def _draw_field(results):
+def draw_processes(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Convergence curves, one panel for each process."""
+    panels = {}
+    for label in results:
+        panels.setdefault(label.partition(":")[0], []).append(label)
+    draw(results, panels, path)
+
+
+def draw_field(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """The last distance of every method, the best at the top."""
     figure, ax = plt.subplots(figsize=(7, max(3.5, 1 + 0.25 * len(results))), layout="constrained")
     for place, (label, group) in enumerate(results.items()):
@@ -149,7 +183,7 @@ def _draw_field(results):
     ax.set(xscale="log", xlabel="distance or validation loss after the last step", ylim=(-1, None))
     ax.set_yticks(range(len(results)), results)
     ax.invert_yaxis()
-    return figure
+    report.save_figure(figure, path)
 
 
 def choose_rates(
@@ -178,7 +212,8 @@ def choose_rates(
 def _kind(setting):
     """The kind of a setting; all settings of one kind do the same work in a step."""
     normalised = "optimizer.clip_norm" in setting.settings
-    return setting.method + ", normalised" * normalised
+    process, colon, _ = setting.against.partition(":")
+    return f"{process}: " * bool(colon) + setting.method + ", normalised" * normalised
 
 
 def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, float]:
@@ -264,6 +299,7 @@ def ablate(preset: Preset, out: Path) -> None:
     for name in changes(preset):
         panels[name] = [f"{name}: {method}" for method in CHANGED_METHODS]
     draw(results, panels, out / "table" / "ablations.png")
+    logging.info("picture: %s", out / "table" / "ablations.png")
 
 
 def write_report(
@@ -423,7 +459,6 @@ def draw(
             "Frechet distance to the training data" if has_distance else "validation loss"
         )
     report.save_figure(figure, path)
-    logging.info("picture: %s", path)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def check_field(out):
     """The runs are those of the table before."""
     methods = [each for each in comparisons.field() if each.label in ("vanilla", "nash")]
     with flagsaver.as_parsed(preset="smoke", out=str(out), dry_run="false"):
-        table.compare_field(SMOKE, out, methods, (3e-3, 6e-3))
+        table.compare_tuned(SMOKE, out, methods, (3e-3, 6e-3), "field", table.draw_field)
     check_picture(out / "table" / "field.png")
     rows = read(out / "table" / "field.csv")
     assert {row["setting"] for row in rows} == {"vanilla", "nash"}
@@ -118,6 +118,20 @@ def test_the_field_has_every_method(tmp_path, capsys):
     count = len(settings.names_in(mtl, mtl.Weighting))
     assert f"comparison: {3 * count} runs" in capsys.readouterr().out
     assert "mgda" in {each.method for each in comparisons.field()}
+
+
+def test_all_processes_are_compared_alike(tmp_path, capsys):
+    with flagsaver.as_parsed(preset="processes", out=str(tmp_path), dry_run="true"):
+        table.main(["table"])
+    assert "comparison: 75 runs" in capsys.readouterr().out
+    compared = comparisons.processes()
+    assert len({each.against for each in compared}) == 5
+    for each in compared:
+        config = presets.make_config(
+            presets.PRESETS["digits"], each.method, each.clusters, 0, each.settings
+        )
+        sampler = config_lib.build(config, "sampler")
+        assert sampler.calls(config.sampler.num_steps) in (49, 50)
 
 
 def check_affinity(folder):
