@@ -71,7 +71,8 @@ def evaluate(
     If ``config.evaluation.features`` is set, this compares samples with the data, and writes a grid
     of the first samples beside the JSON file. If ``config.evaluation.split`` is set, this measures
     ``validation_loss``: the mean loss on held-out images, without loss weights. It is always of the
-    same timesteps and noise, whatever the clusters. Samples that an earlier call drew before it was
+    same timesteps and noise, whatever the clusters. ``nfe`` counts the calls of the network for a
+    sample; with guidance each has a doubled batch. Samples that an earlier call drew before it was
     killed are not drawn again.
 
     If ``config.evaluation.samples`` is set, this measures the samples of that file and nothing
@@ -126,7 +127,7 @@ def evaluate(
         first = []
         batches = results.keep_first(cache.read(place, config.sample.num), first)
         try:
-            figures = {"step": step} | measure(batches) | validation
+            figures = {"step": step, "nfe": experiment.nfe(config)} | measure(batches) | validation
         except ValueError as error:
             raise ConfigError(f"samples of step {step} can't be evaluated: {error}") from error
         made_from = _with_evaluation(made_from, config) | measured_by

@@ -96,7 +96,7 @@ def build(
             f"exceed the {channels} channels of what the network sees"
         )
     if process is None:
-        process = build_process(config)
+        process = config_lib.build_process(config)
     if boundaries is not None:
         _check_boundaries(config, boundaries, process)
     size = config.data.image_size
@@ -125,14 +125,6 @@ def build(
     built = build_weighting(config, k, config.seed, scale, specialist, weighting)
     draw = _draw(config, weighting)
     return Setup(shape, model, process, clusters, built, draw, weighting)
-
-
-def build_process(config: ConfigDict) -> Process:
-    """The noise process with its loss weight; equal settings give equal processes."""
-    weight = None
-    if config.loss_weight.name != "none":
-        weight = config_lib.build(config, "loss_weight")
-    return config_lib.build(config, "process", loss_weight=weight)
 
 
 def build_model(config: ConfigDict, channels: int, num_classes: int) -> nn.Module:
@@ -323,6 +315,11 @@ def abstract_params(setup: Setup) -> dict:
 def denoiser(setup: Setup, params: dict) -> Partial:
     """The network with its parameters bound, ``(x, t, y) -> output``; a pytree of them."""
     return Partial(gathering(setup.model.apply, params), {"params": params})
+
+
+def nfe(config: ConfigDict) -> int:
+    """How often the network is called for a sample; with guidance each call has a doubled batch."""
+    return config_lib.build(config, "sampler").calls(config.sampler.num_steps)
 
 
 def draw_samples(

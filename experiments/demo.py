@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 
+from ant_jax import config as config_lib
 from ant_jax import experiment
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
@@ -82,7 +83,7 @@ def make_table(results: list[dict[str, Any]]) -> str:
 def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path: Path) -> None:
     """Grids, curves and distances of both methods, and the clusters over log-SNR."""
     config = runs[-1].config
-    process = experiment.build_process(config)
+    process = config_lib.build_process(config)
     every = levels(process)
     boundaries = experiment.build_clusters(config, process).boundaries
     k = len(boundaries) - 1

@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from absl import logging
 
-from ant_jax import dataset, experiment, models, results
+from ant_jax import config as config_lib
+from ant_jax import dataset, models, results
 from ant_jax.runtime.files import write_bytes, writing
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.tasks import affinity, clustering
@@ -50,7 +51,7 @@ def measure(preset: Preset, out: Path) -> list[np.ndarray]:
     runner.finished(runs, out, "vanilla training")
     arguments = [(run, preset, out) for run in runs]
     matrices = [np.array(rows) for rows in runner.parallel(_of_run, arguments, "affinity")]
-    num_timesteps = len(levels(experiment.build_process(runs[0].config)))
+    num_timesteps = len(levels(config_lib.build_process(runs[0].config)))
     grid = affinity.timestep_grid(num_timesteps, preset.affinity_grid)
     with writing(path_of(out)) as file:
         affinity.save(file, np.mean(matrices, 0), grid, num_timesteps)
@@ -59,7 +60,7 @@ def measure(preset: Preset, out: Path) -> list[np.ndarray]:
 
 def _of_run(run, preset, out):
     """(n, n) mean over the checkpoints of a run; stored in a file."""
-    every = levels(experiment.build_process(run.config))
+    every = levels(config_lib.build_process(run.config))
     grid = affinity.timestep_grid(len(every), preset.affinity_grid)
 
     def make():
@@ -95,7 +96,7 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
     """Writes the tables and the picture; returns the rank correlations for each kind of gap."""
     folder = out / "task_affinity"
     config = plan(preset)[0].config
-    process = experiment.build_process(config)
+    process = config_lib.build_process(config)
     every = levels(process)
     grid = affinity.timestep_grid(len(every), preset.affinity_grid)
     positions = {"timestep": every[grid], "log-SNR": process.log_snr(every[grid])}

@@ -208,6 +208,23 @@ BAD = {
     "config.sampler.spacing: the sections of spacing '10,20' have 30 steps": {
         "sampler__spacing": "10,20"
     },
+    "config.sampler.spacing: spacing must be 'even', 'karras' or 'log_snr', got 'ldm'": {
+        "process__name": "flow",
+        "sampler__spacing": "ldm",
+    },
+    "config.sampler: churn_low = 2.0 must be below churn_high = 1.0": {
+        "sampler__name": "heun",
+        "sampler__churn_low": 2.0,
+        "sampler__churn_high": 1.0,
+    },
+    "config.sampler.guidance_low = 2.0 must be below config.sampler.guidance_high = 1.0": {
+        "sampler__guidance_low": 2.0,
+        "sampler__guidance_high": 1.0,
+    },
+    "config.process: a loss weight multiplies the squared error of the noise: it needs loss": {
+        "process__name": "flow",
+        "loss_weight__name": "p2",
+    },
     "config.sampler.guidance = 2.0 needs config.model.conditional = True": {
         "sampler__guidance": 2.0,
         "model__conditional": False,
@@ -304,7 +321,7 @@ OPENERS = {
     "autoencoder.latents": lambda config: dataset.open_latents(config, ""),
     "init_from": lambda config: initial_params(config, None),
     "clusters.affinity": lambda config: experiment.build_clusters(
-        config, experiment.build_process(config)
+        config, config_lib.build_process(config)
     ),
     "evaluation.weights": measuring.build,
     "evaluation.reference": _reference,

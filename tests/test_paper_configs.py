@@ -95,7 +95,7 @@ def test_the_argument_chooses_the_method_and_every_method_fits_the_batch(name, m
 def test_samplers_are_those_that_the_configs_claim(name, sampler, timesteps, end):
     config = completed(name, "vanilla")
     settings = config.sampler
-    process = experiment.build_process(config)
+    process = config_lib.build_process(config)
     used = process.steps(settings.num_steps, settings.spacing)
     assert settings.name == sampler
     assert used.t[:3].tolist() == timesteps

@@ -673,6 +673,45 @@ def test_a_specialist_trains_on_one_cluster(tmp_path):
     assert result["validation_loss"] > 0 and "frechet_distance" not in result
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"process.name": "flow", "process.density": "logit_normal", "clusters.name": "timestep"},
+        {"process.name": "edm", "sampler.name": "heun", "method.weight_by_interval_size": True},
+    ],
+    ids=["flow", "edm"],
+)
+def test_a_run_of_continuous_levels(changes, tmp_path, monkeypatch):
+    """Trained, interrupted, resumed, sampled and measured as one of timesteps."""
+    process = changes.pop("process.name")
+    config = digits.get_config("nash")
+    config_lib.update(config, {"process.name": process})
+    rest = {name: value for name, value in TINY.items() if name != "process.timesteps"}
+    config_lib.update(config, rest | {"num_steps": 4} | changes)
+    whole = trainer.train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        before_batch(patch, signal_at(2, signal.SIGTERM))
+        trainer.train(config, tmp_path / "stopped")
+    assert_same_state(trainer.train(config, tmp_path / "stopped"), whole)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+    low, middle, high = workdir_lib.load_facts(tmp_path / "whole")["boundaries"]
+    assert (low, high) == (0, 1) and 0 < middle < 1
+    if process == "flow":
+        # The median of the density.
+        np.testing.assert_allclose(middle, 0.5)
+    assert all(row["counts"] == [8, 8] for row in lines(tmp_path / "whole"))
+    figures = evaluate.evaluate(config, tmp_path / "whole")
+    assert figures["validation_loss"] > 0 and figures["frechet_distance"] > 0
+    assert figures["nfe"] == (2 if process == "flow" else 3)
+
+
+def test_random_clusters_need_timesteps(tmp_path):
+    config = digits.get_config("nash,random")
+    config_lib.update(config, {"process.name": "flow"})
+    with pytest.raises(ConfigError, match=r"clusters.name = 'random' .* continuous levels"):
+        trainer.train(config, tmp_path)
+
+
 def test_damaged_images_of_a_folder_are_counted_or_named(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for i in range(16):
@@ -1029,14 +1068,14 @@ def test_what_is_given_trains_in_place_of_what_the_config_names(tmp_path):
     fixed = mtl.Weighting(
         tuple, lambda stats, state: (jnp.array([0.25, 2.0]), state), 2, frozenset()
     )
-    process = experiment.build_process(tiny(process__schedule="linear", process__timesteps=50))
+    process = config_lib.build_process(tiny(process__schedule="linear", process__timesteps=50))
     given = {"model": Model(num_classes=10), "process": process, "weighting": fixed}
     state = trainer.train(config, tmp_path, **given)
     assert set(state.params) == {"Dense_0", "Dense_1"}
     # Clusters by the log-SNR of the process that was given.
     facts = json.loads((tmp_path / "facts.json").read_text())
     theirs = experiment.build_clusters(config, process).boundaries.tolist()
-    ours = experiment.build_clusters(config, experiment.build_process(config)).boundaries.tolist()
+    ours = experiment.build_clusters(config, config_lib.build_process(config)).boundaries.tolist()
     assert facts["boundaries"] == theirs != ours
     rows = lines(tmp_path)
     assert [row["weights"] for row in rows] == [[0.25, 2.0]] * 2

@@ -123,6 +123,14 @@ def build(config: ConfigDict | FrozenConfigDict, group: str, **given: Any) -> An
     return made
 
 
+def build_process(config: ConfigDict | FrozenConfigDict) -> Any:
+    """The noise process with its loss weight; equal settings give equal processes."""
+    weight = None
+    if config.loss_weight.name != "none":
+        weight = build(config, "loss_weight")
+    return build(config, "process", loss_weight=weight)
+
+
 def settings_of_config(config: ConfigDict | Mapping[str, Any]) -> dict[str, Setting]:
     """All settings of a config with these components, by ``"group.name"``.
 

@@ -12,6 +12,8 @@ from ant_jax.config import migration
 from ant_jax.config.components import (
     NAMED_GROUPS,
     ConfigError,
+    build,
+    build_process,
     component_names,
     flatten,
     key_of,
@@ -40,6 +42,7 @@ def validate(config: ConfigDict) -> None:
         if allowed:
             raise ConfigError(f"config.{name} must be {allowed}, got {flat[name]!r}")
     _validate_together(flat)
+    _validate_sampler(config)
 
 
 def unknown_setting(name: str, known: Mapping[str, Setting]) -> str:
@@ -90,15 +93,6 @@ def _validate_together(flat):
 
     at_most("clusters.k", "process.timesteps")
     at_most("sampler.num_steps", "process.timesteps")
-    if "process.timesteps" in flat:
-        from ant_jax.diffusion import spaced_timesteps
-
-        try:
-            spaced_timesteps(
-                flat["process.timesteps"], flat["sampler.num_steps"], flat["sampler.spacing"]
-            )
-        except ValueError as error:
-            raise ConfigError(f"config.sampler.spacing: {error}") from None
     if flat["autoencoder.name"]:
         for name, what in (("latents", "DIR of"), ("weights", "PATH of")):
             if not flat[f"autoencoder.{name}"]:
@@ -142,6 +136,22 @@ def _validate_together(flat):
         raise ConfigError(
             f"config.evaluation.features = 'digits' can't evaluate config.data.name = "
             f"{flat['data.name']!r}: set it to 'inception' or ''"
+        )
+
+
+def _validate_sampler(config):
+    build(config, "sampler")
+    settings = config.sampler
+    try:
+        build_process(config).steps(settings.num_steps, settings.spacing)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"config.sampler.spacing: {error}") from None
+    if settings.guidance_low >= settings.guidance_high:
+        raise ConfigError(
+            f"config.sampler.guidance_low = {settings.guidance_low} must be below "
+            f"config.sampler.guidance_high = {settings.guidance_high}"
         )
 
 
