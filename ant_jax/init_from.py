@@ -70,7 +70,8 @@ def _of_file(path, config, setup):
     if config.init_facts:
         raise ValueError("the file has metadata: leave config.init_facts empty")
     try:
-        settings = migration.renamed(dict(json.loads(metadata)))
+        names = {"model": config.model.name}
+        settings = migration.of_today(dict(json.loads(metadata)), names)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError("the metadata of the file are damaged") from error
     _check_meaning(settings, config)

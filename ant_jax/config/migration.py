@@ -11,8 +11,13 @@ _BEFORE = {
     "": {"init_facts": ""},
 }
 
-# Settings that this version has got since its first run, with the value that does the same.
-_SINCE = {"sampler": {"guidance_low": 0.0, "guidance_high": 1e9}}
+# Settings that this version has got since its first run, with the value that does the same, by
+# group and component; "" for all components.
+_SINCE = {
+    ("parallel", ""): {"params": "replicated"},
+    ("sampler", ""): {"guidance_low": 0.0, "guidance_high": 1e9},
+    ("model", "dit"): {"norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "sincos"},
+}
 
 # The new names of settings of version 0.1.
 MOVED = {
@@ -71,9 +76,18 @@ _OWN = {
 }
 
 
-def renamed(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings by ``"group.name"`` under their new names."""
-    return {MOVED.get(name, name): value for name, value in flat.items()}
+def of_today(flat: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """Settings by ``"group.name"`` of any version, under the names of this version.
+
+    Args:
+      flat: the settings.
+      names: components by group, where the settings do not name them.
+    """
+    new = {MOVED.get(name, name): value for name, value in flat.items()}
+    for (group, component), values in _SINCE.items():
+        if component in ("", new.get(f"{group}.name", names.get(group))):
+            new = {f"{group}.{name}": value for name, value in values.items()} | new
+    return new
 
 
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,10 +99,12 @@ def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     new = dict(config)
     if "process" not in config and isinstance(config.get("diffusion"), Mapping):
         new = _from_first_version(config)
-    new.setdefault("parallel", {"params": "replicated"})
-    for group, values in _SINCE.items():
-        if isinstance(new.get(group), Mapping):
-            new[group] = values | dict(new[group])
+    # The one group that is newer than many runs.
+    new.setdefault("parallel", {})
+    for (group, component), values in _SINCE.items():
+        own = new.get(group)
+        if isinstance(own, Mapping) and component in ("", own.get("name")):
+            new[group] = values | dict(own)
     return new
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from ant_jax.models.attention import Attention, check_attention, check_attention_devices
 from ant_jax.models.dense import Dense
 from ant_jax.models.network import check_fields
-from ant_jax.models.norms import LayerNorm
+from ant_jax.models.norms import LayerNorm, RMSNorm
 from ant_jax.models.remat import Remat, rematerialised
 from ant_jax.models.timesteps import MAX_PERIOD, timestep_features
 from ant_jax.settings import Integer
@@ -34,7 +34,10 @@ MLP_RATIO = 4
 
 _Dense = functools.partial(Dense, kernel_init=nn.initializers.xavier_uniform())
 _ZeroDense = functools.partial(Dense, kernel_init=nn.initializers.zeros)
-_LayerNorm = functools.partial(LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False)
+_NORMS = {
+    "layer": functools.partial(LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False),
+    "rms": functools.partial(RMSNorm, epsilon=1e-6, use_scale=False),
+}
 
 
 class DiT(nn.Module):
@@ -54,6 +57,15 @@ class DiT(nn.Module):
       patch: Side in pixels of the square patch that becomes one token: 1, 2, 4 or 8.
       remat: Which activations of each block are kept for the backward pass. Keeping fewer saves
         memory, costs time, and changes no value: see `ant_jax.models.remat.rematerialised`.
+      norm: "layer", or "rms" without the mean (Zhang & Sennrich 2019).
+      qk_norm: Whether queries and keys are divided by their root mean square, with a learned scale
+        for each channel of a head. Attention logits then cannot grow without limit, which makes
+        training in bfloat16 diverge (Dehghani et al. 2023; Esser et al. 2024).
+      mlp: "gelu", or "swiglu" (Shazeer 2020) with 2/3 of the hidden features and so as many
+        parameters.
+      position: "sincos", added to the tokens, or "rotary": queries and keys are rotated by their
+        row and column (Su et al. 2021), so that attention depends on differences of positions. It
+        needs heads of a multiple of 4 features.
       attention: "xla" or "cudnn": see `ant_jax.models.attention.Attention`.
 
     Raises:
@@ -70,12 +82,21 @@ class DiT(nn.Module):
     patch: Literal[1, 2, 4, 8] = 4
     remat: Remat = "none"
     attention: Attention = "xla"
+    norm: Literal["layer", "rms"] = "layer"
+    qk_norm: bool = False
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    position: Literal["sincos", "rotary"] = "sincos"
 
     def __post_init__(self):
         check_fields(self)
         if self.width % self.heads or self.width % 4:
             raise ValueError(
                 f"width must be a multiple of heads ({self.heads}) and of 4, not {self.width}."
+            )
+        if self.position == "rotary" and self.width // self.heads % 4:
+            raise ValueError(
+                "position 'rotary' needs heads of a multiple of 4 features, not "
+                f"{self.width // self.heads}."
             )
         check_attention(self.attention, self.width // self.heads, self.dtype)
         super().__post_init__()
@@ -123,7 +144,8 @@ class DiT(nn.Module):
         x = x.reshape(batch, rows, p, columns, p, channels).swapaxes(2, 3)
         x = x.reshape(batch, rows * columns, p * p * channels)
         x = _Dense(self.width, dtype=self.dtype, name="patch_embedding")(x)
-        x += positions(rows, columns, self.width).astype(x.dtype)
+        if self.position == "sincos":
+            x += positions(rows, columns, self.width).astype(x.dtype)
 
         embedding = functools.partial(Dense, kernel_init=nn.initializers.normal(0.02))
         features = timestep_features(t, TIMESTEP_FEATURES)
@@ -145,12 +167,16 @@ class DiT(nn.Module):
             heads=self.heads,
             dtype=self.dtype,
             attention=self.attention,
+            norm=self.norm,
+            qk_norm=self.qk_norm,
+            mlp=self.mlp,
+            grid=(rows, columns) if self.position == "rotary" else None,
         )
         for i in range(self.depth):
             x = block(name=f"block_{i}")(x, condition)
 
         modulation = _ZeroDense(2 * self.width, dtype=self.dtype, name="modulation")(condition)
-        x = _modulate(_LayerNorm(dtype=self.dtype)(x), *jnp.split(modulation, 2, axis=-1))
+        x = _modulate(_NORMS[self.norm](dtype=self.dtype)(x), *jnp.split(modulation, 2, axis=-1))
         outputs = channels * (2 if self.learned_variance else 1)
         x = _ZeroDense(p * p * outputs, dtype=jnp.float32, name="output")(x)
         x = x.reshape(batch, rows, columns, p, p, outputs).swapaxes(2, 3)
@@ -164,28 +190,71 @@ class _Block(nn.Module):
     heads: int
     dtype: Any
     attention: str
+    norm: str
+    qk_norm: bool
+    mlp: str
+    grid: tuple[int, int] | None
 
     @nn.compact
     def __call__(self, x: jax.Array, condition: jax.Array) -> jax.Array:
         modulation = _ZeroDense(6 * self.width, dtype=self.dtype, name="modulation")(condition)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
 
-        h = _modulate(_LayerNorm(dtype=self.dtype)(x), shift_1, scale_1)
+        norm = functools.partial(_NORMS[self.norm], dtype=self.dtype)
+        h = _modulate(norm()(x), shift_1, scale_1)
         h = _Dense(3 * self.width, dtype=self.dtype, name="qkv")(h)
         h = h.reshape(*h.shape[:2], 3, self.heads, self.width // self.heads)
-        h = jax.nn.dot_product_attention(*jnp.unstack(h, axis=2), implementation=self.attention)
+        query, key, value = jnp.unstack(h, axis=2)
+        if self.qk_norm:
+            query = RMSNorm(epsilon=1e-6, dtype=self.dtype, name="query_norm")(query)
+            key = RMSNorm(epsilon=1e-6, dtype=self.dtype, name="key_norm")(key)
+        if self.grid is not None:
+            angles = rotary_angles(*self.grid, self.width // self.heads)
+            query, key = _rotated(query, angles), _rotated(key, angles)
+        h = jax.nn.dot_product_attention(query, key, value, implementation=self.attention)
         h = _Dense(self.width, dtype=self.dtype, name="attention_output")(h.reshape(x.shape))
         x += gate_1[:, None] * h
 
-        h = _modulate(_LayerNorm(dtype=self.dtype)(x), shift_2, scale_2)
-        h = _Dense(MLP_RATIO * self.width, dtype=self.dtype, name="mlp_hidden")(h)
-        h = nn.gelu(h, approximate=True)
+        h = _modulate(norm()(x), shift_2, scale_2)
+        if self.mlp == "swiglu":
+            hidden = MLP_RATIO * self.width * 2 // 3
+            h = _Dense(2 * hidden, dtype=self.dtype, name="mlp_hidden")(h)
+            gate, h = jnp.split(h, 2, axis=-1)
+            h *= nn.silu(gate)
+        else:
+            h = _Dense(MLP_RATIO * self.width, dtype=self.dtype, name="mlp_hidden")(h)
+            h = nn.gelu(h, approximate=True)
         h = _Dense(self.width, dtype=self.dtype, name="mlp_output")(h)
         return x + gate_2[:, None] * h
 
 
 def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def _rotated(x: jax.Array, angles: np.ndarray) -> jax.Array:
+    """Rotates pairs of features of (B, N, heads, features), the first half with the second."""
+    cos, sin = np.float32(np.cos(angles))[:, None], np.float32(np.sin(angles))[:, None]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    return turned.astype(x.dtype)
+
+
+def rotary_angles(rows: int, columns: int, head: int) -> np.ndarray:
+    """The angles by which the features of a head are rotated at each position.
+
+    Args:
+      rows: number of rows of tokens.
+      columns: number of columns of tokens.
+      head: features of a head, a multiple of 4.
+
+    Returns:
+      (rows * columns, head / 2) float64: half of them turn with the row, half with the column.
+    """
+    quarter = head // 4
+    frequencies = MAX_PERIOD ** (-np.arange(quarter) / quarter)
+    row, column = np.divmod(np.arange(rows * columns), columns)
+    return np.concatenate([row[:, None] * frequencies, column[:, None] * frequencies], 1)
 
 
 def positions(rows: int, columns: int, width: int) -> np.ndarray:

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.models import dit
-from ant_jax.published_weights import Names, Place, Recognised, WeightsError, check_fit
+from ant_jax.published_weights import (
+    OWN_NAMES,
+    Names,
+    Place,
+    Recognised,
+    WeightsError,
+    check_fit,
+)
 
 FACTS = ("heads=N", "no_null_row", "no_pos_embed")
 
@@ -68,6 +75,8 @@ def names(model: dit.DiT, positions: np.ndarray | None = None, null_row: bool = 
     here. For an unconditional network, a label table of one row, as in the paper's code with one
     class, is added to the bias of the timestep embedding; the network computes the same.
 
+    A DiT with a norm, an MLP or positions that the paper's code does not have keeps its own names.
+
     Writing uses the names of the paper's code, without `pos_embed`. It depends on the image size,
     and the paper's code computes it: load the file by `load_state_dict(state, strict=False)`.
 
@@ -80,6 +89,8 @@ def names(model: dit.DiT, positions: np.ndarray | None = None, null_row: bool = 
         if the network was trained with label dropout. Otherwise a row of zeros is added on reading.
         With this row the network gets no label, for which it was never trained.
     """
+    if _unpublished(model):
+        return OWN_NAMES
     return Names(
         f"DiT with patches of {model.patch}x{model.patch}",
         functools.partial(_place, model.patch, null_row),
@@ -102,6 +113,10 @@ def recognise(
     Raises:
       ValueError: if the state dict doesn't match the network, or if a needed fact is missing.
     """
+    if differing := _unpublished(model):
+        raise ValueError(
+            f"the paper's code has no DiT with config.model.{' and config.model.'.join(differing)}"
+        )
     without_null = _without_null_row(state, model.num_classes, facts)
     rows, columns = (side // model.patch for side in image_shape[:2])
     found = names(model, dit.positions(rows, columns, model.width), not without_null)
@@ -132,6 +147,16 @@ def recognise(
         )
     untrained = "label_embedding/embedding" if without_null else ""
     return Recognised(found, {"heads": heads}, untrained)
+
+
+def _unpublished(model):
+    """The options of the network that the paper's code does not have."""
+    published = dit.DiT(channels=model.channels)
+    return [
+        f"{name} = {getattr(model, name)!r}"
+        for name in ("norm", "qk_norm", "mlp", "position")
+        if getattr(model, name) != getattr(published, name)
+    ]
 
 
 def _without_null_row(state, classes, facts):

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax.models.dit import SIZES, DiT
+from ant_jax.models import dit_weights
+from ant_jax.models.dit import SIZES, DiT, rotary_angles
 from ant_jax.models.remat import REMAT
+from ant_jax.published_weights import OWN_NAMES, to_torch
 
 TINY = dict(width=16, depth=2, heads=2, patch=2, channels=3, num_classes=5, learned_variance=True)
 LABELS = np.array([0, 4, 5])
@@ -76,8 +78,8 @@ def test_parameter_count_of_an_unconditional_model():
     assert _num_params(model) == _closed_form(24, 1, 192, 0, 192)
 
 
-def _numpy_dit(params, x, t, y, heads, patch):
-    """Peebles & Xie 2023, sections 3.1 and 3.2, one image at a time in float64."""
+def _numpy_dit(params, x, t, y, heads, patch, rms=False, swiglu=False, rotary=False):
+    """Peebles & Xie 2023, sections 3.1 and 3.2, one image at a time in float64; with options."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)["params"]
 
     def linear(layer, h):
@@ -89,14 +91,30 @@ def _numpy_dit(params, x, t, y, heads, patch):
     def gelu(h):
         return h / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
 
+    def rms_norm(h):
+        return h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6)
+
     def norm(h):
+        if rms:
+            return rms_norm(h)
         return (h - h.mean(-1, keepdims=True)) / np.sqrt(h.var(-1, keepdims=True) + 1e-6)
 
     def sin_cos(position, features):
         angles = [position / 10000 ** (2 * i / features) for i in range(features // 2)]
         return np.array([np.sin(a) for a in angles] + [np.cos(a) for a in angles])
 
+    def turned(h):
+        """Pairs of features as complex numbers, turned by the row and by the column."""
+        quarter = h.shape[-1] // 4
+        pairs = h[:, : 2 * quarter] + 1j * h[:, 2 * quarter :]
+        frequencies = 10000.0 ** (-np.arange(quarter) / quarter)
+        angles = [np.append(i * frequencies, j * frequencies) for i, j in grid]
+        pairs = pairs * np.exp(1j * np.array(angles))
+        return np.concatenate([pairs.real, pairs.imag], -1)
+
     def attention(q, k, v):
+        if rotary:
+            q, k = turned(q), turned(k)
         weights = np.exp(q @ k.T / np.sqrt(q.shape[-1]))
         return weights / weights.sum(-1, keepdims=True) @ v
 
@@ -108,7 +126,8 @@ def _numpy_dit(params, x, t, y, heads, patch):
         slices = [np.s_[i * patch : (i + 1) * patch, j * patch : (j + 1) * patch] for i, j in grid]
         tokens = np.stack([image[s].reshape(-1) for s in slices])
         tokens = linear(params["patch_embedding"], tokens)
-        tokens += [np.append(sin_cos(j, width // 2), sin_cos(i, width // 2)) for i, j in grid]
+        if not rotary:
+            tokens += [np.append(sin_cos(j, width // 2), sin_cos(i, width // 2)) for i, j in grid]
 
         features = np.roll(sin_cos(timestep, 256), 128)  # cosines first
         condition = silu(linear(params["timestep_hidden"], features))
@@ -120,9 +139,17 @@ def _numpy_dit(params, x, t, y, heads, patch):
             m = np.split(linear(block["modulation"], condition), 6)
             h = linear(block["qkv"], norm(tokens) * (1 + m[1]) + m[0])
             q, k, v = (np.split(part, heads, axis=-1) for part in np.split(h, 3, axis=-1))
+            if "query_norm" in block:
+                q = [rms_norm(head) * block["query_norm"]["scale"] for head in q]
+                k = [rms_norm(head) * block["key_norm"]["scale"] for head in k]
             h = np.concatenate([attention(*head) for head in zip(q, k, v, strict=True)], axis=-1)
             tokens = tokens + m[2] * linear(block["attention_output"], h)
-            h = gelu(linear(block["mlp_hidden"], norm(tokens) * (1 + m[4]) + m[3]))
+            h = linear(block["mlp_hidden"], norm(tokens) * (1 + m[4]) + m[3])
+            if swiglu:
+                gate, h = np.split(h, 2, axis=-1)
+                h = silu(gate) * h
+            else:
+                h = gelu(h)
             tokens = tokens + m[5] * linear(block["mlp_output"], h)
 
         shift, scale = np.split(linear(params["modulation"], condition), 2)
@@ -233,6 +260,7 @@ def test_labels_are_given_to_models_with_classes_alone():
 @pytest.mark.parametrize(
     "fields, match",
     [
+        (dict(heads=8, position="rotary"), "'rotary' needs heads of a multiple of 4 .* not 2"),
         (dict(heads=3), "width must be a multiple of heads"),
         (dict(width=18), "and of 4"),
         (dict(heads=0), "heads must be an integer >= 1, not 0"),
@@ -246,3 +274,56 @@ def test_labels_are_given_to_models_with_classes_alone():
 def test_bad_fields(fields, match):
     with pytest.raises(ValueError, match=match):
         DiT(**{**TINY, **fields})
+
+
+@functools.cache
+def _modern():
+    """A network with all options, its parameters and its compiled function."""
+    model = DiT(**TINY | dict(norm="rms", qk_norm=True, mlp="swiglu", position="rotary"))
+    return model, _random_params(model), jax.jit(model.apply)
+
+
+def test_forward_pass_with_all_options_equals_numpy():
+    _, params, apply = _modern()
+    expected = _numpy_dit(params, *_inputs(), 2, 2, rms=True, swiglu=True, rotary=True)
+    with jax.default_matmul_precision("highest"):
+        output = apply(params, *_inputs())
+    for i, tolerance in enumerate((1e-5, 1e-5, 2e-4)):
+        np.testing.assert_allclose(
+            output[i], expected[i], rtol=tolerance, atol=tolerance * expected.std()
+        )
+    # Three matrices with 2/3 of the hidden features, instead of two.
+    assert params["params"]["block_0"]["mlp_output"]["kernel"].shape == (64 * 2 // 3, 16)
+
+
+def test_qk_norm_makes_attention_independent_of_the_scale_of_queries_and_keys():
+    def change(apply, params):
+        scaled = jax.tree.map(np.copy, params)
+        for name in ("block_0", "block_1"):
+            for leaf in scaled["params"][name]["qkv"].values():
+                # The first two thirds of the channels are queries and keys.
+                leaf[..., :32] *= 10
+        return np.abs(apply(scaled, *_inputs()) - apply(params, *_inputs())).max()
+
+    _, params, apply = _modern()
+    assert change(apply, params) < 1e-2 * np.abs(apply(params, *_inputs())).max()
+    assert change(_apply, _params()) > 0.1 * np.abs(_output()).max()
+
+
+def test_rotary_positions_depend_on_differences_alone():
+    """A query and a key that are the same at all positions, on a grid of 4 x 5."""
+    angles = rotary_angles(4, 5, 8).reshape(4, 5, 4)
+    assert rotary_angles(4, 5, 8).shape == (20, 4)
+    np.testing.assert_allclose(angles[3, 4] - angles[1, 2], angles[2, 2] - angles[0, 0])
+    np.testing.assert_allclose(angles[0, 0], 0)
+    assert (angles[1, 0][:2] > 0).all() and (angles[1, 0][2:] == 0).all()
+    assert (angles[0, 1][2:] > 0).all() and (angles[0, 1][:2] == 0).all()
+
+
+def test_weights_of_the_paper_do_not_go_into_a_dit_with_other_options():
+    """RMS norm and rotary positions have the parameters of the paper's network."""
+    model = DiT(**TINY | dict(norm="rms", position="rotary"))
+    state = to_torch(_params()["params"], dit_weights.names(DiT(**TINY)))
+    with pytest.raises(ValueError, match=r"no DiT with config\.model\.norm = 'rms' and .*'rotary'"):
+        dit_weights.recognise(state, _params()["params"], model, (8, 8, 3), {"heads": "2"})
+    assert dit_weights.names(model) is OWN_NAMES
