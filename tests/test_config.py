@@ -221,6 +221,10 @@ BAD = {
         "sampler__guidance_low": 2.0,
         "sampler__guidance_high": 1.0,
     },
+    "config.model.routing_levels = 1000 must be config.process.timesteps = 60": {
+        "process__timesteps": 60,
+        "model__routing": 0.8,
+    },
     "config.process: a loss weight multiplies the squared error of the noise: it needs loss": {
         "process__name": "flow",
         "loss_weight__name": "p2",

@@ -16,7 +16,10 @@ _BEFORE = {
 _SINCE = {
     ("parallel", ""): {"params": "replicated"},
     ("sampler", ""): {"guidance_low": 0.0, "guidance_high": 1e9},
-    ("model", "dit"): {"norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "sincos"},
+    ("model", "dit"): {
+        **{"norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "sincos"},
+        **{"routing": 1.0, "routing_power": 4.0, "routing_levels": 1000},
+    },
 }
 
 # The new names of settings of version 0.1.

@@ -93,6 +93,12 @@ def _validate_together(flat):
 
     at_most("clusters.k", "process.timesteps")
     at_most("sampler.num_steps", "process.timesteps")
+    levels = flat.get("process.timesteps")
+    if levels and flat.get("model.routing", 1) < 1 and flat["model.routing_levels"] != levels:
+        raise ConfigError(
+            f"config.model.routing_levels = {flat['model.routing_levels']} must be "
+            f"config.process.timesteps = {levels}"
+        )
     if flat["autoencoder.name"]:
         for name, what in (("latents", "DIR of"), ("weights", "PATH of")):
             if not flat[f"autoencoder.{name}"]:

@@ -18,8 +18,9 @@ from ant_jax.models.dense import Dense
 from ant_jax.models.network import check_fields
 from ant_jax.models.norms import LayerNorm, RMSNorm
 from ant_jax.models.remat import Remat, rematerialised
+from ant_jax.models.routing import routing_mask
 from ant_jax.models.timesteps import MAX_PERIOD, timestep_features
-from ant_jax.settings import Integer
+from ant_jax.settings import Integer, Number
 
 # Table 1 of the paper. For example, DiT-XL/2 on latents is DiT(channels=4, patch=2, **SIZES["XL"]).
 SIZES = {
@@ -66,6 +67,10 @@ class DiT(nn.Module):
       position: "sincos", added to the tokens, or "rotary": queries and keys are rotated by their
         row and column (Su et al. 2021), so that attention depends on differences of positions. It
         needs heads of a multiple of 4 features.
+      routing: Share of the channels that each noise level uses in the blocks; 1 is all. Denoising
+        task routing (see `ant_jax.models.routing`) has 0.8.
+      routing_power: Above 1, the windows of channels of low noise levels overlap more.
+      routing_levels: Number of windows: T for integer noise levels.
       attention: "xla" or "cudnn": see `ant_jax.models.attention.Attention`.
 
     Raises:
@@ -86,6 +91,9 @@ class DiT(nn.Module):
     qk_norm: bool = False
     mlp: Literal["gelu", "swiglu"] = "gelu"
     position: Literal["sincos", "rotary"] = "sincos"
+    routing: Annotated[float, Number(0.01, 1)] = 1.0
+    routing_power: Annotated[float, Number(above=0)] = 4.0
+    routing_levels: Annotated[int, Integer(2, 10_000)] = 1000
 
     def __post_init__(self):
         check_fields(self)
@@ -172,8 +180,13 @@ class DiT(nn.Module):
             mlp=self.mlp,
             grid=(rows, columns) if self.position == "rotary" else None,
         )
+        mask = None
+        if self.routing < 1:
+            settings = self.routing_levels, self.width, self.routing, self.routing_power
+            mask = routing_mask(t, *settings)[:, None].astype(self.dtype)
         for i in range(self.depth):
-            x = block(name=f"block_{i}")(x, condition)
+            layer = block(name=f"block_{i}")
+            x = layer(x, condition) if mask is None else layer(x * mask, condition) + x * (1 - mask)
 
         modulation = _ZeroDense(2 * self.width, dtype=self.dtype, name="modulation")(condition)
         x = _modulate(_NORMS[self.norm](dtype=self.dtype)(x), *jnp.split(modulation, 2, axis=-1))

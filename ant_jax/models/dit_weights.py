@@ -1,4 +1,7 @@
-"""Weight names of DiT: facebookresearch/DiT, `models.py`, and diffusers' version of it."""
+"""Weight names of DiT: facebookresearch/DiT, `models.py`, and diffusers' version of it.
+
+byeongjun-park/DTR has the same names, and in each block a table of the channels of each timestep.
+"""
 
 import functools
 import re
@@ -8,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax.models import dit
+from ant_jax.models import dit, routing
 from ant_jax.published_weights import (
     OWN_NAMES,
     Names,
@@ -37,6 +40,8 @@ _IN_BLOCK = {
     "mlp_hidden": "mlp.fc1",
     "mlp_output": "mlp.fc2",
 }
+
+_ROUTING = "routing._unit_mapping"
 
 _POSITIONS = ("pos_embed", "pos_embed.pos_embed")  # the second is diffusers'
 
@@ -94,7 +99,7 @@ def names(model: dit.DiT, positions: np.ndarray | None = None, null_row: bool = 
     return Names(
         f"DiT with patches of {model.patch}x{model.patch}",
         functools.partial(_place, model.patch, null_row),
-        functools.partial(_select, positions),
+        functools.partial(_select, positions, model),
     )
 
 
@@ -116,6 +121,10 @@ def recognise(
     if differing := _unpublished(model):
         raise ValueError(
             f"the paper's code has no DiT with config.model.{' and config.model.'.join(differing)}"
+        )
+    if model.routing < 1 and not any(name.endswith(_ROUTING) for name in state):
+        raise ValueError(
+            f"it has no denoising task routing, and config.model.routing = {model.routing}"
         )
     without_null = _without_null_row(state, model.num_classes, facts)
     rows, columns = (side // model.patch for side in image_shape[:2])
@@ -189,7 +198,7 @@ def _place(patch: int, null_row: bool, module: str) -> Place | None:
 
 
 def _select(
-    positions: np.ndarray | None, state: Mapping[str, np.ndarray], wanted: Set[str]
+    positions: np.ndarray | None, model: dit.DiT, state: Mapping[str, np.ndarray], wanted: Set[str]
 ) -> dict[str, np.ndarray]:
     selected: dict[str, np.ndarray] = {}
     for name, value in state.items():
@@ -202,6 +211,8 @@ def _select(
         selected[name] = value
     for name in [name for name in _POSITIONS if name in selected]:
         _check_positions(selected.pop(name), positions)
+    for name in [name for name in selected if name.endswith(_ROUTING)]:
+        _check_routing(selected.pop(name), model)
     for name in [name for name in selected if ".attn.q." in name]:
         parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if all(part in selected for part in parts):
@@ -212,6 +223,19 @@ def _select(
     if rows == 1 and table not in wanted and bias in selected:
         selected[bias] = np.float32(selected[bias]) + np.float32(selected.pop(table)[0])
     return selected
+
+
+def _check_routing(theirs: np.ndarray, model: dit.DiT) -> None:
+    settings = model.width, model.routing, model.routing_power
+    starts = routing.window_starts(len(theirs), *settings)[:, None]
+    ours = np.arange(model.width) - starts
+    ours = (ours >= 0) & (ours < int(model.width * model.routing))
+    if model.routing == 1 or theirs.shape != ours.shape or (theirs != ours).any():
+        raise WeightsError(
+            f"its blocks use {np.mean(theirs):.3g} of their channels at a noise level, by "
+            "denoising task routing: set config.model.routing, routing_power and routing_levels "
+            "as there"
+        )
 
 
 def _check_positions(theirs: np.ndarray, ours: np.ndarray | None) -> None:

@@ -10,7 +10,8 @@ import pytest
 from ant_jax.models import dit_weights
 from ant_jax.models.dit import SIZES, DiT, rotary_angles
 from ant_jax.models.remat import REMAT
-from ant_jax.published_weights import OWN_NAMES, to_torch
+from ant_jax.models.routing import routing_mask, window_starts
+from ant_jax.published_weights import OWN_NAMES, from_torch, to_torch
 
 TINY = dict(width=16, depth=2, heads=2, patch=2, channels=3, num_classes=5, learned_variance=True)
 LABELS = np.array([0, 4, 5])
@@ -78,7 +79,7 @@ def test_parameter_count_of_an_unconditional_model():
     assert _num_params(model) == _closed_form(24, 1, 192, 0, 192)
 
 
-def _numpy_dit(params, x, t, y, heads, patch, rms=False, swiglu=False, rotary=False):
+def _numpy_dit(params, x, t, y, heads, patch, rms=False, swiglu=False, rotary=False, mask=None):
     """Peebles & Xie 2023, sections 3.1 and 3.2, one image at a time in float64; with options."""
     params = jax.tree.map(lambda p: np.asarray(p, np.float64), params)["params"]
 
@@ -136,6 +137,10 @@ def _numpy_dit(params, x, t, y, heads, patch, rms=False, swiglu=False, rotary=Fa
 
         for name in sorted(n for n in params if n.startswith("block_")):
             block = params[name]
+            unrouted = 0
+            if mask is not None:
+                used = mask(timestep)
+                tokens, unrouted = tokens * used, tokens * (1 - used)
             m = np.split(linear(block["modulation"], condition), 6)
             h = linear(block["qkv"], norm(tokens) * (1 + m[1]) + m[0])
             q, k, v = (np.split(part, heads, axis=-1) for part in np.split(h, 3, axis=-1))
@@ -150,7 +155,7 @@ def _numpy_dit(params, x, t, y, heads, patch, rms=False, swiglu=False, rotary=Fa
                 h = silu(gate) * h
             else:
                 h = gelu(h)
-            tokens = tokens + m[5] * linear(block["mlp_output"], h)
+            tokens = tokens + m[5] * linear(block["mlp_output"], h) + unrouted
 
         shift, scale = np.split(linear(params["modulation"], condition), 2)
         tokens = linear(params["output"], norm(tokens) * (1 + scale) + shift)
@@ -276,16 +281,24 @@ def test_bad_fields(fields, match):
         DiT(**{**TINY, **fields})
 
 
+def _mask(timestep):
+    """Park et al. 2024: 12 of 16 channels, from the first to the last as the fourth power of t."""
+    start = round((timestep / 999) ** 4 * 4)
+    return np.array([start <= channel < start + 12 for channel in range(16)], float)
+
+
 @functools.cache
 def _modern():
     """A network with all options, its parameters and its compiled function."""
-    model = DiT(**TINY | dict(norm="rms", qk_norm=True, mlp="swiglu", position="rotary"))
+    model = DiT(
+        **TINY | dict(norm="rms", qk_norm=True, mlp="swiglu", position="rotary", routing=0.8)
+    )
     return model, _random_params(model), jax.jit(model.apply)
 
 
 def test_forward_pass_with_all_options_equals_numpy():
     _, params, apply = _modern()
-    expected = _numpy_dit(params, *_inputs(), 2, 2, rms=True, swiglu=True, rotary=True)
+    expected = _numpy_dit(params, *_inputs(), 2, 2, rms=True, swiglu=True, rotary=True, mask=_mask)
     with jax.default_matmul_precision("highest"):
         output = apply(params, *_inputs())
     for i, tolerance in enumerate((1e-5, 1e-5, 2e-4)):
@@ -310,6 +323,18 @@ def test_qk_norm_makes_attention_independent_of_the_scale_of_queries_and_keys():
     assert change(_apply, _params()) > 0.1 * np.abs(_output()).max()
 
 
+def test_noise_levels_use_windows_of_channels():
+    starts = window_starts(1000, 1024, 0.8, 4.0)
+    assert starts[0] == 0 and starts[-1] == 1024 - 819 and (np.diff(starts) >= 0).all()
+    # In the middle 1/16 of the way.
+    assert starts[500] == round(0.0627 * 205)
+    mask = routing_mask(jnp.array([0, 500, 999]), 1000, 1024, 0.8, 4.0)
+    assert mask.sum(1).tolist() == [819] * 3
+    assert [int(row.argmax()) for row in mask] == starts[[0, 500, 999]].tolist()
+    of_floats = routing_mask(jnp.array([0.0, 500 / 999, 1.0]), 1000, 1024, 0.8, 4.0)
+    np.testing.assert_array_equal(of_floats, mask)
+
+
 def test_rotary_positions_depend_on_differences_alone():
     """A query and a key that are the same at all positions, on a grid of 4 x 5."""
     angles = rotary_angles(4, 5, 8).reshape(4, 5, 4)
@@ -327,3 +352,22 @@ def test_weights_of_the_paper_do_not_go_into_a_dit_with_other_options():
     with pytest.raises(ValueError, match=r"no DiT with config\.model\.norm = 'rms' and .*'rotary'"):
         dit_weights.recognise(state, _params()["params"], model, (8, 8, 3), {"heads": "2"})
     assert dit_weights.names(model) is OWN_NAMES
+
+
+def test_weights_of_task_routing_need_the_same_routing():
+    """byeongjun-park/DTR: a table (1000, width) in each block."""
+    model = DiT(**TINY | dict(routing=0.75))
+    params = _params()["params"]
+    state = to_torch(params, dit_weights.names(model))
+    recognise = lambda state, model: dit_weights.recognise(
+        state, params, model, (4, 6, 3), {"heads": "2", "no_pos_embed": ""}
+    )
+    with pytest.raises(ValueError, match=r"no denoising task routing, and .*routing = 0\.75"):
+        recognise(state, model)
+    table = np.stack([_mask(timestep) for timestep in range(1000)]).astype(np.float32)
+    state |= {f"blocks.{i}.routing._unit_mapping": table for i in range(2)}
+    read = from_torch(state, params, recognise(state, model).names)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+    for other in (DiT(**TINY), DiT(**TINY | dict(routing=0.75, routing_power=3.0))):
+        with pytest.raises(ValueError, match=r"use 0\.75 of their channels .* routing"):
+            recognise(state, other)
