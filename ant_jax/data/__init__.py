@@ -20,6 +20,7 @@ For images that are NumPy arrays, use ``data.ArraySource(images, labels)``.
 from ant_jax.data.arrays import ArraySource, arrays
 from ant_jax.data.digits import digits
 from ant_jax.data.folder import FolderSource, folder
+from ant_jax.data.idx import idx
 from ant_jax.data.pipeline import batches, check_crop
 from ant_jax.data.source import ExampleError, Source, UnreadableImageError
 from ant_jax.data.tfds import TfdsSource, tfds
@@ -36,5 +37,6 @@ __all__ = [
     "check_crop",
     "digits",
     "folder",
+    "idx",
     "tfds",
 ]

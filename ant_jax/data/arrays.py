@@ -42,6 +42,8 @@ class ArraySource(Source):
                 f"labels of {self.name} must be {len(images)} integers, one for each image, got "
                 f"{labels.dtype} {labels.shape}"
             )
+        # Unsigned types have no -1, the maximum of no labels.
+        labels = labels.astype(np.int64)
         num_classes = self.num_classes
         if num_classes is None:
             num_classes = 0 if self.labels is None else int(labels.max(initial=-1)) + 1

@@ -1,4 +1,6 @@
+import gzip
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,13 @@ PREPARED = Path(__file__).parent / "tfds"
 DATA_DIR = str(PREPARED / "array_record")
 
 
+def write_idx(path, array):
+    """Unsigned bytes in MNIST's format, compressed if the name says so."""
+    content = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    content += array.tobytes()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     """What opens a small set by each source that needs something."""
@@ -30,7 +39,11 @@ def settings(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     np.savez(place / "file.npz", train_images=images, train_labels=np.arange(12)[:, None] % 3)
+    (place / "idx").mkdir()
+    write_idx(place / "idx" / "train-images-idx3-ubyte", images[..., 0])
+    write_idx(place / "idx" / "train-labels-idx1-ubyte.gz", np.arange(12, dtype=np.uint8) % 3)
     return {
+        "idx": {"dir": str(place / "idx")},
         "arrays": {"file": str(place / "file.npz")},
         "folder": {"dir": str(place / "folder")},
         "tfds": {"builder": "ant_tiny_images/rgb", "dir": DATA_DIR},
@@ -99,6 +112,7 @@ def test_arrays_are_a_source():
     np.testing.assert_array_equal(source[2]["image"], IMAGES[2])
     assert source[0]["label"] == 2
     assert data.ArraySource(IMAGES, [2, 0, 1, 1, 0], num_classes=7).num_classes == 7
+    assert data.ArraySource(IMAGES, np.uint8([2, 0, 1, 1, 0])).num_classes == 3
     assert data.ArraySource(IMAGES).num_classes == 0 and data.ArraySource(IMAGES)[1]["label"] == 0
 
 
@@ -129,6 +143,64 @@ def test_arrays_of_a_file(tmp_path):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"file.npz is damaged, or not an .npz file of arrays"):
         data.arrays("", path)
+
+
+def test_idx_images_are_padded(tmp_path):
+    images = np.arange(3 * 4 * 6, dtype=np.uint8).reshape(3, 4, 6)
+    write_idx(tmp_path / "t10k-images-idx3-ubyte.gz", images)
+    write_idx(tmp_path / "t10k-labels-idx1-ubyte", np.array([1, 0, 9], np.uint8))
+    source = data.idx("test", str(tmp_path), pad=2)
+    assert source.image_shape == (8, 10, 1) and source.num_classes == 10
+    np.testing.assert_array_equal(source.images[:, 2:-2, 2:-2, 0], images)
+    assert source.images.sum() == images.sum(dtype=int)
+    assert source.labels.tolist() == [1, 0, 9]
+
+
+def test_half_the_size_is_the_mean_of_four_pixels():
+    images = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), np.uint8)
+    source = data.ArraySource(images)
+    batch = next(data.batches(source, batch_size=2, seed=0, image_size=14, crop="center"))
+    means = images.reshape(2, 14, 2, 14, 2).astype(float).mean((2, 4))
+    found = np.sort(batch["image"][..., 0].astype(float), 0)
+    # Rows and columns are rounded one after the other.
+    assert np.abs(found - np.sort(means, 0)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda content: content[:-5], r"train-images.* damaged: it has only 43 than the 48 bytes"),
+        (lambda content: content + b"x", r"damaged: it has more than the 48 bytes of \(3, 4, 4\)"),
+        (lambda content: content[:9], "does not begin as unsigned bytes with 3 axes do"),
+        (lambda content: b"\0\0\x0d\3" + content[4:], "does not begin as unsigned bytes"),
+        (lambda content: b"\0\0\x08\1" + content[4:], "does not begin as unsigned bytes"),
+        (lambda content: content[:4] + b"\xff" * 12 + content[16:], "more than 4 GiB"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["", ".gz"])
+def test_damaged_idx_files_are_one_line(harm, told, ending, tmp_path):
+    plain, path = tmp_path / "plain", tmp_path / f"train-images-idx3-ubyte{ending}"
+    write_idx(plain, np.zeros((3, 4, 4), np.uint8))
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, np.uint8))
+    harmed = harm(plain.read_bytes())
+    path.write_bytes(gzip.compress(harmed) if ending else harmed)
+    with pytest.raises(ValueError, match=told):
+        data.idx("train", str(tmp_path))
+
+
+def test_other_damage_of_idx_files(tmp_path):
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, np.uint8))
+    with pytest.raises(FileNotFoundError, match=r"has neither train-images-idx3-ubyte nor .*\.gz"):
+        data.idx("train", str(tmp_path))
+    compressed = tmp_path / "train-images-idx3-ubyte.gz"
+    write_idx(compressed, np.random.default_rng(0).integers(0, 256, (4, 9, 9), np.uint8))
+    whole = compressed.read_bytes()
+    with pytest.raises(ValueError, match="has 4 images and 3 labels of 'train'"):
+        data.idx("train", str(tmp_path))
+    for harmed in (whole[:-40], b"no gzip" + whole, whole[:60] + b"xxxx" + whole[64:]):
+        compressed.write_bytes(harmed)
+        with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz is damaged"):
+            data.idx("train", str(tmp_path))
 
 
 def test_tfds_colour_images_of_varying_size():
