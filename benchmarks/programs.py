@@ -79,12 +79,13 @@ class Program(NamedTuple):
 
 def published(name: str, k: int) -> tuple[Task, int]:
     """The task and the batch size of one of the configs imagenet256_dit_*; needs ml_collections."""
+    from ant_jax import config as config_lib
     from ant_jax import experiment
 
     module = f"configs.imagenet256_dit_{name.lower().replace('/', '')}"
     config = importlib.import_module(module).get_config()
     model = experiment.build_model(config, channels=4, num_classes=1000)
-    task = Task(model, (32, 32, 4), experiment.build_process(config), k)
+    task = Task(model, (32, 32, 4), config_lib.build_process(config), k)
     return task, config.data.batch_size
 
 
