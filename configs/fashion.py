@@ -19,7 +19,8 @@ from configs import digits
 
 def get_config(argument: str = "nash,snr,32") -> ml_collections.ConfigDict:
     """The config for METHOD, METHOD,CLUSTERS or METHOD,CLUSTERS,SIZE."""
-    method, clusters, size = [*argument.split(","), "snr", "32"][:3]
+    given = argument.split(",")
+    method, clusters, size = given + ["", "snr", "32"][len(given) :]
     if size not in ("14", "32"):
         raise config_lib.ConfigError(f"the size must be 14 or 32, got {size!r}")
     config = digits.get_config(f"{method},{clusters}")
