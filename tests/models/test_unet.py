@@ -43,7 +43,11 @@ def _record(name):
     arrays = dict(np.load(RECORDS / f"{name}.npz"))
     x = np.moveaxis(arrays.pop("x"), 1, -1).astype(np.float32)
     labels = [arrays.pop("y")] if "y" in arrays else []
-    inputs = (x, arrays.pop("t"), *labels)
+    t = arrays.pop("t")
+    if t.dtype.kind == "f":
+        # Floats are levels in [0, 1] here, and timesteps there.
+        t = t / 1000
+    inputs = (x, t, *labels)
     output = np.moveaxis(arrays.pop("output"), 1, -1)
     return arrays, inputs, output
 
