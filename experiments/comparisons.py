@@ -39,7 +39,8 @@ class Setting(NamedTuple):
 VANILLA = Setting("vanilla", "vanilla", "snr", {}, "vanilla")
 CLUSTERS = ("timestep", "snr", "gradient")
 FIXED = "linear, Nash's mean weights"
-PROCESS_METHODS = ("uncertainty", "nash")
+# The last is the best after Nash-MTL and uncertainty weighting of those in `field`.
+PROCESS_METHODS = ("uncertainty", "nash", "imtl_g")
 CHANGED_METHODS = ("vanilla", "uncertainty", "nash")
 
 

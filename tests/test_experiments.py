@@ -123,7 +123,7 @@ def test_the_field_has_every_method(tmp_path, capsys):
 def test_all_processes_are_compared_alike(tmp_path, capsys):
     with flagsaver.as_parsed(preset="processes", out=str(tmp_path), dry_run="true"):
         table.main(["table"])
-    assert "comparison: 75 runs" in capsys.readouterr().out
+    assert "comparison: 105 runs" in capsys.readouterr().out
     compared = comparisons.processes()
     assert len({each.against for each in compared}) == 5
     for each in compared:
