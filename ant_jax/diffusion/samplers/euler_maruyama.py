@@ -20,7 +20,7 @@ def euler_maruyama() -> Sampler:
     r"""Samples by the reverse SDE of Ma et al. 2024 (SiT), eq. 7, by Euler-Maruyama steps.
 
     The diffusion coefficient is :math:`w = s\, ds/dt` for the factor s of the noise, which for flow
-    matching is the choice :math:`w_t = \sigma_t` of the paper. A step to the factors a', s' goes to
+    matching is the choice :math:`w_t = \sigma_t` of the paper; its code takes twice this. A step to the factors a', s' goes to
     :math:`a' x_0 + (s' - (s - s')/2)\, \epsilon` and adds noise of the variance
     :math:`s (s - s')`. The last step, which ends without noise, adds none and returns the predicted
     data.
