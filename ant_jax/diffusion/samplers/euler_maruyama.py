@@ -19,11 +19,11 @@ class _Coefficients(NamedTuple):
 def euler_maruyama() -> Sampler:
     r"""Samples by the reverse SDE of Ma et al. 2024 (SiT), eq. 7, by Euler-Maruyama steps.
 
-    The diffusion coefficient is :math:`w = s\, ds/dt` for the factor s of the noise, which for flow
-    matching is the choice :math:`w_t = \sigma_t` of the paper; its code takes twice this. A step to the factors a', s' goes to
-    :math:`a' x_0 + (s' - (s - s')/2)\, \epsilon` and adds noise of the variance
-    :math:`s (s - s')`. The last step, which ends without noise, adds none and returns the predicted
-    data.
+    The diffusion coefficient is :math:`w = s\, ds/dt` for the factor s of the noise. For flow
+    matching this is the choice :math:`w_t = \sigma_t` of the paper, whose code takes twice as much.
+    A step to the factors a', s' goes to :math:`a' x_0 + (s' - (s - s')/2)\, \epsilon` and adds
+    noise of the variance :math:`s (s - s')`. The last step, which ends without noise, adds none and
+    returns the predicted data.
     """
     return Sampler(_coefficients, _step)
 
