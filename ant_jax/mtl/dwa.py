@@ -60,8 +60,9 @@ def dwa(
     check_arguments(dwa, k, steps_per_epoch=steps_per_epoch, temperature=temperature)
 
     def init():
-        zeros = jnp.zeros(k, jnp.float32)
-        return DwaState(zeros, zeros, zeros, jnp.zeros(k, jnp.int32))
+        # Each its own array: a step that donates its state can't donate one array twice.
+        mean, last, before = (jnp.zeros(k, jnp.float32) for _ in range(3))
+        return DwaState(mean, last, before, jnp.zeros(k, jnp.int32))
 
     def weigh(stats, state):
         present = stats.present

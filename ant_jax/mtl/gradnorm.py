@@ -71,8 +71,9 @@ def gradnorm(
     adam = optax.adam(learning_rate)
 
     def init():
-        zeros = jnp.zeros(k, jnp.float32)
-        return GradNormState(zeros, jax.vmap(adam.init)(zeros), zeros, jnp.zeros(k, bool))
+        # Each its own array: a step that donates its state can't donate one array twice.
+        logits, first = (jnp.zeros(k, jnp.float32) for _ in range(2))
+        return GradNormState(logits, jax.vmap(adam.init)(logits), first, jnp.zeros(k, bool))
 
     def weigh(stats, state):
         losses, present = stats.losses, stats.present

@@ -77,6 +77,14 @@ def test_state_is_a_pytree_of_arrays_of_constant_structure(method):
     assert look(after) == look(before)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_first_state_can_be_donated(name):
+    """No array is in it twice."""
+    state = mtl.init_combine(METHODS[name](5))
+    arrays = jax.tree.leaves(state)
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)
+
+
 def test_absent_tasks_get_weight_zero_and_keep_their_state(method):
     """All but one present, one, none at all; an absent task's loss and row are garbage or 0."""
     weighting, weigh, _ = method
