@@ -1,5 +1,6 @@
 """The train step of a config, compiled for the devices, and the state that it starts from."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from ml_collections import ConfigDict
 from ant_jax import config as config_lib
 from ant_jax import experiment, models
 from ant_jax.experiment import Setup
+from ant_jax.mtl.gramian import keeping_axes
 from ant_jax.mtl.shards import gathered
 from ant_jax.optimizer import build_optimizer, stop_gradients
 from ant_jax.runtime import processes
@@ -240,7 +242,8 @@ def _training_step(program, model, process, draw, specialist, given, image_shape
             skip_nonfinite=program.optimizer.nonfinite == "skip",
             split=not is_sharded,
         )
-        return train_step(state, batch, setup, axis_name)
+        with keeping_axes() if is_sharded else contextlib.nullcontext():
+            return train_step(state, batch, setup, axis_name)
 
     if is_sharded:
         return partitioned_step(step, devices, _shardings(program, model, image_shape, devices))

@@ -1,7 +1,27 @@
 """The Gram matrix of stacked gradients, and their cosines."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
+
+_flatten = contextvars.ContextVar("flatten", default=True)
+
+
+@contextlib.contextmanager
+def keeping_axes() -> Iterator[None]:
+    """Lets `gramian` keep the axes of the gradients, in a program that `jax.jit` partitions.
+
+    Otherwise the devices would gather a gradient that is sharded along one of its axes. On a CPU
+    this form takes two to three times as long.
+    """
+    token = _flatten.set(False)
+    try:
+        yield
+    finally:
+        _flatten.reset(token)
 
 
 def gramian(stacked: jax.typing.ArrayLike) -> jax.Array:
@@ -15,7 +35,10 @@ def gramian(stacked: jax.typing.ArrayLike) -> jax.Array:
     """
     grams = []
     for leaf in jax.tree.leaves(stacked):
-        rows, axes = leaf.astype(jnp.float32), tuple(range(1, leaf.ndim))
+        rows = leaf.astype(jnp.float32)
+        if _flatten.get():
+            rows = rows.reshape(len(rows), -1)
+        axes = tuple(range(1, rows.ndim))
         grams.append(jnp.tensordot(rows, rows, (axes, axes), precision="highest"))
     return sum(grams)
 
