@@ -39,7 +39,7 @@ class Setting(NamedTuple):
 VANILLA = Setting("vanilla", "vanilla", "snr", {}, "vanilla")
 CLUSTERS = ("timestep", "snr", "gradient")
 FIXED = "linear, Nash's mean weights"
-# The last is the best after Nash-MTL and uncertainty weighting of those in `field`.
+# The three with the smallest distances in `field`.
 PROCESS_METHODS = ("uncertainty", "nash", "imtl_g")
 CHANGED_METHODS = ("vanilla", "uncertainty", "nash")
 
