@@ -6,6 +6,7 @@ checkpoint.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -38,6 +39,13 @@ OUT = flags.DEFINE_string(
     "out", None, "Folder for all output; by default a folder in runs/experiments."
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print the plan and stop.")
+WORKERS = flags.DEFINE_integer(
+    "workers",
+    None,
+    "Number of runs at a time; by default one for each core on CPUs and 1 on an accelerator. More "
+    "runs can share one GPU.",
+    lower_bound=1,
+)
 
 # For fewer steps than this, starting a process takes longer than it saves.
 _WORTH_A_PROCESS = 1000
@@ -60,13 +68,17 @@ def start(main: Callable[[list[str]], None], presets: bool = True) -> None:
 
     Args:
       main: the command.
-      presets: whether it has presets and a dry run; otherwise ``--out`` is its only flag.
+      presets: whether it has presets, a dry run and workers; otherwise ``--out`` is its only flag.
     """
     # Without this, --help would not list the flags, because they are defined here.
-    for flag in (PRESET, OUT, DRY_RUN) if presets else (OUT,):
+    for flag in (PRESET, OUT, DRY_RUN, WORKERS) if presets else (OUT,):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
 
     def run(argv):
+        if (_chosen_workers() or 1) > 1:
+            # JAX reserves three quarters of a GPU's memory for each process, this one included,
+            # unless it is told not to before it finds the devices.
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         with signals.ending_the_program("start again to resume") as stop:
             try:
                 main(argv)
@@ -103,7 +115,7 @@ def out_folder(argv: Sequence[str], name: str) -> Path:
     """
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
-    for flag in (PRESET, DRY_RUN):
+    for flag in (PRESET, DRY_RUN, WORKERS):
         if flag.present:
             raise app.UsageError(f"this command has no --{flag.name}")
     return _folder(name)
@@ -201,6 +213,9 @@ def execute(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[st
                 for group in groups:
                     _run_all(group, out)
             else:
+                # What evaluations share is made and cached here, not in all workers at once.
+                if waiting[0].config.evaluation.features:
+                    measuring.build(waiting[0].config)
                 for _ in _in_processes(_run_all, [(group, out) for group in groups]):
                     pass
     return [_result(run, out) for run in runs]
@@ -346,17 +361,28 @@ def _cores():
 
 def _workers():
     """Number of parallel runs: one per core on CPUs, where threads don't help a small step."""
-    return len(_cores()) if jax.default_backend() == "cpu" else 1
+    return _chosen_workers() or (len(_cores()) if jax.default_backend() == "cpu" else 1)
+
+
+def _chosen_workers():
+    """The value of ``--workers``; None without it, also where no command line was parsed."""
+    return flags.FLAGS[WORKERS.name].value
+
+
+def _shares(cores, count):
+    """Divides cores among workers; each has at least one, which others may have too."""
+    first = [i * len(cores) // count for i in range(count + 1)]
+    return [cores[a : max(b, a + 1)] for a, b in itertools.pairwise(first)]
 
 
 def _in_processes(function: Callable, arguments: Sequence[tuple]) -> Iterator[tuple[int, Any]]:
-    """Yields the index and the result of each call as it ends; each process has one core."""
+    """Yields the index and the result of each call as it ends; each process has its own cores."""
     context = multiprocessing.get_context("spawn")
-    cores = context.SimpleQueue()
-    for core in _cores():
-        cores.put(core)
+    shares = context.SimpleQueue()
+    for share in _shares(_cores(), _workers()):
+        shares.put(share)
     count = min(_workers(), len(arguments))
-    pool = ProcessPoolExecutor(count, context, _start_worker, (cores, os.getpid()))
+    pool = ProcessPoolExecutor(count, context, _start_worker, (shares, os.getpid()))
     try:
         with signals.terminal_signals_blocked():
             numbers = {pool.submit(_call, function, *each): i for i, each in enumerate(arguments)}
@@ -381,12 +407,13 @@ def _in_processes(function: Callable, arguments: Sequence[tuple]) -> Iterator[tu
     pool.shutdown()
 
 
-def _start_worker(cores, parent):
-    """Pins the worker to a core before JAX counts the cores; it exits when its parent is gone."""
+def _start_worker(shares, parent):
+    """Pins the worker to its cores before JAX counts them; it exits when its parent is gone."""
+    share = shares.get()
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {cores.get()})
-    # NumPy counted all cores at its import; its threads would wait for each other on one core.
-    threadpool_limits(1)
+        os.sched_setaffinity(0, share)
+    # NumPy counted all cores at its import; its threads would wait for each other on fewer.
+    threadpool_limits(len(share))
     compilation_cache.enable()
     logging.set_verbosity(logging.WARNING)
 

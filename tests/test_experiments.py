@@ -210,10 +210,12 @@ def test_a_file_is_no_folder_for_the_output():
         task_affinity.main(["task_affinity"])
 
 
-@pytest.mark.parametrize("flag", ["preset", "dry_run"])
-def test_a_command_without_presets_refuses_them(flag):
+@pytest.mark.parametrize(
+    "flag, value", [("preset", "smoke"), ("dry_run", "true"), ("workers", "2")]
+)
+def test_a_command_without_presets_refuses_them(flag, value):
     with (
-        flagsaver.as_parsed(**{flag: "smoke" if flag == "preset" else "true"}),
+        flagsaver.as_parsed(**{flag: value}),
         pytest.raises(app.UsageError, match=f"this command has no --{flag}"),
     ):
         landscape.main(["landscape"])
@@ -330,6 +332,28 @@ def test_groups_share_a_step_and_keep_every_worker_busy():
     split = runner._groups(more, 2)
     assert list(map(len, split)) == [2] * 6
     assert set.union(*names(split)) == {run.name for run in more}
+
+
+@pytest.mark.parametrize(
+    "count, shares", [(2, [[3, 4, 5], [6, 7, 8, 9]]), (7, [[i] for i in range(3, 10)])]
+)
+def test_workers_share_the_cores(count, shares):
+    assert runner._shares(list(range(3, 10)), count) == shares
+    # More workers than cores.
+    assert runner._shares([3], count) == [[3]] * count
+
+
+@pytest.mark.parametrize("workers, said", [(None, None), ("1", None), ("2", "false")])
+def test_runs_that_share_a_gpu_do_not_reserve_its_memory(workers, said, monkeypatch):
+    name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+    # So that it is not set at the end either.
+    monkeypatch.setenv(name, "")
+    monkeypatch.delenv(name)
+    monkeypatch.setattr(runner.app, "run", lambda main: main([]))
+    found = []
+    with flagsaver.as_parsed(**({"workers": workers} if workers else {"preset": "smoke"})):
+        runner.start(lambda argv: found.append(os.environ.get(name)))
+    assert found == [said]
 
 
 def test_a_run_that_is_stopped_is_not_finished(tmp_path, monkeypatch):
