@@ -205,6 +205,14 @@ def build_weighting(
       specialist: whether one task is trained alone, which needs no method.
       given: a method, instead of the one that the config names.
     """
+    settings = config.method
+    weighting = _build_weighting(config, k, seed, loss_scale, specialist, given)
+    if settings.level_uncertainty:
+        weighting = mtl.level_uncertainty(weighting, settings.level_uncertainty)
+    return weighting
+
+
+def _build_weighting(config, k, seed, loss_scale, specialist, given):
     if specialist:
         return mtl.vanilla(k)
     settings = config.method

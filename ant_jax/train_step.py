@@ -150,6 +150,9 @@ def train_step(
         denoise = lambda x, t, y: setup.apply_fn(params, x, t, y)
         return setup.process.losses(denoise, part.x0, part.t, part.noise, part.label)
 
+    levels = None
+    if setup.weighting.levels is not None:
+        levels = clusters.log_sigma(setup.process, examples.t) / 4
     found = mtl.backward(
         losses_fn,
         state.params,
@@ -157,6 +160,7 @@ def train_step(
         setup.weighting,
         state.method_state,
         tasks=tasks,
+        levels=levels,
         form=setup.form,
         microbatches=setup.microbatches,
         axis_name=axis_name,

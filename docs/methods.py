@@ -53,6 +53,9 @@ them, and `help` shows an example of each:
   [`famo`, `nash` and `uncertainty`](../experiments/RESULTS.md#auxiliary-tasks).
 - **A fixed preference**: `linear(3, weights=(0.5, 0.3, 0.2))` weighs the losses. `cosmos` and `pbi`
   ask for losses in given proportions.
+- **Losses that differ inside a task**: `mtl.level_uncertainty` around any method, or
+  `config.method.level_uncertainty = 0.01`, learns a weight of each noise level, as EDM2 does. With
+  `linear` it is EDM2's loss, and `uncertainty` is its form that is constant in each task.
 - **Noisy gradients**: `modo`, `sdmgrad` or `moco`. **Outliers**: `trimmed_mean` or `krum`.
 - **Many devices**: each method works on many devices. A run needs no setting
   ([many_devices.md](many_devices.md)). In your own loop, give `axis_name` to `combine`, `backward`

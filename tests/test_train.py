@@ -677,7 +677,10 @@ def test_a_specialist_trains_on_one_cluster(tmp_path):
     "changes",
     [
         {"process.name": "flow", "process.density": "logit_normal", "clusters.name": "timestep"},
-        {"process.name": "edm", "sampler.name": "heun", "method.weight_by_interval_size": True},
+        {
+            **{"process.name": "edm", "sampler.name": "heun"},
+            **{"method.weight_by_interval_size": True, "method.level_uncertainty": 0.01},
+        },
     ],
     ids=["flow", "edm"],
 )

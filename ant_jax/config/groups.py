@@ -170,6 +170,8 @@ class Method:
         noise levels. linear then equals vanilla in expectation.
       update_every: number of steps from one renewal of the weights to the next.
       max_norm: bound on the norm of the combined gradient, from the Gram matrix; 0 for none.
+      level_uncertainty: learning rate of a learned weight of each noise level, inside the tasks
+        (EDM2); try 0.01; 0 for none.
     """
 
     draw: Literal["auto", "stratified", "uniform"] = "auto"
@@ -178,6 +180,7 @@ class Method:
     weight_by_interval_size: Annotated[bool, Traced()] = False
     update_every: Annotated[int, Integer(1)] = 1
     max_norm: Annotated[float, Number(0)] = 0.0
+    level_uncertainty: Annotated[float, Number(0)] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

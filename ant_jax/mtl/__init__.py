@@ -12,6 +12,7 @@ from ant_jax.mtl.backward import Backward, backward, backward_at_features
 from ant_jax.mtl.combine import CombineState, combine, init_combine
 from ant_jax.mtl.gramian import gramian, pairwise_cosines
 from ant_jax.mtl.hydalearn import lookahead_weights
+from ant_jax.mtl.levels import level_uncertainty
 from ant_jax.mtl.rep_mtl import RepMTL, rep_mtl
 from ant_jax.mtl.slgrad import SLGrad, slgrad, slgrad_weights
 from ant_jax.mtl.weighting import TaskStats, Weighting
@@ -38,6 +39,7 @@ __all__ = [
     "every",
     "gramian",
     "init_combine",
+    "level_uncertainty",
     "lookahead_weights",
     "pairwise_cosines",
     "rep_mtl",

@@ -11,7 +11,7 @@ from ant_jax.mtl.blocks import blocks
 from ant_jax.mtl.combine import CombineState, combine_parts, weigh, where_finite
 from ant_jax.mtl.gramian import gramian
 from ant_jax.mtl.shards import exchanged, gathered, global_sum, scattered_sum
-from ant_jax.mtl.weighting import TaskStats, Weighting
+from ant_jax.mtl.weighting import TaskStats, Weighting, refuse_levels
 
 FORMS = ("vmap", "scan", "masked")
 
@@ -41,6 +41,7 @@ def backward(
     state: CombineState,
     *,
     tasks: jax.Array | None = None,
+    levels: jax.Array | None = None,
     form: str = "masked",
     microbatches: int = 1,
     axis_name: str | None = None,
@@ -65,6 +66,8 @@ def backward(
       state: its state; `init_combine` makes the first one.
       tasks: (B,) int, the task of each example; a task's loss is the mean over its examples. None
         where all tasks share all examples.
+      levels: (B,), the level of each example, for a method with `Weighting.levels`. The method sees
+        the weighted losses; the result has the losses without these weights.
       form: how the k gradients are found. "masked" is the general form, k pullbacks of one forward
         pass, one after the other. "vmap" and "scan" take one backward pass for the examples of each
         task, in parallel or one after the other. They need equally many examples of each task, in
@@ -79,7 +82,7 @@ def backward(
 
     Raises:
       ValueError: for an unknown form, or one that does not fit the tasks, or a batch that can't be
-        split.
+        split, or if a method weighs examples by their level and there are no levels or no tasks.
     """
     k, needs_gram = weighting.k, "gram" in weighting.needs
     if not isinstance(state, CombineState):
@@ -91,70 +94,106 @@ def backward(
     layout = blocks(k, devices)
     _check(batch, tasks, form, microbatches, layout.groups if grouped else 1)
 
+    of_level, scale = weighting.levels, None
+    if of_level is not None:
+        if levels is None or tasks is None:
+            raise ValueError("a method that weighs examples by their level needs levels and tasks")
+        scale = of_level.weights(state.weighting_state, levels)
+
+    def example_losses(params, part):
+        """The losses with the weights of their levels, and those without if they differ."""
+        examples, scale = part
+        losses = losses_fn(params, examples)
+        return (losses, None) if scale is None else (losses * scale, losses)
+
     if tasks is None:
         counts = jnp.ones(k)
         parts_in_all = microbatches * devices
 
         def task_losses(params, part):
-            losses = losses_fn(params, part[0])
+            losses, each = example_losses(params, part[0])
             if losses.shape != (k,):
                 raise ValueError(f"losses_fn must return k = {k} losses, got shape {losses.shape}")
-            return losses / parts_in_all
+            return losses / parts_in_all, each
 
     else:
         counts = global_sum(jax.nn.one_hot(tasks, k).sum(0), axis_name)
         factors = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1), 0)
 
-        def task_losses(params, part):
-            examples, tasks = part
+        def means(losses, tasks):
             mask = tasks[:, None] == jnp.arange(k)
             # Selected, not multiplied: one NaN shows in its own task alone.
-            return jnp.where(mask, losses_fn(params, examples)[:, None], 0).sum(0) * factors
+            return jnp.where(mask, losses[:, None], 0).sum(0) * factors
 
-    whole = (batch, tasks)
+        def task_losses(params, part):
+            examples, tasks = part
+            losses, each = example_losses(params, examples)
+            return means(losses, tasks), each
+
+    def learn(weighting_state, each):
+        """The method's state after it has learned from the losses of the examples."""
+        if of_level is None:
+            return weighting_state
+        gradient = global_sum(of_level.gradient(weighting_state, levels, each), axis_name)
+        gradient = jax.tree.map(lambda leaf: leaf / counts.sum(), gradient)
+        return of_level.update(weighting_state, gradient)
+
+    whole = ((batch, scale), tasks)
     if needs_gram:
         if grouped:
-            losses, rows = _grouped_gradients(
-                losses_fn, params, whole, factors, form, microbatches, layout, axis_name
+            losses, rows, each = _grouped_gradients(
+                example_losses, params, whole, factors, form, microbatches, layout, axis_name
             )
         else:
             gradients = lambda part: _masked_gradients(task_losses, params, part, k)
-            losses, rows = _sum_over(gradients, _split(whole, microbatches), microbatches)
+            (losses, rows), each = _sum_over(gradients, _split(whole, microbatches), microbatches)
             if axis_name is not None:
                 rows = jax.tree.map(lambda leaf: scattered_sum(leaf, axis_name), rows)
         losses = global_sum(losses, axis_name)
+
+        def weigh_and_learn(stats, weighting_state):
+            weights, weighting_state = weighting.weigh(stats, weighting_state)
+            return weights, learn(weighting_state, each)
+
         gradient, state = combine_parts(
-            weighting, rows, state, losses=losses, counts=counts, axis_name=axis_name
+            weighting._replace(weigh=weigh_and_learn),
+            rows,
+            state,
+            losses=losses,
+            counts=counts,
+            axis_name=axis_name,
         )
         if not parts:
             gradient = jax.tree.map(
                 lambda part, leaf: gathered(part, leaf.shape, axis_name), gradient, params
             )
-        return Backward(gradient, losses, counts, state)
-
-    find_weights = lambda losses: weigh(
-        weighting, TaskStats(losses, None, counts), state.weighting_state
-    )
-    losses, gradient, weights, weighting_state = _cotangent_gradient(
-        task_losses,
-        params,
-        _split(whole, microbatches),
-        microbatches,
-        find_weights,
-        "losses" in weighting.needs,
-        axis_name,
-    )
-    if parts and axis_name is not None:
-        gradient = jax.tree.map(lambda leaf: scattered_sum(leaf[None], axis_name)[0], gradient)
     else:
-        gradient = global_sum(gradient, axis_name)
-    weighting_state = where_finite(
-        (losses, weights, gradient),
-        weighting_state,
-        state.weighting_state,
-        axis_name if parts else None,
-    )
-    return Backward(gradient, losses, counts, CombineState(weighting_state, weights, None))
+        find_weights = lambda losses: weigh(
+            weighting, TaskStats(losses, None, counts), state.weighting_state
+        )
+        losses, gradient, weights, weighting_state, each = _cotangent_gradient(
+            task_losses,
+            params,
+            _split(whole, microbatches),
+            microbatches,
+            find_weights,
+            "losses" in weighting.needs,
+            axis_name,
+        )
+        if parts and axis_name is not None:
+            gradient = jax.tree.map(lambda leaf: scattered_sum(leaf[None], axis_name)[0], gradient)
+        else:
+            gradient = global_sum(gradient, axis_name)
+        weighting_state = where_finite(
+            (losses, weights, gradient),
+            learn(weighting_state, each),
+            state.weighting_state,
+            axis_name if parts else None,
+        )
+        state = CombineState(weighting_state, weights, None)
+    if each is not None:
+        losses = global_sum(means(each, tasks), axis_name)
+    return Backward(gradient, losses, counts, state)
 
 
 def backward_at_features(
@@ -186,6 +225,7 @@ def backward_at_features(
       counts: (k,) the examples of each task; None for one each. A task without examples counts as
         a task with loss 0 and gradient 0; both must be finite.
     """
+    refuse_levels(weighting)
     k = weighting.k
     counts = jnp.ones(k) if counts is None else counts
     features, trunk_pullback = jax.vjp(lambda p: trunk(p, batch), params)
@@ -228,55 +268,67 @@ def _split(whole, microbatches):
 
 
 def _sum_over(fn, whole, microbatches):
-    """Sums fn over the parts of a batch, which its leading axis counts, one after the other."""
+    """Sums the first result of fn over the parts of a batch, one after the other.
+
+    The leading axis of ``whole`` counts the parts. The second result of fn, an array with the
+    examples in order or None, comes back for the whole batch.
+    """
     if microbatches == 1:
         return fn(whole)
     first = jax.tree.map(lambda leaf: leaf[0], whole)
     nothing = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fn, first)
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fn, first)[0]
     )
-    add = lambda total, part: (jax.tree.map(jnp.add, total, fn(part)), None)
-    return jax.lax.scan(add, nothing, whole)[0]
+
+    def add(total, part):
+        found, each = fn(part)
+        return jax.tree.map(jnp.add, total, found), each
+
+    total, each = jax.lax.scan(add, nothing, whole)
+    return total, each if each is None else each.reshape(-1, *each.shape[2:])
 
 
 def _cotangent_gradient(
     task_losses, params, whole, microbatches, find_weights, needs_losses, axis_name
 ):
     """One backward pass a part: the gradient of this device is the pullback of the weights."""
-    losses_of = lambda part: jax.vjp(lambda p: task_losses(p, part), params)
+    losses_of = lambda part: jax.vjp(lambda p: task_losses(p, part), params, has_aux=True)
     if microbatches == 1:
-        local_losses, pullback = losses_of(whole)
+        local_losses, pullback, each = losses_of(whole)
         losses = global_sum(local_losses, axis_name)
         weights, state = find_weights(losses)
         (gradient,) = pullback(weights)
-        return losses, gradient, weights, state
+        return losses, gradient, weights, state, each
 
     losses = None
     if needs_losses:
         of_part = lambda part: task_losses(params, part)
-        losses = global_sum(_sum_over(of_part, whole, microbatches), axis_name)
+        losses = global_sum(_sum_over(of_part, whole, microbatches)[0], axis_name)
     weights, state = find_weights(losses)
 
     def losses_and_gradient(part):
-        losses, pullback = losses_of(part)
-        return losses, pullback(weights)[0]
+        losses, pullback, each = losses_of(part)
+        return (losses, pullback(weights)[0]), each
 
-    losses, gradient = _sum_over(losses_and_gradient, whole, microbatches)
-    return global_sum(losses, axis_name), gradient, weights, state
+    (losses, gradient), each = _sum_over(losses_and_gradient, whole, microbatches)
+    return global_sum(losses, axis_name), gradient, weights, state, each
 
 
 def _masked_gradients(task_losses, params, part, k):
     """The k gradients of one part by k pullbacks, whatever the sizes of its tasks."""
-    losses, pullback = jax.vjp(lambda p: task_losses(p, part), params)
+    losses, pullback, each = jax.vjp(lambda p: task_losses(p, part), params, has_aux=True)
     (stacked,) = jax.lax.map(pullback, jnp.eye(k))
-    return losses, stacked
+    return (losses, stacked), each
 
 
-def _grouped_gradients(losses_fn, params, whole, factors, form, microbatches, layout, axis_name):
+def _grouped_gradients(
+    example_losses, params, whole, factors, form, microbatches, layout, axis_name
+):
     """This device's part of the k gradients; each device computes those of its own tasks.
 
     Returns:
-      The losses (k,) of this device's examples, and a pytree with leaves (k, p).
+      The losses (k,) of this device's examples, a pytree with leaves (k, p), and the losses of the
+      examples without the weights of their levels, if there are such weights.
     """
     k, (groups, slots, tasks) = factors.size, layout
     device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
@@ -289,8 +341,12 @@ def _grouped_gradients(losses_fn, params, whole, factors, form, microbatches, la
         return leaf[:, 0] if microbatches == 1 else leaf.swapaxes(0, 1)
 
     def loss_and_gradient(group, factor):
-        loss = lambda p: jnp.sum(losses_fn(p, group)) * factor
-        return jax.value_and_grad(loss)(params)
+        def loss(params):
+            losses, each = example_losses(params, group)
+            return jnp.sum(losses) * factor, each
+
+        (value, each), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+        return (value, gradient), each
 
     def of_part(part):
         examples, found = part
@@ -302,11 +358,15 @@ def _grouped_gradients(losses_fn, params, whole, factors, form, microbatches, la
             return jax.lax.map(lambda args: loss_and_gradient(*args), (examples, factor))
         return jax.vmap(loss_and_gradient)(examples, factor)
 
-    losses, stacked = _sum_over(of_part, jax.tree.map(by_group, whole), microbatches)
+    (losses, stacked), each = _sum_over(of_part, jax.tree.map(by_group, whole), microbatches)
+    if each is not None:
+        # The leading axes are those of `by_group`.
+        each = each.reshape(microbatches, groups, -1).swapaxes(0, 1).reshape(-1)
     if axis_name is None:
-        return losses, stacked
+        return losses, stacked, each
     losses = jax.ops.segment_sum(losses, jnp.asarray(rows)[device], k)
-    return losses, jax.tree.map(lambda leaf: exchanged(leaf, rows, k, axis_name), stacked)
+    stacked = jax.tree.map(lambda leaf: exchanged(leaf, rows, k, axis_name), stacked)
+    return losses, stacked, each
 
 
 def _in_slots(loss_and_gradient, examples, factors, slot_of, slots):
@@ -314,10 +374,10 @@ def _in_slots(loss_and_gradient, examples, factors, slot_of, slots):
 
     def add(total, group):
         slot, *arguments = group
-        found = loss_and_gradient(*arguments)
-        return jax.tree.map(lambda a, b: a.at[slot].add(b), total, found), None
+        found, each = loss_and_gradient(*arguments)
+        return jax.tree.map(lambda a, b: a.at[slot].add(b), total, found), each
 
     first = jax.tree.map(lambda leaf: leaf[0], (examples, factors))
-    shapes = jax.eval_shape(loss_and_gradient, *first)
+    shapes, _ = jax.eval_shape(loss_and_gradient, *first)
     nothing = jax.tree.map(lambda leaf: jnp.zeros((slots, *leaf.shape), leaf.dtype), shapes)
-    return jax.lax.scan(add, nothing, (slot_of, examples, factors))[0]
+    return jax.lax.scan(add, nothing, (slot_of, examples, factors))

@@ -31,6 +31,21 @@ class TaskStats(NamedTuple):
         return self.counts > 0
 
 
+class LevelRule(NamedTuple):
+    """How a method weighs each example by its level, beside the tasks; see `level_uncertainty`.
+
+    Attributes:
+      weights: ``(state, levels (B,)) -> (B,)``, factors of the losses of the examples.
+      gradient: ``(state, levels (B,), losses (B,)) -> pytree``, what the method learns from the
+        losses without these factors, summed over the examples.
+      update: ``(state, gradient) -> state``, by the mean of the gradients over all examples.
+    """
+
+    weights: Callable[[State, jax.Array], jax.Array]
+    gradient: Callable[[State, jax.Array, jax.Array], Any]
+    update: Callable[[State, Any], State]
+
+
 class Weighting(NamedTuple):
     """A multi-task method as an (init, weigh) pair on k-sized quantities.
 
@@ -44,12 +59,14 @@ class Weighting(NamedTuple):
         gradients that are not finite: `combine` and `backward` discard the resulting state.
       k: number of tasks.
       needs: which of "losses" and "gram" `weigh` reads. Without "gram" one backward pass is enough.
+      levels: weights of the examples by their level; None for none. Only `backward` applies them.
     """
 
     init: Callable[[], State]
     weigh: Callable[[TaskStats, State], tuple[jax.Array, State]]
     k: int
     needs: frozenset[str]
+    levels: LevelRule | None = None
 
 
 def check_arguments(method: Callable, k: int, **values: Any) -> None:
@@ -76,3 +93,9 @@ def check_needs(weighting: Weighting) -> None:
         raise ValueError(
             f"needs must be some of 'losses' and 'gram', got {', '.join(map(repr, unknown))}"
         )
+
+
+def refuse_levels(weighting: Weighting) -> None:
+    """Raises a ValueError if a method weighs examples, for functions that see none."""
+    if weighting.levels is not None:
+        raise ValueError("the method weighs examples by their level: only mtl.backward does that")

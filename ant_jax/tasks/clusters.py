@@ -29,6 +29,17 @@ def levels(process: Process) -> np.ndarray:
     )
 
 
+def log_sigma(process: Process, t: jax.Array) -> jax.Array:
+    """The logarithm of the ratio of noise to signal at levels t, float32.
+
+    It is interpolated between `levels`, and constant beyond both ends: there it may be infinite.
+    """
+    grid = levels(process)
+    return jnp.interp(
+        jnp.float32(t), jnp.asarray(grid, jnp.float32), np.float32(-process.log_snr(grid) / 2)
+    )
+
+
 def level_boundaries(process: Process, positions: np.ndarray) -> np.ndarray:
     """The boundaries of tasks in the process's own levels.
 

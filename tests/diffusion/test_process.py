@@ -9,6 +9,7 @@ import pytest
 
 from ant_jax import diffusion, settings
 from ant_jax.diffusion import Process
+from ant_jax.tasks import clusters
 
 NAMES = settings.names_in(diffusion, Process)
 SHAPE = (64, 2, 2, 3)
@@ -63,6 +64,13 @@ def test_log_snr_falls_and_is_that_of_the_noised_data(process):
     one, none = jnp.ones((len(t), 1, 1, 1)), jnp.zeros((len(t), 1, 1, 1))
     signal, noise = process.noised(one, t, none), process.noised(none, t, one)
     np.testing.assert_allclose(2 * np.log(signal / noise).ravel(), log_snr, rtol=1e-3, atol=1e-3)
+
+
+def test_log_sigma_is_that_of_the_process_and_finite_at_the_ends(process):
+    t = _levels(process, 40)[1:-1]
+    found = clusters.log_sigma(process, t)
+    np.testing.assert_allclose(found, -process.log_snr(t) / 2, rtol=1e-2, atol=1e-2)
+    assert np.isfinite(clusters.log_sigma(process, np.array([0, process.span]))).all()
 
 
 def test_losses_of_a_perfect_network_are_zero_and_of_others_not(process):
