@@ -44,8 +44,9 @@ def export(config: ConfigDict, workdir: str | Path, step: int | None = None) -> 
     step, setup, params = results.restore_run(config, workdir, step, draws=False)
     path = workdir / "weights" / f"{step:08d}.safetensors"
     if processes.is_first():
-        names = init_from.export_names(setup.model)
+        settings = init_from.export_settings(config)
+        names = init_from.export_names(setup, settings)
         weights = interop.to_torch(jax.device_get(params), names)
-        interop.write_state(path, weights, init_from.export_metadata(config))
+        interop.write_state(path, weights, init_from.export_metadata(settings))
     logging.info("the EMA of step %d: %s", step, path)
     return path

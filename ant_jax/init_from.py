@@ -9,9 +9,9 @@ network's published weights (see `ant_jax.models`) and ``config.init_facts`` mus
 import functools
 import json
 import operator
+from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
@@ -50,15 +50,32 @@ def initial_params(config: ConfigDict, setup: experiment.Setup) -> dict | None:
         raise ConfigError(f"config.init_from = {config.init_from!r}: {error}") from error
 
 
-def export_names(model: nn.Module) -> Names:
-    """The names of parameters in exported files: those of the published code, if there is one."""
-    weights = models.weights_module(type(model))
-    return OWN_NAMES if weights is None else weights.names(model)
+def export_names(setup: experiment.Setup, settings: Mapping[str, Any]) -> Names:
+    """The names of parameters in exported files: those of the published code, if there is one.
+
+    Args:
+      setup: of the run.
+      settings: what `export_settings` returns.
+    """
+    weights = models.weights_module(type(setup.model))
+    if weights is None:
+        return OWN_NAMES
+    process = {
+        name.removeprefix("process."): value
+        for name, value in settings.items()
+        if name.startswith("process.")
+    }
+    return weights.exported(setup.model, setup.image_shape, process)
 
 
-def export_metadata(config: ConfigDict) -> dict[str, str]:
-    """The metadata of an exported file: the settings that decide what its parameters compute."""
-    return {_METADATA: json.dumps(config_lib.meaning(config))}
+def export_settings(config: ConfigDict) -> dict[str, Any]:
+    """The settings that decide what exported parameters compute, and how they are written."""
+    return config_lib.meaning(config) | {"process.name": config.process.name}
+
+
+def export_metadata(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of an exported file."""
+    return {_METADATA: json.dumps(settings)}
 
 
 def _of_file(path, config, setup):
@@ -74,8 +91,11 @@ def _of_file(path, config, setup):
         settings = migration.of_today(dict(json.loads(metadata)), names)
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError("the metadata of the file are damaged") from error
-    _check_meaning(settings, config)
-    return interop.from_torch(state, template, export_names(setup.model))
+    _check_meaning(settings, config_lib.meaning(config), config)
+    names = export_names(setup, settings)
+    # They belong to the image size of the file, and the one here may differ.
+    weights = {name: value for name, value in state.items() if name not in names.constants}
+    return interop.from_torch(weights, template, names)
 
 
 def _of_others(state, template, config, setup):
@@ -89,8 +109,10 @@ def _of_others(state, template, config, setup):
         )
     found = weights.recognise(state, template, model, setup.image_shape, _facts(config, model))
     stated = {f"model.{name}": value for name, value in found.fields.items()}
+    stated |= {f"process.{name}": value for name, value in found.process.items()}
     # Settings that follow from shapes are the same here, because the shapes fit.
-    _check_meaning(config_lib.meaning(config) | stated, config)
+    ours = export_settings(config)
+    _check_meaning(ours | stated, ours, config)
     if found.remark:
         logging.warning("config.init_facts = %r; %s", config.init_facts, found.remark)
     _check_scale(found.latent_scale, config)
@@ -123,8 +145,7 @@ def _check_scale(theirs, config):
         )
 
 
-def _check_meaning(theirs, config):
-    ours = config_lib.meaning(config)
+def _check_meaning(theirs, ours, config):
     other_network = theirs.get("model.name", config.model.name) != config.model.name
     # JSON has no tuples.
     plain = lambda value: list(value) if isinstance(value, tuple) else value
@@ -161,7 +182,7 @@ def _ema_of_run(workdir, wanted, setup):
     config = workdir_lib.load_config(workdir)
     if config is None:
         raise FileNotFoundError("it is a folder without a run")
-    _check_meaning(config_lib.meaning(config), wanted)
+    _check_meaning(config_lib.meaning(config), config_lib.meaning(wanted), wanted)
     run = workdir_lib.recorded(workdir)["id"]
     restored = checkpoint.restore_part(workdir / "checkpoints", "ema_params", run=run)
     if restored is None:

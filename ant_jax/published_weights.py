@@ -9,6 +9,7 @@ A state dict is a dict of NumPy arrays by name, as `ant_jax.interop` reads it fr
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Set
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,11 +49,16 @@ class Names(NamedTuple):
       select: Gets a state dict and the published names that a network needs; returns the weights of
         this network by their published names, also those that the network doesn't need. It leaves
         out other networks of the same file and entries that are not weights.
+      convert: Converts weights with the published names and layout, but the meaning that they have
+        here, into those of the published code.
+      constants: Arrays that the published code stores beside the weights, by name.
     """
 
     network: str
     place: Callable[[str], Place | None] | None
     select: Callable[[Mapping[str, np.ndarray], Set[str]], dict[str, np.ndarray]]
+    convert: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] = dict
+    constants: Mapping[str, np.ndarray] = MappingProxyType({})
 
 
 class Recognised(NamedTuple):
@@ -66,6 +72,7 @@ class Recognised(NamedTuple):
         as "label_embedding/embedding"; "" if none is missing.
       latent_scale: The factor in the file by which its latents are scaled; None if it has none.
       remark: A message for the user; "" for none.
+      process: The settings of the noise process, by name, that are known for this file.
     """
 
     names: Names
@@ -73,6 +80,7 @@ class Recognised(NamedTuple):
     untrained: str = ""
     latent_scale: float | None = None
     remark: str = ""
+    process: Mapping[str, Any] = MappingProxyType({})
 
 
 OWN_NAMES = Names("network", None, lambda state, _: dict(state))
@@ -180,7 +188,7 @@ def _numbers(value: np.ndarray, name: str) -> np.ndarray:
 
 
 def to_torch(params: Mapping[str, Any], names: Names) -> dict[str, np.ndarray]:
-    """Converts parameters into a state dict with the names and the layout of the published code.
+    """Converts parameters into a state dict of the published code, with its constants.
 
     The label table of a conditional network includes the row of the null class, the last one. An
     unconditional network has no label table.
@@ -195,7 +203,8 @@ def to_torch(params: Mapping[str, Any], names: Names) -> dict[str, np.ndarray]:
     Raises:
       WeightsError: If the parameters are not of a network of the family.
     """
-    return {leaf.name: _there(leaf) for leaf in _leaves(params, names)}
+    weights = {leaf.name: _there(leaf) for leaf in _leaves(params, names)}
+    return names.convert(weights) | dict(names.constants)
 
 
 def _leaves(tree: Mapping[str, Any], names: Names) -> Iterator[_Leaf]:

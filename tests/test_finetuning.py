@@ -289,6 +289,42 @@ def test_the_heads_of_a_dit_are_those_of_its_published_size_or_are_said(dit_file
         parameters_of(config)
 
 
+FLOW = {"process.name": "flow", "sampler.name": "ddim", "model.level_scale": 1.0}
+
+
+def test_a_sit_belongs_to_a_flow_of_velocities(dit_file):
+    config, params, state = dit_file
+    config.init_facts = "sit,heads=1"
+    with pytest.raises(
+        ConfigError,
+        match=r"level_scale: 1.0 there, 1000.0 here; .*process.name: 'flow' there, 'gaussian' here",
+    ):
+        parameters_of(config)
+    config_lib.update(config, FLOW | {"process.name": "edm"})
+    with pytest.raises(ConfigError, match=r"process.name: 'flow' there, 'edm' here; use"):
+        parameters_of(config)
+    config_lib.update(config, FLOW)
+    config.process.prediction = "x0"
+    with pytest.raises(ConfigError, match=r"process.prediction: 'velocity' there, 'x0' here; use"):
+        parameters_of(config)
+    config.process.prediction = "velocity"
+    read = parameters_of(config)
+    np.testing.assert_array_equal(read["output"]["kernel"], -params["output"]["kernel"])
+    # An exported file says what it is, and is written as a SiT again.
+    setup, settings = experiment.build(config, 1, 10), init_from.export_settings(config)
+    written = interop.to_torch(read, init_from.export_names(setup, settings))
+    np.testing.assert_array_equal(
+        written["final_layer.linear.weight"], state["final_layer.linear.weight"]
+    )
+    interop.write_state(config.init_from, written, init_from.export_metadata(settings))
+    config.init_facts = ""
+    again = parameters_of(config)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), again, read)
+    # Also for images of another size.
+    config.data.image_size, config.data.crop = 16, "center"
+    assert_same(parameters_of(config), again)
+
+
 def test_a_dit_of_diffusers_own_is_refused(dit_file):
     config, _, state = dit_file
     name = "t_embedder.mlp.2.bias"

@@ -20,6 +20,7 @@ _SINCE = {
     ("model", "dit"): {
         **{"norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "sincos"},
         **{"routing": 1.0, "routing_power": 4.0, "routing_levels": 1000},
+        "level_scale": 1000.0,
     },
 }
 

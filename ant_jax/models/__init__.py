@@ -50,7 +50,10 @@ computed, but not its output.
 **Published weights.** An optional module ``NAME_weights.py`` beside ``NAME.py`` describes the
 weights of the published code, for reading and for exports:
 
-  names(model) -> Names: how the published code names and lays out the parameters of a network.
+  exported(model, image_shape, process) -> Names: how the published code names and lays out the
+    parameters of a network. Its arguments are the network, (H, W, C), and the settings of the noise
+    process that decide what the network computes, such as
+    ``{"name": "flow", "prediction": "velocity"}``.
   FACTS: tuple of facts that a file of weights may not contain and that the user can state, such as
     ``"no_null_row"`` or, with a number, ``"heads=N"``.
   recognise(state, params, model, image_shape, facts) -> Recognised: how to read a state dict of the

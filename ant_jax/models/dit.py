@@ -19,7 +19,7 @@ from ant_jax.models.network import check_fields
 from ant_jax.models.norms import LayerNorm, RMSNorm
 from ant_jax.models.remat import Remat, rematerialised
 from ant_jax.models.routing import routing_mask
-from ant_jax.models.timesteps import MAX_PERIOD, timestep_features
+from ant_jax.models.timesteps import LEVEL_SCALE, MAX_PERIOD, timestep_features
 from ant_jax.settings import Integer, Number
 
 # Table 1 of the paper. For example, DiT-XL/2 on latents is DiT(channels=4, patch=2, **SIZES["XL"]).
@@ -71,6 +71,8 @@ class DiT(nn.Module):
         task routing (see `ant_jax.models.routing`) has 0.8.
       routing_power: Above 1, the windows of channels of low noise levels overlap more.
       routing_levels: Number of windows: T for integer noise levels.
+      level_scale: Noise levels that are floats are multiplied by this in the timestep embedding.
+        1 as in the code of SiT, or 1000 as for a thousand timesteps.
       attention: "xla" or "cudnn": see `ant_jax.models.attention.Attention`.
 
     Raises:
@@ -94,6 +96,7 @@ class DiT(nn.Module):
     routing: Annotated[float, Number(0.01, 1)] = 1.0
     routing_power: Annotated[float, Number(above=0)] = 4.0
     routing_levels: Annotated[int, Integer(2, 10_000)] = 1000
+    level_scale: Annotated[float, Number(above=0)] = LEVEL_SCALE
 
     def __post_init__(self):
         check_fields(self)
@@ -156,7 +159,7 @@ class DiT(nn.Module):
             x += positions(rows, columns, self.width).astype(x.dtype)
 
         embedding = functools.partial(Dense, kernel_init=nn.initializers.normal(0.02))
-        features = timestep_features(t, TIMESTEP_FEATURES)
+        features = timestep_features(t, TIMESTEP_FEATURES, self.level_scale)
         condition = embedding(self.width, name="timestep_hidden")(features)
         condition = embedding(self.width, name="timestep_embedding")(nn.silu(condition))
         if y is not None:

@@ -1,6 +1,8 @@
 """Weight names of DiT: facebookresearch/DiT, `models.py`, and diffusers' version of it.
 
 byeongjun-park/DTR has the same names, and in each block a table of the channels of each timestep.
+willisma/SiT has the same names too. Its time runs from noise, 0, to data, 1, its network gets this
+time as it is, and its velocity points to the data.
 """
 
 import functools
@@ -11,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax.models import dit, routing
+from ant_jax.models import dit, routing, timesteps
 from ant_jax.published_weights import (
     OWN_NAMES,
     Names,
@@ -21,7 +23,7 @@ from ant_jax.published_weights import (
     check_fit,
 )
 
-FACTS = ("heads=N", "no_null_row", "no_pos_embed")
+FACTS = ("heads=N", "no_null_row", "no_pos_embed", "sit")
 
 # The size for which diffusers has converted the weights of the paper's authors.
 _CONVERTED = "XL"
@@ -44,6 +46,12 @@ _IN_BLOCK = {
 _ROUTING = "routing._unit_mapping"
 
 _POSITIONS = ("pos_embed", "pos_embed.pos_embed")  # the second is diffusers'
+_LEVELS = "t_embedder.mlp.0.weight"
+_FINAL = ("final_layer.linear.weight", "final_layer.linear.bias")
+
+# What a network of the code of SiT is here.
+_SIT_FIELDS = {"level_scale": 1.0}
+_SIT_PROCESS = {"name": "flow", "prediction": "velocity"}
 
 # From the names of diffusers' `DiTTransformer2DModel` to those of the paper's code.
 _DIFFUSERS = (
@@ -68,7 +76,12 @@ _ROUNDING = 1e-4
 _SMALLER = (jnp.float16, jnp.bfloat16)
 
 
-def names(model: dit.DiT, positions: np.ndarray | None = None, null_row: bool = True) -> Names:
+def names(
+    model: dit.DiT,
+    positions: np.ndarray | None = None,
+    null_row: bool = True,
+    sit: bool = False,
+) -> Names:
     """How the paper's code names and lays out the parameters of a DiT.
 
     Reading accepts the names of the paper's code and of diffusers, where each block has a copy of
@@ -82,25 +95,55 @@ def names(model: dit.DiT, positions: np.ndarray | None = None, null_row: bool = 
 
     A DiT with a norm, an MLP or positions that the paper's code does not have keeps its own names.
 
-    Writing uses the names of the paper's code, without `pos_embed`. It depends on the image size,
-    and the paper's code computes it: load the file by `load_state_dict(state, strict=False)`.
+    Writing uses the names of the paper's code. It adds the tables of denoising task routing, and
+    `pos_embed` if the image size is known.
+
+    The code of SiT uses these names for another function. Its time is 1 - t: the cosines and sines
+    of 1 - t are linear functions of those of t, so a change of the first layer of the timestep
+    embedding reverses the time exactly. Its velocity is the negative one. Of the 2 C outputs that
+    its network may have, its code uses the first C; a network here has these alone.
 
     Args:
       model: the network. In the paper's code the patch embedding is a convolution with kernels of
         the patch size.
       positions: (N, width), the result of `ant_jax.models.dit.positions` for the image size, which
-        `pos_embed` must equal; None for state dicts without `pos_embed`.
+        `pos_embed` must equal; None if the image size is unknown, for state dicts without it.
       null_row: whether the label table of the state dict has a row for the null class, which it has
         if the network was trained with label dropout. Otherwise a row of zeros is added on reading.
         With this row the network gets no label, for which it was never trained.
+      sit: whether the published network is one of the code of SiT.
     """
     if _unpublished(model):
         return OWN_NAMES
+    constants: dict[str, np.ndarray] = {}
+    if positions is not None:
+        constants["pos_embed"] = np.float32(positions)[None]
+    if model.routing < 1:
+        windows = np.float32(_windows(model, model.routing_levels))
+        constants |= {f"blocks.{i}.{_ROUTING}": windows for i in range(model.depth)}
     return Names(
-        f"DiT with patches of {model.patch}x{model.patch}",
+        f"{'SiT' if sit else 'DiT'} with patches of {model.patch}x{model.patch}",
         functools.partial(_place, model.patch, null_row),
-        functools.partial(_select, positions, model),
+        functools.partial(_select, positions, model, sit),
+        _reversed if sit else dict,
+        constants,
     )
+
+
+def exported(
+    model: dit.DiT, image_shape: tuple[int, int, int], process: Mapping[str, Any]
+) -> Names:
+    """How an exported file names and lays out the parameters; see `ant_jax.models`.
+
+    A network that the code of SiT has too, for the velocity of a flow and with `level_scale` 1, is
+    written as one of that code, with C outputs (`learn_sigma=False`).
+    """
+    sit = (
+        model.routing == 1
+        and all(process.get(name) == value for name, value in _SIT_PROCESS.items())
+        and all(getattr(model, name) == value for name, value in _SIT_FIELDS.items())
+    )
+    return names(model, _positions(model, image_shape), sit=sit)
 
 
 def recognise(
@@ -113,7 +156,8 @@ def recognise(
     """How to read a state dict of the paper's code or of diffusers; see `ant_jax.models`.
 
     A file does not contain the number of attention heads: it follows from a published size, or the
-    user states it. A file does not say either whether its label table has a row for the null class.
+    user states it. A file does not say either whether its label table has a row for the null class,
+    or whether it is one of SiT.
 
     Raises:
       ValueError: if the state dict doesn't match the network, or if a needed fact is missing.
@@ -126,11 +170,20 @@ def recognise(
         raise ValueError(
             f"it has no denoising task routing, and config.model.routing = {model.routing}"
         )
-    without_null = _without_null_row(state, model.num_classes, facts)
-    rows, columns = (side // model.patch for side in image_shape[:2])
-    found = names(model, dit.positions(rows, columns, model.width), not without_null)
-    check_fit(state, params, found)
+    sit = "sit" in facts
+    if model.level_scale == 1 and not sit:
+        raise ValueError(
+            "config.model.level_scale = 1 is for a network of the code of SiT, and no file says "
+            "whether it is one: if it is, add sit to config.init_facts"
+        )
     of_diffusers = any(name.startswith(_OF_DIFFUSERS) for name in state)
+    if sit and model.learned_variance:
+        raise ValueError("a SiT has no learned variance: it needs config.process.name = 'flow'")
+    if sit and of_diffusers:
+        raise ValueError("sit in config.init_facts is for files with the names of the code of SiT")
+    without_null = _without_null_row(state, model.num_classes, facts)
+    found = names(model, _positions(model, image_shape), not without_null, sit)
+    check_fit(state, params, found)
     # Files of diffusers have no pos_embed.
     has_positions = of_diffusers or any(name in state for name in _POSITIONS)
     if not (has_positions or "no_pos_embed" in facts):
@@ -154,8 +207,17 @@ def recognise(
             "a file does not contain the number of attention heads of a DiT, and this DiT has no "
             "published size: set config.init_facts = 'heads=N'"
         )
-    untrained = "label_embedding/embedding" if without_null else ""
-    return Recognised(found, {"heads": heads}, untrained)
+    return Recognised(
+        found,
+        {"heads": heads} | (_SIT_FIELDS if sit else {}),
+        untrained="label_embedding/embedding" if without_null else "",
+        process=_SIT_PROCESS if sit else {},
+    )
+
+
+def _positions(model, image_shape):
+    rows, columns = (side // model.patch for side in image_shape[:2])
+    return dit.positions(rows, columns, model.width)
 
 
 def _unpublished(model):
@@ -198,7 +260,11 @@ def _place(patch: int, null_row: bool, module: str) -> Place | None:
 
 
 def _select(
-    positions: np.ndarray | None, model: dit.DiT, state: Mapping[str, np.ndarray], wanted: Set[str]
+    positions: np.ndarray | None,
+    model: dit.DiT,
+    sit: bool,
+    state: Mapping[str, np.ndarray],
+    wanted: Set[str],
 ) -> dict[str, np.ndarray]:
     selected: dict[str, np.ndarray] = {}
     for name, value in state.items():
@@ -222,14 +288,42 @@ def _select(
     rows = len(selected[table]) if table in selected and selected[table].ndim else 0
     if rows == 1 and table not in wanted and bias in selected:
         selected[bias] = np.float32(selected[bias]) + np.float32(selected.pop(table)[0])
-    return selected
+    return _reversed(_used(selected, model)) if sit else selected
+
+
+def _used(state: dict[str, np.ndarray], model: dit.DiT) -> dict[str, np.ndarray]:
+    """Without the second half of 2 C outputs, which the code of SiT does not use."""
+    pixels = model.patch**2
+    for name in _FINAL:
+        value = state.get(name)
+        if value is not None and value.shape[:1] == (2 * model.channels * pixels,):
+            by_pixel = value.reshape(pixels, 2, model.channels, *value.shape[1:])
+            state[name] = by_pixel[:, 0].reshape(-1, *value.shape[1:])
+    return state
+
+
+def _reversed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same network for the time 1 - t and the negative velocity; its own inverse."""
+    state = state | {name: -state[name] for name in _FINAL if name in state}
+    kernel = state.get(_LEVELS)
+    if kernel is not None and kernel.shape[-1] == dit.TIMESTEP_FEATURES:
+        of_cos, of_sin = np.split(np.float64(kernel), 2, axis=-1)
+        ends = np.float64(timesteps.frequencies(dit.TIMESTEP_FEATURES))
+        cos, sin = np.cos(ends), np.sin(ends)
+        turned = of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos
+        state[_LEVELS] = np.float32(np.concatenate(turned, axis=-1))
+    return state
+
+
+def _windows(model: dit.DiT, levels: int) -> np.ndarray:
+    """(levels, width) bool: the channels that each noise level uses."""
+    settings = model.width, model.routing, model.routing_power
+    channels = np.arange(model.width) - routing.window_starts(levels, *settings)[:, None]
+    return (channels >= 0) & (channels < int(model.width * model.routing))
 
 
 def _check_routing(theirs: np.ndarray, model: dit.DiT) -> None:
-    settings = model.width, model.routing, model.routing_power
-    starts = routing.window_starts(len(theirs), *settings)[:, None]
-    ours = np.arange(model.width) - starts
-    ours = (ours >= 0) & (ours < int(model.width * model.routing))
+    ours = _windows(model, len(theirs))
     if model.routing == 1 or theirs.shape != ours.shape or (theirs != ours).any():
         raise WeightsError(
             f"its blocks use {np.mean(theirs):.3g} of their channels at a noise level, by "

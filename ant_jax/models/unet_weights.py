@@ -82,6 +82,11 @@ def names(model: UNet, order: str = "heads_first") -> Names:
     return Names("UNet", functools.partial(_place, heads), _select)
 
 
+def exported(model: UNet, image_shape: tuple[int, int, int], process: Mapping[str, Any]) -> Names:
+    """How an exported file names and lays out the parameters; see `ant_jax.models`."""
+    return names(model)
+
+
 def recognise(
     state: Mapping[str, np.ndarray],
     params: Mapping[str, Any],

@@ -358,7 +358,7 @@ def test_weights_of_task_routing_need_the_same_routing():
     """byeongjun-park/DTR: a table (1000, width) in each block."""
     model = DiT(**TINY | dict(routing=0.75))
     params = _params()["params"]
-    state = to_torch(params, dit_weights.names(model))
+    state = to_torch(params, dit_weights.names(DiT(**TINY)))
     recognise = lambda state, model: dit_weights.recognise(
         state, params, model, (4, 6, 3), {"heads": "2", "no_pos_embed": ""}
     )

@@ -1,4 +1,4 @@
-"""Weights of DiT by the names of the paper's code and of diffusers."""
+"""Weights of DiT by the names of the paper's code, of SiT, of DTR and of diffusers."""
 
 import functools
 import importlib.util
@@ -11,7 +11,7 @@ import pytest
 
 from ant_jax.interop import WeightsError, from_torch, read_state, to_torch, write_state
 from ant_jax.models.dit import DiT, positions
-from ant_jax.models.dit_weights import names
+from ant_jax.models.dit_weights import exported, names, recognise
 
 RECORDED = Path(__file__).parents[1] / "data" / "dit"
 _spec = importlib.util.spec_from_file_location("record_dit", RECORDED / "record.py")
@@ -24,10 +24,27 @@ MODEL = DiT(width=16, depth=2, heads=2, patch=2, channels=3, num_classes=5, lear
 DIT = names(MODEL, positions(4, 4, 16))
 
 
+# The same settings, and what the code of SiT and of DTR has in addition.
+SIT = MODEL.clone(learned_variance=False, level_scale=1.0)
+DTR = MODEL.clone(routing=0.8)
+FLOW = {"name": "flow", "prediction": "velocity"}
+
+
 @functools.cache
-def recording():
-    with np.load(RECORDED / "dit.npz") as stored:
+def recording(code="dit"):
+    with np.load(RECORDED / f"{code}.npz") as stored:
         return dict(stored)
+
+
+def recorded_state(code):
+    """The weights of a network of the code of SiT or of DTR, in the order of its state dict."""
+    names, shapes = recording(code)["names"], recording(code)["shapes"]
+    state = {
+        str(name): record.weight(str(name), tuple(map(int, str(shape).split())))
+        for name, shape in zip(names, shapes, strict=True)
+    }
+    constants = {name: value for name, value in recording(code).items() if "constant" in name}
+    return state | {name.removeprefix("constant "): value for name, value in constants.items()}
 
 
 def diffusers_state():
@@ -155,11 +172,81 @@ def test_weights_go_back_to_where_they_came_from(tmp_path):
     params = from_torch(state, template(), DIT)
     write_state(tmp_path / "x.safetensors", to_torch(params, DIT))
     written = read_state(tmp_path / "x.safetensors")
-    # The official code makes the encoding itself.
-    del state["pos_embed"]
     assert set(written) == set(state)
     for name, value in written.items():
         np.testing.assert_array_equal(value, state[name], strict=True)
+
+
+def test_weights_of_dtr_give_their_numbers_and_go_back():
+    state = recorded_state("dtr")
+    found = recognise(state, template(DTR), DTR, (8, 8, 3), {"heads": "2"})
+    params = from_torch(state, template(DTR), found.names)
+    assert_gives_recorded("dtr", DTR, params, lambda t: t)
+    written = to_torch(params, exported(DTR, (8, 8, 3), {"name": "gaussian"}))
+    assert_same_state(written, state)
+
+
+@pytest.mark.parametrize("outputs", [6, 3])
+def test_weights_of_sit_give_their_numbers_and_go_back(outputs):
+    """Its code ignores the last three of six outputs."""
+    state = recorded_state("sit")
+    used = {
+        name: value.reshape(4, 6, *value.shape[1:])[:, :outputs].reshape(-1, *value.shape[1:])
+        for name, value in state.items()
+        if name.startswith("final_layer.linear")
+    }
+    found = recognise(state | used, template(SIT), SIT, (8, 8, 3), {"heads": "2", "sit": ""})
+    assert (found.fields, found.process) == ({"heads": 2, "level_scale": 1.0}, FLOW)
+    params = from_torch(state | used, template(SIT), found.names)
+    # Its time is 0 where the data are noise, and its velocity points to the data.
+    assert_gives_recorded("sit", SIT, params, lambda t: 1 - t, sign=-1)
+    if outputs == 3:
+        assert_same_state(to_torch(params, exported(SIT, (8, 8, 3), FLOW)), state | used)
+
+
+def assert_gives_recorded(code, model, params, time, sign=1):
+    stored = recording(code)
+    x, expected = (stored[name].transpose(0, 2, 3, 1) for name in ("x", "output"))
+    with jax.default_matmul_precision("highest"):
+        output = jax.jit(model.apply)({"params": params}, x, time(stored["t"]), stored["y"])
+    assert output.shape == expected.shape
+    assert 0.5 < expected.std() < 5
+    assert abs(sign * output - expected).max() < 1e-5 * abs(expected).max()
+
+
+def assert_same_state(ours, theirs):
+    """The published code loads ours strictly, and computes the same."""
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype == np.float32 and ours[name].shape == value.shape
+        np.testing.assert_allclose(ours[name], value, rtol=0, atol=1e-7)
+
+
+def test_other_flows_keep_their_time_and_sign():
+    params = from_torch(paper_state(), template(), DIT)
+    plain = to_torch(params, exported(MODEL, (8, 8, 3), FLOW))
+    others = [(SIT, FLOW | {"prediction": "x0"}), (SIT, {"name": "edm"}), (DTR, FLOW)]
+    for model, process in others:
+        written = to_torch(params, exported(model, (8, 8, 3), process))
+        for name in ("t_embedder.mlp.0.weight", "final_layer.linear.weight"):
+            np.testing.assert_array_equal(written[name], plain[name])
+
+
+def test_a_network_of_sit_must_be_said_to_be_one():
+    state = recorded_state("sit")
+    read = lambda model, **facts: recognise(
+        state, template(model), model, (8, 8, 3), {"heads": "2"} | facts
+    )
+    with pytest.raises(ValueError, match=r"level_scale = 1 .* add sit to config.init_facts"):
+        read(SIT)
+    with pytest.raises(ValueError, match=r"a SiT has no learned variance: it needs config.process"):
+        read(MODEL, sit="")
+    with pytest.raises(ValueError, match=r"no denoising task routing"):
+        read(SIT.clone(routing=0.8), sit="")
+    # The trainer compares it with its own.
+    assert read(SIT.clone(level_scale=1000.0), sit="").fields["level_scale"] == 1
+    with pytest.raises(ValueError, match=r"^sit in config.init_facts is for files with the names"):
+        recognise(diffusers_state(), template(SIT), SIT, (8, 8, 3), {"heads": "2", "sit": ""})
 
 
 @pytest.mark.parametrize("patch, channels", [(1, 4), (4, 3)])
