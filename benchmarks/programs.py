@@ -19,7 +19,7 @@ from ant_jax import mtl, settings
 from ant_jax.diffusion import Process
 from ant_jax.mtl.backward import FORMS
 from ant_jax.runtime.devices import abstract, parallel_step, parts_of, replicate
-from ant_jax.tasks import clustering
+from ant_jax.tasks import clustering, clusters
 from ant_jax.train_step import (
     Setup,
     TrainState,
@@ -121,11 +121,12 @@ def first_batch(task: Task, size: int) -> dict[str, np.ndarray]:
 def step_of(task: Task, variant: str) -> Callable:
     """The train step of a variant, not compiled, as an argument of `parallel_step`."""
     method, _, form = variant.partition("/")
-    costs = clustering.snr_costs(task.process.log_snr(np.arange(task.process.span)))
+    costs = clustering.snr_costs(task.process.log_snr(clusters.levels(task.process)))
+    positions = clustering.interval_clusters(costs, task.k)
     setup = Setup(
         apply_fn=lambda params, x, t, y: task.model.apply({"params": params}, x, t, y),
         process=task.process,
-        boundaries=clustering.interval_clusters(costs, task.k),
+        boundaries=clusters.level_boundaries(task.process, positions),
         weighting=_weighting(task, variant),
         optimizer=_OPTIMIZER,
         seed=0,
