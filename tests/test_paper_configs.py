@@ -22,8 +22,14 @@ PAPER = {
     "imagenet256_dit_b2": (130, (32, 32, 4)),
     "imagenet256_dit_l2": (458, (32, 32, 4)),
     "imagenet256_dit_xl2": (675, (32, 32, 4)),
+    "imagenet256_dtr_l2": (458, (32, 32, 4)),
+    "imagenet256_sit_s2": (33, (32, 32, 4)),
+    "imagenet256_sit_b2": (130, (32, 32, 4)),
+    "imagenet256_sit_l2": (458, (32, 32, 4)),
+    "imagenet256_sit_xl2": (675, (32, 32, 4)),
+    "cifar10_edm": (57, (32, 32, 3)),
 }
-FAMILIES = ("ffhq256_adm", "imagenet256_dit_s2")
+FAMILIES = ("ffhq256_adm", "imagenet256_dit_s2", "imagenet256_sit_s2")
 METHODS = ("vanilla", "linear", "uncertainty", "pcgrad", "nash")
 
 
@@ -41,12 +47,13 @@ def completed(name, argument):
 
 
 def build(config, shape):
-    return experiment.build(config, shape[-1], 1000 if config.model.conditional else 0)
+    classes = 10 if config.data.get("builder") == "cifar10" else 1000
+    return experiment.build(config, shape[-1], classes if config.model.conditional else 0)
 
 
 def test_every_config_of_the_paper_is_here():
     names = {path.stem for path in Path(digits.__file__).parent.glob("*256_*.py")}
-    assert names == set(PAPER)
+    assert names | {"cifar10_edm"} == set(PAPER)
 
 
 @functools.cache
@@ -104,6 +111,11 @@ def test_samplers_are_those_that_the_configs_claim(name, sampler, timesteps, end
     assert with_noise == (sampler == "ddim")
 
 
+@pytest.mark.parametrize(("name", "calls"), [("imagenet256_sit_xl2", 250), ("cifar10_edm", 35)])
+def test_samplers_call_the_network_as_often_as_in_the_papers(name, calls):
+    assert experiment.nfe(completed(name, "vanilla")) == calls
+
+
 def trace(name, method, monkeypatch):
     """The train step as a program for one device, of shapes alone."""
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
@@ -123,10 +135,11 @@ def trace(name, method, monkeypatch):
     after, metrics = traced.out_info
     shapes = lambda tree: jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
     assert shapes(after) == shapes(state)
-    assert metrics["cluster_losses"].shape == (5,)
+    assert metrics["cluster_losses"].shape == (config.clusters.k,)
     # As bfloat16 as the config says: the matrix products of the network, both ways.
     products = [line for line in str(traced.jaxpr).splitlines() if "dot_general[" in line]
-    assert any("bf16[" in line for line in products)
+    bfloat16 = config.model.dtype == "bfloat16"
+    assert any("bf16[" in line for line in products) == bfloat16
 
 
 @pytest.mark.parametrize("name", FAMILIES)
