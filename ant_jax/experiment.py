@@ -22,7 +22,7 @@ from ant_jax.diffusion.samplers import SampleOptions
 from ant_jax.optimizer import frozen
 from ant_jax.runtime.sharded import gathering
 from ant_jax.tasks.clusterings import Clusters
-from ant_jax.tasks.clusters import level_boundaries, levels
+from ant_jax.tasks.clusters import NEEDS_INTERVALS, level_boundaries, levels
 from ant_jax.train_step import check_step
 
 # Keeps a method's random draws apart from those of the train step, which use the bare seed.
@@ -116,6 +116,9 @@ def build(
     if config.optimizer.frozen:
         _check_frozen(config.optimizer.frozen, model, shape)
     clusters = build_clusters(config, process, boundaries)
+    settings = config.method
+    if clusters.order is not None and (settings.suppress != 1 or settings.curriculum_steps):
+        raise ConfigError(f"config.clusters.name = {config.clusters.name!r}: {NEEDS_INTERVALS}")
     k = len(clusters.boundaries) - 1
     if weighting is not None and weighting.k != k:
         raise ConfigError(

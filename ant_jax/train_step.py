@@ -54,6 +54,11 @@ class Setup(NamedTuple):
       seed: seed of the noise levels, noise and dropped labels; may be traced.
       draw: how noise levels are drawn; see `tasks.clusters.draw`.
       timestep_order: (T,) if the tasks are not intervals, else None; see `tasks.clusters.draw`.
+      suppress: factor by which levels below ``suppress_log_snr`` are drawn less often than others
+        of their task; 1 for the process's density. See `tasks.clusters.suppressed`.
+      suppress_log_snr: log-SNR below which levels are suppressed.
+      curriculum_steps: steps of each stage of a curriculum from the noisiest task to all; 0 for
+        none. See `tasks.clusters.curriculum`.
       form: how the k gradients are computed for the Gram matrix; see `mtl.backward`.
         "vmap" and "scan" need the stratified draw.
       microbatches: number of parts of the batch; see `mtl.backward`.
@@ -76,6 +81,9 @@ class Setup(NamedTuple):
     seed: int | jax.Array
     draw: str = "stratified"
     timestep_order: jax.typing.ArrayLike | None = None
+    suppress: float = 1.0
+    suppress_log_snr: float = -5.0
+    curriculum_steps: int = 0
     form: str = "vmap"
     microbatches: int = 1
     num_classes: int = 0
@@ -134,8 +142,9 @@ def train_step(
     batch_size = batch["image"].shape[0]
     devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
     total = devices * batch_size
+    k = len(setup.boundaries) - 1
     check_step(
-        len(setup.boundaries) - 1,
+        k,
         total,
         devices,
         draw=setup.draw,
@@ -144,7 +153,15 @@ def train_step(
         weighting=setup.weighting,
     )
     first_index = 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch_size
-    examples, tasks = draw_examples(state.step, batch, setup, first_index, total)
+    weighting, blocks = setup.weighting, None
+    if setup.curriculum_steps:
+        blocks = clusters.curriculum(state.step, k, setup.curriculum_steps)
+    examples, tasks = draw_examples(state.step, batch, setup, first_index, total, blocks)
+    # Where a task may have several blocks, the backward pass takes the blocks for tasks.
+    pools = blocks is not None and setup.draw == "stratified"
+    if pools:
+        weighting = mtl.pooled(weighting, blocks)
+        tasks = clusters.assign(first_index + jnp.arange(batch_size), total, k)
 
     def losses_fn(params, part):
         denoise = lambda x, t, y: setup.apply_fn(params, x, t, y)
@@ -157,7 +174,7 @@ def train_step(
         losses_fn,
         state.params,
         examples,
-        setup.weighting,
+        weighting,
         state.method_state,
         tasks=tasks,
         levels=levels,
@@ -166,6 +183,8 @@ def train_step(
         axis_name=axis_name,
         parts=setup.split,
     )
+    if pools:
+        found = mtl.by_task(found, blocks, k)
     # From here to the end a device sees its part of every parameter, if they are split.
     axis_name = axis_name if setup.split else None
     old = state._replace(params=jax.tree.map(lambda leaf: part_of(leaf, axis_name), state.params))
@@ -281,6 +300,7 @@ def draw_examples(
     setup: Setup,
     first_index: int | jax.Array,
     total: int,
+    task_of_block: jax.Array | None = None,
 ) -> tuple[Examples, jax.Array]:
     """Draws the noise level, noise and dropped label of each example from its own key.
 
@@ -290,6 +310,7 @@ def draw_examples(
       setup: what the step does.
       first_index: of the first example, in the global batch.
       total: number of examples in the global batch.
+      task_of_block: of a curriculum; see `tasks.clusters.draw`.
 
     Returns:
       The examples and the task of each, (B,) int.
@@ -304,14 +325,20 @@ def draw_examples(
         return jax.random.uniform(uniform_key, (2,)), jax.random.normal(noise_key, x0.shape[1:])
 
     uniform, noise = jax.vmap(draw)(index)
+    process, level = setup.process, setup.process.level
+    if setup.suppress != 1:
+        level = clusters.suppressed(process, setup.suppress, setup.suppress_log_snr)
+    if setup.timestep_order is not None and (setup.suppress != 1 or setup.curriculum_steps):
+        raise ValueError(clusters.NEEDS_INTERVALS)
     t, tasks = clusters.draw(
-        setup.process.level,
+        level,
         uniform[:, 0],
         index,
         total,
         setup.boundaries,
         setup.draw,
         setup.timestep_order,
+        task_of_block,
     )
     label = None
     if setup.num_classes:

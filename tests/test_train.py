@@ -589,6 +589,14 @@ IMPOSSIBLE = {
     "the images of .*digits.* are 8x8": {"data__image_size": 16},
     "digits has no split 'validation'": {"data__split": "validation"},
     "config.clusters.k = 60 must not exceed config.process.timesteps = 50": {"clusters__k": 60},
+    "config.clusters.name = 'random': .* need tasks that are intervals": {
+        "clusters__name": "random",
+        "method__suppress": 5.0,
+    },
+    "config.method.curriculum_steps = 9 needs all tasks": {
+        "clusters__specialist": 1,
+        "method__curriculum_steps": 9,
+    },
 }
 
 
@@ -676,7 +684,10 @@ def test_a_specialist_trains_on_one_cluster(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"process.name": "flow", "process.density": "logit_normal", "clusters.name": "timestep"},
+        {
+            **{"process.name": "flow", "process.density": "logit_normal"},
+            **{"clusters.name": "timestep", "method.suppress": 5.0, "method.curriculum_steps": 2},
+        },
         {
             **{"process.name": "edm", "sampler.name": "heun"},
             **{"method.weight_by_interval_size": True, "method.level_uncertainty": 0.01},
@@ -702,7 +713,8 @@ def test_a_run_of_continuous_levels(changes, tmp_path, monkeypatch):
     if process == "flow":
         # The median of the density.
         np.testing.assert_allclose(middle, 0.5)
-    assert all(row["counts"] == [8, 8] for row in lines(tmp_path / "whole"))
+    counts = [row["counts"] for row in lines(tmp_path / "whole")]
+    assert counts == ([[0, 16]] * 2 if process == "flow" else [[8, 8]] * 2) + [[8, 8]] * 2
     figures = evaluate.evaluate(config, tmp_path / "whole")
     assert figures["validation_loss"] > 0 and figures["frechet_distance"] > 0
     assert figures["nfe"] == (2 if process == "flow" else 3)

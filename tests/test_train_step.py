@@ -154,6 +154,43 @@ def test_linear_is_the_gradient_of_the_plain_mean_of_its_stratified_batch(params
     assert_close(got, jax.jit(jax.grad(lambda p: per_example(p, ex).mean()))(params))
 
 
+@pytest.mark.parametrize("how", clusters.DRAWS)
+def test_a_curriculum_trains_on_the_noisiest_tasks(params, batch, how):
+    """In the second stage these are two: each has two blocks, and the others are absent."""
+    weighting = METHODS["vanilla" if how == "uniform" else "pcgrad"]
+    settings = {"draw": how, "curriculum_steps": 5}
+    got, state, metrics = gradient(params, batch, weighting, **settings)
+    in_order = jnp.asarray([2, 2, 3, 3])
+    setup = ts.Setup(None, DIFFUSION, BOUNDARIES, None, None, 3, how, num_classes=CLASSES)
+    setup = setup._replace(label_dropout=0.3)
+    ex, tasks = ts.draw_examples(5, batch, setup, 0, BATCH, in_order)
+    assert ex.t.min() >= BOUNDARIES[2] and ex.t.max() > BOUNDARIES[3]
+    np.testing.assert_array_equal(metrics["counts"], np.bincount(tasks, minlength=K))
+    if how == "stratified":
+        np.testing.assert_array_equal(metrics["counts"], [0, 0, BATCH // 2, BATCH // 2])
+    inputs = (params, ex, weighting, mtl.init_combine(weighting))
+    want = jax.jit(lambda: mtl.backward(per_example, *inputs, tasks=tasks, form="masked"))()
+    assert_close(got, want.gradient)
+    for a, b in zip(
+        jax.tree.leaves((state.method_state, metrics["cluster_losses"])),
+        jax.tree.leaves((want.state, want.losses)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    # The last stage has all tasks.
+    last = [
+        gradient(params, batch, weighting, step=15, draw=how, curriculum_steps=steps)[0]
+        for steps in (5, 0)
+    ]
+    assert_close(*last)
+
+
+def test_suppressed_levels_need_intervals(params, batch):
+    for settings in ({"suppress": 5.0}, {"curriculum_steps": 3}):
+        with pytest.raises(ValueError, match="need tasks that are intervals"):
+            draw_with(batch, "stratified", timestep_order=np.arange(T), **settings)
+
+
 def test_cluster_losses_are_means_over_their_own_examples(params, batch):
     _, _, metrics = gradient(params, batch, METHODS["linear"])
     ex, _ = draw(batch, "stratified")
@@ -273,7 +310,10 @@ def test_devices_do_not_change_the_step(params, batch, method):
 
 @pytest.mark.parametrize(
     ("method", "settings"),
-    [("nash", {"skip_nonfinite": True}), ("pcgrad", {"form": "masked", "draw": "uniform"})],
+    [
+        ("nash", {"skip_nonfinite": True, "curriculum_steps": 1}),
+        ("pcgrad", {"form": "masked", "draw": "uniform"}),
+    ],
 )
 def test_devices_that_update_their_parts_agree_with_one(params, batch, method, settings):
     # Momentum is split, and the count of the schedule is not.

@@ -163,6 +163,11 @@ class Method:
       draw: "stratified": batch_size / k examples in each task; "uniform": over all noise levels (a
         method that needs the Gram matrix then needs gradient_form = "masked"); "auto": uniform for
         vanilla, stratified for the other methods.
+      suppress: factor by which levels near pure noise are drawn less often than others of their
+        task (SpeeD: 5); 1 for none.
+      suppress_log_snr: log-SNR below which levels are suppressed.
+      curriculum_steps: steps of each stage of a curriculum: it begins with the noisiest task, and
+        each stage adds the next one; 0 for none.
       gradient_form: how the k gradients are computed: "vmap", "scan" (less memory; on a CPU far too
         slow for a network with convolutions) or "masked" (for any draw).
       cosines: log the cosines between task gradients, also with a method that does not need them.
@@ -175,6 +180,9 @@ class Method:
     """
 
     draw: Literal["auto", "stratified", "uniform"] = "auto"
+    suppress: Annotated[float, Number(1)] = 1.0
+    suppress_log_snr: float = -5.0
+    curriculum_steps: Annotated[int, Integer(0)] = 0
     gradient_form: Literal["vmap", "scan", "masked"] = "vmap"
     cosines: bool = False
     weight_by_interval_size: Annotated[bool, Traced()] = False

@@ -16,7 +16,10 @@ _BEFORE = {
 _SINCE = {
     ("parallel", ""): {"params": "replicated"},
     ("sampler", ""): {"guidance_low": 0.0, "guidance_high": 1e9},
-    ("method", ""): {"level_uncertainty": 0.0},
+    ("method", ""): {
+        **{"suppress": 1.0, "suppress_log_snr": -5.0, "curriculum_steps": 0},
+        **{"level_uncertainty": 0.0},
+    },
     ("model", "dit"): {
         **{"norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "sincos"},
         **{"routing": 1.0, "routing_power": 4.0, "routing_levels": 1000},

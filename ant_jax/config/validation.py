@@ -124,6 +124,11 @@ def _validate_together(flat):
                 f"config.{name} = True needs tasks to weigh: another config.method.name than "
                 "'vanilla' and config.clusters.specialist = -1"
             )
+    if flat["method.curriculum_steps"] and flat["clusters.specialist"] >= 0:
+        raise ConfigError(
+            f"config.method.curriculum_steps = {flat['method.curriculum_steps']} needs all tasks: "
+            "set config.clusters.specialist = -1"
+        )
     if flat["sampler.guidance"] != 1 and not (
         flat["model.conditional"] and 0 < flat["label_dropout"] < 1
     ):

@@ -13,6 +13,7 @@ from ant_jax.mtl.combine import CombineState, combine, init_combine
 from ant_jax.mtl.gramian import gramian, pairwise_cosines
 from ant_jax.mtl.hydalearn import lookahead_weights
 from ant_jax.mtl.levels import level_uncertainty
+from ant_jax.mtl.pooling import by_task, pooled
 from ant_jax.mtl.rep_mtl import RepMTL, rep_mtl
 from ant_jax.mtl.slgrad import SLGrad, slgrad, slgrad_weights
 from ant_jax.mtl.weighting import TaskStats, Weighting
@@ -33,6 +34,7 @@ __all__ = [
     "Weighting",
     "backward",
     "backward_at_features",
+    "by_task",
     "clipped",
     "combine",
     "cr_mogm",
@@ -42,6 +44,7 @@ __all__ = [
     "level_uncertainty",
     "lookahead_weights",
     "pairwise_cosines",
+    "pooled",
     "rep_mtl",
     "scaled",
     "slgrad",

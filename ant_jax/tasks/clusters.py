@@ -12,6 +12,8 @@ from ant_jax.tasks.clustering import assign_clusters
 
 DRAWS = ("stratified", "uniform")
 
+NEEDS_INTERVALS = "suppressed levels and a curriculum need tasks that are intervals of noise levels"
+
 # Levels of a continuous process among which tasks are formed.
 _LEVELS = 1000
 
@@ -64,6 +66,60 @@ def assign(index: Any, total: int, k: int) -> Any:
     return index * k // total
 
 
+def suppressed(
+    process: Process, factor: float, log_snr: float
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The process's `level`, with a density that is lower by a factor at the noisiest levels.
+
+    Near pure noise, noised data hardly change with the level: Wang et al., *A Closer Look at Time
+    Steps is Worthy of Triple Speed-Up for Diffusion Model Training* (SpeeD, CVPR 2025), draw that
+    convergence area less often. Their factor is 5, and their border, timestep 700 of 1000 of the
+    linear schedule, is at log-SNR -5. They also weigh the losses, and their code mirrors half of
+    the timesteps; both are left out here. A task inside the area, or outside, keeps its density.
+
+    Args:
+      process: the noise process.
+      factor: >= 1.
+      log_snr: border of the area.
+
+    Returns:
+      ``(low, high, u) -> level``, as `diffusion.Process.level`.
+    """
+    border = np.clip(process.at_log_snr(np.float64(log_snr)), 0, process.span)
+    border = np.float32(process.cdf(border))
+
+    def level(low, high, u):
+        start, end = (jnp.float32(process.cdf(t)) for t in (low, high))
+        # The share of [low, high) below the border, where the density is higher.
+        share = jnp.clip((border - start) / (end - start), 0, 1)
+        below = share * factor
+        mass = u * (below + 1 - share)
+        u = jnp.where(mass < below, mass / factor, share + mass - below)
+        return process.level(low, high, jnp.minimum(u, np.nextafter(np.float32(1), 0)))
+
+    return level
+
+
+def curriculum(step: jax.Array, k: int, stage: int) -> jax.Array:
+    """The task of each of the k blocks of a batch, in a curriculum from noise to data.
+
+    The first stage trains on the noisiest task alone, and each later one on one task more. The
+    tasks of a stage share the blocks as evenly as possible (Kim et al., *Denoising Task
+    Difficulty-based Curriculum for Training Diffusion Models*, ICLR 2025; there a stage ends when
+    its loss no longer falls, here after a number of steps).
+
+    Args:
+      step: number of steps taken before; may be traced.
+      k: number of tasks.
+      stage: steps of each stage.
+
+    Returns:
+      (k,) int, ascending; 0 .. k - 1 from step (k - 1) stage on.
+    """
+    active = jnp.minimum(step // stage + 1, k)
+    return k - active + jnp.arange(k) * active // k
+
+
 def draw(
     level: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
     uniform: jax.Array,
@@ -72,11 +128,12 @@ def draw(
     boundaries: jax.typing.ArrayLike,
     how: str,
     order: jax.typing.ArrayLike | None = None,
+    task_of_block: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The noise level and the task of each example.
 
     Args:
-      level: the function `diffusion.Process.level` of the noise process.
+      level: the function `diffusion.Process.level` of the noise process, or `suppressed`.
       uniform: (B,) uniform random numbers in [0, 1), one per example.
       index: (B,) int, the index of each example in the global batch.
       total: number of examples in the global batch.
@@ -85,6 +142,8 @@ def draw(
         the task; "uniform": the level has that density over all levels.
       order: (T,) a permutation of the levels. Task i is then not an interval, but the levels at
         positions b[i] .. b[i+1] - 1 of this order. None for intervals.
+      task_of_block: (k,) of a `curriculum`: the task of the examples that are of task i otherwise.
+        The uniform draw then begins at the lowest level of the first of these tasks.
 
     Returns:
       (B,) levels and (B,) int tasks.
@@ -92,9 +151,12 @@ def draw(
     bounds = jnp.asarray(boundaries)
     if how == "stratified":
         task = assign(index, total, len(boundaries) - 1)
+        if task_of_block is not None:
+            task = task_of_block[task]
         low, high = bounds[task], bounds[task + 1]
     else:
-        low, high = (jnp.full(index.shape, end, bounds.dtype) for end in (0, bounds[-1]))
+        lowest = 0 if task_of_block is None else bounds[task_of_block[0]]
+        low, high = (jnp.full(index.shape, end, bounds.dtype) for end in (lowest, bounds[-1]))
     t = level(low, high, uniform)
     if how != "stratified":
         task = assign_clusters(t, bounds)
