@@ -67,7 +67,7 @@ def check(config: ConfigDict, channels: int | None = None) -> None:
         if config.autoencoder.name:
             channels = 3
         try:
-            extractor = config_lib.build(config, "evaluation")
+            extractor = _extractor(config)
             extractor.check(size, size, channels)
         except ConfigError:
             raise
@@ -101,7 +101,7 @@ def build(config: ConfigDict, names: Sequence[str] = ()) -> Measuring:
     settings, batch_size = config.evaluation, config.sample.batch_size
     every = _metrics(names or settings.metrics)
     try:
-        evaluator = evaluation.build_evaluator(config_lib.build(config, "evaluation"), every)
+        evaluator = evaluation.build_evaluator(_extractor(config), every)
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
@@ -145,6 +145,11 @@ def validation_losses(
     )
 
 
+def _extractor(config):
+    training = functools.partial(_images, config, config.data.split, as_in_training=True)
+    return config_lib.build(config, "evaluation", training=functools.cache(training))
+
+
 def _check_metrics(settings, every, extractor):
     """Metrics that the config names must not be left out."""
     for name, metric in zip(settings.metrics, every, strict=True):
@@ -165,23 +170,29 @@ def _metrics(names):
         raise ConfigError(f"config.evaluation.metrics {error}") from error
 
 
-def _images(config, split):
-    """The images of a split, neither mirrored nor cropped at random."""
+def _images(config, split, as_in_training=False):
+    """The images of a split; unless as in training, neither mirrored nor cropped at random."""
     settings = config.data
-    source, place = dataset.open_images(config, split), settings.get("dir", "")
-    crop = "none" if settings.crop == "none" else "center"
+    source = dataset.open_images(config, split)
+    flip = settings.flip and as_in_training
+    crop = settings.crop if as_in_training or settings.crop == "none" else "center"
+    own = config_lib.arguments(config, "data")
+    for name, value in own.items():
+        if value and config_lib.settings_of_config(config)[f"data.{name}"].per_process:
+            own[name] = str(user_path(value).absolute())
     key = {
-        "name": dataset.source_name(config),
-        "dir": str(user_path(place).absolute()) if place else "",
+        "name": settings.name,
+        **own,
         "split": split,
         "num": len(source),
         "size": settings.image_size,
         "crop": crop,
-        "exif": settings.get("exif", "ignore"),
+        "flip": flip,
     }
     pipeline = {
         "image_size": settings.image_size,
         "crop": crop,
+        "flip": flip,
         "replace_unreadable": settings.replace_unreadable,
         "num_workers": settings.num_workers,
     }

@@ -27,8 +27,7 @@ def get_config(argument: str = "nash,snr,32") -> ml_collections.ConfigDict:
     changes = {
         "data.name": "idx",
         "data.dir": "/usr/share/datasets/fashion-mnist",
-        "data.flip": True,
-        "evaluation.features": "",
+        "evaluation.features": "classifier",
         "num_steps": 4000,
     }
     if size == "14":

@@ -206,6 +206,10 @@ def execute(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[st
     waiting = [run for run in runs if _result(run, out) is None]
     if waiting:
         _check(waiting)
+        # What all evaluations share is made and cached before the bar, which hides its log lines,
+        # and not in all workers at once.
+        if waiting[0].config.evaluation.features:
+            measuring.build(waiting[0].config)
         with _progress(waiting, out, title):
             groups = _groups(waiting, _workers())
             if _workers() == 1 or sum(run.config.num_steps for run in waiting) < _WORTH_A_PROCESS:
@@ -213,9 +217,6 @@ def execute(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[st
                 for group in groups:
                     _run_all(group, out)
             else:
-                # What evaluations share is made and cached here, not in all workers at once.
-                if waiting[0].config.evaluation.features:
-                    measuring.build(waiting[0].config)
                 for _ in _in_processes(_run_all, [(group, out) for group in groups]):
                     pass
     return [_result(run, out) for run in runs]

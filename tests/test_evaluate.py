@@ -401,12 +401,35 @@ def test_training_data_are_cropped_in_the_centre_and_each_counts_once(tmp_path, 
     config = configured(tmp_path, data__crop="random", data__flip=True, sample__batch_size=600)
     measuring.build(config)
     (key,), settings, *counted = keys, *seen
-    assert settings["crop"] == "center" == key["crop"] and "flip" not in settings
-    assert key["num"] == 1497 and key["exif"] == "ignore"
+    assert settings["crop"] == "center" == key["crop"] and not settings["flip"]
+    assert key["num"] == 1497
     rows = lambda images: np.sort(images.reshape(-1, 64).view("V64").ravel())
     np.testing.assert_array_equal(
         rows(np.concatenate(counted)[: key["num"]]), rows(data.digits("train").images.copy())
     )
+
+
+def test_other_data_are_another_reference(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        np.savez(f"{name}.npz", images=np.zeros((3, 8, 8, 1), np.uint8))
+    keys = []
+    for file in ("a.npz", str(tmp_path / "a.npz"), "b.npz"):
+        config = config_lib.default_config(data="arrays", model="dit", method="vanilla")
+        config_lib.update(config, {"data.file": file, "data.split": "", "data.image_size": 8})
+        keys.append(measuring._images(config, "").key)
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_classifier_is_trained_on_the_images_of_the_run(tmp_path):
+    config = configured(
+        tmp_path, data__crop="random", data__flip=True, evaluation__features="classifier"
+    )
+    extractor = measuring._extractor(config)
+    extractor.check(8, 8, 1)
+    training = measuring._images(config, "train", as_in_training=True)
+    assert training.pipeline["crop"] == "random" and training.pipeline["flip"]
+    assert training.key["flip"] and training.source.num_classes == 10
 
 
 def npz(path, num=9, shape=(8, 8, 1)):

@@ -384,6 +384,7 @@ GROUPS = (
         Evaluation,
         "ant_jax.evaluation.features",
         "ant_jax.evaluation:Extractor",
+        ("training",),
         affects=Affects.MEASUREMENTS,
         key="features",
         none="",

@@ -146,7 +146,7 @@ def _validate_together(flat):
     if flat["evaluation.features"] == "digits" and flat["data.name"] != "digits":
         raise ConfigError(
             f"config.evaluation.features = 'digits' can't evaluate config.data.name = "
-            f"{flat['data.name']!r}: set it to 'inception' or ''"
+            f"{flat['data.name']!r}: set it to 'classifier', 'inception' or ''"
         )
 
 

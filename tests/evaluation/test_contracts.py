@@ -5,7 +5,7 @@ import inspect
 import numpy as np
 import pytest
 
-from ant_jax import evaluation, settings
+from ant_jax import data, evaluation, settings
 from ant_jax.evaluation import features, metrics
 from ant_jax.evaluation.summary import Reference, summarise
 
@@ -24,15 +24,20 @@ BEST = {
 
 
 def test_the_folders_have_components():
-    assert {"digits", "inception"} <= set(EXTRACTORS) and "inception_network" not in EXTRACTORS
+    assert {"digits", "inception", "classifier"} <= set(EXTRACTORS)
+    assert "inception_network" not in EXTRACTORS
     assert {"frechet", "inception_score", "precision_recall"} <= set(METRICS)
 
 
 @pytest.fixture(scope="module", params=EXTRACTORS)
 def extractor(request, inception_weights, users_cache):
     component = settings.resolve(features, request.param, evaluation.Extractor)
+    training = evaluation.Images("digits", data.digits("test"), {"image_size": 8})
+    given = {"weights": str(inception_weights), "training": lambda: training}
     needed = inspect.signature(component).parameters
-    return component(**{"weights": str(inception_weights)} if "weights" in needed else {})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features.classifier, "_STEPS", 20)
+        yield component(**{name: value for name, value in given.items() if name in needed})
 
 
 def test_an_extractor_gives_what_it_says_whatever_the_batches(extractor, recorded):
