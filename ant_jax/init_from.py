@@ -28,6 +28,8 @@ from ant_jax.runtime.files import user_path
 
 # The key of our metadata in a safetensors file.
 _METADATA = "ant_jax"
+# Of the exports for diffusers, whose weights may be other than those of the published code.
+DIFFUSERS_METADATA = {_METADATA: "diffusers"}
 
 
 def initial_params(config: ConfigDict, setup: experiment.Setup) -> dict | None:
@@ -84,6 +86,11 @@ def _of_file(path, config, setup):
     template = experiment.abstract_params(setup)
     if metadata is None:
         return _of_others(state, template, config, setup)
+    if metadata == DIFFUSERS_METADATA[_METADATA]:
+        raise ValueError(
+            "it was exported for diffusers: start from the .safetensors file that --mode export "
+            "writes without --layout"
+        )
     if config.init_facts:
         raise ValueError("the file has metadata: leave config.init_facts empty")
     try:

@@ -33,6 +33,9 @@ _WORKDIR = flags.DEFINE_string(
 )
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default the newest.", lower_bound=1)
+_LAYOUT = flags.DEFINE_enum(
+    "layout", "published", ["published", "diffusers"], "What --mode export writes."
+)
 flags.register_validator(
     "workdir", lambda workdir: workdir != "", message="it is empty: leave it out for the default"
 )
@@ -40,6 +43,11 @@ flags.register_multi_flags_validator(
     ["mode", "step"],
     lambda given: given["step"] is None or given["mode"] not in ("train", "encode"),
     message="it is for --mode sample, evaluate and export",
+)
+flags.register_multi_flags_validator(
+    ["mode", "layout"],
+    lambda given: given["layout"] == "published" or given["mode"] == "export",
+    message="it is for --mode export",
 )
 
 
@@ -62,7 +70,9 @@ def _run(name):
     workdir = None if name == "encode" else cli.usable_workdir(_WORKDIR.value)
     config = cli.config_of(workdir)
     processes.assert_equal(
-        lambda: cli.settings_to_compare(config, workdir, mode=name, step=_STEP.value)
+        lambda: cli.settings_to_compare(
+            config, workdir, mode=name, step=_STEP.value, layout=_LAYOUT.value
+        )
     )
     config_lib.validate(config)
     if workdir is None:
@@ -75,7 +85,8 @@ def _run(name):
             logging.warning("%s", line)
     compilation_cache.enable()
     processes.check_shared(workdir)
-    mode(config, workdir, *([] if name == "train" else [_STEP.value]))
+    more = {"export": [_STEP.value, _LAYOUT.value], "train": []}
+    mode(config, workdir, *more.get(name, [_STEP.value]))
 
 
 if __name__ == "__main__":

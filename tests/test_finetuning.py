@@ -411,6 +411,61 @@ def test_an_export_says_what_it_is(begun):
             parameters_of(config)
 
 
+def test_an_export_for_diffusers_is_a_folder(begun, caplog):
+    workdir, before = begun
+    folder = export.export(tiny(), workdir, layout="diffusers")
+    assert folder == workdir / "weights" / "00000004-diffusers"
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    assert (config["sample_size"], config["num_embeds_ada_norm"]) == (8, 10)
+    weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    state = interop.read_state(weights)
+    np.testing.assert_array_equal(state["proj_out_2.bias"], before.ema_params["output"]["bias"])
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    alphas_bar = experiment.build(tiny(), 1, 10).process.alphas_bar
+    betas = scheduler.pop("trained_betas")
+    np.testing.assert_allclose(np.cumprod(1 - np.array(betas)), alphas_bar)
+    assert scheduler == {
+        "_class_name": "DDIMScheduler",
+        "_diffusers_version": "0.42.0",
+        "num_train_timesteps": 50,
+        "prediction_type": "epsilon",
+        "clip_sample": True,
+    }
+    # Without an autoencoder there is no pipeline.
+    assert not (folder / "model_index.json").exists()
+    assert "time_proj.downscale_freq_shift = 0" in (folder / "README.md").read_text()
+    assert "for equal outputs add the lines of" in caplog.text
+    with pytest.raises(ConfigError, match=r"it was exported for diffusers: start from the \.safet"):
+        parameters_of(tiny(init_from=str(weights)))
+
+
+def test_a_flow_for_diffusers(tmp_path, monkeypatch):
+    config = tiny(**{name.replace(".", "__"): value for name, value in FLOW.items()})
+    config.process.shift = 2.0
+    config.autoencoder.scale = 0.5
+    setup, params = experiment.build(config, 1, 10), random_params(config)
+    monkeypatch.setattr(export.results, "restore_run", lambda *_, draws: (7, setup, params))
+    write = lambda: export.export(config, tmp_path, layout="diffusers")
+    config.autoencoder.name = "KL-f8"
+    folder = write()
+    pipeline = json.loads((folder / "model_index.json").read_text())
+    assert pipeline["transformer"] == ["diffusers", "DiTTransformer2DModel"]
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert pipeline["scheduler"] == ["diffusers", scheduler["_class_name"]]
+    assert scheduler["prediction_type"] == "flow_prediction" and scheduler["flow_shift"] == 2
+    card = (folder / "README.md").read_text()
+    assert "scaling_factor=0.5" in card and "downscale_freq_shift" not in card
+    config.process.prediction = "x0"
+    setup = setup._replace(process=config_lib.build_process(config))
+    with pytest.raises(
+        ConfigError, match=r"no scheduler for config.process.name = 'flow', .*prediction = 'x0', o"
+    ):
+        write()
+    setup = setup._replace(model=unet.UNet(channels=1))
+    with pytest.raises(ConfigError, match=r"^cannot export for diffusers: only a 'dit', not"):
+        write()
+
+
 def test_weights_that_are_not_finite_are_refused_before_anything_is_written_or_compiled(
     begun, dit_file, tmp_path, monkeypatch
 ):

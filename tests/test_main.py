@@ -178,6 +178,7 @@ MISTAKES = {
     "--step=ten: invalid literal": ["--mode=sample", "--step=ten"],
     "--step=-1: -1 is not a positive integer": ["--mode=sample", "--step=-1"],
     "step=10: it is for --mode sample, evaluate and export": ["--step=10"],
+    "layout=diffusers: it is for --mode export": ["--layout=diffusers"],
     "--workdir=: it is empty": ["--workdir="],
     "--workdir=FOLDER/a/b: FOLDER/a is not a folder": ["--workdir=FOLDER/a/b"],
     "~nobody-of-that-name/x: Could not determine home": ["--workdir=~nobody-of-that-name/x"],

@@ -113,7 +113,7 @@ def names(
         With this row the network gets no label, for which it was never trained.
       sit: whether the published network is one of the code of SiT.
     """
-    if _unpublished(model):
+    if unpublished(model):
         return OWN_NAMES
     constants: dict[str, np.ndarray] = {}
     if positions is not None:
@@ -162,7 +162,7 @@ def recognise(
     Raises:
       ValueError: if the state dict doesn't match the network, or if a needed fact is missing.
     """
-    if differing := _unpublished(model):
+    if differing := unpublished(model):
         raise ValueError(
             f"the paper's code has no DiT with config.model.{' and config.model.'.join(differing)}"
         )
@@ -220,7 +220,7 @@ def _positions(model, image_shape):
     return dit.positions(rows, columns, model.width)
 
 
-def _unpublished(model):
+def unpublished(model: dit.DiT) -> list[str]:
     """The options of the network that the paper's code does not have."""
     published = dit.DiT(channels=model.channels)
     return [

@@ -1,63 +1,24 @@
 """Weights of DiT by the names of the paper's code, of SiT, of DTR and of diffusers."""
 
 import functools
-import importlib.util
-from pathlib import Path
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from recorded_dit import DTR, MODEL, SIT, diffusers_state, recorded_state, recording, template
 
 from ant_jax.interop import WeightsError, from_torch, read_state, to_torch, write_state
 from ant_jax.models.dit import DiT, positions
 from ant_jax.models.dit_weights import exported, names, recognise
 
-RECORDED = Path(__file__).parents[1] / "data" / "dit"
-_spec = importlib.util.spec_from_file_location("record_dit", RECORDED / "record.py")
-record = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(record)
-
-# The settings of tests/data/dit/record.py.
-MODEL = DiT(width=16, depth=2, heads=2, patch=2, channels=3, num_classes=5, learned_variance=True)
 # Images of 8 x 8 pixels have 4 x 4 patches.
 DIT = names(MODEL, positions(4, 4, 16))
-
-
-# The same settings, and what the code of SiT and of DTR has in addition.
-SIT = MODEL.clone(learned_variance=False, level_scale=1.0)
-DTR = MODEL.clone(routing=0.8)
 FLOW = {"name": "flow", "prediction": "velocity"}
 
 
-@functools.cache
-def recording(code="dit"):
-    with np.load(RECORDED / f"{code}.npz") as stored:
-        return dict(stored)
-
-
-def recorded_state(code):
-    """The weights of a network of the code of SiT or of DTR, in the order of its state dict."""
-    names, shapes = recording(code)["names"], recording(code)["shapes"]
-    state = {
-        str(name): record.weight(str(name), tuple(map(int, str(shape).split())))
-        for name, shape in zip(names, shapes, strict=True)
-    }
-    constants = {name: value for name, value in recording(code).items() if "constant" in name}
-    return state | {name.removeprefix("constant "): value for name, value in constants.items()}
-
-
-def diffusers_state():
-    """The weights of the recording by diffusers' names."""
-    names, shapes = recording()["names"], recording()["shapes"]
-    return {
-        str(name): record.weight(str(name), tuple(map(int, str(shape).split())))
-        for name, shape in zip(names, shapes, strict=True)
-    }
-
-
 def paper_state():
-    """The same by the names of the paper's code, in the order of its state dict."""
+    """The same weights by the names of the paper's code, in the order of its state dict."""
     theirs = diffusers_state()
     state = {"pos_embed": np.float32(positions(4, 4, 16))[None]}
 
@@ -82,13 +43,6 @@ def paper_state():
     take("final_layer.linear", "proj_out_2")
     take("final_layer.adaLN_modulation.1", "proj_out_1")
     return state
-
-
-@functools.cache
-def template(model=MODEL):
-    inputs = [np.zeros((1, 8, 8, model.channels)), np.zeros(1)]
-    inputs += [np.zeros(1, int)] if model.num_classes else []
-    return jax.eval_shape(model.init, jax.random.key(0), *inputs)["params"]
 
 
 def assert_equal_trees(ours, theirs):
