@@ -95,9 +95,12 @@ def first_state(task: Task, variant: str) -> TrainState:
     labels = jnp.zeros(1, jnp.int32) if classes else None
     x, t = jnp.zeros((1, *task.shape)), jnp.zeros(1, jnp.int32)
     params = task.model.init(jax.random.key(0), x, t, labels)["params"]
-    # Move away from adaLN-Zero's initial values, where gradients are zero and Nash has
-    # nothing to solve.
-    params = jax.tree.map(lambda leaf: leaf + 0.02, params)
+    # Move away from adaLN-Zero's initial values, where gradients are zero and Nash has nothing to
+    # solve. By random numbers: products of equal ones take less power, so GPUs compute them faster.
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    move = lambda leaf, key: leaf + 0.02 * jax.random.normal(key, leaf.shape)
+    params = jax.tree.unflatten(structure, map(move, leaves, keys))
     return init_state(params, _OPTIMIZER, _weighting(task, variant))
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.models.attention import Attention, check_attention, check_attention_devices
-from ant_jax.models.dense import Dense
+from ant_jax.models.linear import Dense
 from ant_jax.models.network import check_fields
 from ant_jax.models.norms import LayerNorm, RMSNorm
 from ant_jax.models.remat import Remat, rematerialised
@@ -238,8 +238,8 @@ class _Block(nn.Module):
             gate, h = jnp.split(h, 2, axis=-1)
             h *= nn.silu(gate)
         else:
-            h = _Dense(MLP_RATIO * self.width, dtype=self.dtype, name="mlp_hidden")(h)
-            h = nn.gelu(h, approximate=True)
+            hidden = MLP_RATIO * self.width
+            h = _Dense(hidden, dtype=self.dtype, activation=nn.gelu, name="mlp_hidden")(h)
         h = _Dense(self.width, dtype=self.dtype, name="mlp_output")(h)
         return x + gate_2[:, None] * h
 
