@@ -2,13 +2,16 @@
 
   python -m ant_jax.main --config configs/fashion.py                # 32x32, for a GPU
   python -m ant_jax.main --config configs/fashion.py:nash,snr,14    # 14x14, for CPUs
+  python -m experiments.table --preset fashion --dry_run            # processes x methods, at 14x14
 
 On Debian and Ubuntu, ``apt-get install dataset-fashion-mnist`` puts the files where the config
 looks for them. Elsewhere, download the four files of https://github.com/zalandoresearch/fashion-mnist
 (MIT licence) into a folder and add --config.data.dir=DIR.
 
 The argument after the colon is METHOD, METHOD,CLUSTERS or METHOD,CLUSTERS,SIZE. The images are
-28x28: size 32 adds a black border, and size 14 takes the mean of 2x2 pixels.
+28x28: size 32 adds a black border, and size 14 takes the mean of 2x2 pixels. They are not mirrored,
+because all shoes point to the left. --mode evaluate trains a classifier of the images once, in
+2 to 3 minutes on 2 cores; it recognises 91 % of the test images at 14x14.
 """
 
 import ml_collections

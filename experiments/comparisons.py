@@ -39,6 +39,17 @@ class Setting(NamedTuple):
 VANILLA = Setting("vanilla", "vanilla", "snr", {}, "vanilla")
 CLUSTERS = ("timestep", "snr", "gradient")
 FIXED = "linear, Nash's mean weights"
+# Noise processes and predictions. Each sample takes 50 calls of the network; Heun's method calls it
+# 49 times in 25 steps.
+_EULER = {"sampler.name": "ddim", "sampler.num_steps": 50}
+_HEUN = {"sampler.name": "heun", "sampler.num_steps": 25, "sampler.spacing": "karras"}
+PROCESSES = {
+    "DDPM epsilon": _EULER,
+    "DDPM v": _EULER | {"process.prediction": "v"},
+    "flow": _EULER | {"process.name": "flow"},
+    "flow logit-normal": _EULER | {"process.name": "flow", "process.density": "logit_normal"},
+    "EDM": _HEUN | {"process.name": "edm"},
+}
 # The three with the smallest distances in `field`.
 PROCESS_METHODS = ("uncertainty", "nash", "imtl_g")
 CHANGED_METHODS = ("vanilla", "uncertainty", "nash")
@@ -77,21 +88,15 @@ def field() -> list[Setting]:
     return [VANILLA, *(Setting(name, name, "snr", {}, name) for name in methods)]
 
 
-def processes() -> list[Setting]:
-    """Noise processes and predictions x methods x clusters; 50 calls of the network a sample."""
-    sampling = {"sampler.name": "ddim", "sampler.num_steps": 50}
-    # Heun's method calls the network 49 times in 25 steps.
-    heun = {"sampler.name": "heun", "sampler.num_steps": 25, "sampler.spacing": "karras"}
-    changes = {
-        "DDPM epsilon": sampling,
-        "DDPM v": sampling | {"process.prediction": "v"},
-        "flow": sampling | {"process.name": "flow"},
-        "flow logit-normal": sampling | {"process.name": "flow", "process.density": "logit_normal"},
-        "EDM": heun | {"process.name": "edm"},
-    }
+def processes(
+    names: Sequence[str] = tuple(PROCESSES),
+    methods: Sequence[str] = PROCESS_METHODS,
+    clusterings: Sequence[str] = ("snr", "timestep"),
+) -> list[Setting]:
+    """Processes of `PROCESSES` x vanilla and methods x clusters, with the rates of SNR clusters."""
     found = []
-    for name, change in changes.items():
-        vanilla = f"{name}: vanilla"
+    for name in names:
+        change, vanilla = PROCESSES[name], f"{name}: vanilla"
         found.append(Setting(vanilla, "vanilla", "snr", change, vanilla, vanilla))
         found += [
             Setting(
@@ -102,8 +107,8 @@ def processes() -> list[Setting]:
                 f"{name}: {method}, snr",
                 vanilla,
             )
-            for method in PROCESS_METHODS
-            for clusters in ("snr", "timestep")
+            for method in methods
+            for clusters in clusterings
         ]
     return found
 

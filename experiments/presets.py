@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from ant_jax.config import update
-from configs import digits, imagenet64
+from configs import digits, fashion, imagenet64
 
 
 class Preset(NamedTuple):
@@ -21,7 +21,8 @@ class Preset(NamedTuple):
       measurements: number of evenly spaced steps at which a run is measured.
       affinity_grid: number of timesteps between which the task affinity is measured.
       affinity_images: number of training images for the task affinity.
-      seconds_per_step: including all measurements, to estimate a plan's time; None if not timed.
+      seconds_per_step: on two CPU cores, including all measurements, to estimate a plan's time;
+        None if not timed.
     """
 
     name: str
@@ -37,6 +38,9 @@ class Preset(NamedTuple):
 
 METHODS = ("linear", "uncertainty", "pcgrad", "nash")
 _ALWAYS = {"tensorboard": False, "sample.every": 0}
+
+# Other metrics take longer on 60 000 images, and no table shows them.
+_FASHION = {"evaluation.metrics": ("frechet", "label_accuracy")}
 
 PRESETS = {
     "smoke": Preset(
@@ -81,6 +85,28 @@ PRESETS = {
         METHODS,
         (0, 1, 2),
         8,
+        100,
+        240,
+        None,
+    ),
+    "fashion": Preset(
+        "fashion",
+        lambda argument: fashion.get_config(f"{argument},14"),
+        {"log_every": 50, "sampler.num_steps": 25} | _FASHION | {"sample.num": 2000},
+        METHODS,
+        (0, 1, 2),
+        4,
+        100,
+        240,
+        0.25,
+    ),
+    "fashion32": Preset(
+        "fashion32",
+        lambda argument: fashion.get_config(f"{argument},32"),
+        {"num_steps": 20_000} | _FASHION | {"sample.num": 10_000},
+        METHODS,
+        (0, 1, 2),
+        4,
         100,
         240,
         None,

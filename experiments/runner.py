@@ -176,7 +176,8 @@ def print_plan(stages: dict[str, Sequence[Run]], out: Path, preset: Preset) -> N
 
     The estimate uses the finished runs in the folder or, without any, the preset's time per step.
     """
-    pace = _pace(out) or preset.seconds_per_step
+    timed = _pace(out)
+    pace = timed or preset.seconds_per_step
     total = 0.0
     for title, runs in stages.items():
         waiting = [run for run in runs if _result(run, out) is None]
@@ -188,6 +189,8 @@ def print_plan(stages: dict[str, Sequence[Run]], out: Path, preset: Preset) -> N
             + (f", about {progress.duration(seconds)}" if pace else "")
         )
     estimate = f"about {progress.duration(total)} in total" if pace else "no run has been timed yet"
+    if pace and not timed:
+        estimate += " on two CPU cores"
     print(f"in {out}: {estimate}")
 
 

@@ -5,7 +5,8 @@ and the controls. The learning rate of each is the best on one grid, with the sa
 and with separate seeds. ``ablations`` changes the number of clusters, uses random clusters, other
 loss weights, other noise schedules and more, with the learning rates of ``core``, and compares with
 vanilla under the same change. ``field`` compares all methods of `ant_jax.mtl` on SNR clusters.
-``processes`` asks whether balancing helps DDPM, flow matching and EDM alike.
+``processes`` asks whether balancing helps DDPM, flow matching and EDM alike. ``fashion`` asks the
+same on Fashion-MNIST at 14x14, and ``fashion32``, for a GPU, at 32x32.
 Everything is measured at several steps; `write_report` describes the columns.
 """
 
@@ -44,6 +45,7 @@ from experiments.comparisons import (
 from experiments.presets import METHODS, PRESETS, Preset
 
 _GRID = (3e-3, 6e-3, 1.2e-2)
+_GRID_OF_32 = (3e-4, 6e-4, 1.2e-3)
 _GRID_AT_SCALE = (5e-5, 1e-4, 2e-4)
 _TIMED_ROUNDS = 8
 _SMOKE = ("vanilla", "nash, snr", "nash, gradient")
@@ -52,8 +54,7 @@ _SMOKE = ("vanilla", "nash, snr", "nash, gradient")
 def main(argv):
     quiet_console()
     digits = PRESETS["digits"]
-    presets = {"smoke": PRESETS["smoke"], "digits": digits, "imagenet64": PRESETS["imagenet64"]}
-    presets |= dict.fromkeys(("core", "ablations", "field", "processes"), digits)
+    presets = PRESETS | dict.fromkeys(("core", "ablations", "field", "processes"), digits)
     preset, out = runner.choose(argv, presets)
     name = runner.PRESET.value
     if name == "ablations":
@@ -64,6 +65,11 @@ def main(argv):
         return
     if name == "processes":
         compare_tuned(preset, out, processes(), _GRID, name, draw_processes)
+        return
+    if name in ("fashion", "fashion32"):
+        settings = processes(("DDPM epsilon", "DDPM v", "flow"), ("uncertainty", "nash"), ("snr",))
+        grid = _GRID if name == "fashion" else _GRID_OF_32
+        compare_tuned(preset, out, settings, grid, name, draw_processes)
         return
     settings = core(task_affinity.path_of(out))
     grid = _GRID_AT_SCALE if name == "imagenet64" else _GRID
@@ -318,7 +324,7 @@ def write_report(
       steps;
     - the steps to reach that setting's mean last distance, interpolated between measurements;
     - the last loss on held-out images;
-    - the share of samples that the classifier recognises as the requested digit;
+    - the share of samples that the classifier recognises as the requested class;
     - the distance of groups as large as the held-out images, to compare with the held-out images;
     - the mean distance of samples to the nearest training image, and the share of samples closer to
       one than 99 % of the held-out images are;
@@ -326,7 +332,8 @@ def write_report(
       gradients;
     - milliseconds per step.
 
-    Without features to evaluate samples, the distance is the loss on held-out images.
+    Columns without figures stay empty. Without features to evaluate samples, the distance is the loss
+    on held-out images.
     """
     rows = [
         {"setting": label, "run": result["name"]} | row
@@ -380,11 +387,14 @@ def write_report(
     first = next(iter(results.values()))[0]["rows"]
     if first and "real_frechet_distance" in first[-1]:
         real = first[-1]
-        text += (
-            f"\nHeld-out real images: in groups {real['real_frechet_distance']:.2f}, nearest "
-            f"{real['real_nearest_train_distance']:.3f}, copies 0.010, label accuracy "
-            f"{real['classifier_test_accuracy']:.3f}.\n"
-        )
+        title = "in groups" if "group_frechet_distance" in real else "distance"
+        floors = [f"{title} {real['real_frechet_distance']:.2f}"]
+        if "real_nearest_train_distance" in real:
+            floors += [f"nearest {real['real_nearest_train_distance']:.3f}", "copies 0.010"]
+        if "classifier_test_accuracy" in real:
+            floors.append(f"label accuracy {real['classifier_test_accuracy']:.3f}")
+        count = real["real_num_samples"]
+        text += f"\nHeld-out real images ({count}): {', '.join(floors)}.\n"
     write_bytes(folder / f"{name}.md", text.encode())
     print(f"\n{text}\ntable: {folder / f'{name}.md'}, all numbers: {folder / f'{name}.csv'}")
 

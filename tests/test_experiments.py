@@ -134,6 +134,15 @@ def test_all_processes_are_compared_alike(tmp_path, capsys):
         assert sampler.calls(config.sampler.num_steps) in (49, 50)
 
 
+def test_fashion_compares_three_processes_on_14x14(tmp_path, capsys):
+    with flagsaver.as_parsed(preset="fashion", out=str(tmp_path), dry_run="true"):
+        table.main(["table"])
+    plan = capsys.readouterr().out
+    assert "learning rates: 81 runs, 81 of them to do, 162000 steps" in plan
+    assert "comparison: 27 runs, 27 of them to do, 108000 steps" in plan
+    assert "in total on two CPU cores" in plan
+
+
 def check_affinity(folder):
     check_picture(folder / "affinity.png")
     matrix = affinity.load(folder / "affinity.npz", 40)
