@@ -332,8 +332,8 @@ def write_report(
       gradients;
     - milliseconds per step.
 
-    Columns without figures stay empty. Without features to evaluate samples, the distance is the loss
-    on held-out images.
+    Columns without figures stay empty. Without features to evaluate samples, the distance is the
+    loss on held-out images.
     """
     rows = [
         {"setting": label, "run": result["name"]} | row
