@@ -27,14 +27,15 @@ from ant_jax.runtime.progress import with_time_left
 from ant_jax.runtime.tree_hash import tree_hash
 
 # Part of the cache file's name: increase it whenever the recipe changes.
-_VERSION = 1
+_VERSION = 2
 _FEATURES = 64
 _SIDES = (8, 64)
 # Larger images are folded to this side, so that they cost no more.
 _SIDE = 16
-# Training: AdamW with a rate that rises and falls once (Smith & Topin, 2018).
+# Training: AdamW with a rate that rises and falls once (Smith & Topin, 2018), and smoothed labels
+# (Szegedy et al., 2016), which overfit less.
 _STEPS, _BATCH = 2400, 250
-_RATE, _WEIGHT_DECAY = 1e-2, 1e-2
+_RATE, _WEIGHT_DECAY, _SMOOTHING = 1e-2, 1e-2, 0.1
 
 Variables = dict[str, Any]
 
@@ -195,7 +196,8 @@ def _step(layers, state, batch):
         (_, logits), changed = layers.apply(
             {**variables, "params": params}, images, train=True, mutable="batch_stats"
         )
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), changed
+        wanted = optax.smooth_labels(jax.nn.one_hot(labels, layers.classes), _SMOOTHING)
+        return optax.softmax_cross_entropy(logits, wanted).mean(), changed
 
     gradient, changed = jax.grad(loss, has_aux=True)(variables["params"])
     update, optimizer_state = _optimizer().update(gradient, optimizer_state, variables["params"])
