@@ -219,7 +219,8 @@ def _training_step(program, model, process, draw, specialist, given, image_shape
         if is_sharded:
             # Only this form computes the gradients of all tasks side by side.
             side_by_side = "gram" in weighting.needs and program.method.gradient_form == "vmap"
-            groups = math.gcd(k, len(devices)) if side_by_side else 1
+            blocks = k if weighting.blocks is None else weighting.blocks.n
+            groups = math.gcd(blocks, len(devices)) if side_by_side else 1
             network = network_on_shards(network, devices, groups)
             batch = by_task(batch, devices, groups)
             weighting = _on_all_devices(weighting, devices)

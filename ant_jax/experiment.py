@@ -212,6 +212,14 @@ def build_weighting(
     weighting = _build_weighting(config, k, seed, loss_scale, specialist, given)
     if settings.level_uncertainty:
         weighting = mtl.level_uncertainty(weighting, settings.level_uncertainty)
+    if settings.pike:
+        weighting = mtl.pike(
+            weighting,
+            settings.pike,
+            settings.pike_noise,
+            settings.pike_blocks,
+            settings.pike_every,
+        )
     return weighting
 
 
@@ -233,7 +241,7 @@ def _build_weighting(config, k, seed, loss_scale, specialist, given):
 
 
 def _draw(config, given):
-    if config.clusters.specialist >= 0:
+    if config.clusters.specialist >= 0 or config.method.pike:
         return "stratified"
     if config.method.draw != "auto":
         return config.method.draw
@@ -302,6 +310,7 @@ def check_batch(config: ConfigDict, setup: Setup) -> None:
             form=form,
             microbatches=config.optimizer.microbatches,
             weighting=setup.weighting,
+            curriculum_steps=config.method.curriculum_steps,
         )
     except ValueError as error:
         raise ConfigError(f"config.data.batch_size = {batch_size}: {error}") from None

@@ -151,17 +151,20 @@ def train_step(
         form=setup.form,
         microbatches=setup.microbatches,
         weighting=setup.weighting,
+        curriculum_steps=setup.curriculum_steps,
     )
     first_index = 0 if axis_name is None else jax.lax.axis_index(axis_name) * batch_size
     weighting, blocks = setup.weighting, None
-    if setup.curriculum_steps:
+    if weighting.blocks is not None:
+        blocks = weighting.blocks.tasks(state.method_state.weighting_state)
+    elif setup.curriculum_steps:
         blocks = clusters.curriculum(state.step, k, setup.curriculum_steps)
     examples, tasks = draw_examples(state.step, batch, setup, first_index, total, blocks)
     # Where a task may have several blocks, the backward pass takes the blocks for tasks.
     pools = blocks is not None and setup.draw == "stratified"
     if pools:
         weighting = mtl.pooled(weighting, blocks)
-        tasks = clusters.assign(first_index + jnp.arange(batch_size), total, k)
+        tasks = clusters.assign(first_index + jnp.arange(batch_size), total, len(blocks))
 
     def losses_fn(params, part):
         denoise = lambda x, t, y: setup.apply_fn(params, x, t, y)
@@ -273,6 +276,7 @@ def check_step(
     form: str,
     microbatches: int,
     weighting: mtl.Weighting,
+    curriculum_steps: int = 0,
 ) -> None:
     """Raises a ValueError if settings exclude each other or don't fit the global batch size."""
     if draw not in clusters.DRAWS:
@@ -283,10 +287,16 @@ def check_step(
         raise ValueError(f"the method is for k = {weighting.k}, the boundaries give k = {k}")
     if "gram" in weighting.needs and form != "masked" and draw == "uniform":
         raise ValueError("the uniform draw leaves the tasks uneven: use form='masked' with it")
+    blocks = k if weighting.blocks is None else weighting.blocks.n
+    if weighting.blocks is not None and (draw == "uniform" or curriculum_steps):
+        raise ValueError(
+            "a method that chooses the tasks of blocks needs draw='stratified' and no curriculum"
+        )
     # So that every group of `mtl.blocks` is divisible by the number of microbatches.
-    unit = max(microbatches, 1) * math.lcm(devices, k if draw == "stratified" else 1)
+    unit = max(microbatches, 1) * math.lcm(devices, blocks if draw == "stratified" else 1)
     if microbatches < 1 or batch_size % unit:
-        of_tasks = f" and {k} tasks" if draw == "stratified" else ""
+        name = "tasks" if weighting.blocks is None else "blocks of tasks"
+        of_tasks = f" and {blocks} {name}" if draw == "stratified" else ""
         nearest = max(round(batch_size / unit), 1) * unit
         raise ValueError(
             f"the batch of {batch_size} must be divisible by {unit} = {microbatches} "
@@ -310,7 +320,7 @@ def draw_examples(
       setup: what the step does.
       first_index: of the first example, in the global batch.
       total: number of examples in the global batch.
-      task_of_block: of a curriculum; see `tasks.clusters.draw`.
+      task_of_block: see `tasks.clusters.draw`.
 
     Returns:
       The examples and the task of each, (B,) int.

@@ -185,6 +185,44 @@ def test_a_curriculum_trains_on_the_noisiest_tasks(params, batch, how):
     assert_close(*last)
 
 
+@pytest.mark.parametrize("method", ["vanilla", "db_mtl"])
+def test_shares_of_the_batch(params, batch, method):
+    """The step is that of the examples that it draws, in all forms and on all devices."""
+    # Blocks of two examples; two steps move the shares.
+    weighting = mtl.pike(getattr(mtl, method)(K), 5.0, blocks=4, every=1)
+    step = step_fn(weighting, optimizer=optax.sgd(0.1), split=True)
+    first = ts.init_state(params, optax.sgd(0.1), weighting)
+    one = jax.jit(step)
+    middle, _ = one(first, batch)
+    want, metrics = one(middle, batch)
+    tasks = weighting.blocks.tasks(middle.method_state.weighting_state)
+    counts = np.bincount(tasks, minlength=K)
+    assert np.ptp(counts) > 0
+    np.testing.assert_array_equal(metrics["counts"], 2 * counts)
+    if method == "vanilla":
+        np.testing.assert_allclose(metrics["weights"], counts / 16, rtol=1e-6)
+        setup = ts.Setup(None, DIFFUSION, BOUNDARIES, None, None, 3, num_classes=CLASSES)
+        setup = setup._replace(label_dropout=0.3)
+        ex, _ = ts.draw_examples(1, batch, setup, 0, BATCH, tasks)
+        plain = jax.jit(jax.grad(lambda p: per_example(p, ex).mean()))(middle.params)
+        moved = jax.tree.map(lambda a, b: (a - b) / 0.1, middle.params, want.params)
+        assert_close(moved, plain, rtol=1e-4)
+    found, _, other_metrics = after_two_steps(step, optax.sgd(0.1), first, batch)
+    change = lambda state: jax.tree.map(np.subtract, state.params, params)
+    assert_close(change(found), change(want), rtol=1e-4)
+    for a, b in zip(
+        jax.tree.leaves((found.method_state, other_metrics)),
+        jax.tree.leaves((want.method_state, metrics)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="needs draw='stratified' and no curriculum"):
+        jax.eval_shape(step_fn(weighting, curriculum_steps=2), first, batch)
+    small = jax.tree.map(lambda leaf: leaf[:8], batch)
+    with pytest.raises(ValueError, match="16 blocks of tasks"):
+        jax.eval_shape(step, first, small)
+
+
 def test_suppressed_levels_need_intervals(params, batch):
     for settings in ({"suppress": 5.0}, {"curriculum_steps": 3}):
         with pytest.raises(ValueError, match="need tasks that are intervals"):

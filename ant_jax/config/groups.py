@@ -168,6 +168,11 @@ class Method:
       suppress_log_snr: log-SNR below which levels are suppressed.
       curriculum_steps: steps of each stage of a curriculum: it begins with the noisiest task, and
         each stage adds the next one; 0 for none.
+      pike: rate at which tasks with long gradients get more of the batch (PiKE), which is drawn
+        stratified; try 1; 0 for equal shares.
+      pike_noise: how much the variance of gradients counts against them.
+      pike_blocks: the batch is this many blocks for each task; every task keeps 2.
+      pike_every: number of steps from one change of the shares to the next.
       gradient_form: how the k gradients are computed: "vmap", "scan" (less memory; on a CPU far too
         slow for a network with convolutions) or "masked" (for any draw).
       cosines: log the cosines between task gradients, also with a method that does not need them.
@@ -183,6 +188,10 @@ class Method:
     suppress: Annotated[float, Number(1)] = 1.0
     suppress_log_snr: float = -5.0
     curriculum_steps: Annotated[int, Integer(0)] = 0
+    pike: Annotated[float, Number(0)] = 0.0
+    pike_noise: Annotated[float, Number(0)] = 1.0
+    pike_blocks: Annotated[int, Integer(2)] = 4
+    pike_every: Annotated[int, Integer(1)] = 100
     gradient_form: Literal["vmap", "scan", "masked"] = "vmap"
     cosines: bool = False
     weight_by_interval_size: Annotated[bool, Traced()] = False

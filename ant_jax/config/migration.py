@@ -18,6 +18,7 @@ _SINCE = {
     ("sampler", ""): {"guidance_low": 0.0, "guidance_high": 1e9},
     ("method", ""): {
         **{"suppress": 1.0, "suppress_log_snr": -5.0, "curriculum_steps": 0},
+        **{"pike": 0.0, "pike_noise": 1.0, "pike_blocks": 4, "pike_every": 100},
         **{"level_uncertainty": 0.0},
     },
     ("model", "dit"): {

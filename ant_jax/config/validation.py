@@ -124,10 +124,18 @@ def _validate_together(flat):
                 f"config.{name} = True needs tasks to weigh: another config.method.name than "
                 "'vanilla' and config.clusters.specialist = -1"
             )
-    if flat["method.curriculum_steps"] and flat["clusters.specialist"] >= 0:
+    for name in ("method.curriculum_steps", "method.pike"):
+        if flat[name] and flat["clusters.specialist"] >= 0:
+            raise ConfigError(
+                f"config.{name} = {flat[name]} needs all tasks: set config.clusters.specialist = -1"
+            )
+    if flat["method.pike"] and (
+        flat["method.curriculum_steps"] or flat["method.draw"] == "uniform"
+    ):
         raise ConfigError(
-            f"config.method.curriculum_steps = {flat['method.curriculum_steps']} needs all tasks: "
-            "set config.clusters.specialist = -1"
+            f"config.method.pike = {flat['method.pike']} chooses the tasks of the examples: it "
+            "needs config.method.draw = 'stratified' or 'auto' and "
+            "config.method.curriculum_steps = 0"
         )
     if flat["sampler.guidance"] != 1 and not (
         flat["model.conditional"] and 0 < flat["label_dropout"] < 1

@@ -13,6 +13,7 @@ from ant_jax.mtl.combine import CombineState, combine, init_combine
 from ant_jax.mtl.gramian import gramian, pairwise_cosines
 from ant_jax.mtl.hydalearn import lookahead_weights
 from ant_jax.mtl.levels import level_uncertainty
+from ant_jax.mtl.mixing import pike
 from ant_jax.mtl.pooling import by_task, pooled
 from ant_jax.mtl.rep_mtl import RepMTL, rep_mtl
 from ant_jax.mtl.slgrad import SLGrad, slgrad, slgrad_weights
@@ -44,6 +45,7 @@ __all__ = [
     "level_uncertainty",
     "lookahead_weights",
     "pairwise_cosines",
+    "pike",
     "pooled",
     "rep_mtl",
     "scaled",

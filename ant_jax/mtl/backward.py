@@ -11,7 +11,7 @@ from ant_jax.mtl.blocks import blocks
 from ant_jax.mtl.combine import CombineState, combine_parts, weigh, where_finite
 from ant_jax.mtl.gramian import gramian
 from ant_jax.mtl.shards import exchanged, gathered, global_sum, scattered_sum
-from ant_jax.mtl.weighting import TaskStats, Weighting, refuse_levels
+from ant_jax.mtl.weighting import TaskStats, Weighting, refuse_rules
 
 FORMS = ("vmap", "scan", "masked")
 
@@ -94,6 +94,8 @@ def backward(
     layout = blocks(k, devices)
     _check(batch, tasks, form, microbatches, layout.groups if grouped else 1)
 
+    if weighting.blocks is not None:
+        refuse_rules(weighting._replace(levels=None))
     of_level, scale = weighting.levels, None
     if of_level is not None:
         if levels is None or tasks is None:
@@ -225,7 +227,7 @@ def backward_at_features(
       counts: (k,) the examples of each task; None for one each. A task without examples counts as
         a task with loss 0 and gradient 0; both must be finite.
     """
-    refuse_levels(weighting)
+    refuse_rules(weighting)
     k = weighting.k
     counts = jnp.ones(k) if counts is None else counts
     features, trunk_pullback = jax.vjp(lambda p: trunk(p, batch), params)

@@ -8,7 +8,7 @@ from optax.experimental import aggregating
 
 from ant_jax.mtl.gramian import gramian
 from ant_jax.mtl.shards import all_finite, gathered, global_sum, scattered_sum
-from ant_jax.mtl.weighting import State, TaskStats, Weighting, check_needs, refuse_levels
+from ant_jax.mtl.weighting import State, TaskStats, Weighting, check_needs, refuse_rules
 
 
 class CombineState(NamedTuple):
@@ -79,7 +79,7 @@ def combine(
         not k, if losses or counts are not (k,), or if ``shared`` does not fit the updates or shares
         nothing.
     """
-    refuse_levels(weighting)
+    refuse_rules(weighting)
     k = weighting.k
 
     def init(params):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from ant_jax.mtl.weighting import LevelRule, State, Weighting
+from ant_jax.mtl.weighting import LevelRule, State, Weighting, lifted
 
 _FEATURES = 128
 _LEAST = -40.0
@@ -61,8 +61,7 @@ def level_uncertainty(
     alike at first, and Adam without decay trains them. As s in `uncertainty`, u stays at -40 or
     above.
 
-    Use it around any method and around the other wrappers, and with `backward`: `combine` sees no
-    examples::
+    Use it around any method, and with `backward`: `combine` sees no examples::
 
       weighting = mtl.level_uncertainty(mtl.nash(5), 0.01)
       state = mtl.init_combine(weighting)
@@ -90,8 +89,6 @@ def level_uncertainty(
         return found / np.float32(np.sqrt(found.shape[1]))
 
     def u_of(state, levels):
-        if not isinstance(state, LevelState):
-            raise ValueError("level_uncertainty must be the outermost wrapper of a method")
         u = jnp.dot(scaled_features(levels), state.coefficients, precision="highest")
         return jnp.maximum(u, _LEAST)
 
@@ -115,4 +112,4 @@ def level_uncertainty(
         return state._replace(coefficients=state.coefficients + updates, adam=after)
 
     rule = LevelRule(lambda state, levels: jnp.exp(-u_of(state, levels)), gradient, update)
-    return weighting._replace(init=init, weigh=weigh, levels=rule)
+    return lifted(weighting)._replace(init=init, weigh=weigh, levels=rule)

@@ -23,19 +23,21 @@ def pooled(weighting: Weighting, task_of_block: jax.Array) -> Weighting:
       task_of_block: (n,) int, the task of each block.
 
     Returns:
-      A `Weighting` of n "tasks" with the state of the method. `by_task` turns what `backward` finds
-      with it into quantities of the k tasks.
+      A `Weighting` of n "tasks" with the state of the method, which also learns by its `blocks` if
+      it has them. `by_task` turns what `backward` finds with it into quantities of the k tasks.
     """
-    k = weighting.k
+    k, blocks = weighting.k, weighting.blocks
 
     def weigh(stats, state):
-        member = _members(task_of_block, k)
+        member = members(task_of_block, k)
         of_tasks = _of_tasks(stats, member)
         weights, state = weighting.weigh(of_tasks, state)
+        if blocks is not None:
+            state = blocks.learn(state, stats, task_of_block)
         shares = _shares(stats.counts, member)
         return jnp.where(member, weights[:, None] * shares, 0).sum(0), state
 
-    return weighting._replace(weigh=weigh, k=len(task_of_block))
+    return weighting._replace(weigh=weigh, k=len(task_of_block), blocks=None)
 
 
 def by_task(found: Backward, task_of_block: jax.Array, k: int) -> Backward:
@@ -46,14 +48,14 @@ def by_task(found: Backward, task_of_block: jax.Array, k: int) -> Backward:
       task_of_block: (n,) int, the task of each block.
       k: number of tasks.
     """
-    member, state = _members(task_of_block, k), found.state
+    member, state = members(task_of_block, k), found.state
     stats = _of_tasks(TaskStats(found.losses, state.gram, found.counts), member)
     weights = jnp.where(member, state.weights, 0).sum(1)
     state = CombineState(state.weighting_state, weights, stats.gram)
     return Backward(found.gradient, stats.losses, stats.counts, state)
 
 
-def _members(task_of_block, k):
+def members(task_of_block: jax.Array, k: int) -> jax.Array:
     """(k, n) bool, whether a block is of a task."""
     return jnp.arange(k)[:, None] == jnp.asarray(task_of_block)
 

@@ -46,6 +46,21 @@ class LevelRule(NamedTuple):
     update: Callable[[State, Any], State]
 
 
+class BlockRule(NamedTuple):
+    """How a method chooses the tasks of n blocks of examples; see `pike`.
+
+    Attributes:
+      n: number of blocks of a batch, all of one size.
+      tasks: ``(state) -> (n,)`` int, the task of each block of the next batch.
+      learn: ``(state, stats, tasks) -> state``, from the `TaskStats` of the n blocks and the task
+        of each.
+    """
+
+    n: int
+    tasks: Callable[[State], jax.Array]
+    learn: Callable[[State, TaskStats, jax.Array], State]
+
+
 class Weighting(NamedTuple):
     """A multi-task method as an (init, weigh) pair on k-sized quantities.
 
@@ -60,6 +75,8 @@ class Weighting(NamedTuple):
       k: number of tasks.
       needs: which of "losses" and "gram" `weigh` reads. Without "gram" one backward pass is enough.
       levels: weights of the examples by their level; None for none. Only `backward` applies them.
+      blocks: the choice of the tasks that the examples are drawn from; None for none. The loop
+        draws them and gives `backward` the `pooled` method.
     """
 
     init: Callable[[], State]
@@ -67,6 +84,7 @@ class Weighting(NamedTuple):
     k: int
     needs: frozenset[str]
     levels: LevelRule | None = None
+    blocks: BlockRule | None = None
 
 
 def check_arguments(method: Callable, k: int, **values: Any) -> None:
@@ -95,7 +113,29 @@ def check_needs(weighting: Weighting) -> None:
         )
 
 
-def refuse_levels(weighting: Weighting) -> None:
-    """Raises a ValueError if a method weighs examples, for functions that see none."""
+def lifted(weighting: Weighting) -> Weighting:
+    """The method whose rules find its state in the field ``state`` of a wrapper's state."""
+    levels, blocks = weighting.levels, weighting.blocks
+    if levels is not None:
+        levels = LevelRule(
+            lambda state, of: weighting.levels.weights(state.state, of),
+            lambda state, *found: weighting.levels.gradient(state.state, *found),
+            lambda state, gradient: state._replace(
+                state=weighting.levels.update(state.state, gradient)
+            ),
+        )
+    if blocks is not None:
+        blocks = BlockRule(
+            weighting.blocks.n,
+            lambda state: weighting.blocks.tasks(state.state),
+            lambda state, *found: state._replace(state=weighting.blocks.learn(state.state, *found)),
+        )
+    return weighting._replace(levels=levels, blocks=blocks)
+
+
+def refuse_rules(weighting: Weighting) -> None:
+    """Raises a ValueError if a method has `levels` or `blocks`, for functions that see neither."""
     if weighting.levels is not None:
         raise ValueError("the method weighs examples by their level: only mtl.backward does that")
+    if weighting.blocks is not None:
+        raise ValueError("the method chooses the tasks of blocks: only mtl.pooled does that")

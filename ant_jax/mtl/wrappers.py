@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ant_jax.mtl.weighting import State, Weighting
+from ant_jax.mtl.weighting import State, Weighting, lifted
 from ant_jax.settings import check_integer
 
 
@@ -100,7 +100,7 @@ def every(weighting: Weighting, n: int) -> Weighting:
         new = EveryState(inner, weights, state.known | present, state.count + 1)
         return jnp.where(present, weights, 0), new
 
-    return weighting._replace(init=init, weigh=weigh)
+    return lifted(weighting)._replace(init=init, weigh=weigh)
 
 
 def clipped(weighting: Weighting, max_norm: float) -> Weighting:
@@ -170,4 +170,4 @@ def cr_mogm(weighting: Weighting, decay: float) -> Weighting:
         weights = jnp.where(present, mean, state.weights)
         return jnp.where(present, mean, 0), CrMogmState(inner, weights, state.known | present)
 
-    return weighting._replace(init=init, weigh=weigh)
+    return lifted(weighting)._replace(init=init, weigh=weigh)

@@ -142,17 +142,18 @@ def draw(
         the task; "uniform": the level has that density over all levels.
       order: (T,) a permutation of the levels. Task i is then not an interval, but the levels at
         positions b[i] .. b[i+1] - 1 of this order. None for intervals.
-      task_of_block: (k,) of a `curriculum`: the task of the examples that are of task i otherwise.
-        The uniform draw then begins at the lowest level of the first of these tasks.
+      task_of_block: (n,) int, the task of each of n blocks of the batch; None for one block each.
+        The uniform draw, for a `curriculum`, begins at the lowest level of the first of them.
 
     Returns:
       (B,) levels and (B,) int tasks.
     """
     bounds = jnp.asarray(boundaries)
     if how == "stratified":
-        task = assign(index, total, len(boundaries) - 1)
-        if task_of_block is not None:
-            task = task_of_block[task]
+        if task_of_block is None:
+            task = assign(index, total, len(boundaries) - 1)
+        else:
+            task = task_of_block[assign(index, total, len(task_of_block))]
         low, high = bounds[task], bounds[task + 1]
     else:
         lowest = 0 if task_of_block is None else bounds[task_of_block[0]]

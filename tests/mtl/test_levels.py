@@ -151,9 +151,6 @@ def test_what_can_not_be():
     for missing in ({"levels": None}, {"tasks": None}):
         with pytest.raises(ValueError, match="needs levels and tasks"):
             backward(weighting, state, **missing)
-    outside = mtl.every(weighting, 2)
-    with pytest.raises(ValueError, match="must be the outermost wrapper"):
-        backward(outside, mtl.init_combine(outside))
     with pytest.raises(ValueError, match="learning_rate must be > 0, got 0"):
         mtl.level_uncertainty(mtl.linear(K), 0)
     with pytest.raises(ValueError, match="weights of levels already"):
