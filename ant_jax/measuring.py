@@ -48,9 +48,9 @@ def check(config: ConfigDict, channels: int | None = None) -> None:
     settings = config.evaluation
     if not settings.features and (settings.samples or not settings.split):
         split = "" if settings.samples else ", or set config.evaluation.split to held-out images"
-        able = "digits" if config.data.name == "digits" else "inception"
+        able = "'digits'" if config.data.name == "digits" else "'inception' or 'classifier'"
         raise ConfigError(
-            f"there is nothing to measure by: set config.evaluation.features to {able!r}{split}"
+            f"there is nothing to measure by: set config.evaluation.features to {able}{split}"
         )
     paths = ["samples"]
     if settings.features:

@@ -32,11 +32,13 @@ def get_config(argument: str = "nash,snr,32") -> ml_collections.ConfigDict:
         "data.dir": "/usr/share/datasets/fashion-mnist",
         "evaluation.features": "classifier",
         "num_steps": 4000,
+        "sample.num": 2000,
     }
     if size == "14":
         changes |= {"data.image_size": 14, "data.crop": "center", "model.patch": 2}
     else:
         changes |= {"data.image_size": 32, "data.pad": 2, "model.patch": 2, "model.width": 256}
         changes |= {"model.depth": 8, "num_steps": 50_000, "optimizer.learning_rate": 3e-4}
+        changes |= {"sample.num": 10_000}
     config_lib.update(config, changes)
     return config

@@ -92,7 +92,7 @@ PRESETS = {
     "fashion": Preset(
         "fashion",
         lambda argument: fashion.get_config(f"{argument},14"),
-        {"log_every": 50, "sampler.num_steps": 25} | _FASHION | {"sample.num": 2000},
+        {"log_every": 50, "sampler.num_steps": 25} | _FASHION,
         METHODS,
         (0, 1, 2),
         4,
@@ -103,7 +103,7 @@ PRESETS = {
     "fashion32": Preset(
         "fashion32",
         lambda argument: fashion.get_config(f"{argument},32"),
-        {"num_steps": 20_000} | _FASHION | {"sample.num": 10_000},
+        {"num_steps": 20_000} | _FASHION,
         METHODS,
         (0, 1, 2),
         4,
