@@ -187,11 +187,12 @@ def test_a_curriculum_trains_on_the_noisiest_tasks(params, batch, how):
 
 @pytest.mark.parametrize("method", ["vanilla", "db_mtl"])
 def test_shares_of_the_batch(params, batch, method):
-    """The step is that of the examples that it draws, in all forms and on all devices."""
-    # Blocks of two examples; two steps move the shares.
+    """The step is that of the examples that it draws, on all devices."""
+    # Blocks of two examples; the first step moves the shares.
     weighting = mtl.pike(getattr(mtl, method)(K), 5.0, blocks=4, every=1)
-    step = step_fn(weighting, optimizer=optax.sgd(0.1), split=True)
-    first = ts.init_state(params, optax.sgd(0.1), weighting)
+    optimizer = optax.sgd(0.1)
+    step = step_fn(weighting, optimizer=optimizer, split=True)
+    first = ts.init_state(params, optimizer, weighting)
     one = jax.jit(step)
     middle, _ = one(first, batch)
     want, metrics = one(middle, batch)
@@ -207,7 +208,8 @@ def test_shares_of_the_batch(params, batch, method):
         plain = jax.jit(jax.grad(lambda p: per_example(p, ex).mean()))(middle.params)
         moved = jax.tree.map(lambda a, b: (a - b) / 0.1, middle.params, want.params)
         assert_close(moved, plain, rtol=1e-4)
-    found, _, other_metrics = after_two_steps(step, optax.sgd(0.1), first, batch)
+        return
+    found, _, other_metrics = after_two_steps(step, optimizer, first, batch)
     change = lambda state: jax.tree.map(np.subtract, state.params, params)
     assert_close(change(found), change(want), rtol=1e-4)
     for a, b in zip(
@@ -216,11 +218,17 @@ def test_shares_of_the_batch(params, batch, method):
         strict=True,
     ):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
-    with pytest.raises(ValueError, match="needs draw='stratified' and no curriculum"):
-        jax.eval_shape(step_fn(weighting, curriculum_steps=2), first, batch)
+
+
+def test_what_shares_of_the_batch_need(params, batch):
+    weighting = mtl.pike(mtl.vanilla(K), 1.0)
+    first = ts.init_state(params, optax.identity(), weighting)
+    for settings in ({"curriculum_steps": 2}, {"draw": "uniform", "form": "masked"}):
+        with pytest.raises(ValueError, match="needs draw='stratified' and no curriculum"):
+            jax.eval_shape(step_fn(weighting, **settings), first, batch)
     small = jax.tree.map(lambda leaf: leaf[:8], batch)
-    with pytest.raises(ValueError, match="16 blocks of tasks"):
-        jax.eval_shape(step, first, small)
+    with pytest.raises(ValueError, match=r"divisible by 16 = 1 .* 16 blocks of tasks.: for"):
+        jax.eval_shape(step_fn(weighting), first, small)
 
 
 def test_suppressed_levels_need_intervals(params, batch):

@@ -170,8 +170,8 @@ class Method:
         each stage adds the next one; 0 for none.
       pike: rate at which tasks with long gradients get more of the batch (PiKE), which is drawn
         stratified; try 1; 0 for equal shares.
-      pike_noise: how much the variance of gradients counts against them.
-      pike_blocks: the batch is this many blocks for each task; every task keeps 2.
+      pike_noise: factor of the variance of a task's gradient, which lowers its share.
+      pike_blocks: number of blocks of the batch, divided by k; every task keeps 2.
       pike_every: number of steps from one change of the shares to the next.
       gradient_form: how the k gradients are computed: "vmap", "scan" (less memory; on a CPU far too
         slow for a network with convolutions) or "masked" (for any draw).

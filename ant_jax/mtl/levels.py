@@ -52,9 +52,9 @@ def level_uncertainty(
     The loss l of an example of level t counts as :math:`l\, e^{-u(t)}`. u minimises the mean of
     :math:`l\, e^{-u(t)} + u(t)` over the examples, so :math:`e^{u(t)}` becomes the mean loss at t,
     and all levels count alike (Karras et al., *Analyzing and Improving the Training Dynamics of
-    Diffusion Models*, CVPR 2024). With `linear` or `vanilla` this is EDM2's loss. It
-    is the continuous form of `uncertainty`: if u is constant in each task, it is that method's s
-    plus log(k), and the weights are equal but for a common factor.
+    Diffusion Models*, CVPR 2024, eq. 21). With `linear` or `vanilla` this is EDM2's loss. It is the
+    continuous form of `uncertainty`: if u is constant in each task, it is that method's s plus
+    log(k), and the weights are equal but for a common factor.
 
     :math:`u(t) = c^T \phi(t) / \sqrt{m}` is linear in m features. EDM2 normalises the coefficients
     c and trains them with the network's optimizer. Here they start at 0, so that all losses count

@@ -71,11 +71,11 @@ def suppressed(
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     """The process's `level`, with a density that is lower by a factor at the noisiest levels.
 
-    Near pure noise, noised data hardly change with the level: Wang et al., *A Closer Look at Time
-    Steps is Worthy of Triple Speed-Up for Diffusion Model Training* (SpeeD, CVPR 2025), draw that
-    convergence area less often. Their factor is 5, and their border, timestep 700 of 1000 of the
-    linear schedule, is at log-SNR -5. They also weigh the losses, and their code mirrors half of
-    the timesteps; both are left out here. A task inside the area, or outside, keeps its density.
+    Near pure noise, noised data hardly change with the level. Wang et al., *A Closer Look at Time
+    Steps is Worthy of Triple Speed-Up for Diffusion Model Training* (SpeeD, arXiv 2405.17403), draw
+    this convergence area less often. Their factor is 5, and their border, timestep 700 of 1000 of
+    the linear schedule, is at log-SNR -5. They also weigh the losses, and their code mirrors half
+    of the timesteps; both are left out here. A task on one side of the border keeps its density.
 
     Args:
       process: the noise process.
