@@ -328,6 +328,25 @@ def test_a_diverged_run_is_the_worst_of_a_grid_and_named_in_the_table(tmp_path, 
     assert "| other   | diverged: run" in (tmp_path / "core.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "more, told",
+    [
+        (
+            {"group_frechet_distance": 3.0, "real_nearest_train_distance": 0.5},
+            "(300): in groups 0.25, nearest 0.500, copies 0.010, label accuracy 0.980.",
+        ),
+        ({}, "(300): distance 0.25, label accuracy 0.980."),
+    ],
+)
+def test_the_table_has_the_figures_of_real_images(more, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "_conflicts", lambda *_: "")
+    real = {"real_frechet_distance": 0.25, "classifier_test_accuracy": 0.98}
+    measured = result([2.0])
+    measured["rows"][0] |= real | more | {"real_num_samples": 300}
+    table.write_report({"vanilla": [measured]}, {"vanilla": "vanilla"}, {}, tmp_path, "core")
+    assert f"Held-out real images {told}" in (tmp_path / "core.md").read_text()
+
+
 def test_groups_share_a_step_and_keep_every_worker_busy():
     runs = [runner.make_run(SMOKE, "vanilla", "snr", seed) for seed in range(4)]
     runs += [runner.make_run(SMOKE, "nash", "snr", seed) for seed in range(2)]
