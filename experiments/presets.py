@@ -98,7 +98,7 @@ PRESETS = {
         4,
         100,
         240,
-        0.25,
+        0.2,
     ),
     "fashion32": Preset(
         "fashion32",

@@ -211,8 +211,9 @@ def execute(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[st
         _check(waiting)
         # What all evaluations share is made and cached before the bar, which hides its log lines,
         # and not in all workers at once.
-        if waiting[0].config.evaluation.features:
-            measuring.build(waiting[0].config)
+        measured = [run.config for run in waiting if run.steps]
+        if measured and measured[0].evaluation.features:
+            measuring.build(measured[0])
         with _progress(waiting, out, title):
             groups = _groups(waiting, _workers())
             if _workers() == 1 or sum(run.config.num_steps for run in waiting) < _WORTH_A_PROCESS:

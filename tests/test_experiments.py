@@ -410,6 +410,23 @@ def test_a_run_that_diverges_at_once_is_a_result(tmp_path, monkeypatch):
         runner.finished([run], tmp_path)
 
 
+@pytest.mark.parametrize("measurements, count", [(0, 0), (1, 1)])
+def test_what_evaluations_share_is_made_before_the_first_run(
+    measurements, count, tmp_path, monkeypatch
+):
+    made = []
+
+    def stop(config, workdir):
+        assert len(made) == count
+        raise runner.Stopped
+
+    monkeypatch.setattr(runner.measuring, "build", made.append)
+    monkeypatch.setattr(runner.train, "train", stop)
+    runs = [runner.make_run(SMOKE, "vanilla", "snr", seed, None, measurements) for seed in range(2)]
+    with pytest.raises(runner.Stopped):
+        runner.execute(runs, tmp_path)
+
+
 def test_an_impossible_run_fails_before_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(runner.train, "train", lambda *_: pytest.fail("came too late"))
     good = runner.make_run(SMOKE, "vanilla", "snr", 0)
