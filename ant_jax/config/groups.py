@@ -169,7 +169,7 @@ class Method:
       curriculum_steps: steps of each stage of a curriculum: it begins with the noisiest task, and
         each stage adds the next one; 0 for none.
       pike: rate at which tasks with long gradients get more of the batch (PiKE), which is drawn
-        stratified; try 1; 0 for equal shares.
+        stratified; the right value depends on the scale of the loss; 0 for equal shares.
       pike_noise: factor of the variance of a task's gradient, which lowers its share.
       pike_blocks: number of blocks of the batch, divided by k; every task keeps 2.
       pike_every: number of steps from one change of the shares to the next.
