@@ -11,7 +11,7 @@ looks for them. Elsewhere, download the four files of https://github.com/zalando
 The argument after the colon is METHOD, METHOD,CLUSTERS or METHOD,CLUSTERS,SIZE. The images are
 28x28: size 32 adds a black border, and size 14 takes the mean of 2x2 pixels. They are not mirrored,
 because all shoes point to the left. --mode evaluate trains a classifier of the images once, in
-2 to 3 minutes on 2 cores; it recognises 91 % of the test images at 14x14.
+2 to 3 minutes on 2 cores; it recognises 91 % of the test images at 14x14 and 92 % at 32x32.
 """
 
 import ml_collections
