@@ -104,6 +104,11 @@ def first_state(task: Task, variant: str) -> TrainState:
     return init_state(params, _OPTIMIZER, _weighting(task, variant))
 
 
+def first_method_state(task: Task, variant: str) -> mtl.CombineState:
+    """The `method_state` of `first_state`, without its large arrays."""
+    return mtl.init_combine(_weighting(task, variant))
+
+
 def place(state: TrainState, devices: Sequence[jax.Device]) -> TrainState:
     """The state on the devices, as a compiled step takes it."""
     state = replicate(state, devices)

@@ -90,7 +90,9 @@ def main():
     compiled = {}
     for name in args.variants:
         compiled[name] = programs.compile_step(task, name, batch_size, devices)
-        print(f"compiled {name} in {compiled[name].compile_seconds:.1f} s", flush=True)
+        needed = programs.program_bytes(compiled[name].compiled) / 1e9
+        seconds = compiled[name].compile_seconds
+        print(f"compiled {name} in {seconds:.1f} s: {needed:.2f} GB", flush=True)
     first_seconds, times = {}, {}
     if not args.compile_only:
         first_seconds, times = run(task, compiled, batch_size, devices, args.repeats)
@@ -196,7 +198,7 @@ def run(task, compiled, batch_size, devices, repeats):
     # All variants share one set of parameters and moments, so that large models fit.
     core = new_state(task, "vanilla", devices)
     method_states = {
-        name: replicate(programs.first_state(task, name).method_state, devices) for name in compiled
+        name: replicate(programs.first_method_state(task, name), devices) for name in compiled
     }
     first_seconds, times = {}, {name: [] for name in compiled}
 
