@@ -62,34 +62,43 @@ def _of_run(run, preset, out):
     """(n, n) mean over the checkpoints of a run; stored in a file."""
     every = levels(config_lib.build_process(run.config))
     grid = affinity.timestep_grid(len(every), preset.affinity_grid)
-
-    def make():
-        x0, labels = dataset.images(run.config, run.config.data.split, preset.affinity_images)
-        matrices = []
-        for step in run.steps:
-            _, setup, params = results.restore_run(
-                run.config, runner.folder(run, out), step, average=False
-            )
-            matrix = affinity.task_affinity(
-                setup.model.apply,
-                {"params": params},
-                setup.process,
-                x0,
-                every[grid],
-                jax.random.key(step),
-                y=labels if models.num_classes(setup.model) else None,
-                microbatch=min(len(x0), run.config.data.batch_size),
-            )
-            matrices.append(matrix)
-        return np.mean(matrices, 0).tolist()
-
     source = {
         "run": runner.made_from(run),
         "steps": run.steps,
         "grid": grid.tolist(),
         "images": preset.affinity_images,
     }
+    make = lambda: of_levels(run, out, every[grid], preset.affinity_images).tolist()
     return runner.kept(out / "task_affinity" / f"{run.name}.json", source, make)
+
+
+def of_levels(run: Run, out: Path, where: np.ndarray, images: int) -> np.ndarray:
+    """(n, n) task affinity of n noise levels, the mean over the measured steps of a run.
+
+    Args:
+      run: a finished run.
+      out: the folder of the output.
+      where: (n,) noise levels of the run's process.
+      images: number of training images.
+    """
+    x0, labels = dataset.images(run.config, run.config.data.split, images)
+    matrices = []
+    for step in run.steps:
+        _, setup, params = results.restore_run(
+            run.config, runner.folder(run, out), step, average=False
+        )
+        matrix = affinity.task_affinity(
+            setup.model.apply,
+            {"params": params},
+            setup.process,
+            x0,
+            where,
+            jax.random.key(step),
+            y=labels if models.num_classes(setup.model) else None,
+            microbatch=min(len(x0), run.config.data.batch_size),
+        )
+        matrices.append(matrix)
+    return np.mean(matrices, 0)
 
 
 def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from experiments import (
     dynamics,
     landscape,
     presets,
+    process_affinity,
     report,
     runner,
     table,
@@ -118,6 +119,30 @@ def test_the_field_has_every_method(tmp_path, capsys):
     count = len(settings.names_in(mtl, mtl.Weighting))
     assert f"comparison: {3 * count} runs" in capsys.readouterr().out
     assert "mgda" in {each.method for each in comparisons.field()}
+
+
+def test_affinities_of_processes_are_compared_at_equal_log_snrs(tmp_path, capsys):
+    with flagsaver.as_parsed(preset="digits", out=str(tmp_path), dry_run="true"):
+        process_affinity.main(["process_affinity"])
+    assert "vanilla training: 12 runs" in capsys.readouterr().out
+    where = process_affinity.LOG_SNR
+    for name in process_affinity.PROCESSES:
+        run = process_affinity.runs_of(presets.PRESETS["digits"], name)[0]
+        process = config_lib.build_process(run.config)
+        found = process.log_snr(process.at_log_snr(where))
+        np.testing.assert_allclose(found, where, atol=0.1)
+    gap = np.abs(where[:, None] - where)
+    falls = np.stack([np.exp(-gap), np.exp(-gap), np.exp(-gap) - 0.1])
+    process_affinity.write_tables({"one": falls[:2], "other": falls[2:]}, tmp_path)
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    cells = {line.split("|")[1].strip(): line.split("|")[2:] for line in lines if line}
+    assert [float(cell) for cell in cells["one, two seeds"][:2]] == [0, 1]
+    assert [float(cell) for cell in cells["one and other"][:2]] == [0.1, 1]
+    assert float(cells["one"][0].split()[0]) == -1
+    report.save_figure(
+        process_affinity.draw({"one": falls[:2], "other": falls[2:]}), tmp_path / "a.png"
+    )
+    check_picture(tmp_path / "a.png")
 
 
 def test_all_processes_are_compared_alike(tmp_path, capsys):
