@@ -3,6 +3,7 @@
 import abc
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.diffusion.process import Process, Steps
@@ -61,3 +62,14 @@ class ContinuousProcess(Process):
             t = self.at_log_snr(-2 * np.log(noise_ratios(num_steps, spacing, *self.ratios)))
         signal, noise = self.factors(t)
         return Steps(t, np.append(1.0, signal**2), np.append(0.0, noise**2), float(noise[-1]))
+
+
+def checked_output(output: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """A network's output in float32.
+
+    Raises:
+      ValueError: if it has another shape than the data.
+    """
+    if output.shape != shape:
+        raise ValueError(f"the network's output must have the shape {shape}, got {output.shape}")
+    return jnp.float32(output)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.diffusion import densities
-from ant_jax.diffusion.continuous import ContinuousProcess
+from ant_jax.diffusion.continuous import ContinuousProcess, checked_output
 from ant_jax.diffusion.loss_weights import LossWeight
 from ant_jax.diffusion.process import Denoise, Prediction
 from ant_jax.settings import Affects, Number
@@ -148,12 +148,7 @@ class EDM(ContinuousProcess):
     def _output(self, denoise, x, t, y):
         """F for the data x, scaled to unit variance."""
         total = jnp.sqrt(self._sigma(t) ** 2 + self.sigma_data**2)
-        output = denoise(x / total, t, y)
-        if output.shape != x.shape:
-            raise ValueError(
-                f"the network's output must have the shape {x.shape}, got {output.shape}"
-            )
-        return jnp.float32(output)
+        return checked_output(denoise(x / total, t, y), x.shape)
 
     @property
     def _ends(self):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.diffusion import densities
-from ant_jax.diffusion.continuous import ContinuousProcess
+from ant_jax.diffusion.continuous import ContinuousProcess, checked_output
 from ant_jax.diffusion.loss_weights import LossWeight
 from ant_jax.diffusion.process import Denoise, Prediction, Steps
 from ant_jax.settings import Affects, Number, OneOf
@@ -131,7 +131,7 @@ class Flow(ContinuousProcess):
         Raises:
           ValueError: if the network's output has another shape than the data.
         """
-        output = _checked(denoise(self.noised(x0, t, noise), t, y), x0.shape)
+        output = checked_output(denoise(self.noised(x0, t, noise), t, y), x0.shape)
         errors = jnp.mean((output - self.target(x0, t, noise)) ** 2, axis=(1, 2, 3))
         if self.loss != self.prediction:
             t = jnp.float32(t)
@@ -152,7 +152,7 @@ class Flow(ContinuousProcess):
         Raises:
           ValueError: if the network's output has another shape than x.
         """
-        output, t = _checked(denoise(x, t, y), x.shape), _of_images(t)
+        output, t = checked_output(denoise(x, t, y), x.shape), _of_images(t)
         if self.prediction == "velocity":
             return Prediction(x - t * output, x + (1 - t) * output)
         if self.prediction == "x0":
@@ -175,9 +175,3 @@ class Flow(ContinuousProcess):
 
 def _of_images(t):
     return jnp.float32(t)[:, None, None, None]
-
-
-def _checked(output, shape):
-    if output.shape != shape:
-        raise ValueError(f"the network's output must have the shape {shape}, got {output.shape}")
-    return jnp.float32(output)
