@@ -1,5 +1,10 @@
 """The modes that draw samples from a trained run and measure them."""
 
+from ant_jax.runtime import extras
+
+if _error := extras.missing("training"):
+    raise _error
+
 import functools
 import shutil
 from pathlib import Path

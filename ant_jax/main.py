@@ -2,10 +2,16 @@
 
 import importlib
 import signal
+import sys
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     # Until the imports below are done, Ctrl-C exits without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+from ant_jax.runtime import extras
+
+if _error := extras.missing("training"):
+    sys.exit(str(_error))
 
 from absl import app, flags, logging
 

@@ -1,5 +1,10 @@
 """The training loop."""
 
+from ant_jax.runtime import extras
+
+if _error := extras.missing("training"):
+    raise _error
+
 import contextlib
 import functools
 import uuid

@@ -1,8 +1,9 @@
 """Commands that test the claims of the paper, and the demo."""
 
-import importlib.util
 import sys
 
-for _module in ("matplotlib", "tqdm", "sklearn"):
-    if importlib.util.find_spec(_module) is None:
-        sys.exit(f"{_module} is not installed: pip install 'ant-jax[experiments]'")
+from ant_jax.runtime import extras
+
+for _extra in ("training", "experiments"):
+    if _error := extras.missing(_extra):
+        sys.exit(str(_error))

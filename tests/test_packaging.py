@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import configs
+from ant_jax.runtime.extras import MODULES
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,24 +36,73 @@ def test_what_is_installed(installed):
     assert sum((installed / name).stat().st_size for name in there) < 2**20
 
 
-def test_what_the_package_imports_is_installed_with_it():
-    setup = configparser.ConfigParser()
-    setup.read(ROOT / "setup.cfg")
-    required = setup["options"]["install_requires"].split()
-    required = {re.match(r"[\w-]+", each)[0].replace("_", "-").lower() for each in required}
+def packages_of(lines):
+    found = {re.match(r"[\w-]+", line)[0].lower() for line in lines.split("\n") if line}
+    return found - {"ant-jax"}
+
+
+def imported(folder):
+    """The packages that files import, wherever in them."""
     names = set()
-    for path in (ROOT / "ant_jax").rglob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Import):
                 names |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 names.add(node.module)
-    names = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"ant_jax"}
+    names = {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+    return distributions(names - {"ant_jax", "configs", "experiments"})
+
+
+def distributions(modules):
     packages = importlib.metadata.packages_distributions()
-    imported = {packages[name][0].replace("_", "-").lower() for name in names}
-    # These are what grain and orbax give to read and write.
-    assert imported - {"array-record", "tensorstore"} <= required
-    assert required <= imported
+    return {packages[name][0].replace("_", "-").lower() for name in modules}
+
+
+def test_extras_hold_what_is_imported_and_what_is_asked_for():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    core = packages_of(setup["options"]["install_requires"])
+    in_extra = {name: packages_of(lines) for name, lines in setup["options.extras_require"].items()}
+    # array_record and tensorstore are what grain and orbax give to read and write.
+    used = imported("ant_jax") - {"array-record", "tensorstore"}
+    assert used == core | in_extra["training"] | in_extra["tfds"]
+    assert imported("experiments") - used <= in_extra["experiments"]
+    for extra, modules in MODULES.items():
+        # One module of each is enough; orbax has several packages.
+        assert distributions(set(modules) - {"orbax"}) == in_extra[extra] - {"orbax-checkpoint"}
+
+
+WITHOUT_EXTRAS = """
+import runpy, sys
+from ant_jax.runtime.extras import MODULES
+
+hidden = {module for each in MODULES.values() for module in each} - {"absl", "ml_dtypes", "orbax"}
+sys.modules.update(dict.fromkeys(hidden))
+for name in "train", "evaluate", "data", "load_run":
+    try:
+        exec(f"from ant_jax import {name}")
+    except ImportError as error:
+        print(error)
+for name in "ant_jax.main", "experiments.demo":
+    try:
+        runpy.run_module(name, run_name="__main__")
+    except SystemExit as error:
+        print(error)
+"""
+
+
+def test_without_the_packages_of_an_extra_one_line_names_it():
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    line = "clu is not installed: pip install 'ant-jax[training]'"
+    assert result.stdout.splitlines() == [line] * 6, result.stderr
+    assert not result.stderr
 
 
 PROGRAM = """

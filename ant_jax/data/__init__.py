@@ -17,6 +17,11 @@ own is named ``package.module:attribute``, or you pass the object from Python::
 For images that are NumPy arrays, use ``data.ArraySource(images, labels)``.
 """
 
+from ant_jax.runtime import extras
+
+if _error := extras.missing("training"):
+    raise _error
+
 from ant_jax.data.arrays import ArraySource, arrays
 from ant_jax.data.digits import digits
 from ant_jax.data.folder import FolderSource, folder

@@ -12,7 +12,7 @@ import numpy as np
 
 from ant_jax.data.decoding import decode
 from ant_jax.data.source import Example, Source, UnreadableImageError
-from ant_jax.runtime.extras import import_extra
+from ant_jax.runtime import extras
 from ant_jax.runtime.files import user_path
 from ant_jax.settings import Affects, Path
 
@@ -77,8 +77,11 @@ def tfds(
     """
     if not builder:
         raise ValueError("set builder to the name of a tensorflow-datasets builder, as 'cifar10'")
+    if error := extras.missing("tfds"):
+        raise error
     # The import takes a second; users of other data need not pay it.
-    library = import_extra("tensorflow_datasets", "tfds")
+    import tensorflow_datasets as library
+
     data_dir = str(user_path(dir)) if dir else None
     try:
         opened = library.builder(builder, data_dir=data_dir)

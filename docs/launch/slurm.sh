@@ -10,7 +10,7 @@
 #   scancel JOBID                       # stops; what came after the last checkpoint is lost
 #
 # Submit it in the folder of the repository, which lies on the shared disk too, with its
-# environment in .venv ('pip install -e .[gpu,tfds]'). The arguments are those of python -m ant_jax.main;
+# environment in .venv ('pip install -e .[cuda13,tfds]'). The arguments are those of python -m ant_jax.main;
 # MODE=encode, sample or evaluate does that instead of training. Options after sbatch
 # override those below; add your partition and account.
 
