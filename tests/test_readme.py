@@ -2,17 +2,21 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ant_jax import mtl
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+OWN_LOOP = (ROOT / "docs" / "own_loop.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments/RESULTS.md"]
 
 
 def test_the_transforms_in_ones_own_loop():
-    """The README's Python blocks run as they stand and do what the text beside them says."""
-    section = README.partition("## In your own training loop")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    """The Python blocks run as they stand and do what the text beside them says."""
+    blocks = re.findall(r"```python\n(.*?)```", OWN_LOOP, re.DOTALL)
     assert len(blocks) == 4
+    assert re.findall(r"```python\n(.*?)```", README, re.DOTALL) == blocks[:1]
     scope = {}
     for block in blocks:
         assert len([line for line in block.splitlines() if line.strip()]) <= 16
@@ -32,11 +36,17 @@ def test_the_transforms_in_ones_own_loop():
     assert (np.asarray(scope["losses"]) < start).all()
 
 
-def test_files_and_commands_exist():
-    root = Path(__file__).parent.parent
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / target).exists(), target
-    for module in re.findall(r"python -m ([a-z_.]+)", README):
-        assert (root / (module.replace(".", "/") + ".py")).exists(), module
-    for config in re.findall(r"configs/[a-z0-9_]+\.py", README):
-        assert (root / config).exists(), config
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_commands_exist(page):
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    for module in re.findall(r"python -m ((?:ant_jax|experiments|benchmarks)\.[a-z_.]+)", text):
+        path = ROOT / module.rstrip(".").replace(".", "/")
+        assert path.with_suffix(".py").exists(), module
+    for config in re.findall(r"configs/[a-z0-9_]+\.py", text):
+        assert (ROOT / config).exists(), config
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 120
