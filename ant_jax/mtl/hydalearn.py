@@ -95,9 +95,17 @@ def lookahead_weights(
 
     Returns:
       The weights, (k,), as those of `hydalearn`, and the gains, (k,).
+
+    Raises:
+      ValueError: if the losses have another shape.
     """
     losses, pullback = jax.vjp(task_losses, params)
     now = main_loss(params)
+    if losses.ndim != 1 or jnp.ndim(now):
+        raise ValueError(
+            f"task_losses must return k losses and main_loss one number, got the shapes "
+            f"{losses.shape} and {jnp.shape(now)}"
+        )
 
     def gain(row):
         (gradient,) = pullback(row)

@@ -77,9 +77,11 @@ def rep_mtl(
       task: index of the one task that A compares, None for the mean over all.
 
     Raises:
-      ValueError: if there are fewer than 2 examples.
+      ValueError: if there are fewer than 2 examples, or the losses have another shape.
     """
     losses, pullback = jax.vjp(task_losses, features)
+    if losses.ndim != 1:
+        raise ValueError(f"task_losses must return k losses, got the shape {losses.shape}")
     (saliencies,) = jax.vmap(pullback)(jnp.eye(losses.size, dtype=losses.dtype))
     entropy = task_entropy(saliencies)
     alignment = cross_task_alignment(saliencies, temperature, task)

@@ -38,8 +38,16 @@ def slgrad_weights(
     Returns:
       Weights >= 0 of the shape of the losses, which add up to 1 over all tasks and examples. All
       are 0 if no inner product is positive.
+
+    Raises:
+      ValueError: if the losses have another shape.
     """
     _, products = jax.jvp(losses_fn, (params,), (validation_gradient,))
+    if products.ndim not in (1, 2):
+        raise ValueError(
+            "losses_fn must return the losses of the examples, (B,) or (k, B), got the shape "
+            f"{products.shape}: it must not take their mean"
+        )
     return gain_weights(products)
 
 
@@ -85,6 +93,9 @@ def slgrad(losses_fn: Callable[[Any], jax.Array], params: Any, validation_gradie
     Returns:
       The gradient, the losses and the weights. If no inner product is positive, the weights and the
       gradient are 0.
+
+    Raises:
+      ValueError: if the losses have another shape.
     """
     weights = slgrad_weights(losses_fn, params, validation_gradient)
     losses, pullback = jax.vjp(losses_fn, params)

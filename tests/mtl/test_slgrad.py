@@ -110,3 +110,17 @@ def test_the_example_of_the_docstring_runs():
     found, before, after = run_example(mtl.slgrad, "found", "before", "after")
     np.testing.assert_allclose(found.weights.sum(), 1, rtol=1e-6)
     assert after < before
+
+
+@pytest.mark.parametrize(
+    "find",
+    [
+        lambda wrong: mtl.slgrad(lambda params: wrong.mean() * params, 1.0, 1.0),
+        lambda wrong: mtl.lookahead_weights(lambda params: wrong * params, lambda p: p, 1.0, 0.1),
+        lambda wrong: mtl.lookahead_weights(lambda p: wrong[0] * p, lambda p: wrong[0] * p, 1.0, 1),
+        lambda wrong: mtl.rep_mtl(lambda features: wrong * features.sum(), wrong),
+    ],
+)
+def test_losses_of_another_shape_are_refused(find):
+    with pytest.raises(ValueError, match=r"must return .* got the shapes? \("):
+        find(jnp.ones((2, 3)))
