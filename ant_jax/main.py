@@ -29,6 +29,7 @@ _MODES = {
     "evaluate": ("evaluate", "finished samples are kept; run the same command again to resume"),
     "encode": ("encode", "finished shards are kept; run the same command again to resume"),
     "export": ("export", "nothing was written"),
+    "report": ("report", "nothing was written"),
 }
 cli.define_config()
 cli.define_processes()
@@ -47,7 +48,7 @@ flags.register_validator(
 )
 flags.register_multi_flags_validator(
     ["mode", "step"],
-    lambda given: given["step"] is None or given["mode"] not in ("train", "encode"),
+    lambda given: given["step"] is None or given["mode"] not in ("train", "encode", "report"),
     message="it is for --mode sample, evaluate and export",
 )
 flags.register_multi_flags_validator(
@@ -86,12 +87,12 @@ def _run(name):
         mode(config)
         return
     logging.info("%s in %s", name, workdir)
-    if processes.is_first() and name != "export":
+    if processes.is_first() and name not in ("export", "report"):
         for line in config_lib.warnings_of(config, training=name == "train"):
             logging.warning("%s", line)
     compilation_cache.enable()
     processes.check_shared(workdir)
-    more = {"export": [_STEP.value, _LAYOUT.value], "train": []}
+    more = {"export": [_STEP.value, _LAYOUT.value], "train": [], "report": []}
     mode(config, workdir, *more.get(name, [_STEP.value]))
 
 

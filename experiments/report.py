@@ -58,10 +58,7 @@ def curves(workdir: Path) -> dict[str, np.ndarray]:
 
     Empty if the run ended before its first logged line.
     """
-    rows = logs.read(workdir / "metrics.jsonl")
-    return {
-        name: np.array([row[name] for row in rows], float) for name in (rows[0] if rows else ())
-    }
+    return logs.columns(workdir / "metrics.jsonl")
 
 
 def interval_ends(boundaries: np.ndarray) -> list[tuple[int, int] | tuple[float, float]]:

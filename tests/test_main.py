@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import re
@@ -69,6 +70,7 @@ MODES = {
     "sample": ["--step=10", "--config.sample.num=19"],
     "evaluate": [],
     "export": ["--step=10"],
+    "report": [],
 }
 
 
@@ -121,6 +123,18 @@ def test_a_workdir_is_evaluated(modes):
     assert values["frechet_distance"] > values["real_frechet_distance"] > 0
     assert f"{values['frechet_distance']:.4f}" in said
     assert re.search(r"^frechet_distance +\d", said, re.M)
+
+
+def test_a_workdir_is_reported_where_plotly_is_installed(modes):
+    workdir, ended = modes
+    status, said = ended["report"]
+    if importlib.util.find_spec("plotly") is None:
+        wrong = "MissingExtraError: plotly is not installed: pip install 'ant-jax[report]'"
+        assert status == 1 and said.splitlines()[-1] == wrong
+        return
+    assert status == 0, said
+    assert said.splitlines()[-1] == f"report: {workdir / 'report.html'}"
+    assert (workdir / "report.html").stat().st_size > 4e6
 
 
 def test_a_workdir_s_weights_are_exported(modes):

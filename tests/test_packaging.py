@@ -32,8 +32,9 @@ def test_what_is_installed(installed):
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "ant_jax").rglob("*.py")}
     modules |= {f"ant_jax/configs/{path.name}" for path in Path(configs.__file__).parent.glob("*")}
     modules.discard("ant_jax/configs/__pycache__")
-    assert there == modules | {"ant_jax/py.typed", "ant_jax/data/digits.npz"}
-    assert sum((installed / name).stat().st_size for name in there) < 2**20
+    page = {f"ant_jax/report/page.{kind}" for kind in ("css", "html", "js")}
+    assert there == modules | page | {"ant_jax/py.typed", "ant_jax/data/digits.npz"}
+    assert sum((installed / name).stat().st_size for name in there) < 2**21
 
 
 def packages_of(lines):
@@ -56,7 +57,7 @@ def imported(folder):
 
 def distributions(modules):
     packages = importlib.metadata.packages_distributions()
-    return {packages[name][0].replace("_", "-").lower() for name in modules}
+    return {packages.get(name, [name])[0].replace("_", "-").lower() for name in modules}
 
 
 def test_extras_hold_what_is_imported_and_what_is_asked_for():
@@ -66,7 +67,7 @@ def test_extras_hold_what_is_imported_and_what_is_asked_for():
     in_extra = {name: packages_of(lines) for name, lines in setup["options.extras_require"].items()}
     # array_record and tensorstore are what grain and orbax give to read and write.
     used = imported("ant_jax") - {"array-record", "tensorstore"}
-    assert used == core | in_extra["training"] | in_extra["tfds"]
+    assert used == core | in_extra["training"] | in_extra["tfds"] | in_extra["report"]
     assert imported("experiments") - used <= in_extra["experiments"]
     for extra, modules in MODULES.items():
         # One module of each is enough; orbax has several packages.

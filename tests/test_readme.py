@@ -43,7 +43,7 @@ def test_files_and_commands_exist(page):
         assert (page.parent / target).exists(), target
     for module in re.findall(r"python -m ((?:ant_jax|experiments|benchmarks)\.[a-z_.]+)", text):
         path = ROOT / module.rstrip(".").replace(".", "/")
-        assert path.with_suffix(".py").exists(), module
+        assert path.with_suffix(".py").exists() or (path / "__main__.py").exists(), module
     for config in re.findall(r"configs/[a-z0-9_]+\.py", text):
         assert (ROOT / config).exists(), config
 

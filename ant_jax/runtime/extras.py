@@ -10,6 +10,7 @@ MODULES = {
     ),
     "experiments": ("matplotlib", "sklearn", "tqdm"),
     "tfds": ("tensorflow_datasets",),
+    "report": ("plotly",),
 }
 
 

@@ -225,6 +225,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in kept]
 
 
+def columns(path: Path) -> dict[str, np.ndarray]:
+    """The content of a ``metrics.jsonl``: an array of shape (lines, ...) for each name.
+
+    Steps are integers. The others are floats, NaN where a line has no value.
+    """
+    rows = read(path)
+    found = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(name) for row in rows]
+        shapes = [np.shape(value) for value in values if value is not None]
+        nothing = np.full(shapes[0] if shapes else (), np.nan)
+        filled = [nothing if value is None else value for value in values]
+        found[name] = np.array(filled, np.int64 if name == "step" else np.float64)
+    return found
+
+
 def _open_board(workdir: str):
     from clu.metric_writers import SummaryWriter
 

@@ -49,22 +49,10 @@ def load_run(workdir: str | os.PathLike) -> Run:
         raise FileNotFoundError(f"no checkpoint in {workdir}: its run has saved none yet")
     step, params = restored
     path = workdir / "metrics.jsonl"
-    metrics = _columns(logs.read(path)) if path.exists() else {}
+    metrics = logs.columns(path) if path.exists() else {}
     return Run(
         config_lib.from_json(known["config"]), step, params, metrics, _samples(workdir, step)
     )
-
-
-def _columns(rows):
-    """An array for each name, of shape (rows, ...), with NaN where a row has no value."""
-    columns = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        values = [row.get(name) for row in rows]
-        shapes = [np.shape(value) for value in values if value is not None]
-        nothing = np.full(shapes[0] if shapes else (), np.nan)
-        filled = [nothing if value is None else value for value in values]
-        columns[name] = np.array(filled, np.int64 if name == "step" else np.float64)
-    return columns
 
 
 def _samples(workdir, step):
