@@ -13,6 +13,8 @@ import numpy as np
 
 from ant_jax import config as config_lib
 from ant_jax import experiment
+from ant_jax import report as report_lib
+from ant_jax.runtime.extras import MissingExtraError
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.runtime.progress import duration
@@ -50,6 +52,11 @@ def main(argv):
     table = make_table(results)
     write_bytes(out / "demo.md", table.encode())
     draw(runs, results, out, out / "demo.png")
+    workdirs = [runner.folder(run, out) for run in runs]
+    try:
+        more = f"report: {report_lib.write(workdirs, out / 'demo.html')}"
+    except MissingExtraError as error:
+        more = f"no report: {error}"
     last = results[-1]["rows"][-1]
     print(f"\n{table}")
     print(
@@ -59,7 +66,7 @@ def main(argv):
         f"{last['real_frechet_distance']:.2f}: compare it with the groups of 300 samples.\n"
         "Label accuracy: share of samples that the classifier recognises as the requested digit."
     )
-    print(f"picture: {out / 'demo.png'}\ntook {duration(time.perf_counter() - begin)}")
+    print(f"picture: {out / 'demo.png'}\n{more}\ntook {duration(time.perf_counter() - begin)}")
 
 
 def make_table(results: list[dict[str, Any]]) -> str:

@@ -1,4 +1,5 @@
 import csv
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -93,6 +94,9 @@ def test_every_experiment_at_its_smallest(command, tmp_path, capsys):
     check_dynamics(out / "dynamics")
     check_field(out)
     check_picture(out / "demo.png")
+    with_report = importlib.util.find_spec("plotly") is not None
+    assert (out / "demo.html").exists() == with_report
+    assert ("\nreport: " if with_report else "\nno report: plotly is not installed") in said
     assert (out / "demo.md").read_text().count("\n") == 2 + 2 * SMOKE.measurements
     # Nothing is left to do, and the plan says so.
     with flagsaver.as_parsed(preset="smoke", out=str(out), dry_run="true"):

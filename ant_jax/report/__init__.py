@@ -21,7 +21,9 @@ def report(config: ConfigDict, workdir: str | Path) -> Path:
       workdir: of the run.
     """
     del config
-    return write([workdir], user_path(workdir) / "report.html")
+    path = write([workdir], user_path(workdir) / "report.html")
+    logging.info("report: %s", path)
+    return path
 
 
 def write(workdirs: Sequence[str | Path], path: str | Path) -> Path:
@@ -52,7 +54,6 @@ def write(workdirs: Sequence[str | Path], path: str | Path) -> Path:
     found = _found([user_path(workdir) for workdir in workdirs])
     content = summary.summarize(found) | {"made": f"{datetime.now():%Y-%m-%d %H:%M}"}
     write_bytes(path, page.html(content, get_plotlyjs()).encode())
-    logging.info("report: %s", path)
     return path
 
 

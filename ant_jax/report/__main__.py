@@ -7,7 +7,7 @@ from ant_jax.runtime import extras
 if _error := extras.missing("training"):
     sys.exit(str(_error))
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from ant_jax import cli, report
 from ant_jax.runtime.logs import quiet_console
@@ -21,7 +21,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError("give the workdir of a run, or of several")
     quiet_console()
     with cli.errors_in_one_line():
-        report.write(argv[1:], _OUT.value)
+        logging.info("report: %s", report.write(argv[1:], _OUT.value))
 
 
 if __name__ == "__main__":
