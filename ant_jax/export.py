@@ -8,6 +8,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from ant_jax import config as config_lib
 from ant_jax import init_from, interop, results
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
@@ -86,7 +87,7 @@ def export(
         _write_for_diffusers(path, config, setup, params, step)
     else:
         path = path.with_suffix(".safetensors")
-        settings = init_from.export_settings(config)
+        settings = config_lib.meaning(config)
         names = init_from.export_names(setup, settings)
         weights = interop.to_torch(params, names)
         if processes.is_first():
@@ -158,7 +159,7 @@ def _scheduler(process, config):
             "use_flow_sigmas": True,
             "flow_shift": process.shift,
         }
-    settings = init_from.export_settings(config)
+    settings = config_lib.meaning(config)
     described = ", ".join(
         f"config.{name} = {settings[name]!r}"
         for name in ("process.name", "process.prediction")

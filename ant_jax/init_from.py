@@ -57,7 +57,7 @@ def export_names(setup: experiment.Setup, settings: Mapping[str, Any]) -> Names:
 
     Args:
       setup: of the run.
-      settings: what `export_settings` returns.
+      settings: what `config.meaning` returns.
     """
     weights = models.weights_module(type(setup.model))
     if weights is None:
@@ -68,11 +68,6 @@ def export_names(setup: experiment.Setup, settings: Mapping[str, Any]) -> Names:
         if name.startswith("process.")
     }
     return weights.exported(setup.model, setup.image_shape, process)
-
-
-def export_settings(config: ConfigDict) -> dict[str, Any]:
-    """The settings that decide what exported parameters compute, and how they are written."""
-    return config_lib.meaning(config) | {"process.name": config.process.name}
 
 
 def export_metadata(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -118,7 +113,7 @@ def _of_others(state, template, config, setup):
     stated = {f"model.{name}": value for name, value in found.fields.items()}
     stated |= {f"process.{name}": value for name, value in found.process.items()}
     # Settings that follow from shapes are the same here, because the shapes fit.
-    ours = export_settings(config)
+    ours = config_lib.meaning(config)
     _check_meaning(ours | stated, ours, config)
     if found.remark:
         logging.warning("config.init_facts = %r; %s", config.init_facts, found.remark)

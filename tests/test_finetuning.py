@@ -124,6 +124,10 @@ def test_weights_that_do_not_fit_are_named(begun, tmp_path):
         ConfigError, match=r"2 of its parameters don't fit .*: output/bias: \(16,\)"
     ):
         state_of(tiny(init_from=str(workdir), process__variance="learned_range"))
+    # A flow has the same predictions, of other noise levels.
+    flow = tiny(init_from=str(workdir), process__name="flow", process__prediction="epsilon")
+    with pytest.raises(ConfigError, match=r"config.process.name: 'gaussian' there, 'flow' here"):
+        parameters_of(flow)
     unlabelled = tiny(init_from=str(workdir), model__conditional=False)
     with pytest.raises(ConfigError, match=r"1 of its parameters don't fit .*: label_embedding/emb"):
         state_of(unlabelled)
@@ -297,7 +301,7 @@ def test_a_sit_belongs_to_a_flow_of_velocities(dit_file):
     config.init_facts = "sit,heads=1"
     with pytest.raises(
         ConfigError,
-        match=r"level_scale: 1.0 there, 1000.0 here; .*process.name: 'flow' there, 'gaussian' here",
+        match=r"process.name: 'flow' there, 'gaussian' here; .*level_scale: 1.0 there, 1000.0 here",
     ):
         parameters_of(config)
     config_lib.update(config, FLOW | {"process.name": "edm"})
@@ -311,7 +315,7 @@ def test_a_sit_belongs_to_a_flow_of_velocities(dit_file):
     read = parameters_of(config)
     np.testing.assert_array_equal(read["output"]["kernel"], -params["output"]["kernel"])
     # An exported file says what it is, and is written as a SiT again.
-    setup, settings = experiment.build(config, 1, 10), init_from.export_settings(config)
+    setup, settings = experiment.build(config, 1, 10), config_lib.meaning(config)
     written = interop.to_torch(read, init_from.export_names(setup, settings))
     np.testing.assert_array_equal(
         written["final_layer.linear.weight"], state["final_layer.linear.weight"]

@@ -155,7 +155,8 @@ def settings_of_config(config: ConfigDict | Mapping[str, Any]) -> dict[str, Sett
             if not isinstance(name, str):
                 raise ConfigError(f"config.{dot}{group.key} must be a string, got {name!r}")
             check = Check(lambda value: True, "a component")
-            found[dot + group.key] = Setting((str,), check, None, group.affects)
+            affects = group.affects | group.key_affects
+            found[dot + group.key] = Setting((str,), check, None, affects)
             found |= {
                 dot + each: setting
                 for each, setting in settings_of_component(group.name, name).items()

@@ -308,6 +308,7 @@ class Group(NamedTuple):
       affects: what a setting affects if it has no mark of its own.
       in_step: whether the compiled step depends on these settings.
       key: the setting that names the component.
+      key_affects: what that setting affects, if it is more than ``affects``.
       none: the value of ``key`` that means no component.
       default: the default of ``key``.
     """
@@ -320,6 +321,7 @@ class Group(NamedTuple):
     affects: Affects = Affects.PARAMETERS
     in_step: bool = False
     key: str = "name"
+    key_affects: Affects = Affects.NOTHING
     none: str | None = None
     default: str = ""
 
@@ -337,6 +339,8 @@ GROUPS = (
         ("loss_weight",),
         _BOTH,
         in_step=True,
+        # Processes share names of predictions, and give the network other noise levels.
+        key_affects=Affects.MEANING,
         default="gaussian",
     ),
     Group(

@@ -96,7 +96,8 @@ def of_today(flat: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
     for (group, component), values in _SINCE.items():
         if component in ("", new.get(f"{group}.name", names.get(group))):
             new = {f"{group}.{name}": value for name, value in values.items()} | new
-    return new
+    # The first exports did not name the process.
+    return {"process.name": "gaussian"} | new
 
 
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:

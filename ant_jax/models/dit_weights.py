@@ -211,7 +211,7 @@ def recognise(
         found,
         {"heads": heads} | (_SIT_FIELDS if sit else {}),
         untrained="label_embedding/embedding" if without_null else "",
-        process=_SIT_PROCESS if sit else {},
+        process=_SIT_PROCESS if sit else {"name": "gaussian"},
     )
 
 

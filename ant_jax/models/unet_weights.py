@@ -127,6 +127,7 @@ def recognise(
         "label_embedding/embedding" if model.num_classes and not has_null_row else "",
         scale.item() if scale is not None and scale.size == 1 else None,
         hint if contradicted else "",
+        {"name": "gaussian"},
     )
 
 
