@@ -16,7 +16,6 @@ from ant_jax import experiment
 from ant_jax import report as report_lib
 from ant_jax.runtime.extras import MissingExtraError
 from ant_jax.runtime.files import write_bytes
-from ant_jax.runtime.logs import quiet_console
 from ant_jax.runtime.progress import duration
 from ant_jax.tasks.clusters import levels
 from experiments import report, runner
@@ -41,7 +40,6 @@ _COLUMNS = (
 
 
 def main(argv):
-    quiet_console()
     begin = time.perf_counter()
     preset, out = runner.choose(argv, _PRESETS)
     runs = [runner.make_run(preset, method, "snr", seed=0) for method in _METHODS]

@@ -14,7 +14,6 @@ from absl import logging
 
 from ant_jax import dataset, experiment
 from ant_jax.runtime.files import write_bytes
-from ant_jax.runtime.logs import quiet_console
 from experiments import report, runner
 from experiments.presets import PRESETS, Preset
 from experiments.runner import Run
@@ -26,7 +25,6 @@ _WATCH = {"method.cosines": True}
 
 
 def main(argv):
-    quiet_console()
     preset, out = runner.choose(argv, PRESETS)
     runs = plan(preset)
     if runner.DRY_RUN.value:

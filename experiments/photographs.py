@@ -24,7 +24,6 @@ from ant_jax.latents.autoencoder import autoencoder
 from ant_jax.latents.autoencoder_weights import AUTOENCODER
 from ant_jax.runtime import signals
 from ant_jax.runtime.files import user_path, write_bytes
-from ant_jax.runtime.logs import quiet_console
 from ant_jax.runtime.progress import duration
 
 _OUT = flags.DEFINE_string("out", "photographs", "Folder for the images and the autoencoder.")
@@ -42,7 +41,6 @@ _KL_WEIGHT = 1e-4
 @signals.ending_the_program("start again from the beginning")
 def main(argv: list[str]) -> None:
     """Makes the images, Inception's weights and the autoencoder."""
-    quiet_console()
     out = user_path(_OUT.value)
     count = write_crops(out / "images")
     logging.info("%d images: %s", count, out / "images")

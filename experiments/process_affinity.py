@@ -14,7 +14,6 @@ from absl import logging
 
 from ant_jax import config as config_lib
 from ant_jax.runtime.files import write_bytes
-from ant_jax.runtime.logs import quiet_console
 from ant_jax.tasks import affinity
 from experiments import comparisons, report, runner
 from experiments.presets import PRESETS, Preset
@@ -30,7 +29,6 @@ LOG_SNR = np.linspace(-8.0, 8.0, 49)
 
 
 def main(argv):
-    quiet_console()
     preset, out = runner.choose(argv, {name: PRESETS[name] for name in ("smoke", "digits")})
     plan = {name: runs_of(preset, name) for name in PROCESSES}
     every = [run for runs in plan.values() for run in runs]

@@ -31,6 +31,7 @@ from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.runtime import compilation_cache, logs, progress, signals
 from ant_jax.runtime.files import user_path, write_bytes
+from ant_jax.runtime.logs import quiet_console
 from ant_jax.settings import Affects
 from experiments.presets import Preset, make_config
 
@@ -75,6 +76,7 @@ def start(main: Callable[[list[str]], None], presets: bool = True) -> None:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
 
     def run(argv):
+        quiet_console()
         if (_chosen_workers() or 1) > 1:
             # JAX reserves three quarters of a GPU's memory for each process, this one included,
             # unless it is told not to before it finds the devices.
@@ -430,13 +432,23 @@ def _start_worker(shares, parent):
     threading.Thread(target=watch, daemon=True).start()
 
 
+# Whether this worker was asked to stop.
+_asked = False
+
+
 def _call(function, *arguments):
     """In a worker: stops on request also outside of training."""
-    with signals.listening():
+    global _asked
+    # The pool has already given this worker its next call, and can't cancel that.
+    if _asked:
+        raise Stopped("asked to stop")
+    with signals.listening() as stop:
         try:
             return function(*arguments)
         except KeyboardInterrupt:
             raise Stopped("stopped on request: start again to resume") from None
+        finally:
+            _asked = stop.signum is not None
 
 
 def _run_all(runs: Sequence[Run], out: Path) -> None:

@@ -26,7 +26,6 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from ant_jax import compiled_step, data, dataset, experiment
 from ant_jax.runtime.files import write_bytes
-from ant_jax.runtime.logs import quiet_console
 from experiments import report, runner, task_affinity
 from experiments.comparisons import (
     CHANGED_METHODS,
@@ -52,7 +51,6 @@ _SMOKE = ("vanilla", "nash, snr", "nash, gradient")
 
 
 def main(argv):
-    quiet_console()
     digits = PRESETS["digits"]
     presets = PRESETS | dict.fromkeys(("core", "ablations", "field", "processes"), digits)
     preset, out = runner.choose(argv, presets)

@@ -17,7 +17,6 @@ from absl import logging
 from ant_jax import config as config_lib
 from ant_jax import dataset, models, results
 from ant_jax.runtime.files import write_bytes, writing
-from ant_jax.runtime.logs import quiet_console
 from ant_jax.tasks import affinity, clustering
 from ant_jax.tasks.clusters import level_boundaries, levels
 from experiments import report, runner
@@ -26,7 +25,6 @@ from experiments.runner import Run
 
 
 def main(argv):
-    quiet_console()
     preset, out = runner.choose(argv, PRESETS)
     runs = plan(preset)
     if runner.DRY_RUN.value:

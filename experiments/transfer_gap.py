@@ -16,7 +16,6 @@ from absl import logging
 
 from ant_jax import experiment, measuring, results
 from ant_jax.runtime.files import write_bytes
-from ant_jax.runtime.logs import quiet_console
 from ant_jax.tasks.transfer_gap import transfer_gap
 from experiments import report, runner
 from experiments.presets import PRESETS, Preset
@@ -36,7 +35,6 @@ _LABELS = {
 
 
 def main(argv):
-    quiet_console()
     preset, out = runner.choose(argv, PRESETS)
     specialists, multi_task = plan(preset)
     if runner.DRY_RUN.value:

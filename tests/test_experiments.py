@@ -2,6 +2,9 @@ import csv
 import importlib.util
 import json
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import forked
@@ -259,6 +262,16 @@ def test_a_command_without_presets_refuses_them(flag, value):
         landscape.main(["landscape"])
 
 
+def test_ctrl_c_is_quiet_from_the_first_import_on():
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.argv[0] = '-m'; import experiments; signal.raise_signal(signal.SIGINT)"
+    )
+    command = [sys.executable, "-c", program]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_help_lists_the_flags(command):
     _, listed = command("landscape", "--help")
     assert "--out:" in listed and "--preset:" not in listed
@@ -493,6 +506,15 @@ def test_runs_side_by_side_in_processes(tmp_path, monkeypatch):
     (again,) = runner.execute([runs[0]._replace(config=other)], tmp_path)
     assert again["rows"][0]["frechet_distance"] != first["rows"][0]["frechet_distance"]
     assert saved == (runner.folder(runs[0], tmp_path) / "checkpoints" / "2").stat().st_mtime_ns
+
+
+def test_a_worker_that_was_asked_to_stop_begins_nothing_more(monkeypatch):
+    monkeypatch.setattr(runner, "_asked", False)
+    assert runner._call(abs, -1) == 1
+    with pytest.raises(runner.Stopped, match="stopped on request"):
+        runner._call(signal.raise_signal, signal.SIGTERM)
+    with pytest.raises(runner.Stopped, match="asked to stop"):
+        runner._call(abs, -1)
 
 
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
