@@ -1,5 +1,7 @@
 """Multi-task training of diffusion models in JAX: ANT (Go et al., NeurIPS 2023)."""
 
+__version__ = "0.1.0"
+
 
 def __getattr__(name):
     if name == "load_run":

@@ -81,7 +81,8 @@ def define_config() -> flags.FlagHolder:
         "config",
         None,
         "Config file; FILE:METHOD,CLUSTERS passes an argument to it. Without --config: the config "
-        "of the run in --workdir; for a new run configs/digits.py.",
+        "of the run in --workdir; for a new run configs/digits.py. Those of the package are "
+        f"{', '.join(config_file.names())}.",
     )
     # The parser of ml_collections does not find relative imports, and shows tracebacks.
     flags.FLAGS["config"].parser = _ConfigFileParser()

@@ -1,4 +1,8 @@
-"""Trains, samples, evaluates, encodes, exports: ``python -m ant_jax.main --config FILE``."""
+"""Trains, samples, evaluates, encodes, exports: ``python -m ant_jax.main --config FILE``.
+
+``ant-jax --config FILE`` is the same. Any setting is a flag, ``--config.NAME=VALUE``;
+docs/settings.md lists them.
+"""
 
 import importlib
 import signal
@@ -61,7 +65,10 @@ flags.register_multi_flags_validator(
 def main(argv: list[str]) -> None:
     """Dispatches to the mode."""
     if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; settings are --config.NAME=VALUE")
+        ways = [f"--config={argv[1]}"] * argv[1].partition(":")[0].endswith(".py")
+        ways += [f"--mode={argv[1]}"] * (argv[1] in _MODES)
+        way = ways[0] if ways else "settings as --config.NAME=VALUE; --help lists the flags"
+        sys.exit(f"unknown argument {argv[1]!r}: write {way}")
     _, how = _MODES[_MODE.value]
     with signals.ending_the_program(how), cli.processes(), cli.errors_in_one_line():
         _run(_MODE.value)

@@ -42,7 +42,7 @@ ROOMS = [
     *("interop", "data", "latents", "sampling", "evaluation"),
     *("config", "dataset", "optimizer", "experiment", "compiled_step", "workdir"),
     *("init_from", "hooks", "results", "measuring", "evaluate"),
-    *("train", "encode", "export", "cli", "report", "main"),
+    *("train", "encode", "export", "cli", "report", "main", "command"),
 ]
 # These take plain values and objects.
 WITHOUT_CONFIG = ROOMS[: ROOMS.index("config")]

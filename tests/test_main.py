@@ -185,6 +185,10 @@ MISTAKES = {
         "--config=configs/digit.py"
     ],
     "--config=configs: it is a folder": ["--config=configs"],
+    "--config=digit: there is no such file; did you mean configs/digits.py?": ["--config=digit"],
+    "unknown argument 'mine.py:nash': write --config=mine.py:nash": ["mine.py:nash"],
+    "unknown argument 'sample': write --mode=sample": ["sample"],
+    "unknown argument 'x': write settings as --config.NAME=VALUE": ["x"],
     "names, all in docs/settings.md, or your own 'package.module:attribute', got 'nahs'; did": [
         "--config=configs/digits.py:nahs"
     ],
@@ -264,6 +268,17 @@ def test_a_mistake_is_one_clear_line(message, refusals):
     (line,) = [line for line in said.splitlines() if message.lower() in line.lower()]
     assert len(line) < 300
     assert len(said.splitlines()) <= 5
+
+
+def test_the_console_command_is_the_same_program(tmp_path):
+    script = tmp_path / "ant-jax"
+    script.write_text("from ant_jax.command import run\nrun()")
+    lines = ["--help"], ["--config=digit"], ["report"]
+    (_, helped), (_, refused), (_, reported) = forked.run([[script, *each] for each in lines], 1)
+    assert helped.startswith("Trains, samples, ") and "--workdir:" in helped
+    assert "configs/folder64.py" in helped
+    assert "did you mean configs/digits.py?" in refused
+    assert "give the workdir of a run" in reported
 
 
 def test_names_of_components_are_known_before_the_other_settings():

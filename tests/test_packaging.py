@@ -110,10 +110,11 @@ PROGRAM = """
 import importlib, os, sys
 import ant_jax.config.file as file, ant_jax.configs.digits
 
-print(file.__file__)
+others = sys.path[1:]
+print(file.__file__, file.read(APART).data.name)
 for folder, module in CASES:
     os.chdir(folder)
-    sys.path[0] = folder
+    sys.path[:] = [folder, *others]
     for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
         del sys.modules[name]
     print(*(file.read(name).data.name for name in ["mine.py", file.DEFAULT, *NAMES]))
@@ -125,6 +126,11 @@ def test_configs_are_found_in_any_folder(installed, tmp_path):
     """Also in one with a package of the user's named `configs`, and in none is that hidden."""
     names = [f"configs/{path.name}" for path in Path(configs.__file__).parent.glob("[a-z]*.py")]
     assert len(names) > 5
+    # A config that inherits from one beside it.
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    (apart / "parent.py").write_text("from configs.folder64 import get_config")
+    (apart / "child.py").write_text("from parent import get_config")
     cases = []
     for i, own in enumerate(["", "configs/__init__.py", "configs/other.py", "configs.py"]):
         folder = tmp_path / str(i)
@@ -136,7 +142,11 @@ def test_configs_are_found_in_any_folder(installed, tmp_path):
         module = own.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         cases.append((str(folder), module))
     result = subprocess.run(
-        [sys.executable, "-c", f"CASES, NAMES = {cases}, {names}\n{PROGRAM}"],
+        [
+            sys.executable,
+            "-c",
+            f"CASES, NAMES, APART = {cases}, {names}, {str(apart / 'child.py')!r}\n{PROGRAM}",
+        ],
         env={**os.environ, "PYTHONPATH": str(installed)},
         cwd=tmp_path,
         capture_output=True,
@@ -145,7 +155,7 @@ def test_configs_are_found_in_any_folder(installed, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     where, *lines = result.stdout.splitlines()
-    assert where.startswith(str(installed))
+    assert where.startswith(str(installed)) and where.endswith(" folder")
     assert [int(line) for line in lines[1::2]] == [0, 1, 1, 1]
     for line in lines[::2]:
         mine, default, *others = line.split()

@@ -28,11 +28,16 @@ if not _CONFIGS.is_dir():
 DEFAULT = str(_CONFIGS / "digits.py")
 
 
+def names() -> list[str]:
+    """The config files of the package, such as "configs/digits.py"; any folder has them."""
+    return [f"configs/{path.name}" for path in sorted(_CONFIGS.glob("[a-z]*.py"))]
+
+
 def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})) -> ConfigDict:
     """Reads the config of ``FILE``, or of ``FILE:ARGUMENT`` if its `get_config` takes an argument.
 
     If there is no ``configs/NAME.py`` here, that of the package is read. The file may ``import
-    configs`` from any folder.
+    configs`` from any folder, and what lies beside it.
 
     Args:
       file_and_argument: ``FILE`` or ``FILE:ARGUMENT``.
@@ -53,6 +58,8 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
     module = module_from_spec(spec_from_loader(loader.name, loader))
     # Dataclasses look up their module here.
     sys.modules[loader.name] = module
+    # Last, so that it hides nothing; for good, because names in the config are imported later.
+    sys.path.append(str(path.absolute().parent))
     try:
         _find_configs()
         loader.exec_module(module)
@@ -112,7 +119,10 @@ def _find_configs():
 
 def _not_there(path):
     others = os.listdir(path.parent) if path.parent.is_dir() else []
-    if path.parent == Path("configs"):
-        others += os.listdir(_CONFIGS)
-    near = difflib.get_close_matches(path.name, others, 1)
-    return "there is no such file" + (f"; did you mean {path.parent / near[0]}?" if near else "")
+    beside = {other: str(path.parent / other) for other in others}
+    ours = {Path(name).name: name for name in names()}
+    written = path.with_suffix(".py").name
+    for near in (beside, ours):
+        if found := difflib.get_close_matches(written, near, 1):
+            return f"there is no such file; did you mean {near[found[0]]}?"
+    return "there is no such file"

@@ -111,7 +111,7 @@ def _validate_together(flat):
     if flat["clusters.name"] == "gradient" and not flat["clusters.affinity"]:
         raise ConfigError(
             "config.clusters.name = 'gradient' needs config.clusters.affinity = PATH of a task "
-            "affinity; python -m experiments.task_affinity measures one"
+            "affinity; in a clone, python -m experiments.task_affinity measures one"
         )
     if flat["clusters.specialist"] >= flat["clusters.k"]:
         raise ConfigError(
