@@ -18,15 +18,30 @@ from ant_jax.train_step import TrainState
 
 
 class Reports:
-    """Writes the metrics of the last steps to the console, ``metrics.jsonl`` and TensorBoard."""
+    """Writes the metrics of the last steps to the console and to the `MetricWriter`."""
 
-    def __init__(self, writer: MetricWriter, speedometer: Progress):
-        self._writer, self._speedometer = writer, speedometer
+    def __init__(
+        self,
+        writer: MetricWriter,
+        speedometer: Progress,
+        callback: Callable[[int, dict[str, Any]], None] | None = None,
+    ):
+        """Reports nothing yet.
+
+        Args:
+          writer: writes ``metrics.jsonl``.
+          speedometer: writes to the console.
+          callback: see `train.train`.
+        """
+        self._writer, self._speedometer, self._callback = writer, speedometer, callback
 
     def write(self, step: int, report: dict[str, Any]) -> None:
         """Writes the report of a step; see `Measurements.report`."""
         speed = self._speedometer.line(step, report["loss"])
-        self._writer.scalars(step, {**report, "steps_per_second": speed})
+        report = {**report, "steps_per_second": speed}
+        self._writer.scalars(step, report)
+        if self._callback is not None and processes.is_first():
+            self._callback(step, report)
 
     def restart_clock(self, step: int) -> None:
         """Restarts the clock, so that the speed leaves out time that was not spent on steps."""
@@ -127,7 +142,7 @@ class Pictures:
           workdir: of the run.
           is_due: returns whether a grid is drawn after a step.
           draw: returns the images and labels of a grid, in batches, from parameters.
-          writer: writes each grid to TensorBoard.
+          writer: writes each grid to the boards.
           guard: raises an error if this run no longer owns the workdir.
         """
         self._folder, self._draw = workdir / "samples", draw

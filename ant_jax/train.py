@@ -33,7 +33,7 @@ from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import Process
-from ant_jax.runtime import checkpoint, logs, measurements, processes, progress, signals
+from ant_jax.runtime import boards, checkpoint, logs, measurements, processes, progress, signals
 from ant_jax.runtime.files import user_path
 from ant_jax.runtime.loss_guard import LossGuard
 from ant_jax.runtime.profiler import profiler
@@ -51,6 +51,7 @@ def train(
     source: data.Source | None = None,
     process: Process | None = None,
     weighting: mtl.Weighting | None = None,
+    callback: Callable[[int, dict[str, Any]], None] | None = None,
 ) -> TrainState:
     """Trains up to step ``config.num_steps``, from the newest checkpoint in the workdir if any.
 
@@ -63,6 +64,9 @@ def train(
       source: images and labels, instead of those that the config names.
       process: a noise process, instead of the one that the config names.
       weighting: a multi-task method, instead of the one that the config names.
+      callback: called with the step and the metrics of every line of ``metrics.jsonl``, in process
+        0, after the line is written. A run that was killed repeats its lines since the last
+        checkpoint. An error that it raises ends the run.
 
     Returns:
       The state after the last step. After SIGTERM, SIGHUP or Ctrl-C, the state that was saved.
@@ -72,11 +76,14 @@ def train(
         or after a second signal.
       ConfigError: if a setting is impossible, or the workdir has a run of another config.
       InUseError: if another run trains in the workdir.
+      MissingExtraError: if ``config.log_to`` names Weights & Biases, which is not installed.
+      ConnectionError: if Weights & Biases does not start.
       FloatingPointError: at the first loss or gradient that is not finite. With
         ``config.optimizer.nonfinite = "skip"``, at the tenth in a row.
     """
     workdir = user_path(workdir)
     config_lib.validate(config)
+    boards.check(config.log_to)
     built = {"model": model, "process": process, "weighting": weighting}
     built = {name: value for name, value in built.items() if value is not None}
     given = workdir_lib.names_of(built if source is None else built | {"source": source})
@@ -100,7 +107,7 @@ def train(
         # All checks are done: until here nothing but the lock is written.
         run = (before or {}).get("id") or uuid.uuid4().hex
         record = workdir_lib.save_record(run, config, given, setup, source, workdir)
-        with _hooks(config, workdir, source, setup, start, record, check_alone) as on:
+        with _hooks(config, workdir, source, setup, start, record, check_alone, callback) as on:
             return _train(config, start, on)
 
 
@@ -213,14 +220,16 @@ class _Hooks(NamedTuple):
 
 
 @contextlib.contextmanager
-def _hooks(config, workdir, source, setup, start, record, check_alone):
+def _hooks(config, workdir, source, setup, start, record, check_alone, callback):
     """Opens the hooks; closes them at the end, also after an error."""
     checkpoints = checkpoint.Checkpointer(
         workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period, check_alone
     )
     # The last run may have been killed between saving and pruning.
     checkpoints.prune(start.step)
-    writer = logs.MetricWriter(workdir, start.step, config.tensorboard, start.kept["lines"])
+    settings = config_lib.flatten(config)
+    opened = boards.opened(config.log_to, workdir, record["id"], settings)
+    writer = logs.MetricWriter(workdir, start.step, opened, start.kept["lines"])
     batches = _batches(config, source, start.step)
     speedometer = progress.Progress(start.step, config.num_steps, config.data.batch_size)
     saves = hooks.Saves(
@@ -244,7 +253,7 @@ def _hooks(config, workdir, source, setup, start, record, check_alone):
         contextlib.closing(batches),
         profiler(workdir / "profile", first, config.profile_steps) as profile,
     ):
-        reports = hooks.Reports(writer, speedometer)
+        reports = hooks.Reports(writer, speedometer, callback)
         yield _Hooks(stop, batches, profile, measured, reports, saves, pictures)
 
 

@@ -37,7 +37,7 @@ class Preset(NamedTuple):
 
 
 METHODS = ("linear", "uncertainty", "pcgrad", "nash")
-_ALWAYS = {"tensorboard": False, "sample.every": 0}
+_ALWAYS = {"log_to": (), "sample.every": 0}
 
 # Other metrics take longer on 60 000 images, and no table shows them.
 _FASHION = {"evaluation.metrics": ("frechet", "label_accuracy")}

@@ -23,7 +23,7 @@ DEVICES = (1, 4)
 DIGITS = {
     "num_steps": STEPS,
     "log_every": 1,
-    "tensorboard": False,
+    "log_to": (),
     "checkpoint.every": STEPS,
     "sample.every": 0,
     "evaluation.features": "",

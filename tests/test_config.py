@@ -523,7 +523,7 @@ def test_any_value_is_refused_by_name_or_recorded_as_it_is(name):
 
 FREE = {
     "log_every": 7,
-    "tensorboard": False,
+    "log_to": (),
     "profile_steps": 3,
     "checkpoint__keep": 5,
     "sampler__guidance": 2.0,
@@ -593,6 +593,8 @@ def test_a_run_of_an_older_version_goes_on_as_it_began():
     read = config_lib.from_json(settings)
     config_lib.validate(read)
     config_lib.check_same(read, digits.get_config(), "w")
+    assert read.log_to == ("tensorboard",)
+    assert config_lib.from_json(settings | {"tensorboard": False}).log_to == ()
     # What is there is left as it is.
     settings["data"] |= {"name": "folder", "exif": "apply"}
     assert config_lib.from_json(settings).data.exif == "apply"

@@ -23,7 +23,7 @@ def smaller(file):
     config = digits.get_config(file.removeprefix("configs/digits.py:"))
     update(config, {"model.width": 8, "model.depth": 1, "model.heads": 1, "data.batch_size": 40})
     update(config, {"optimizer.warmup_steps": 5, "log_every": 10})
-    update(config, {"tensorboard": False, "sample.every": 0})
+    update(config, {"log_to": (), "sample.every": 0})
     return config
 
 

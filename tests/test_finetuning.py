@@ -26,7 +26,7 @@ TINY = {
     "clusters.k": 2,
     "optimizer.warmup_steps": 0,
     "log_every": 1,
-    "tensorboard": False,
+    "log_to": (),
     "checkpoint.every": 2,
     "sample.every": 0,
     "sampler.num_steps": 2,

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = presets.PRESETS["smoke"].settings | {
     "num_steps": 14,
     "log_every": 7,
-    "tensorboard": False,
+    "log_to": (),
     "checkpoint.every": 5,
     "sample.every": 10,
     "sampler.num_steps": 2,

@@ -31,7 +31,7 @@ from experiments import presets
 ROOT = Path(__file__).parents[1]
 EVERY = 20  # steps between checkpoints
 PICTURES = 300  # steps between pictures
-SMALL = presets.PRESETS["smoke"].settings | {"tensorboard": False, "sample.every": 0}
+SMALL = presets.PRESETS["smoke"].settings | {"log_to": (), "sample.every": 0}
 
 
 class Case(NamedTuple):

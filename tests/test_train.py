@@ -48,7 +48,7 @@ TINY = {
     "method.update_every": 3,
     "optimizer.warmup_steps": 2,
     "log_every": 1,
-    "tensorboard": False,
+    "log_to": (),
     "checkpoint.every": 2,
     "sample.every": 0,
     "sampler.num_steps": 2,
@@ -301,9 +301,14 @@ def test_a_corrupt_checkpoint_is_passed_over(finished, tmp_path):
     config, whole, expected = finished
     trainer.train(tiny(num_steps=4), tmp_path)
     (tmp_path / "checkpoints" / "4" / "checksums.json").unlink()
-    state = trainer.train(config, tmp_path)
+    heard = []
+    state = trainer.train(config, tmp_path, callback=lambda *line: heard.append(line))
     assert_same_state(state, expected)
     assert lines(tmp_path) == lines(whole)
+    # It starts after the checkpoint of step 2.
+    told = [{"step": step, **metrics} for step, metrics in heard]
+    assert all(row.pop("steps_per_second") > 0 for row in told)
+    assert told == lines(tmp_path)[2:]
 
 
 def test_what_is_compiled_with_options_trains(tmp_path, monkeypatch):

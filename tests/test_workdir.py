@@ -21,7 +21,7 @@ SETTINGS = {
     "model.depth": 1,
     "model.heads": 1,
     "log_every": 2,
-    "tensorboard": False,
+    "log_to": (),
     "sample.every": 0,
     "checkpoint.every": 2,
     "evaluation.features": "",

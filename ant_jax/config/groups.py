@@ -9,6 +9,7 @@ import re
 from typing import Annotated, Literal, NamedTuple
 
 from ant_jax.diffusion.samplers import SampleOptions
+from ant_jax.runtime import boards
 from ant_jax.settings import Affects, Check, Integer, Number, OneOf, Path, PerProcess, Traced
 
 # Each network knows its own facts; see `ant_jax.models`.
@@ -51,7 +52,8 @@ class Loop:
       init_facts: facts that a file of published weights does not contain, joined by commas;
         ``FACTS`` in ``models/NAME_weights.py`` lists them. A file of ``--mode export`` needs none.
       log_every: steps between two lines of the log.
-      tensorboard: write TensorBoard files, if TensorFlow is installed.
+      log_to: where metrics and grids of samples go, beside ``metrics.jsonl`` and ``samples/``:
+        "tensorboard", if TensorFlow is installed, and "wandb", Weights & Biases.
       profile_steps: number of steps to trace, from the 10th on, into WORKDIR/profile.
     """
 
@@ -64,7 +66,14 @@ class Loop:
         ),
     ] = ""
     log_every: Annotated[int, Integer(1), Affects.NOTHING] = 100
-    tensorboard: Annotated[bool, Affects.NOTHING] = True
+    log_to: Annotated[
+        tuple,
+        Check(
+            lambda names: all(name in boards.NAMES for name in names),
+            "'tensorboard', 'wandb', '(\"tensorboard\", \"wandb\")', or ()",
+        ),
+        Affects.NOTHING,
+    ] = ("tensorboard",)
     profile_steps: Annotated[int, Integer(0, 1000), Affects.NOTHING] = 0
 
 

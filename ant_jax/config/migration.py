@@ -30,6 +30,7 @@ _SINCE = {
 
 # The new names of settings of version 0.1.
 MOVED = {
+    "tensorboard": "log_to",
     "diffusion.timesteps": "process.timesteps",
     "diffusion.schedule": "process.schedule",
     "diffusion.variance": "process.variance",
@@ -109,6 +110,8 @@ def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     new = dict(config)
     if "process" not in config and isinstance(config.get("diffusion"), Mapping):
         new = _from_first_version(config)
+    if isinstance(tensorboard := new.pop("tensorboard", None), bool):
+        new["log_to"] = ("tensorboard",) * tensorboard
     # The one group that is newer than many runs.
     new.setdefault("parallel", {})
     for (group, component), values in _SINCE.items():

@@ -11,6 +11,7 @@ MODULES = {
     "experiments": ("matplotlib", "sklearn", "tqdm"),
     "tfds": ("tensorflow_datasets",),
     "report": ("plotly",),
+    "wandb": ("wandb",),
 }
 
 

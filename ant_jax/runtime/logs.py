@@ -1,13 +1,11 @@
-"""Logs the metrics of a run: on the console, in ``metrics.jsonl`` and in TensorBoard."""
+"""Logs the metrics of a run: on the console, in ``metrics.jsonl`` and on boards."""
 
 import bisect
 import hashlib
-import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from logging import WARNING
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from ant_jax.runtime import processes
+from ant_jax.runtime.boards import Board
 from ant_jax.runtime.files import naming, write_bytes
 
 
@@ -61,17 +60,13 @@ class MeanMetrics:
 
 
 class MetricWriter:
-    """Appends to ``metrics.jsonl`` and, where TensorFlow is installed, to TensorBoard.
-
-    A separate thread writes for TensorBoard, because importing it takes seconds. It opens
-    TensorBoard at the first metrics, after the step has been compiled.
-    """
+    """Appends to ``metrics.jsonl``, and writes to boards."""
 
     def __init__(
         self,
         workdir: Path,
         start_step: int,
-        tensorboard: bool,
+        boards: Sequence[Board] = (),
         written: dict[str, Any] | None = None,
     ):
         """Opens the files.
@@ -84,11 +79,11 @@ class MetricWriter:
         Args:
           workdir: the folder of the files.
           start_step: the step to go on from.
-          tensorboard: whether to write for TensorBoard.
+          boards: see `boards.opened`. They are closed with the file.
           written: what `written` returned at that step; if lines are missing or have changed, a
             warning says so. None if unknown.
         """
-        self._executor = self._board = self._file = self._path = None
+        self._boards, self._file, self._path = boards, None, None
         if not processes.is_first():
             return
         self._path = workdir / "metrics.jsonl"
@@ -118,10 +113,6 @@ class MetricWriter:
         if beyond or doubtful:
             write_bytes(self._path, b"".join(kept))
         self._file = self._path.open("ab")
-        if tensorboard and importlib.util.find_spec("tensorflow") is None:
-            logging.info("TensorFlow is not installed: metrics go to %s alone", self._path)
-        elif tensorboard:
-            self._executor = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
 
     def written(self) -> dict[str, Any] | None:
         """The number and the digest of the lines so far; first waits until they are on the disk.
@@ -150,34 +141,21 @@ class MetricWriter:
             for i, leaf in enumerate(value) if isinstance(value, list) else [(None, value)]:
                 if leaf is not None:
                     flat[name if i is None else f"{name}/{i}"] = leaf
-        self._submit(lambda board: board.write_scalars(step, flat))
+        for board in self._boards:
+            board.scalars(step, flat)
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
-        """Writes one uint8 (H, W, 3) image to TensorBoard."""
-        self._submit(lambda board: board.write_images(step, {name: image[None]}))
+        """Writes one uint8 (H, W, 3) image to the boards."""
+        for board in self._boards:
+            board.image(step, name, image)
 
     def close(self) -> None:
-        """Writes what is left to write and closes the files."""
-        if self._board is not None:
-            self._submit(lambda board: board.close())
-        if self._executor is not None:
-            self._executor.shutdown()
+        """Writes what is left to write and closes the file and the boards."""
+        for board in self._boards:
+            board.close()
         if self._file is not None:
             with naming(self._path):
                 self._file.close()
-
-    def _submit(self, write: Callable[[Any], None]):
-        if self._executor is None:
-            return
-        if self._board is None:
-            self._board = self._executor.submit(_open_board, str(self._path.parent))
-        self._executor.submit(self._write, write)
-
-    def _write(self, write):
-        try:
-            write(self._board.result())
-        except Exception as error:
-            logging.log_first_n(logging.WARNING, "TensorBoard is off: %s", 1, error)
 
 
 def _sorted_lines(content: bytes, start_step: int) -> tuple[list[bytes], list[bytes], list[bytes]]:
@@ -239,12 +217,6 @@ def columns(path: Path) -> dict[str, np.ndarray]:
         filled = [nothing if value is None else value for value in values]
         found[name] = np.array(filled, np.int64 if name == "step" else np.float64)
     return found
-
-
-def _open_board(workdir: str):
-    from clu.metric_writers import SummaryWriter
-
-    return SummaryWriter(workdir)
 
 
 def quiet_console() -> None:

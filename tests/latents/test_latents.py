@@ -84,7 +84,7 @@ def settings(place, **changes):
             "autoencoder.batch_size": 8,
             "optimizer.warmup_steps": 0,
             "log_every": 1,
-            "tensorboard": False,
+            "log_to": (),
             "checkpoint.every": 3,
             "sample.every": 3,
             "sampler.num_steps": 2,

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import logging
 
@@ -56,7 +55,7 @@ def read(workdir):
 def test_lines_beyond_the_start_and_a_torn_one_are_dropped(tmp_path):
     lines = [json.dumps({"step": step, "loss": step / 2}) for step in (2, 4, 6)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 3, "lo')
-    writer = logs.MetricWriter(tmp_path, 4, tensorboard=False)
+    writer = logs.MetricWriter(tmp_path, 4)
     writer.scalars(5, {"loss": 1.0})
     writer.close()
     assert read(tmp_path) == [
@@ -95,7 +94,7 @@ DAMAGE = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_line_costs_no_other_and_is_set_aside(tmp_path, caplog, kind):
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics-damaged.jsonl"
-    writer = logs.MetricWriter(tmp_path, 0, tensorboard=False)
+    writer = logs.MetricWriter(tmp_path, 0)
     for step in range(10, 60, 10):
         writer.scalars(step, {"loss": 0.25})
     written = writer.written()
@@ -106,7 +105,7 @@ def test_a_damaged_line_costs_no_other_and_is_set_aside(tmp_path, caplog, kind):
     seen = logs.read(path)
     # Only the digest shows that the loss has changed.
     assert kind == "another loss" or (len(seen) >= 4 and "can't be read" in caplog.text)
-    logs.MetricWriter(tmp_path, 50, tensorboard=False, written=written).close()
+    logs.MetricWriter(tmp_path, 50, written=written).close()
     after = path.read_bytes() + (aside.read_bytes() if aside.exists() else b"")
     assert sorted(after.splitlines()) == sorted(before.splitlines())
     steps = [row["step"] for row in read(tmp_path)]
@@ -115,82 +114,30 @@ def test_a_damaged_line_costs_no_other_and_is_set_aside(tmp_path, caplog, kind):
 
 
 def test_lines_that_are_as_they_were_written_are_left_alone(tmp_path, caplog):
-    writer = logs.MetricWriter(tmp_path, 0, tensorboard=False)
+    writer = logs.MetricWriter(tmp_path, 0)
     writer.scalars(10, {"loss": 0.25})
     written = writer.written()
     writer.scalars(20, {"loss": 0.5})
     writer.close()
-    logs.MetricWriter(tmp_path, 10, tensorboard=False, written=written).close()
+    logs.MetricWriter(tmp_path, 10, written=written).close()
     assert [row["step"] for row in read(tmp_path)] == [10]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"] and not caplog.text
     (tmp_path / "metrics.jsonl").unlink()
-    logs.MetricWriter(tmp_path, 10, tensorboard=False, written=written).close()
+    logs.MetricWriter(tmp_path, 10, written=written).close()
     assert "is not as it was written: 0 lines up to step 10 instead of 1" in caplog.text
 
 
 def test_lines_without_a_checkpoint_are_said_to_be_dropped(tmp_path, caplog):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10}\n{"step": 20}\n')
-    logs.MetricWriter(tmp_path, 0, tensorboard=False).close()
+    logs.MetricWriter(tmp_path, 0).close()
     assert "2 lines are removed, for there is no checkpoint" in caplog.text
 
 
 def test_a_line_is_in_the_file_at_once(tmp_path):
-    writer = logs.MetricWriter(tmp_path, 0, tensorboard=False)
+    writer = logs.MetricWriter(tmp_path, 0)
     writer.scalars(1, {"loss": 0.5, "weights": [0.1, None]})
     assert read(tmp_path) == [{"step": 1, "loss": 0.5, "weights": [0.1, None]}]
     writer.close()
-
-
-def test_without_tensorflow_the_file_is_written_alone(tmp_path, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "tensorflow" else find_spec(name)
-    )
-    writer = logs.MetricWriter(tmp_path, 0, tensorboard=True)
-    writer.scalars(1, {"loss": 0.5})
-    writer.image(1, "samples", np.zeros((4, 4, 3), np.uint8))
-    writer.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-    assert read(tmp_path) == [{"step": 1, "loss": 0.5}]
-
-
-def test_tensorboard_gets_scalars_and_images(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
-
-    writer = logs.MetricWriter(tmp_path, 0, tensorboard=True)
-    writer.scalars(1, {"loss": 0.5, "cluster_losses": [0.25, None]})
-    writer.scalars(2, {"loss": 0.75, "cluster_losses": [0.5, 1.0]})
-    writer.image(2, "samples", np.zeros((4, 4, 3), np.uint8))
-    writer.close()
-    events = EventAccumulator(str(tmp_path), {"tensors": 0}).Reload()
-    found = {
-        tag: [
-            (event.step, make_ndarray(event.tensor_proto).item()) for event in events.Tensors(tag)
-        ]
-        for tag in events.Tags()["tensors"]
-        if tag != "samples"
-    }
-    assert found == {
-        "loss": [(1, 0.5), (2, 0.75)],
-        "cluster_losses/0": [(1, 0.25), (2, 0.5)],
-        "cluster_losses/1": [(2, 1.0)],
-    }
-    assert [event.step for event in events.Tensors("samples")] == [2]
-
-
-def test_a_failing_tensorboard_is_a_warning(tmp_path, monkeypatch, caplog):
-    def fail(workdir):
-        raise OSError("no more files")
-
-    monkeypatch.setattr(logs, "_open_board", fail)
-    with caplog.at_level(logging.WARNING):
-        writer = logs.MetricWriter(tmp_path, 0, tensorboard=True)
-        writer.scalars(1, {"loss": 0.5})
-        writer.scalars(2, {"loss": 0.5})
-        writer.close()
-    assert caplog.text.count("TensorBoard is off: no more files") == 1
-    assert [row["step"] for row in read(tmp_path)] == [1, 2]
 
 
 def test_progress_tells_step_loss_speed_and_time_left(monkeypatch, caplog):
