@@ -11,7 +11,7 @@ import math
 import os
 import zipfile
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def listing(archive: zipfile.ZipFile) -> str:
 
 
 @contextlib.contextmanager
-def member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[BinaryIO, Header]]:
+def member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[IO[bytes], Header]]:
     """Opens an array at its first number, and gives its header.
 
     The size of the array has been checked against its header, so a caller that accepts the shape
@@ -80,7 +80,7 @@ def member(archive: zipfile.ZipFile, name: str) -> Iterator[tuple[BinaryIO, Head
         yield file, header
 
 
-def content(file: BinaryIO, header: Header) -> np.ndarray:
+def content(file: IO[bytes], header: Header) -> np.ndarray:
     """Reads the next numbers of an array, as many as the header's shape has.
 
     Returns:

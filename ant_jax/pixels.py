@@ -1,11 +1,15 @@
 """Converts between pixels, uint8 in 0 .. 255, and the inputs of networks, float32 in [-1, 1]."""
 
+from typing import TypeVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+_Images = TypeVar("_Images", np.ndarray, jax.Array)
 
-def normalize(images: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+
+def normalize(images: _Images) -> _Images:
     """Maps uint8 images to float32 in [-1, 1]; returns floating-point arrays (latents) unchanged.
 
     Args:

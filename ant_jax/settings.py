@@ -57,7 +57,7 @@ class Check(NamedTuple):
         return repr(self.allowed)
 
 
-def Integer(low: int = -LARGEST_COUNT, high: int = LARGEST_COUNT) -> Check:
+def Integer(low: int = -LARGEST_COUNT, high: float = LARGEST_COUNT) -> Check:
     """An integer in low .. high."""
     words = f"an integer >= {low}" if low > -LARGEST_COUNT else "an integer"
     return Check(

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from ant_jax import mtl, pixels
@@ -75,7 +76,7 @@ class Setup(NamedTuple):
 
     apply_fn: Callable[..., jax.Array]
     process: Process
-    boundaries: jax.typing.ArrayLike
+    boundaries: jax.Array | np.ndarray
     weighting: mtl.Weighting
     optimizer: optax.GradientTransformation
     seed: int | jax.Array
@@ -161,10 +162,10 @@ def train_step(
         blocks = clusters.curriculum(state.step, k, setup.curriculum_steps)
     examples, tasks = draw_examples(state.step, batch, setup, first_index, total, blocks)
     # Where a task may have several blocks, the backward pass takes the blocks for tasks.
-    pools = blocks is not None and setup.draw == "stratified"
-    if pools:
-        weighting = mtl.pooled(weighting, blocks)
-        tasks = clusters.assign(first_index + jnp.arange(batch_size), total, len(blocks))
+    pools = blocks if setup.draw == "stratified" else None
+    if pools is not None:
+        weighting = mtl.pooled(weighting, pools)
+        tasks = clusters.assign(first_index + jnp.arange(batch_size), total, len(pools))
 
     def losses_fn(params, part):
         denoise = lambda x, t, y: setup.apply_fn(params, x, t, y)
@@ -186,8 +187,8 @@ def train_step(
         axis_name=axis_name,
         parts=setup.split,
     )
-    if pools:
-        found = mtl.by_task(found, blocks, k)
+    if pools is not None:
+        found = mtl.by_task(found, pools, k)
     # From here to the end a device sees its part of every parameter, if they are split.
     axis_name = axis_name if setup.split else None
     old = state._replace(params=jax.tree.map(lambda leaf: part_of(leaf, axis_name), state.params))
@@ -242,7 +243,8 @@ def split_axes(optimizer: optax.GradientTransformation, params: Any) -> TrainSta
         `optax.contrib.muon` does.
     """
     follows, _ = _following(optimizer, params)
-    return TrainState(None, None, 0, jax.tree.map(lambda each: 0 if each else None, follows), None)
+    axes = jax.tree.map(lambda each: 0 if each else None, follows)
+    return TrainState._make([None, None, 0, axes, None])
 
 
 def _following(optimizer, params):

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import importlib.metadata
 import os
 import re
@@ -55,9 +56,13 @@ def imported(folder):
     return distributions(names - {"ant_jax", "configs", "experiments"})
 
 
+@functools.cache
+def packages():
+    return importlib.metadata.packages_distributions()
+
+
 def distributions(modules):
-    packages = importlib.metadata.packages_distributions()
-    return {packages.get(name, [name])[0].replace("_", "-").lower() for name in modules}
+    return {packages().get(name, [name])[0].replace("_", "-").lower() for name in modules}
 
 
 def test_extras_hold_what_is_imported_and_what_is_asked_for():

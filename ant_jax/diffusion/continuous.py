@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax.diffusion.process import Process, Steps
+from ant_jax.diffusion.process import Array, Process, Steps
 from ant_jax.diffusion.spacing import noise_ratios
 
 
@@ -24,21 +24,21 @@ class ContinuousProcess(Process):
         return 0.002, 80.0
 
     @abc.abstractmethod
-    def quantile(self, u: jax.Array) -> jax.Array:
+    def quantile(self, u: Array) -> Array:
         """The level below which a share u in [0, 1] of the density lies, NumPy or JAX.
 
         It rises from 0 at u = 0 to 1 at u = 1.
         """
 
     @abc.abstractmethod
-    def cdf(self, t: jax.Array) -> jax.Array:
+    def cdf(self, t: Array) -> Array:
         """The share of the density below the level t, the inverse of `quantile`, NumPy or JAX."""
 
     @abc.abstractmethod
     def at_log_snr(self, log_snr: np.ndarray) -> np.ndarray:
         """The levels with these log-SNR, the inverse of `log_snr`, float64."""
 
-    def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
+    def level(self, low: Array, high: Array, u: Array) -> Array:
         """The level that a share u in [0, 1) of the density in [low, high) lies below."""
         xp = u.__array_namespace__()
         start, end = self.cdf(low), self.cdf(high)

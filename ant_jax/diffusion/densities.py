@@ -10,11 +10,13 @@ from types import ModuleType
 import jax
 import numpy as np
 
+from ant_jax.diffusion.process import Array
+
 # Beyond these ends the mode density is not positive everywhere (Esser et al. 2024, section 3.1).
 MODE_SCALES = (-1.0, 2 / (np.pi - 2))
 
 
-def special(array: jax.Array | np.ndarray) -> ModuleType:
+def special(array: Array) -> ModuleType:
     """`scipy.special` for NumPy arrays, `jax.scipy.special` for JAX arrays."""
     # Imported late, because most processes need neither.
     if isinstance(array, np.ndarray | np.generic):
@@ -26,19 +28,19 @@ def special(array: jax.Array | np.ndarray) -> ModuleType:
     return jax.scipy.special
 
 
-def logit_normal_quantile(u: jax.Array, mean: float, std: float) -> jax.Array:
+def logit_normal_quantile(u: Array, mean: float, std: float) -> Array:
     """Of the sigmoid of a normal variable (Esser et al. 2024, eq. 19)."""
     functions = special(u)
     return functions.expit(mean + std * functions.ndtri(u))
 
 
-def logit_normal_cdf(t: jax.Array, mean: float, std: float) -> jax.Array:
+def logit_normal_cdf(t: Array, mean: float, std: float) -> Array:
     """The inverse of `logit_normal_quantile`."""
     functions = special(t)
     return functions.ndtr((functions.logit(t) - mean) / std)
 
 
-def mode_quantile(u: jax.Array, scale: float) -> jax.Array:
+def mode_quantile(u: Array, scale: float) -> Array:
     """Of the density with a mode (Esser et al. 2024, eq. 20).
 
     Args:
@@ -51,12 +53,12 @@ def mode_quantile(u: jax.Array, scale: float) -> jax.Array:
     return u - scale * (xp.sin(np.pi / 2 * u) ** 2 - u)
 
 
-def mode_cdf(t: jax.Array, scale: float) -> jax.Array:
+def mode_cdf(t: Array, scale: float) -> Array:
     """The inverse of `mode_quantile`, by bisection to the precision of float32."""
     return _inverse(lambda u: mode_quantile(u, scale), t)
 
 
-def shift(t: jax.Array, factor: float) -> jax.Array:
+def shift(t: Array, factor: float) -> Array:
     r"""The level that has the odds t / (1 - t) of t times a factor (Esser et al. 2024, eq. 23).
 
     A factor above 1 moves levels to more noise. The inverse is the shift by 1 / factor.
@@ -65,7 +67,7 @@ def shift(t: jax.Array, factor: float) -> jax.Array:
     return factor * t / (factor * t + (1 - t))
 
 
-def _inverse(rising: Callable[[jax.Array], jax.Array], values: jax.Array) -> jax.Array:
+def _inverse(rising: Callable[[Array], Array], values: Array) -> Array:
     xp = values.__array_namespace__()
 
     def halve(_, ends):

@@ -13,7 +13,7 @@ import numpy as np
 from ant_jax.diffusion import densities
 from ant_jax.diffusion.continuous import ContinuousProcess, checked_output
 from ant_jax.diffusion.loss_weights import LossWeight
-from ant_jax.diffusion.process import Denoise, Prediction
+from ant_jax.diffusion.process import Array, Denoise, Prediction
 from ant_jax.settings import Affects, Number
 
 
@@ -68,7 +68,7 @@ class EDM(ContinuousProcess):
         """``sigma_min`` and ``sigma_max``."""
         return self.sigma_min, self.sigma_max
 
-    def quantile(self, u: jax.Array) -> jax.Array:
+    def quantile(self, u: Array) -> Array:
         """The level below which a share u of the truncated normal density lies."""
         xp = u.__array_namespace__()
         low, high = self._tails
@@ -77,7 +77,7 @@ class EDM(ContinuousProcess):
         t = (log_sigma - least) / (greatest - least)
         return xp.where(u <= 0, 0, xp.where(u >= 1, 1, t)).astype(u.dtype)
 
-    def cdf(self, t: jax.Array) -> jax.Array:
+    def cdf(self, t: Array) -> Array:
         """The share of the density below the level t."""
         low, high = self._tails
         share = densities.special(t).ndtr((self._log_sigma(t) - self.mean) / self.std)
@@ -128,7 +128,7 @@ class EDM(ContinuousProcess):
         log_sigma = self._log_sigma(jnp.float32(t))
         # The error of the noise is that of F times c_out / sigma.
         of_noise = self.sigma_data**2 / (jnp.exp(2 * log_sigma) + self.sigma_data**2)
-        return self.loss_weight(-2 * log_sigma) * of_noise * errors
+        return errors * (self.loss_weight(-2 * log_sigma) * of_noise)
 
     def predict(
         self, denoise: Denoise, x: jax.Array, t: jax.Array, y: jax.Array | None = None

@@ -15,7 +15,7 @@ import numpy as np
 from ant_jax.diffusion import densities
 from ant_jax.diffusion.continuous import ContinuousProcess, checked_output
 from ant_jax.diffusion.loss_weights import LossWeight
-from ant_jax.diffusion.process import Denoise, Prediction, Steps
+from ant_jax.diffusion.process import Array, Denoise, Prediction, Steps
 from ant_jax.settings import Affects, Number, OneOf
 
 _SPACES = ("velocity", "x0", "epsilon")
@@ -81,7 +81,7 @@ class Flow(ContinuousProcess):
                 f"loss = 'epsilon', got {self.loss!r}"
             )
 
-    def quantile(self, u: jax.Array) -> jax.Array:
+    def quantile(self, u: Array) -> Array:
         """The level below which a share u of the density lies."""
         t = u
         if self.density == "logit_normal":
@@ -90,7 +90,7 @@ class Flow(ContinuousProcess):
             t = densities.mode_quantile(u, self.mode)
         return densities.shift(t, self.shift)
 
-    def cdf(self, t: jax.Array) -> jax.Array:
+    def cdf(self, t: Array) -> Array:
         """The share of the density below the level t."""
         t = densities.shift(t, 1 / self.shift)
         if self.density == "logit_normal":

@@ -15,7 +15,7 @@ from jax.scipy.special import log_ndtr
 
 from ant_jax.diffusion import posterior, schedule
 from ant_jax.diffusion.loss_weights import LossWeight
-from ant_jax.diffusion.process import Denoise, Prediction, Process, Steps
+from ant_jax.diffusion.process import Array, Denoise, Prediction, Process, Steps
 from ant_jax.diffusion.spacing import RATIO_SPACINGS, noise_ratios, spaced_timesteps
 from ant_jax.settings import Affects, Integer, OneOf
 
@@ -123,7 +123,7 @@ class GaussianDiffusion(Process):
         """T, the number of timesteps."""
         return len(self.alphas_bar)
 
-    def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
+    def level(self, low: Array, high: Array, u: Array) -> Array:
         """The timestep a fraction u in [0, 1) of the way from low to high, both integers.
 
         It is low + floor(u (high - low)). In float32, floor(low + u (high - low)) can be ``high``.
@@ -286,7 +286,7 @@ class GaussianDiffusion(Process):
         """(B,) terms of the variational bound in bits per dimension (DDPM, eqs. 5 and 13)."""
         constants = jax.tree.map(lambda table: posterior.gather(table, t), self._posterior)
         mean = posterior.mean(constants, predicted_x0, x_t)
-        log_variance = posterior.log_variance(constants, (variance + 1) / 2)
+        log_variance = jnp.asarray(posterior.log_variance(constants, (variance + 1) / 2))
         shift = posterior.mean(constants, x0, x_t) - mean
         log_ratio = constants.log_least - log_variance
         kl = 0.5 * (jnp.expm1(log_ratio) - log_ratio + shift**2 * jnp.exp(-log_variance))

@@ -54,10 +54,10 @@ def forward_variance(steps: Steps) -> np.ndarray:
 
 def mean(constants: Posterior, x0: jax.Array, x: jax.Array) -> jax.Array:
     """Mean of q(x_s | x_t, x_0)."""
-    return constants.x0 * x0 + constants.x * x
+    return x0 * constants.x0 + x * constants.x
 
 
-def log_variance(constants: Posterior, fraction: jax.Array | float) -> jax.Array:
+def log_variance(constants: Posterior, fraction: jax.Array | float) -> jax.Array | np.ndarray:
     """Log-variance, a fraction of the way from least to greatest (improved DDPM, eq. 15)."""
     return fraction * constants.log_greatest + (1 - fraction) * constants.log_least
 

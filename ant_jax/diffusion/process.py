@@ -8,11 +8,13 @@ immutable and hashable, and a component returns the same or an equal object for 
 
 import abc
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
+# Arrays of one of the two libraries, which give an array of the same.
+Array = TypeVar("Array", jax.Array, np.ndarray)
 # The network with its parameters bound: (x, t, y) -> output.
 Denoise = Callable[[jax.Array, jax.Array, jax.Array | None], jax.Array]
 
@@ -69,7 +71,7 @@ class Process(abc.ABC):
         """The upper end of the levels: the integer T of levels 0 .. T - 1, or 1.0 of [0, 1]."""
 
     @abc.abstractmethod
-    def level(self, low: jax.Array, high: jax.Array, u: jax.Array) -> jax.Array:
+    def level(self, low: Array, high: Array, u: Array) -> Array:
         """The level a fraction u in [0, 1) of the way from low to high, by the process's density.
 
         NumPy arrays are accepted too, and are computed in their own precision.
@@ -78,7 +80,7 @@ class Process(abc.ABC):
           Levels in [low, high), whatever the rounding.
         """
 
-    def cdf(self, t: np.ndarray) -> np.ndarray:
+    def cdf(self, t: Array) -> Array:
         """How much of the training density lies below the level t, NumPy or JAX.
 
         The number of timesteps for discrete levels, a share in [0, 1] for continuous ones.

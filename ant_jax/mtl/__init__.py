@@ -5,6 +5,8 @@ So are the methods of the folder `aggregators`, which stand in place of `combine
 """
 
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from ant_jax import settings
 from ant_jax.mtl import aggregators
@@ -25,6 +27,10 @@ globals().update(
     {name: settings.resolve(sys.modules[__name__], name, Weighting) for name in _METHODS}
 )
 globals().update({name: getattr(aggregators, name) for name in aggregators.__all__})
+if TYPE_CHECKING:
+    # Type checkers can't list the folder.
+    def __getattr__(name: str) -> Callable[..., Any]: ...
+
 
 __all__ = [
     "Backward",

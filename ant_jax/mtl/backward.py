@@ -109,32 +109,32 @@ def backward(
         return (losses, None) if scale is None else (losses * scale, losses)
 
     if tasks is None:
-        counts = jnp.ones(k)
+        counts, factors = jnp.ones(k), None
         parts_in_all = microbatches * devices
 
-        def task_losses(params, part):
-            losses, each = example_losses(params, part[0])
+        def means(losses: jax.Array, tasks: Any) -> jax.Array:
+            del tasks
             if losses.shape != (k,):
                 raise ValueError(f"losses_fn must return k = {k} losses, got shape {losses.shape}")
-            return losses / parts_in_all, each
+            return losses / parts_in_all
 
     else:
         counts = global_sum(jax.nn.one_hot(tasks, k).sum(0), axis_name)
         factors = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1), 0)
 
-        def means(losses, tasks):
+        def means(losses: jax.Array, tasks: Any) -> jax.Array:
             mask = tasks[:, None] == jnp.arange(k)
             # Selected, not multiplied: one NaN shows in its own task alone.
             return jnp.where(mask, losses[:, None], 0).sum(0) * factors
 
-        def task_losses(params, part):
-            examples, tasks = part
-            losses, each = example_losses(params, examples)
-            return means(losses, tasks), each
+    def task_losses(params, part):
+        examples, tasks = part
+        losses, each = example_losses(params, examples)
+        return means(losses, tasks), each
 
     def learn(weighting_state, each):
         """The method's state after it has learned from the losses of the examples."""
-        if of_level is None:
+        if of_level is None or levels is None:
             return weighting_state
         gradient = global_sum(of_level.gradient(weighting_state, levels, each), axis_name)
         gradient = jax.tree.map(lambda leaf: leaf / counts.sum(), gradient)

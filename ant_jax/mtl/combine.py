@@ -82,11 +82,13 @@ def combine(
     refuse_rules(weighting)
     k = weighting.k
 
-    def init(params):
+    def init(params) -> Any:
         del params
         return init_combine(weighting)
 
-    def update(updates, state, params=None, *, losses=None, counts=None, **extra_args):
+    def update(
+        updates, state, params=None, *, losses=None, counts=None, **extra_args
+    ) -> tuple[Any, Any]:
         del params, extra_args
         if "losses" in weighting.needs and losses is None:
             raise ValueError("this weighting needs the task losses: update(..., losses=losses)")

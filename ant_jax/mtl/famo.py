@@ -82,7 +82,7 @@ def exact_update(
 def _updated(state, changes, present, adam, weight_decay):
     z = jax.nn.softmax(state.logits, where=present)
     gradients = z * (changes - jnp.sum(z * changes)) + weight_decay * state.logits
-    return FamoState(*adam_step(adam, gradients, *state, present))
+    return FamoState(*adam_step(adam, gradients, state.logits, state.adam, present))
 
 
 def famo(

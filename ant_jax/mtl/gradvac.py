@@ -22,7 +22,7 @@ class GradvacState(NamedTuple):
     """
 
     phi: jax.Array
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def gradvac(

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def keeping_axes() -> Iterator[None]:
         _flatten.reset(token)
 
 
-def gramian(stacked: jax.typing.ArrayLike) -> jax.Array:
+def gramian(stacked: Any) -> jax.Array:
     """Inner products of k gradients, ``G = J J^T``.
 
     Args:
@@ -40,7 +41,7 @@ def gramian(stacked: jax.typing.ArrayLike) -> jax.Array:
             rows = rows.reshape(len(rows), -1)
         axes = tuple(range(1, rows.ndim))
         grams.append(jnp.tensordot(rows, rows, (axes, axes), precision="highest"))
-    return sum(grams)
+    return jnp.asarray(sum(grams))
 
 
 def pairwise_cosines(gram: jax.Array) -> jax.Array:

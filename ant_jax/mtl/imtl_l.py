@@ -62,7 +62,8 @@ def imtl_l(k: int, learning_rate: Annotated[float, Number(above=0)] = 0.025) -> 
         scale = jnp.exp(state.log_scale)
         gradients = scale * stats.losses - 1
         bound = lambda s: jnp.minimum(s, _MOST)
-        state = ImtlLState(*adam_step(adam, gradients, *state, present, bound))
-        return jnp.where(present, scale / jnp.maximum(present.sum(), 1), 0), state
+        after = adam_step(adam, gradients, state.log_scale, state.adam, present, bound)
+        weights = jnp.where(present, scale / jnp.maximum(present.sum(), 1), 0)
+        return weights, ImtlLState(*after)
 
     return Weighting(init=init, weigh=weigh, k=k, needs=frozenset({"losses"}))

@@ -30,7 +30,7 @@ class PikeState(NamedTuple):
     log_shares: jax.Array
     norms: jax.Array
     variances: jax.Array
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def pike(

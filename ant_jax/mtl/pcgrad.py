@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from ant_jax.mtl.weighting import Weighting, check_arguments
 
 
-def projection_orders(seed: int, count: jax.Array, k: int) -> jax.Array:
+def projection_orders(seed: int | jax.Array, count: jax.Array, k: int) -> jax.Array:
     """Orders in which each gradient is projected on the others, int32 of shape (k, k).
 
     Row i is a random permutation of all k tasks, task i itself is skipped. A function of

@@ -58,6 +58,7 @@ def adam_step(
       The values and the state after the step.
     """
     gradients = jnp.clip(gradients, -_LARGEST_GRADIENT, _LARGEST_GRADIENT)
-    updates, after = jax.vmap(adam.update)(gradients, state)
+    step: Callable[..., Any] = jax.vmap(adam.update)
+    updates, after = step(gradients, state)
     moved = (bound(values + updates), after)
     return jax.tree.map(lambda new, old: jnp.where(present, new, old), moved, (values, state))

@@ -52,7 +52,7 @@ def by_task(found: Backward, task_of_block: jax.Array, k: int) -> Backward:
     stats = _of_tasks(TaskStats(found.losses, state.gram, found.counts), member)
     weights = jnp.where(member, state.weights, 0).sum(1)
     state = CombineState(state.weighting_state, weights, stats.gram)
-    return Backward(found.gradient, stats.losses, stats.counts, state)
+    return found._replace(losses=stats.losses, counts=stats.counts, state=state)
 
 
 def members(task_of_block: jax.Array, k: int) -> jax.Array:

@@ -57,7 +57,7 @@ def uncertainty(k: int, learning_rate: Annotated[float, Number(above=0)] = 0.025
         scale = jnp.exp(-state.log_variance)
         grads = 0.5 * (1 - scale * stats.losses / k)
         bound = lambda s: jnp.maximum(s, _LEAST)
-        state = UncertaintyState(*adam_step(adam, grads, *state, present, bound))
-        return jnp.where(present, scale / (2 * k), 0.0), state
+        after = adam_step(adam, grads, state.log_variance, state.adam, present, bound)
+        return jnp.where(present, scale / (2 * k), 0.0), UncertaintyState(*after)
 
     return Weighting(init=init, weigh=weigh, k=k, needs=frozenset({"losses"}))

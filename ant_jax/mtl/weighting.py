@@ -115,22 +115,21 @@ def check_needs(weighting: Weighting) -> None:
 
 def lifted(weighting: Weighting) -> Weighting:
     """The method whose rules find its state in the field ``state`` of a wrapper's state."""
-    levels, blocks = weighting.levels, weighting.blocks
-    if levels is not None:
-        levels = LevelRule(
-            lambda state, of: weighting.levels.weights(state.state, of),
-            lambda state, *found: weighting.levels.gradient(state.state, *found),
-            lambda state, gradient: state._replace(
-                state=weighting.levels.update(state.state, gradient)
-            ),
+    if (levels := weighting.levels) is not None:
+        of_level = LevelRule(
+            lambda state, of: levels.weights(state.state, of),
+            lambda state, *found: levels.gradient(state.state, *found),
+            lambda state, gradient: state._replace(state=levels.update(state.state, gradient)),
         )
-    if blocks is not None:
-        blocks = BlockRule(
-            weighting.blocks.n,
-            lambda state: weighting.blocks.tasks(state.state),
-            lambda state, *found: state._replace(state=weighting.blocks.learn(state.state, *found)),
+        weighting = weighting._replace(levels=of_level)
+    if (blocks := weighting.blocks) is not None:
+        of_block = BlockRule(
+            blocks.n,
+            lambda state: blocks.tasks(state.state),
+            lambda state, *found: state._replace(state=blocks.learn(state.state, *found)),
         )
-    return weighting._replace(levels=levels, blocks=blocks)
+        weighting = weighting._replace(blocks=of_block)
+    return weighting
 
 
 def refuse_rules(weighting: Weighting) -> None:

@@ -22,7 +22,7 @@ class EveryState(NamedTuple):
     state: State
     weights: jax.Array
     known: jax.Array
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 class CrMogmState(NamedTuple):

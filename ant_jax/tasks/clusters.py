@@ -26,9 +26,7 @@ def levels(process: Process) -> np.ndarray:
     """
     if isinstance(process.span, int):
         return np.arange(process.span)
-    return process.level(
-        np.float64(0), np.float64(process.span), (np.arange(_LEVELS) + 0.5) / _LEVELS
-    )
+    return _shares(process, (np.arange(_LEVELS) + 0.5) / _LEVELS)
 
 
 def log_sigma(process: Process, t: jax.Array) -> jax.Array:
@@ -51,8 +49,13 @@ def level_boundaries(process: Process, positions: np.ndarray) -> np.ndarray:
     """
     if isinstance(process.span, int):
         return positions
-    inner = process.level(np.float64(0), np.float64(process.span), positions[1:-1] / _LEVELS)
+    inner = _shares(process, positions[1:-1] / _LEVELS)
     return np.concatenate([[0.0], inner, [process.span]])
+
+
+def _shares(process, shares):
+    """The levels below which these shares of the whole density lie, float64."""
+    return np.asarray(process.level(np.zeros(()), np.full((), process.span, float), shares))
 
 
 def assign(index: Any, total: int, k: int) -> Any:
@@ -85,7 +88,7 @@ def suppressed(
     Returns:
       ``(low, high, u) -> level``, as `diffusion.Process.level`.
     """
-    border = np.clip(process.at_log_snr(np.float64(log_snr)), 0, process.span)
+    border = np.clip(process.at_log_snr(np.asarray(log_snr, np.float64)), 0, process.span)
     border = np.float32(process.cdf(border))
 
     def level(low, high, u):
@@ -151,14 +154,13 @@ def draw(
     bounds = jnp.asarray(boundaries)
     if how == "stratified":
         if task_of_block is None:
-            task = assign(index, total, len(boundaries) - 1)
+            task = assign(index, total, len(bounds) - 1)
         else:
             task = task_of_block[assign(index, total, len(task_of_block))]
-        low, high = bounds[task], bounds[task + 1]
+        t = level(bounds[task], bounds[task + 1], uniform)
     else:
         lowest = 0 if task_of_block is None else bounds[task_of_block[0]]
         low, high = (jnp.full(index.shape, end, bounds.dtype) for end in (lowest, bounds[-1]))
-    t = level(low, high, uniform)
-    if how != "stratified":
+        t = level(low, high, uniform)
         task = assign_clusters(t, bounds)
     return t if order is None else jnp.asarray(order)[t], task

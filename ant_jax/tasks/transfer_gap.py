@@ -63,7 +63,7 @@ def transfer_gap(
     def mixed_with(specialist, interval):
         params = jax.tree.map(lambda *leaves: jnp.stack(leaves), multi_task, specialist)
         edges = np.array([0, *interval, boundaries[-1]])
-        return distance(switch_by_level(apply_fn, params, edges, [0, 1, 0]))
+        return distance(switch_by_level(apply_fn, params, edges, np.array([0, 1, 0])))
 
     alone = mixed_with(multi_task, (0, 0))
     mixed = np.array(

@@ -82,7 +82,7 @@ def _coefficients(
 
 def _step(predict: Any, x: jax.Array, level: Level, own: _Coefficients, noise: jax.Array) -> Any:
     del level
-    x = own.scale * x + own.fresh * noise
+    x = x * own.scale + noise * own.fresh
     first = predict(x, own.at)
     euler = own.below.signal * first.x0 + own.below.noise * first.noise
 

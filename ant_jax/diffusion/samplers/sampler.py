@@ -51,9 +51,9 @@ class Level(NamedTuple):
     Each is (S,) for S steps, or a scalar.
     """
 
-    t: jax.Array
-    signal: jax.Array
-    noise: jax.Array
+    t: jax.Array | np.ndarray
+    signal: jax.Array | np.ndarray
+    noise: jax.Array | np.ndarray
 
 
 # From noised data and its level to the prediction, with guidance and clipping applied.
@@ -127,9 +127,11 @@ class Sampler(NamedTuple):
         if y is not None and jnp.shape(y)[:1] != (batch,):
             raise ValueError(f"y must have the batch size {batch}, got the shape {jnp.shape(y)}")
         guidance = _by_channel(options.guidance, options.guidance_channels, shape[-1])
-        guided = np.any(np.not_equal(guidance, 1))
-        if guided and (y is None or null_label is None):
-            raise ValueError("guidance needs both y and null_label")
+        guided, unlabelled = np.any(np.not_equal(guidance, 1)), None
+        if guided:
+            if y is None or null_label is None:
+                raise ValueError("guidance needs both y and null_label")
+            unlabelled = jnp.full_like(y, null_label)
         low, high = options.guidance_low, options.guidance_high
         if low >= high:
             raise ValueError(f"guidance_low must be below guidance_high, got {low} and {high}")
@@ -141,7 +143,7 @@ class Sampler(NamedTuple):
             denoise if isinstance(denoise, Partial) else Partial(denoise),
             keys,
             y,
-            jnp.full_like(y, null_label) if guided else None,
+            unlabelled,
             jnp.float32(guidance),
             jnp.float32(steps.start),
             jnp.float32(interval) if guided and interval != (0, np.inf) else None,

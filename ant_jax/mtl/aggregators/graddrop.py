@@ -15,7 +15,7 @@ from ant_jax.settings import Number
 class GradDropState(NamedTuple):
     """Number of calls, int32."""
 
-    count: jax.Array
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def entry_draws(key: jax.Array, start: jax.Array, size: int) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from optax.experimental import aggregating
 
 from ant_jax.mtl.combine import check_rows, check_vectors, present_rows, where_finite
@@ -15,7 +16,7 @@ from ant_jax.mtl.weighting import State
 def on_parts(
     k: int,
     axis_name: str | None,
-    init: Callable[[Any], State],
+    init: optax.TransformInitFn,
     aggregate: Callable[[Any, jax.Array, State], tuple[Any, State]],
 ) -> aggregating.Aggregator:
     """An `Aggregator` from a rule for this device's part of the entries.

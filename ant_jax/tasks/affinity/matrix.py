@@ -1,6 +1,7 @@
 """Matrices of task affinities: their grid, file, interpolation and profile. Needs only NumPy."""
 
 import math
+import sys
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -23,7 +24,7 @@ class GapProfile(NamedTuple):
     centres: np.ndarray
     mean: np.ndarray
     std: np.ndarray
-    count: np.ndarray
+    count: np.ndarray  # pyright: ignore[reportIncompatibleMethodOverride]
 
 
 def timestep_grid(num_timesteps: int, n: int) -> np.ndarray:
@@ -231,7 +232,7 @@ def _check_grid(affinity, timesteps, num_timesteps):
 
 def _short(array):
     """On one line."""
-    text = np.array2string(array, threshold=6, separator=", ", max_line_width=math.inf)
+    text = np.array2string(array, threshold=6, separator=", ", max_line_width=sys.maxsize)
     return " ".join(text.split())
 
 
