@@ -17,7 +17,7 @@ from ant_jax.config import ConfigError
 from ant_jax.data.pipeline import epoch_order
 from ant_jax.latents import codec as codec_lib
 from ant_jax.latents.shards import LatentInfo, as_kept, complete, shard_path, write_shard
-from ant_jax.runtime import processes
+from ant_jax.runtime import logs, processes
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.runtime.progress import with_time_left
@@ -43,6 +43,7 @@ def encode(config: ConfigDict) -> Path:
       InUseError: if another job encodes into the same folder.
       OSError: if a shard cannot be written.
     """
+    logs.show_progress()
     config_lib.validate(config)
     settings = config.autoencoder
     if not settings.name:
@@ -76,7 +77,10 @@ def _encode(config, source, codec, directory, shape):
     mine = _share(missing)
     if mine:
         logging.info(
-            "encoding %d images, %d shards to go, into %s", len(source), len(mine), directory
+            "encoding %d images, %d shards to go, into %s; the encoder compiles first ...",
+            len(source),
+            len(mine),
+            directory,
         )
         _encode_shards(config, source, codec, directory, mine)
     processes.barrier()

@@ -18,7 +18,7 @@ from ant_jax import config as config_lib
 from ant_jax import evaluation, experiment, measuring, results, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.runtime import processes
+from ant_jax.runtime import logs, processes
 from ant_jax.runtime.files import user_path
 from ant_jax.runtime.progress import with_time_left
 from ant_jax.sampling import cache
@@ -49,11 +49,11 @@ def sample(config: ConfigDict, workdir: str | Path, step: int | None = None, **g
       InUseError: if another job draws the same samples.
       FloatingPointError: if samples have numbers that are not finite.
     """
+    logs.show_progress()
     workdir = user_path(workdir)
     step, setup, params = results.restore_run(config, workdir, step, **given)
     made_from, num = results.run_origin(config, workdir, step, params), config.sample.num
     with cache.folder(workdir, made_from) as place:
-        logging.info("drawing %d samples from step %d", num, step)
         _draw(config, place, step, setup, params)
         plain = workdir / "samples" / f"{step:08d}.npz"
         content = {"num_samples": num, "made_from": made_from}
@@ -105,6 +105,7 @@ def evaluate(
       InUseError: if another job draws the same samples.
       FloatingPointError: if samples or the validation loss are not finite.
     """
+    logs.show_progress()
     workdir = user_path(workdir)
     config_lib.validate(config)
     # A file of samples needs no run.
@@ -186,6 +187,9 @@ def _validation(config, step, setup, params):
         return {}
     apply_fn = experiment.denoiser(setup, params)
     everything = np.array([0, setup.process.span])
+    logging.info(
+        "validation loss on the images of %r; it compiles first ...", config.evaluation.split
+    )
     (loss,) = measuring.validation_losses(config, setup, apply_fn, everything, timesteps_each=25)
     if not np.isfinite(loss):
         raise FloatingPointError(f"step {step}: the validation loss is {loss}")
@@ -222,6 +226,7 @@ def _draw(config, place, step, setup, params):
     # The folder's name depends on the parameters and the decoder.
     processes.assert_equal(lambda: {"parameters of the run and of config.autoencoder": place.name})
     num = config.sample.num
+    logging.info("drawing %d samples of step %d; the sampler compiles first ...", num, step)
     apply_fn = experiment.denoiser(setup, params)
     draw = functools.partial(experiment.draw_samples, config, setup, apply_fn, num)
     try:

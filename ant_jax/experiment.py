@@ -266,7 +266,7 @@ def _check_frozen(pattern, model, image_shape):
     if not any(names) or all(names):
         raise ConfigError(
             f"config.optimizer.frozen = {pattern!r} matches {'all' if any(names) else 'none'} of "
-            "the parameters; the log of a run begins with a table of their names"
+            "the parameters; with --verbosity=1 the log of a run begins with a table of their names"
         )
 
 

@@ -147,6 +147,7 @@ class Pictures:
         """
         self._folder, self._draw = workdir / "samples", draw
         self.is_due, self._writer, self._guard = is_due, writer, guard
+        self._compiled = False
 
     def is_missing(self, step: int) -> bool:
         """Whether the grid of a step is missing: the run was killed after saving the checkpoint."""
@@ -161,6 +162,9 @@ class Pictures:
         processes.barrier()
 
     def _write(self, step, params):
+        if not self._compiled:
+            logging.info("compiling the sampler for pictures ...")
+            self._compiled = True
         try:
             grid = sampling.image_grid(np.concatenate([images for images, _ in self._draw(params)]))
         except FloatingPointError as error:

@@ -81,6 +81,7 @@ def train(
       FloatingPointError: at the first loss or gradient that is not finite. With
         ``config.optimizer.nonfinite = "skip"``, at the tenth in a row.
     """
+    logs.show_progress()
     workdir = user_path(workdir)
     config_lib.validate(config)
     boards.check(config.log_to)
@@ -103,7 +104,8 @@ def train(
     with workdir_lib.exclusive(workdir) as check_alone:
         if processes.is_first() and workdir_lib.recorded(workdir) != before:
             raise ConfigError(f"another run has begun in {workdir} just now: start again")
-        start = _start(config, workdir, setup, len(source))
+        start = _start(config, workdir, setup, before is not None)
+        _log_overview(config, setup, start.state, len(source))
         # All checks are done: until here nothing but the lock is written.
         run = (before or {}).get("id") or uuid.uuid4().hex
         record = workdir_lib.save_record(run, config, given, setup, source, workdir)
@@ -142,7 +144,7 @@ class _Start(NamedTuple):
     restored: bool
 
 
-def _start(config, workdir, setup, num_images):
+def _start(config, workdir, setup, has_begun):
     """Makes a new state or restores one; writes nothing."""
     directory = (workdir / "checkpoints").absolute()
     steps = processes.broadcast_from_first(lambda: checkpoint.checkpoint_steps(directory))
@@ -157,7 +159,8 @@ def _start(config, workdir, setup, num_images):
     if restored is None:
         # The state moves to the devices; no variable keeps the copy on the host.
         step, state = 0, compiled_step.new_state(config, setup, params)
-        _log_overview(config, setup, state, num_images)
+        if has_begun:
+            logging.info("the run in %s has no checkpoint yet: it begins at step 0", workdir)
     else:
         step, state = restored
         _log_resumed(config, workdir, step)
@@ -290,18 +293,37 @@ def _look_ahead(config, channels):
 
 
 def _log_overview(config, setup, state, num_images):
+    table = parameter_overview.get_parameter_overview(state.params, include_stats=False)
+    logging.debug("\n%s", table)
+    leaves = jax.tree.leaves(state.params)
     logging.info(
-        "\n%s", parameter_overview.get_parameter_overview(state.params, include_stats=False)
-    )
-    method = config.method.name
-    logging.info(
-        "%s; clusters by %s: %s; %d images; %d %s device(s)",
-        method,
-        config.clusters.name,
-        " ".join(map(str, setup.clusters.boundaries)),
+        "%s of %s parameters, %.3g MB (--verbosity=1 lists them); %d images of %s",
+        config.model.name,
+        f"{sum(leaf.size for leaf in leaves):,}",
+        sum(leaf.nbytes for leaf in leaves) / 1e6,
         num_images,
-        jax.device_count(),
-        jax.default_backend(),
+        "x".join(map(str, setup.image_shape)),
+    )
+    logging.info("%s; clusters by %s: %s", config.method.name, config.clusters.name, _tasks(setup))
+    logging.info("%d %s device(s)", jax.device_count(), jax.default_backend())
+
+
+def _tasks(setup):
+    """The noise levels of each task, and their log-SNR."""
+    boundaries, process = setup.clusters.boundaries, setup.process
+    if setup.clusters.order is not None:
+        return f"{len(boundaries) - 1} tasks of {', '.join(map(str, np.diff(boundaries)))} levels"
+    # The last level of a task is below the first of the next one, if levels are integers.
+    last = boundaries[1:] - isinstance(process.span, int)
+    return ", ".join(
+        f"t = {low:.4g}..{high:.4g} (log-SNR {snr_low:.1f}..{snr_high:.1f})"
+        for low, high, snr_low, snr_high in zip(
+            boundaries[:-1],
+            last,
+            process.log_snr(boundaries[:-1]),
+            process.log_snr(last),
+            strict=True,
+        )
     )
 
 
@@ -309,9 +331,13 @@ def _log_resumed(config, workdir, step):
     if step < config.num_steps:
         logging.info("resuming from step %d of %s", step, workdir / "checkpoints")
     else:
+        way = "set config.num_steps higher"
+        if config.optimizer.schedule != "constant":
+            way = f"begin another run with config.init_from = '{workdir}'"
         logging.info(
-            "%s is at step %d already, and config.num_steps = %d: raise it to train on",
+            "the run in %s is finished, at step %d of config.num_steps = %d; to train on, %s",
             workdir,
             step,
             config.num_steps,
+            way,
         )

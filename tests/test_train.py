@@ -209,10 +209,23 @@ def test_a_finished_run_is_left_alone(finished, monkeypatch, caplog):
     with caplog.at_level("INFO", logger="absl"):
         for again in (config, free):
             assert_same_state(trainer.train(again, workdir), expected)
-    assert caplog.text.count(f"is at step {STEPS} already, and config.num_steps = {STEPS}") == 2
+    said = f"is finished, at step {STEPS} of config.num_steps = {STEPS}; to train on, "
+    assert caplog.text.count(f"{said}set config.num_steps higher") == 2
+    assert "uncertainty; clusters by snr: t = 0.." in caplog.text
+    config.optimizer.schedule = "cosine"
+    trainer._log_resumed(config, Path("w"), STEPS)
+    assert f"{said}begin another run with config.init_from = 'w'" in caplog.text
     after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     for path in content.keys() - {workdir / "config.json"}:
         assert after[path] == content[path], path
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_says_so(tmp_path, caplog):
+    config = tiny(num_steps=1)
+    workdir_lib.save_config(config, tmp_path)
+    with caplog.at_level("INFO", logger="absl"):
+        trainer.train(config, tmp_path)
+    assert f"the run in {tmp_path} has no checkpoint yet: it begins at step 0" in caplog.text
 
 
 def test_another_config_is_refused_with_both_values(finished, monkeypatch):

@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 from logging import WARNING
+from logging import root as root_logger
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from absl import logging
+from absl import flags, logging
 
 from ant_jax.runtime import processes
 from ant_jax.runtime.boards import Board
@@ -217,6 +218,18 @@ def columns(path: Path) -> dict[str, np.ndarray]:
         filled = [nothing if value is None else value for value in values]
         found[name] = np.array(filled, np.int64 if name == "step" else np.float64)
     return found
+
+
+def show_progress() -> None:
+    """Shows the log where no program has decided what to show: in Python and in notebooks."""
+    if flags.FLAGS.is_parsed() or not flags.FLAGS["verbosity"].using_default_value:
+        return
+    if not root_logger.handlers:
+        logging.use_absl_handler()
+        quiet_console()
+        # That there are no flags is no news here.
+        logging._warn_preinit_stderr = False
+    logging.set_verbosity(logging.INFO)
 
 
 def quiet_console() -> None:

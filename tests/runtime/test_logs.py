@@ -1,6 +1,7 @@
 import json
 import logging
 
+import forked
 import numpy as np
 import pytest
 
@@ -11,6 +12,16 @@ def step_metrics(loss, cluster_losses, counts):
     """One step as the train step returns it."""
     values = {"loss": loss, "cluster_losses": cluster_losses, "counts": counts}
     return {name: np.asarray(value, np.float32) for name, value in values.items()}
+
+
+def test_progress_is_shown_in_python_too(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from ant_jax.runtime import logs, progress\n"
+        "logs.show_progress()\nprogress.Progress(0, 2, 3).line(1, 0.5)"
+    )
+    ((status, said),) = forked.run([[script]], devices=1)
+    assert status == 0 and said.startswith("step 1/2  loss 0.5000  ")
 
 
 def test_the_interval_weights_cluster_losses_by_their_counts():
