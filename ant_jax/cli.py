@@ -1,6 +1,7 @@
 """The command line: the config, the workdir, and errors of one line."""
 
 import contextlib
+import hashlib
 import os
 import re
 import sys
@@ -193,7 +194,7 @@ def config_of(workdir: Path | None) -> ConfigDict:
 
 
 def usable_workdir(name: str | None) -> Path:
-    """The workdir; the default name comes from the config.
+    """The workdir; the default name has the config file, and what the command line changes in it.
 
     Raises:
       ConfigError: if no file can be written there.
@@ -201,9 +202,7 @@ def usable_workdir(name: str | None) -> Path:
     flag = flags.FLAGS["config"]
     if name is None:
         config_lib.validate(flag.value)
-        file, settings = config_flags.get_config_filename(flag).split(":")[0], flag.value
-        name = f"runs/{Path(file).stem}-{settings.method.name}-{settings.clusters.name}"
-        name += f"-{settings.seed}"
+        name = f"runs/{_name_of_run(flag)}"
     workdir = user_path(name)
     above = next(each for each in (workdir, *workdir.absolute().parents) if os.path.exists(each))
     if not above.is_dir():
@@ -211,6 +210,31 @@ def usable_workdir(name: str | None) -> Path:
     if not os.access(above, os.W_OK | os.X_OK):
         raise ConfigError(f"--workdir={name}: nothing can be written in {above}")
     return workdir
+
+
+# A name of a folder has at most 255 bytes.
+_LONGEST = 200
+
+
+def _name_of_run(flag):
+    """A name that differs between runs of which none can go on as the other."""
+    config, read = flag.value, config_flags.get_config_filename(flag)
+    file, _, argument = read.partition(":")
+    tasks = [config.method.name, config.clusters.name]
+    others = [word for word in argument.split(",") if word and word not in tasks]
+    plain = config_lib.flatten(config_file.read(read))
+    in_name = {"method.name", "clusters.name", "seed"} | config_lib.may_change(config)
+    changes = {
+        name: value
+        for name, value in sorted(config_flags.get_override_values(flag).items())
+        if name not in in_name and value != plain.get(name)
+    }
+    tasks = [task.rpartition(":")[2] for task in tasks]
+    words = [Path(file).stem, *others, *tasks, str(config.seed), *config_lib.in_words(changes)]
+    name = "-".join(words)
+    if len(name) > _LONGEST:
+        name = name[:_LONGEST] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name
 
 
 def settings_to_compare(config: ConfigDict, workdir: Path | None, **named: Any) -> dict[str, Any]:

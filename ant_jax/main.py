@@ -40,7 +40,10 @@ cli.define_processes()
 # --help lists these too.
 flags.adopt_module_key_flags(cli)
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder of the run; default runs/CONFIG-METHOD-CLUSTERS-SEED."
+    "workdir",
+    None,
+    "Folder of the run; default runs/CONFIG-METHOD-CLUSTERS-SEED, followed by other settings of "
+    "the command line that a run cannot change.",
 )
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default the newest.", lower_bound=1)

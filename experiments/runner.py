@@ -161,16 +161,9 @@ def make_run(
     config.checkpoint.keep_period = every
     config.checkpoint.every = math.gcd(every, config.checkpoint.every)
     steps = [*range(every, config.num_steps, every), config.num_steps]
-    words = [f"{key}={_in_a_name(value)}" for key, value in settings.items()]
     count = len(steps) if measurements is None else measurements
-    name = "-".join([method, clusters, *words, f"seed={seed}"])
+    name = "-".join([method, clusters, *config_lib.in_words(settings), f"seed={seed}"])
     return Run(name, config, tuple(steps[len(steps) - count :]))
-
-
-def _in_a_name(value):
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return Path(value).stem if isinstance(value, str) else value
 
 
 def print_plan(stages: dict[str, Sequence[Run]], out: Path, preset: Preset) -> None:

@@ -281,6 +281,28 @@ def test_the_console_command_is_the_same_program(tmp_path):
     assert "give the workdir of a run" in reported
 
 
+NAMES = {
+    "digits-nash-snr-0": ["--config.optimizer.learning_rate=0.003", "--config.num_steps=5"],
+    "digits-nash-snr-3-optimizer.learning_rate=0.01": [
+        *("--config.seed=3", "--config.optimizer.learning_rate=0.01", "--config.log_every=5")
+    ],
+    "digits-nash-snr-0-num_steps=50-optimizer.schedule=cosine": [
+        *("--config.optimizer.schedule=cosine", "--config.num_steps=50")
+    ],
+    "fashion-14-nash-snr-0": ["--config=configs/fashion.py:nash,snr,14"],
+}
+
+
+def test_runs_that_differ_have_workdirs_that_differ(tmp_path):
+    script = tmp_path / "name.py"
+    script.write_text(
+        "import sys\nfrom ant_jax import cli\n"
+        "cli.define_config()\ncli.parse_flags(sys.argv)\nprint(cli.usable_workdir(None))"
+    )
+    ended = forked.run([[script, *line] for line in NAMES.values()], devices=1)
+    assert ended == [(0, f"runs/{name}\n") for name in NAMES]
+
+
 def test_names_of_components_are_known_before_the_other_settings():
     line = ["main", "--config=x", "--config.model.name=unet", "-config.method.name", "nash", "--a"]
     line += [

@@ -21,13 +21,14 @@ from ant_jax.config.editing import (
     affecting,
     default_config,
     from_json,
+    in_words,
     meaning,
     per_process_settings,
     program,
     update,
 )
 from ant_jax.config.groups import GROUPS
-from ant_jax.config.validation import check_same, unknown_setting, validate, warnings_of
+from ant_jax.config.validation import check_same, may_change, unknown_setting, validate, warnings_of
 
 __all__ = [
     "GROUPS",
@@ -43,6 +44,8 @@ __all__ = [
     "default_config",
     "flatten",
     "from_json",
+    "in_words",
+    "may_change",
     "meaning",
     "per_process_settings",
     "program",

@@ -1,6 +1,7 @@
 """Configs with their defaults, changes of them, and the parts that others depend on."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -87,6 +88,17 @@ def _fill(config, group, former=None):
 def _alike(one, other):
     parts = lambda setting: (setting.kinds, setting.check.allowed, setting.default)
     return parts(one) == parts(other)
+
+
+def in_words(changes: Mapping[str, Any]) -> list[str]:
+    """Settings by ``"group.name"`` as words for the name of a folder, such as "seed=3"."""
+
+    def word(value):
+        if isinstance(value, tuple):
+            return ",".join(map(str, value))
+        return Path(value).stem if isinstance(value, str) else value
+
+    return [f"{name}={word(value)}" for name, value in changes.items()]
 
 
 def affecting(config: ConfigDict, affects: Affects) -> dict[str, Any]:

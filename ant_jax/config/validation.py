@@ -218,6 +218,13 @@ def warnings_of(config: ConfigDict, training: bool) -> list[str]:
     return [line for holds, line in lines + lines_of_training * training if holds]
 
 
+def may_change(config: ConfigDict) -> set[str]:
+    """The settings, by ``"group.name"``, that may change when a run goes on."""
+    known = settings_of_config(config)
+    free = {name for name, setting in known.items() if not setting.affects & Affects.PARAMETERS}
+    return free | ({"num_steps"} if config.optimizer.schedule == "constant" else set())
+
+
 def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike) -> None:
     """Checks that a config describes the run in a workdir.
 
@@ -228,10 +235,7 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike
       ConfigError: naming the settings that differ and both values.
     """
     there, now = flatten(saved), flatten(config)
-    known = settings_of_config(saved) | settings_of_config(config)
-    free = {name for name, setting in known.items() if not setting.affects & Affects.PARAMETERS}
-    if now["optimizer.schedule"] == "constant":
-        free.add("num_steps")
+    free = may_change(saved) | may_change(config)
     # If the components differ, the settings that only one of them has need no line.
     changed = [group for name, group in component_names().items() if there[name] != now[name]]
     others = {name for name in there.keys() ^ now.keys() if name.partition(".")[0] in changed}
