@@ -85,6 +85,10 @@ def _run(name):
     mode = getattr(importlib.import_module(f"ant_jax.{_MODES[name][0]}"), name)
     # Latents do not belong to a run.
     workdir = None if name == "encode" else cli.usable_workdir(_WORKDIR.value)
+    if name == "report":
+        # It shows the config that the workdir records.
+        mode(workdir)
+        return
     config = cli.config_of(workdir)
     processes.assert_equal(
         lambda: cli.settings_to_compare(
@@ -97,12 +101,12 @@ def _run(name):
         mode(config)
         return
     logging.info("%s in %s", name, workdir)
-    if processes.is_first() and name not in ("export", "report"):
+    if processes.is_first() and name != "export":
         for line in config_lib.warnings_of(config, training=name == "train"):
             logging.warning("%s", line)
     compilation_cache.enable()
     processes.check_shared(workdir)
-    more = {"export": [_STEP.value, _LAYOUT.value], "train": [], "report": []}
+    more = {"export": [_STEP.value, _LAYOUT.value], "train": []}
     mode(config, workdir, *more.get(name, [_STEP.value]))
 
 

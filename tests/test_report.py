@@ -127,7 +127,7 @@ def test_runs_side_by_side(tmp_path):
 
 def test_the_report_of_one_run_shows_what_has_no_default(tmp_path):
     workdir = make_run(tmp_path / "run", lines=1, k=1)
-    path = report.report(None, workdir)
+    path = report.report(workdir)
     assert path == workdir / "report.html"
     content = content_of(path)
     settings = {each["name"]: each["values"] for each in content["settings"]}
@@ -140,7 +140,7 @@ def test_the_report_of_one_run_shows_what_has_no_default(tmp_path):
 
 def test_a_long_run_is_thinned_to_means_between_its_extremes(tmp_path):
     workdir = make_run(tmp_path / "run", lines=2500)
-    curves = content_of(report.report(None, workdir))["runs"][0]["curves"]
+    curves = content_of(report.report(workdir))["runs"][0]["curves"]
     step, loss = np.array(curves["step"]), np.array(curves["loss"])
     assert len(step) == 1000 and step[-1] == 250_000 and curves["per_point"] == 3
     number = np.diff(step, prepend=0) / 100

@@ -5,7 +5,6 @@ from datetime import datetime
 from pathlib import Path
 
 from absl import logging
-from ml_collections import ConfigDict
 
 from ant_jax.config import ConfigError
 from ant_jax.report import page, runs, summary
@@ -13,14 +12,8 @@ from ant_jax.runtime import extras
 from ant_jax.runtime.files import user_path, write_bytes
 
 
-def report(config: ConfigDict, workdir: str | Path) -> Path:
-    """Writes ``report.html`` into the workdir of a run; see `write`.
-
-    Args:
-      config: not used; the report shows the config that the workdir records.
-      workdir: of the run.
-    """
-    del config
+def report(workdir: str | Path) -> Path:
+    """Writes ``report.html`` into the workdir of a run; see `write`."""
     path = write([workdir], user_path(workdir) / "report.html")
     logging.info("report: %s", path)
     return path

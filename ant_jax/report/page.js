@@ -170,8 +170,23 @@ function xOf(points) {
   return (points.seconds || []).map((value) => (value === null ? null : value / unit));
 }
 
-// Labels at 1, 2 and 5 of each power of ten are enough for a small chart.
-const yAxis = (log) => (log ? { type: "log", dtick: "D2", tickformat: "~g" } : { type: "linear" });
+function ends(values, positive) {
+  let [low, high] = [Infinity, -Infinity];
+  for (const value of values) {
+    if (value === null || (positive && value <= 0)) continue;
+    [low, high] = [Math.min(low, value), Math.max(high, value)];
+  }
+  return [low, high];
+}
+
+const heights = (traces) => traces.flatMap((trace) => trace.y);
+
+// On a logarithmic axis, labels at 1, 2 and 5 of each power of ten, if these are enough.
+function yAxis(log, values) {
+  if (!log) return { type: "linear" };
+  const [low, high] = ends(values, true);
+  return { type: "log", tickformat: "~g", ...(high > 4 * low ? { dtick: "D2" } : { nticks: 6 }) };
+}
 
 const xAxis = () => ({
   title: { text: state.x === "step" ? "step" : `${timeUnit()[1]} of training`, standoff: 6 },
@@ -332,11 +347,11 @@ function losses() {
         }
         traces.push(line(points, points[name], run.name, run.colour, { line: { dash: run.dash } }));
       }
-      return { traces, layout: { xaxis: xAxis(), yaxis: yaxis() } };
+      return { traces, layout: { xaxis: xAxis(), yaxis: yaxis(traces) } };
     });
   };
-  overlay("Loss", "loss", () => yAxis(state.scale === "log"));
-  overlay("Norm of the combined gradient", "grad_norm", () => yAxis(state.scale === "log"));
+  overlay("Loss", "loss", (traces) => yAxis(state.scale === "log", heights(traces)));
+  overlay("Norm of the combined gradient", "grad_norm", (traces) => yAxis(state.scale === "log", heights(traces)));
   overlay("Share of steps with a conflict: two task gradients with a negative cosine", "conflict", () => ({ range: [-0.03, 1.03] }));
 }
 
@@ -386,11 +401,11 @@ function measurements() {
     const traces = found.map(([run, each, name]) =>
       line(each, each.figures[state.figure], name, run.colour, { mode: "lines+markers", line: { dash: run.dash } }),
     );
-    const values = traces.flatMap((trace) => trace.y).filter((value) => value !== null);
-    const log = values.length > 0 && Math.min(...values) > 0 && Math.max(...values) > 5 * Math.min(...values);
+    const [low, high] = ends(heights(traces), false);
+    const log = low > 0 && high > 5 * low;
     return {
       traces,
-      layout: { xaxis: xAxis(), yaxis: { ...yAxis(log), title: title() }, hovermode: "closest" },
+      layout: { xaxis: xAxis(), yaxis: { ...yAxis(log, heights(traces)), title: title() }, hovermode: "closest" },
     };
   }, "figure");
 }
@@ -442,20 +457,18 @@ function clusters() {
   });
 }
 
-// The range that the curves of all shown runs have together.
-function range(name, log) {
-  let [low, high] = [Infinity, -Infinity];
-  for (const run of shown()) {
-    for (const value of (run.curves[name] || []).flat()) {
-      if (value === null || (log && value <= 0)) continue;
-      low = Math.min(low, value);
-      high = Math.max(high, value);
-    }
-  }
-  if (low > high) return undefined;
+// The axis that the curves of all shown runs have in common.
+function sharedAxis(name, log) {
+  const values = shown().flatMap((run) => (run.curves[name] || []).flat());
+  let [low, high] = ends(values, log);
+  if (low > high) return {};
   if (log) [low, high] = [Math.log10(low), Math.log10(high)];
   const room = 0.04 * (high - low) || 0.1;
-  return [low - room, high + room];
+  return { ...yAxis(log, values), range: [low - room, high + room] };
+}
+
+function xRange() {
+  return [0, Math.max(0, ...shown().map((run) => last(xOf(run.curves)) || 0)) || 1];
 }
 
 function pairs(k) {
@@ -513,10 +526,11 @@ function tasks() {
     card.append(panels);
     const ofTasks = (caption, name) => {
       if (!curves[name]) return;
-      chart(panels, caption, 240, () => ({
-        traces: curves[name].map((values, i) => line(curves, values, taskName(run, i), taskColour(i, run.k))),
-        layout: { xaxis: xAxis(), yaxis: { ...yAxis(state.scale === "log"), range: range(name, state.scale === "log") } },
-      }));
+      chart(panels, caption, 240, () => {
+        const log = state.scale === "log";
+        const traces = curves[name].map((values, i) => line(curves, values, taskName(run, i), taskColour(i, run.k)));
+        return { traces, layout: { xaxis: { ...xAxis(), range: xRange() }, yaxis: sharedAxis(name, log) } };
+      });
     };
     ofTasks("Losses", "cluster_losses");
     ofTasks("Weights", "weights");
@@ -529,7 +543,7 @@ function tasks() {
       traces: pairs(run.k).map(([i, j], n) =>
         line(curves, curves.cosines[n], `${i} and ${j}`, gapColour(j - i, run.k), { line: { width: 1.2 } }),
       ),
-      layout: { xaxis: xAxis(), yaxis: { range: range("cosines", false) } },
+      layout: { xaxis: { ...xAxis(), range: xRange() }, yaxis: sharedAxis("cosines", false) },
     }));
     const names = Array.from({ length: run.k }, (_, i) => String(i));
     chart(panels, "Gram matrix, as cosines", 240, () => ({
