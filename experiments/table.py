@@ -168,11 +168,24 @@ def compare_tuned(
 
 
 def draw_processes(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Convergence curves, one panel for each process."""
+    """Convergence curves, one panel for each process; a setting has one colour in all of them."""
     panels = {}
-    for label in results:
-        panels.setdefault(label.partition(":")[0], []).append(label)
-    draw(results, panels, path)
+    for label, group in results.items():
+        process, _, setting = label.partition(": ")
+        panels.setdefault(process, {})[setting] = group
+    names = sorted({name for panel in panels.values() for name in panel}, key="vanilla".__ne__)
+    colours = dict(zip(names, ["black", *plt.colormaps["tab10"].colors], strict=False))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(3 * len(panels), 4.4), sharey=True, squeeze=False
+    )
+    for ax, (process, panel) in zip(axes.flat, panels.items(), strict=True):
+        for name in names:
+            _draw_curve(ax, panel.get(name, []), name, colours[name])
+        _set_axes(ax, process)
+    axes[0, 0].set_ylabel(_measured(results))
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
+    report.save_figure(figure, path)
 
 
 def draw_field(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -431,42 +444,55 @@ def draw(
     results: dict[str, list[dict[str, Any]]], panels: dict[str, list[str]], path: Path
 ) -> None:
     """Draws convergence curves; the band is one standard deviation over seeds."""
-    rows = math.ceil(len(panels) / 4)
+    rows = math.ceil(len(panels) / 5)
     columns = math.ceil(len(panels) / rows)
     figure, axes = plt.subplots(
         rows, columns, figsize=(16, 5.6 * rows), sharey="row", squeeze=False, layout="constrained"
     )
-    for ax, (title, labels) in zip(axes.flat, panels.items(), strict=True):
+    for ax in axes.flat[len(panels) :]:
+        ax.set_axis_off()
+    for ax, (title, labels) in zip(axes.flat, panels.items(), strict=False):
         for label in labels:
-            group = [result for result in results.get(label, []) if not result["diverged"]]
-            if not group:
-                continue
-            steps = [row["step"] for row in group[0]["rows"]]
-            values = np.array([[quality(r, i) for i in range(len(steps))] for r in group])
-            (line,) = ax.plot(steps, values.mean(0), marker="o", ms=3, label=label)
-            deviation = values.std(0, ddof=1) if len(group) > 1 else 0
-            ax.fill_between(
-                steps,
-                values.mean(0) - deviation,
-                values.mean(0) + deviation,
-                color=line.get_color(),
-                alpha=0.15,
-            )
-        ax.set(title=title, xlabel="step", yscale="log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter("{x:g}")
-        ax.yaxis.set_minor_formatter(NullFormatter())
+            _draw_curve(ax, results.get(label, []), label)
+        _set_axes(ax, title)
         # Below the panel, where it covers no curve.
         below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "columnspacing": 1}
         ax.legend(fontsize="small", ncols=1 if len(labels) < 4 else 2, **below)
+    for ax in axes[:, 0]:
+        ax.set_ylabel(_measured(results))
+    report.save_figure(figure, path)
+
+
+def _draw_curve(ax, group, label, colour=None):
+    """The mean of the runs that reached their end, and a band of one standard deviation."""
+    group = [result for result in group if not result["diverged"]]
+    if not group:
+        return
+    steps = [row["step"] for row in group[0]["rows"]]
+    values = np.array([[quality(r, i) for i in range(len(steps))] for r in group])
+    (line,) = ax.plot(steps, values.mean(0), marker="o", ms=3, label=label, color=colour)
+    deviation = values.std(0, ddof=1) if len(group) > 1 else 0
+    ax.fill_between(
+        steps,
+        values.mean(0) - deviation,
+        values.mean(0) + deviation,
+        color=line.get_color(),
+        alpha=0.15,
+    )
+
+
+def _set_axes(ax, title):
+    ax.set(title=title, xlabel="step", yscale="log")
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _measured(results):
     has_distance = any(
         "frechet_distance" in row for group in results.values() for row in group[0]["rows"]
     )
-    for ax in axes[:, 0]:
-        ax.set_ylabel(
-            "Frechet distance to the training data" if has_distance else "validation loss"
-        )
-    report.save_figure(figure, path)
+    return "Frechet distance to the training data" if has_distance else "validation loss"
 
 
 if __name__ == "__main__":

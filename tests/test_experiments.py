@@ -120,6 +120,17 @@ def check_field(out):
     assert {row["setting"] for row in rows} == {"vanilla", "nash"}
 
 
+def test_any_number_of_panels_can_be_drawn(tmp_path):
+    rows = [{"step": step, "frechet_distance": 1 / step} for step in (1, 2)]
+    results = {"one": [{"rows": rows, "diverged": ""}]}
+    for count in (1, 5, 7):
+        table.draw(results, {f"panel {i}": ["one"] for i in range(count)}, tmp_path / "a.png")
+        check_picture(tmp_path / "a.png")
+    of_processes = {f"{name}: vanilla": results["one"] for name in ("flow", "EDM")}
+    table.draw_processes(of_processes, tmp_path / "b.png")
+    check_picture(tmp_path / "b.png")
+
+
 def test_the_field_has_every_method(tmp_path, capsys):
     with flagsaver.as_parsed(preset="field", out=str(tmp_path), dry_run="true"):
         table.main(["table"])
