@@ -260,17 +260,22 @@ def settings_to_compare(config: ConfigDict, workdir: Path | None, **named: Any) 
     }
 
 
-@contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Exits with the message of an expected error; other errors keep their traceback."""
+def expected_errors() -> tuple[type[Exception], ...]:
+    """The errors whose message is enough for a user."""
     from ant_jax.data import ExampleError
     from ant_jax.runtime.checkpoint import CheckpointError
     from ant_jax.runtime.extras import MissingExtraError
     from ant_jax.runtime.lock import InUseError
     from ant_jax.runtime.processes import DisagreementError
 
-    expected = (ConfigError, CheckpointError, DisagreementError, ExampleError, InUseError)
+    ours = (ConfigError, CheckpointError, DisagreementError, ExampleError, InUseError)
+    return (*ours, MissingExtraError, OSError, FloatingPointError)
+
+
+@contextlib.contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Exits with the message of an expected error; other errors keep their traceback."""
     try:
         yield
-    except (*expected, MissingExtraError, OSError, FloatingPointError) as error:
+    except expected_errors() as error:
         sys.exit(f"{type(error).__name__}: {error}")

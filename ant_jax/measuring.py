@@ -48,7 +48,9 @@ def check(config: ConfigDict, channels: int | None = None) -> None:
     settings = config.evaluation
     if not settings.features and (settings.samples or not settings.split):
         split = "" if settings.samples else ", or set config.evaluation.split to held-out images"
-        able = "'digits'" if config.data.name == "digits" else "'inception' or 'classifier'"
+        able = "'classifier', which needs labels, or 'inception', which needs its weights"
+        if config.data.name == "digits":
+            able = "'digits'"
         raise ConfigError(
             f"there is nothing to measure by: set config.evaluation.features to {able}{split}"
         )
@@ -73,10 +75,14 @@ def check(config: ConfigDict, channels: int | None = None) -> None:
             raise
         except ValueError as error:
             own = config_lib.arguments(config, "evaluation")
-            others = [f"config.evaluation.{name}" for name in own]
+            ways = [f"set config.evaluation.{name}" for name in own]
+            if settings.features != "classifier":
+                ways.append("use 'classifier', which needs images with labels")
+            if not own:
+                ways.append("use 'inception', which needs config.evaluation.weights")
+            ways.append("use '' and measure the loss on the images of config.evaluation.split")
             raise ConfigError(
-                f"config.evaluation.features = {settings.features!r} {error}: set "
-                f"{' or '.join([*others, 'config.evaluation.features'])}"
+                f"config.evaluation.features = {settings.features!r} {error}: {', or '.join(ways)}"
             ) from error
         if settings.metrics:
             _check_metrics(settings, every, extractor)

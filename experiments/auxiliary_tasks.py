@@ -541,4 +541,4 @@ def draw(rows: dict[str, dict[str, Result]]) -> plt.Figure:
 
 
 if __name__ == "__main__":
-    runner.start(main, presets=False)
+    runner.start(main, presets=())

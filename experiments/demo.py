@@ -144,4 +144,4 @@ def draw(runs: list[runner.Run], results: list[dict[str, Any]], out: Path, path:
 
 
 if __name__ == "__main__":
-    runner.start(main)
+    runner.start(main, _PRESETS)

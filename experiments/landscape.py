@@ -175,4 +175,4 @@ def write(out: Path, names: list[str], steps: int) -> None:
 
 
 if __name__ == "__main__":
-    runner.start(main, presets=False)
+    runner.start(main, presets=())

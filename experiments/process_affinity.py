@@ -28,8 +28,11 @@ _RATE = 6e-3
 LOG_SNR = np.linspace(-8.0, 8.0, 49)
 
 
+_SIZES = ("smoke", "digits")
+
+
 def main(argv):
-    preset, out = runner.choose(argv, {name: PRESETS[name] for name in ("smoke", "digits")})
+    preset, out = runner.choose(argv, {name: PRESETS[name] for name in _SIZES})
     plan = {name: runs_of(preset, name) for name in PROCESSES}
     every = [run for runs in plan.values() for run in runs]
     if runner.DRY_RUN.value:
@@ -129,4 +132,4 @@ def draw(matrices):
 
 
 if __name__ == "__main__":
-    runner.start(main)
+    runner.start(main, _SIZES)

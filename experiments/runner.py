@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +25,15 @@ from ml_collections import ConfigDict
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from ant_jax import cli, dataset, evaluate, experiment, measuring, train
 from ant_jax import config as config_lib
-from ant_jax import dataset, evaluate, experiment, measuring, train
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.runtime import compilation_cache, logs, progress, signals
 from ant_jax.runtime.files import user_path, write_bytes
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.settings import Affects
-from experiments.presets import Preset, make_config
+from experiments.presets import PRESETS, Preset, make_config
 
 PRESET = flags.DEFINE_string("preset", "digits", "Size of the experiment.")
 OUT = flags.DEFINE_string(
@@ -60,17 +60,22 @@ class Run(NamedTuple):
     steps: tuple[int, ...]
 
 
+class Diverged(RuntimeError):
+    """Runs that an experiment needs have diverged."""
+
+
 class Stopped(RuntimeError):
     """A run stopped on request before its end; it has saved its state."""
 
 
-def start(main: Callable[[list[str]], None], presets: bool = True) -> None:
+def start(main: Callable[[list[str]], None], presets: Collection[str] = tuple(PRESETS)) -> None:
     """Runs a command; if it is asked to stop, it prints one line and exits.
 
     Args:
       main: the command.
-      presets: whether it has presets, a dry run and workers; otherwise ``--out`` is its only flag.
+      presets: the names of its presets; without any, ``--out`` is its only flag.
     """
+    flags.FLAGS[PRESET.name].help = f"Size of the experiment: {', '.join(presets)}."
     # Without this, --help would not list the flags, because they are defined here.
     for flag in (PRESET, OUT, DRY_RUN, WORKERS) if presets else (OUT,):
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
@@ -83,7 +88,10 @@ def start(main: Callable[[list[str]], None], presets: bool = True) -> None:
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         with signals.ending_the_program("start again to resume") as stop:
             try:
-                main(argv)
+                with cli.errors_in_one_line():
+                    main(argv)
+            except Diverged as error:
+                sys.exit(str(error))
             except Stopped as error:
                 print(error, file=sys.stderr)
                 sys.exit(signals.status(stop.signum))
@@ -225,12 +233,12 @@ def finished(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[s
     """Like `execute`, but every run must reach its end.
 
     Raises:
-      RuntimeError: if runs diverged; it names them.
+      Diverged: if runs diverged; it names them.
     """
     results = execute(runs, out, title)
     diverged = [result for result in results if result["diverged"]]
     if diverged:
-        raise RuntimeError(
+        raise Diverged(
             "diverged: "
             + "; ".join(f"{result['name']}: {result['diverged']}" for result in diverged)
         )
@@ -450,6 +458,8 @@ def _run_all(runs: Sequence[Run], out: Path) -> None:
             _run(run, out)
         except Stopped:
             raise
+        except cli.expected_errors() as error:
+            raise type(error)(f"run {run.name} in {folder(run, out)}: {error}") from error
         except Exception as error:
             raise RuntimeError(f"run {run.name} in {folder(run, out)}: {error!r}") from error
 

@@ -47,12 +47,14 @@ _GRID = (3e-3, 6e-3, 1.2e-2)
 _GRID_OF_32 = (3e-4, 6e-4, 1.2e-3)
 _GRID_AT_SCALE = (5e-5, 1e-4, 2e-4)
 _TIMED_ROUNDS = 8
+# The lists of runs at the size of the digits.
+_LISTS = ("core", "ablations", "field", "processes")
 _SMOKE = ("vanilla", "nash, snr", "nash, gradient")
 
 
 def main(argv):
     digits = PRESETS["digits"]
-    presets = PRESETS | dict.fromkeys(("core", "ablations", "field", "processes"), digits)
+    presets = PRESETS | dict.fromkeys(_LISTS, digits)
     preset, out = runner.choose(argv, presets)
     name = runner.PRESET.value
     if name == "ablations":
@@ -496,4 +498,4 @@ def _measured(results):
 
 
 if __name__ == "__main__":
-    runner.start(main)
+    runner.start(main, (*PRESETS, *_LISTS))

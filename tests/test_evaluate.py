@@ -482,7 +482,7 @@ def test_an_extractor_of_ones_own_knows_the_channels_before_samples_are_drawn(
 
 
 MISTAKES = {
-    r"needs the path of the weights: pt_inception-2015.*: set config.evaluation.weights or ": {
+    r"needs the path of the weights: pt_inception-2015.*: set config.evaluation.weights, or use ": {
         "evaluation__weights": ""
     },
     r"'inception' finds no weights: there is no such file as '.*absent.pth': set config.eval": {

@@ -287,7 +287,7 @@ def test_help_lists_the_flags(command):
     _, listed = command("landscape", "--help")
     assert "--out:" in listed and "--preset:" not in listed
     _, listed = command("dynamics", "--help")
-    assert "dry_run:" in listed
+    assert "dry_run:" in listed and "Size of the experiment: smoke, digits, " in listed
 
 
 def test_a_tilde_is_the_home_in_the_name_of_the_output(tmp_path, monkeypatch):
@@ -535,7 +535,7 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(runner.train, "train", fail)
-    with pytest.raises(RuntimeError, match=r"run vanilla-snr-seed=0 in .*No space left on device"):
+    with pytest.raises(OSError, match=r"run vanilla-snr-seed=0 in .*No space left on device"):
         runner.execute([run], tmp_path)
 
 

@@ -154,7 +154,8 @@ def _validate_together(flat):
     if flat["evaluation.features"] == "digits" and flat["data.name"] != "digits":
         raise ConfigError(
             f"config.evaluation.features = 'digits' can't evaluate config.data.name = "
-            f"{flat['data.name']!r}: set it to 'classifier', 'inception' or ''"
+            f"{flat['data.name']!r}: set it to 'classifier', which needs labels, to 'inception', "
+            "which needs config.evaluation.weights, or to '' for none"
         )
 
 
@@ -245,8 +246,13 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike
         if there.get(name) != now.get(name) and name not in free and name not in others
     ]
     if differing:
+        way = "choose another --workdir, or the same settings"
+        if there["num_steps"] != now["num_steps"] and "num_steps" not in free:
+            way += (
+                f". With config.optimizer.schedule = {now['optimizer.schedule']!r} the learning "
+                "rates depend on config.num_steps: to train on, choose another --workdir and "
+                f"config.init_from = '{workdir}'"
+            )
         raise ConfigError(
-            f"the run in {workdir} has another config:\n"
-            + "\n".join(differing)
-            + "\nchoose another --workdir, or the same settings"
+            f"the run in {workdir} has another config:\n" + "\n".join(differing) + f"\n{way}"
         )

@@ -207,7 +207,7 @@ def _load(
             way = (
                 ""
                 if replace_unreadable or not isinstance(error, UnreadableImageError)
-                else ("; replace_unreadable = True takes the next image instead")
+                else ("; config.data.replace_unreadable = True takes the next image instead")
             )
             raise ExampleError(f"example {index} of {source.name}: {error!r}{way}") from error
         examples.append(example)
@@ -302,10 +302,11 @@ def check_crop(source: Source, crop: str, image_size: int | None) -> None:
     height, width, _ = source.image_shape
     if height is None or width is None:
         raise ValueError(
-            f"the images of {source.name} vary in size: choose a crop and an image_size"
+            f"the images of {source.name} may vary in size: set config.data.crop = 'center' or "
+            "'random', which scales and crops them to config.data.image_size"
         )
     if image_size is not None and (height, width) != (image_size, image_size):
         raise ValueError(
             f"the images of {source.name} are {height}x{width}: "
-            f"choose a crop for image_size {image_size}"
+            f"set config.data.crop = 'center' or 'random' for config.data.image_size = {image_size}"
         )

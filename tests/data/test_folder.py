@@ -90,7 +90,7 @@ def test_smaller_images_are_enlarged_to_the_crop(tmp_path, photograph):
 
 def test_images_of_a_folder_need_a_crop(classes):
     source = data.folder("train", classes)
-    with pytest.raises(ValueError, match="vary in size: choose a crop and an image_size"):
+    with pytest.raises(ValueError, match=r"vary in size: set config.data.crop = "):
         next(data.batches(source, batch_size=2, seed=0))
 
 
