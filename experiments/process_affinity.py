@@ -115,19 +115,21 @@ def _upper(matrix):
 
 
 def draw(matrices):
-    figure, axes = plt.subplots(
-        1, len(matrices) + 1, figsize=(3.1 * len(matrices) + 3.6, 3.4), layout="constrained"
-    )
+    figure = plt.figure(figsize=(2.7 * len(matrices) + 4.6, 3.5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[2.7 * len(matrices) + 1, 3.6])
+    axes = left.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
+    profiles = right.subplots()
     low = min(0, *(group.mean(0).min() for group in matrices.values()))
-    for ax, (name, group) in zip(axes, matrices.items(), strict=False):
-        mesh = ax.pcolormesh(LOG_SNR, LOG_SNR, group.mean(0), shading="nearest", vmin=low, vmax=1)
-        ax.set(title=name, xlabel="log-SNR", aspect="equal")
-        profile = affinity.affinity_by_gap(group.mean(0), LOG_SNR)
-        axes[-1].plot(profile.centres, profile.mean, label=name)
+    for ax, (name, group) in zip(axes, matrices.items(), strict=True):
+        mean = group.mean(0)
+        mesh = ax.pcolormesh(LOG_SNR, LOG_SNR, mean, shading="nearest", vmin=low, vmax=1)
+        ax.set(title=name, xlabel="log-SNR")
+        profile = affinity.affinity_by_gap(mean, LOG_SNR)
+        profiles.plot(profile.centres, profile.mean, label=name)
     axes[0].set_ylabel("log-SNR")
-    figure.colorbar(mesh, ax=axes[:-1], label="cosine of gradients")
-    axes[-1].set(xlabel="difference of log-SNR", ylabel="mean cosine")
-    axes[-1].legend(fontsize="small")
+    left.colorbar(mesh, ax=axes, label="cosine of gradients")
+    profiles.set(xlabel="difference of log-SNR", ylabel="mean cosine")
+    profiles.legend(fontsize="small")
     return figure
 
 
