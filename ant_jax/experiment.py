@@ -2,15 +2,17 @@
 
 import functools
 import itertools
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.tree_util import Partial
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -21,6 +23,7 @@ from ant_jax.diffusion import Process
 from ant_jax.diffusion.samplers import SampleOptions
 from ant_jax.optimizer import frozen
 from ant_jax.runtime.sharded import gathering
+from ant_jax.tasks import affinity as affinities
 from ant_jax.tasks.clusterings import Clusters
 from ant_jax.tasks.clusters import NEEDS_INTERVALS, level_boundaries, levels
 from ant_jax.train_step import check_step
@@ -171,6 +174,8 @@ def build_clusters(
         return Clusters(np.array(boundaries))
     log_snr = process.log_snr(levels(process))
     clusters = config_lib.build(config, "clusters", log_snr=log_snr, k=settings.k)
+    if settings.name == "gradient":
+        _compare_affinity(config)
     if clusters.order is not None and not isinstance(process.span, int):
         raise ConfigError(
             f"config.clusters.name = {settings.name!r} forms tasks that are no intervals, which "
@@ -180,6 +185,36 @@ def build_clusters(
     if settings.specialist >= 0:
         found = found[settings.specialist : settings.specialist + 2]
     return clusters._replace(boundaries=found if boundaries is None else np.array(boundaries))
+
+
+def behind_affinity(config: ConfigDict) -> dict[str, Any]:
+    """The settings by which one task affinity differs from another, by ``"group.name"``."""
+    own = [f"data.{name}" for name in config_lib.arguments(config, "data")]
+    data = {"data.name", "data.image_size", "autoencoder.name", *own}
+    return json.loads(
+        json.dumps(
+            {
+                name: value
+                for name, value in config_lib.flatten(config).items()
+                if name in data or name.startswith(("process.", "model."))
+            }
+        )
+    )
+
+
+def _compare_affinity(config):
+    there = affinities.made_from(os.path.expanduser(config.clusters.affinity))
+    now = behind_affinity(config)
+    differing = [name for name in there if there[name] != now.get(name)]
+    if differing:
+        logging.warning(
+            "config.clusters.affinity = %r was measured with other settings: %s",
+            config.clusters.affinity,
+            "; ".join(
+                f"config.{name}: {there[name]!r} there, {now.get(name, 'not set')!r} here"
+                for name in differing
+            ),
+        )
 
 
 def interval_scale(config: ConfigDict, process: Process, clusters: Clusters) -> np.ndarray | None:

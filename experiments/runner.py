@@ -110,7 +110,7 @@ def choose(argv: Sequence[str], presets: dict[str, Preset]) -> tuple[Preset, Pat
     name = PRESET.value
     if name not in presets:
         raise app.UsageError(f"--preset={name}: must be one of {', '.join(presets)}")
-    return presets[name], _folder(presets[name].name)
+    return presets[name], folder_of(presets[name].name)
 
 
 def out_folder(argv: Sequence[str], name: str) -> Path:
@@ -128,10 +128,11 @@ def out_folder(argv: Sequence[str], name: str) -> Path:
     for flag in (PRESET, DRY_RUN, WORKERS):
         if flag.present:
             raise app.UsageError(f"this command has no --{flag.name}")
-    return _folder(name)
+    return folder_of(name)
 
 
-def _folder(name):
+def folder_of(name: str) -> Path:
+    """The output folder: ``--out``, or one with this name."""
     try:
         out = user_path(OUT.value or f"runs/experiments/{name}")
     except OSError as error:
@@ -277,10 +278,16 @@ def kept(path: Path, source: Any, make: Callable[[], Any]) -> Any:
     return value
 
 
+def _is_measured(config):
+    """Whether a config names something to measure by, which a user's own may not."""
+    return bool(config.evaluation.features or config.evaluation.split)
+
+
 def _check(runs):
     """Raises errors before the first run, not hours later."""
     source = dataset.open_data(runs[0].config)
-    measuring.check(runs[0].config)
+    if _is_measured(runs[0].config):
+        measuring.check(runs[0].config)
     for run in runs:
         try:
             setup = experiment.build(run.config, source.image_shape[-1], source.num_classes)
@@ -473,7 +480,10 @@ def _run(run, out):
         state = train.train(run.config, workdir)
         if int(state.step) < run.config.num_steps:
             raise Stopped(f"{run.name} stopped at step {int(state.step)}: start again to resume")
-        rows = [evaluate.evaluate(run.config, workdir, step) for step in run.steps]
+        if _is_measured(run.config):
+            rows = [evaluate.evaluate(run.config, workdir, step) for step in run.steps]
+        else:
+            rows = [{"step": step} for step in run.steps]
     except FloatingPointError as error:
         diverged = str(error)
     result = {

@@ -3,34 +3,86 @@
 Trains vanilla, measures the cosines between the gradients of denoising tasks at several
 checkpoints, and draws their mean over timesteps, over log-SNR and against the gap. For gradient
 clusters (``config.clusters.name = "gradient"``), set ``config.clusters.affinity`` to the resulting
-``affinity.npz``.
+``affinity.npz``. ``--config FILE`` does this for your config, and ``--workdir DIR`` for your run,
+without training. The file remembers the noise process, the network and the data. A run with another
+process refuses the file. A run with another network or other data logs a warning.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from absl import logging
+from absl import app, flags, logging
 
 from ant_jax import config as config_lib
-from ant_jax import dataset, models, results
-from ant_jax.runtime.files import write_bytes, writing
+from ant_jax import dataset, experiment, models, results
+from ant_jax import workdir as workdir_lib
+from ant_jax.config import file as config_file
+from ant_jax.runtime.files import user_path, write_bytes, writing
 from ant_jax.tasks import affinity, clustering
 from ant_jax.tasks.clusters import level_boundaries, levels
 from experiments import report, runner
 from experiments.presets import PRESETS, Preset
 from experiments.runner import Run
 
+_CONFIG = flags.DEFINE_string(
+    "config", None, "Your config file, or FILE:ARGUMENT, instead of a preset."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "A run of yours, whose config and newest checkpoint are used; trains nothing."
+)
+
 
 def main(argv):
     preset, out = runner.choose(argv, PRESETS)
+    if _WORKDIR.value:
+        return _of_workdir(user_path(_WORKDIR.value), preset)
+    if _CONFIG.value:
+        name = Path(_CONFIG.value.partition(":")[0]).stem
+        preset = preset._replace(name=name, config=_read, settings={}, seeds=(0,))
+        out = runner.folder_of(name)
     runs = plan(preset)
     if runner.DRY_RUN.value:
         runner.print_plan({"vanilla training": runs}, out, preset)
         return
     write_report(preset, out, measure(preset, out))
+
+
+def _read(argument):
+    """The config of the command line with another method and other clusters."""
+    config = config_file.read(_CONFIG.value)
+    method, clusters = argument.split(",")
+    config_lib.update(config, {"method.name": method, "clusters.name": clusters})
+    return config
+
+
+def _of_workdir(workdir, preset):
+    config = workdir_lib.load_config(workdir)
+    if config is None:
+        raise app.UsageError(f"--workdir={workdir}: there is no run")
+    _, setup, params = results.restore_run(config, workdir, average=False)
+    every, grid = _levels(config, preset)
+    images = preset.affinity_images
+    matrix = _of_params(config, setup, params, every[grid], images, 0)
+    path = workdir / "affinity.npz"
+    _save(path, matrix, config, preset)
+    logging.info("for config.clusters.affinity: %s", path)
+
+
+def _levels(config, preset):
+    """The noise levels, and the indices of those that are measured."""
+    every = levels(config_lib.build_process(config))
+    return every, affinity.timestep_grid(len(every), min(preset.affinity_grid, len(every)))
+
+
+def _save(path, matrix, config, preset):
+    every, grid = _levels(config, preset)
+    log_snr = config_lib.build_process(config).log_snr(every)
+    with writing(path) as file:
+        affinity.save(file, matrix, grid, len(every), log_snr, experiment.behind_affinity(config))
 
 
 def plan(preset: Preset) -> list[Run]:
@@ -47,19 +99,16 @@ def measure(preset: Preset, out: Path) -> list[np.ndarray]:
     """Trains, measures and saves the mean; returns one (n, n) matrix per seed."""
     runs = plan(preset)
     runner.finished(runs, out, "vanilla training")
-    arguments = [(run, preset, out) for run in runs]
+    # Without its config, which may be a function that other processes can't get.
+    arguments = [(run, preset._replace(config=None), out) for run in runs]
     matrices = [np.array(rows) for rows in runner.parallel(_of_run, arguments, "affinity")]
-    num_timesteps = len(levels(config_lib.build_process(runs[0].config)))
-    grid = affinity.timestep_grid(num_timesteps, preset.affinity_grid)
-    with writing(path_of(out)) as file:
-        affinity.save(file, np.mean(matrices, 0), grid, num_timesteps)
+    _save(path_of(out), np.mean(matrices, 0), runs[0].config, preset)
     return matrices
 
 
 def _of_run(run, preset, out):
     """(n, n) mean over the checkpoints of a run; stored in a file."""
-    every = levels(config_lib.build_process(run.config))
-    grid = affinity.timestep_grid(len(every), preset.affinity_grid)
+    every, grid = _levels(run.config, preset)
     source = {
         "run": runner.made_from(run),
         "steps": run.steps,
@@ -79,24 +128,28 @@ def of_levels(run: Run, out: Path, where: np.ndarray, images: int) -> np.ndarray
       where: (n,) noise levels of the run's process.
       images: number of training images.
     """
-    x0, labels = dataset.images(run.config, run.config.data.split, images)
     matrices = []
     for step in run.steps:
         _, setup, params = results.restore_run(
             run.config, runner.folder(run, out), step, average=False
         )
-        matrix = affinity.task_affinity(
-            setup.model.apply,
-            {"params": params},
-            setup.process,
-            x0,
-            where,
-            jax.random.key(step),
-            y=labels if models.num_classes(setup.model) else None,
-            microbatch=min(len(x0), run.config.data.batch_size),
-        )
-        matrices.append(matrix)
+        matrices.append(_of_params(run.config, setup, params, where, images, step))
     return np.mean(matrices, 0)
+
+
+def _of_params(config, setup, params, where, images, seed):
+    x0, labels = dataset.images(config, config.data.split, images)
+    part = min(len(x0), config.data.batch_size)
+    return affinity.task_affinity(
+        setup.model.apply,
+        {"params": params},
+        setup.process,
+        x0,
+        where,
+        jax.random.key(seed),
+        y=labels if models.num_classes(setup.model) else None,
+        microbatch=math.gcd(len(x0), part),
+    )
 
 
 def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[str, Any]:
@@ -104,8 +157,7 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
     folder = out / "task_affinity"
     config = plan(preset)[0].config
     process = config_lib.build_process(config)
-    every = levels(process)
-    grid = affinity.timestep_grid(len(every), preset.affinity_grid)
+    every, grid = _levels(config, preset)
     positions = {"timestep": every[grid], "log-SNR": process.log_snr(every[grid])}
     correlations = {
         name: [affinity.rank_correlation(matrix, where) for matrix in matrices]

@@ -17,11 +17,12 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from ant_jax import config as config_lib
-from ant_jax import mtl, settings
+from ant_jax import experiment, mtl, settings
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.tasks import affinity
 from ant_jax.train_step import TrainState
+from configs import digits
 from experiments import (
     auxiliary_tasks,
     comparisons,
@@ -92,6 +93,7 @@ def test_every_experiment_at_its_smallest(command, tmp_path, capsys):
     )
     assert status == 0, said[-3000:]
     check_affinity(out / "task_affinity")
+    check_affinity_of_a_workdir(command, out)
     check_gap(out / "transfer_gap")
     check_table(out / "table")
     check_dynamics(out / "dynamics")
@@ -108,6 +110,55 @@ def test_every_experiment_at_its_smallest(command, tmp_path, capsys):
     assert "task affinity: 1 runs, 0 of them to do, 0 steps" in plan
     assert "learning rates: 6 runs, 0 of them to do, 0 steps" in plan
     assert "comparison: 4 runs, 0 of them to do, 0 steps" in plan
+
+
+def check_affinity_of_a_workdir(command, out):
+    """The file says what it was measured with."""
+    workdir = out / "runs" / "vanilla-snr-seed=0"
+    status, said = command("task_affinity", "--preset=smoke", f"--workdir={workdir}")
+    assert status == 0, said[-3000:]
+    made_from = affinity.made_from(workdir / "affinity.npz")
+    assert made_from["model.width"] == 8 and made_from["data.name"] == "digits"
+
+
+@pytest.mark.parametrize(
+    "setting, value, said",
+    [
+        ("model.width", 64, ""),
+        ("model.width", 16, "config.model.width: 64 there, 16 here"),
+        ("process.schedule", "linear", "another noise process"),
+    ],
+)
+def test_an_affinity_is_for_its_process_network_and_data(setting, value, said, tmp_path, caplog):
+    config = digits.get_config("nash,gradient")
+    config.clusters.affinity = str(tmp_path / "affinity.npz")
+    with (tmp_path / "affinity.npz").open("wb") as file:
+        log_snr = config_lib.build_process(config).log_snr(np.arange(1000))
+        made_from = experiment.behind_affinity(config)
+        affinity.save(file, np.eye(3), np.array([0, 500, 999]), 1000, log_snr, made_from)
+    config_lib.update(config, {setting: value})
+    if setting == "process.schedule":
+        with pytest.raises(ConfigError, match=f"affinity.npz.* {said}"):
+            experiment.build(config, 1, 10)
+        return
+    experiment.build(config, 1, 10)
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
+def test_the_affinity_of_a_config_trains_that_config(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("from configs.digits_flow import get_config")
+    monkeypatch.setattr(task_affinity, "measure", lambda preset, out: (preset, out))
+    monkeypatch.setattr(task_affinity, "write_report", lambda preset, out, found: made.append(out))
+    made = []
+    given = {"config": str(tmp_path / "mine.py"), "out": str(tmp_path)}
+    # As if these had been parsed too.
+    given |= {"preset": "digits", "dry_run": "false", "workdir": ""}
+    with flagsaver.as_parsed(**given):
+        task_affinity.main(["task_affinity"])
+        preset = presets.PRESETS["smoke"]._replace(config=task_affinity._read, settings={})
+        (run,) = task_affinity.plan(preset)
+    assert run.config.process.name == "flow" and run.config.method.name == "vanilla"
+    assert made == [tmp_path]
 
 
 def check_field(out):

@@ -1,9 +1,11 @@
 """Matrices of task affinities: their grid, file, interpolation and profile. Needs only NumPy."""
 
+import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -84,7 +86,14 @@ def interpolate(affinity: np.ndarray, timesteps: np.ndarray, num_timesteps: int)
     return (1 - fraction) * columns[left] + fraction * columns[left + 1]
 
 
-def save(file: BinaryIO, affinity: np.ndarray, timesteps: np.ndarray, num_timesteps: int) -> None:
+def save(
+    file: BinaryIO,
+    affinity: np.ndarray,
+    timesteps: np.ndarray,
+    num_timesteps: int,
+    log_snr: np.ndarray | None = None,
+    made_from: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a measured affinity as an .npz file.
 
     Args:
@@ -92,30 +101,48 @@ def save(file: BinaryIO, affinity: np.ndarray, timesteps: np.ndarray, num_timest
       affinity: (n, n), as for `interpolate`.
       timesteps: (n,), as for `interpolate`.
       num_timesteps: The number of timesteps T.
+      log_snr: (T,) of the timesteps, by which `load` recognises another noise process.
+      made_from: What the affinity was measured with, as values of JSON; see `made_from`.
 
     Raises:
       ValueError: If the arguments are not valid for `interpolate`.
     """
     affinity, timesteps = _check_grid(affinity, timesteps, num_timesteps)
-    np.savez(file, affinity=affinity, timesteps=timesteps, num_timesteps=num_timesteps)
+    more = {} if log_snr is None else {"log_snr": log_snr}
+    if made_from is not None:
+        more["made_from"] = np.frombuffer(json.dumps(made_from).encode(), np.uint8)
+    np.savez(file, affinity=affinity, timesteps=timesteps, num_timesteps=num_timesteps, **more)
 
 
+def made_from(path: str | Path) -> dict[str, Any]:
+    """What the affinity of a file was measured with, as `save` got it; {} if it does not say."""
+    with npz.opened(path) as archive:
+        if not npz.has(archive, "made_from"):
+            return {}
+        return json.loads(_array(archive, "made_from", _LONGEST).astype(np.uint8).tobytes())
+
+
+# Bytes of JSON.
+_LONGEST = 100_000
+# Log-SNR of equal processes differ by rounding at most.
+_TOLERANCE = 1e-3
 _ARRAYS = ("num_timesteps", "affinity", "timesteps")
 
 
-def load(path: str | Path, num_timesteps: int) -> np.ndarray:
+def load(path: str | Path, num_timesteps: int, log_snr: np.ndarray | None = None) -> np.ndarray:
     """Reads what `save` wrote and interpolates it to all timesteps.
 
     Args:
       path: The file.
       num_timesteps: The number of timesteps T of the run that uses the affinity.
+      log_snr: (T,) of this run; None to leave out the check.
 
     Returns:
       (T, T) float64, as returned by `interpolate`.
 
     Raises:
       FileNotFoundError: If there is no such file.
-      ValueError: If the file is not a valid affinity, or was measured with another T.
+      ValueError: If the file is not a valid affinity, or was measured with another T or log-SNR.
     """
     with npz.opened(path) as archive:
         missing = [name for name in _ARRAYS if not npz.has(archive, name)]
@@ -129,6 +156,13 @@ def load(path: str | Path, num_timesteps: int) -> np.ndarray:
             raise ValueError(
                 f"it was measured with T = {_short(measured)}, the config has T = {num_timesteps}"
             )
+        if log_snr is not None and npz.has(archive, "log_snr"):
+            there = _array(archive, "log_snr", num_timesteps)
+            if there.shape != log_snr.shape or not np.allclose(there, log_snr, atol=_TOLERANCE):
+                raise ValueError(
+                    "it was measured with another noise process, whose levels have another "
+                    "log-SNR: measure one for this config"
+                )
         affinity = _array(archive, "affinity", num_timesteps**2)
         timesteps = _array(archive, "timesteps", num_timesteps)
         return interpolate(affinity, timesteps, num_timesteps)

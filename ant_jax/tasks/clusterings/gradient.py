@@ -24,7 +24,7 @@ def gradient(
 
     Raises:
       OSError: if there is no such file.
-      ValueError: if it is not the affinity of n levels.
+      ValueError: if it is not the affinity of n levels with this log-SNR.
     """
-    matrix = affinities.load(os.path.expanduser(affinity), len(log_snr))
+    matrix = affinities.load(os.path.expanduser(affinity), len(log_snr), log_snr)
     return Clusters(interval_clusters(gradient_costs(matrix), k))
