@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test test-all torture format clean
+.PHONY: demo docs test test-all test-lower torture format clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.demo
@@ -16,8 +16,15 @@ test: .venv/installed-test
 test-all: test
 	$(BIN)/python -m pytest -n 2 -m slow
 
+# With the oldest releases that setup.cfg allows.
+test-lower: .venv-lower/installed
+	.venv-lower/bin/python -m pytest -n 2 --dist worksteal
+
 torture: .venv/installed-test
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m torture -rP tests/test_torture.py
+
+docs: .venv/installed-docs
+	$(BIN)/mkdocs build
 
 format: .venv/installed-test
 	$(BIN)/ruff format .
@@ -30,12 +37,19 @@ export PYTHONDONTWRITEBYTECODE =
 # The tests' installation holds the demo's: what is resolved once need not be again.
 .venv/installed: EXTRA = [experiments]
 .venv/installed-test: EXTRA = [test]
-.venv/installed .venv/installed-test: setup.cfg setup.py pyproject.toml
+.venv/installed-docs: EXTRA = [docs]
+.venv/installed .venv/installed-test .venv/installed-docs: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ant-jax needs Python 3.11 or later; try make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --no-compile --editable '.$(EXTRA)'
 	touch .venv/installed $@
 
+.venv-lower/installed: setup.cfg setup.py pyproject.toml
+	$(PYTHON) -m venv --clear .venv-lower
+	.venv-lower/bin/pip install --quiet uv
+	.venv-lower/bin/uv pip install --quiet --python .venv-lower --resolution lowest-direct --editable '.[test]'
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-lower runs site
