@@ -108,7 +108,7 @@ def save(
       ValueError: If the arguments are not valid for `interpolate`.
     """
     affinity, timesteps = _check_grid(affinity, timesteps, num_timesteps)
-    more = {} if log_snr is None else {"log_snr": log_snr}
+    more: dict[str, Any] = {} if log_snr is None else {"log_snr": log_snr}
     if made_from is not None:
         more["made_from"] = np.frombuffer(json.dumps(made_from).encode(), np.uint8)
     np.savez(file, affinity=affinity, timesteps=timesteps, num_timesteps=num_timesteps, **more)
