@@ -86,7 +86,7 @@ from ant_jax.runtime.extras import MODULES
 
 hidden = {module for each in MODULES.values() for module in each} - {"absl", "ml_dtypes", "orbax"}
 sys.modules.update(dict.fromkeys(hidden))
-for name in "train", "evaluate", "data", "load_run":
+for name in "train", "evaluate", "data", "report", "load_run":
     try:
         exec(f"from ant_jax import {name}")
     except ImportError as error:
@@ -108,7 +108,7 @@ def test_without_the_packages_of_an_extra_one_line_names_it():
         timeout=100,
     )
     line = "clu is not installed: pip install 'ant-jax[training]'"
-    assert result.stdout.splitlines() == [line] * 6, result.stderr
+    assert result.stdout.splitlines() == [line] * 7, result.stderr
     assert not result.stderr
 
 

@@ -1,5 +1,10 @@
 """One HTML file for one run, or for many side by side."""
 
+from ant_jax.runtime import extras
+
+if _error := extras.missing("training"):
+    raise _error
+
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -8,7 +13,6 @@ from absl import logging
 
 from ant_jax.config import ConfigError
 from ant_jax.report import page, runs, summary
-from ant_jax.runtime import extras
 from ant_jax.runtime.files import user_path, write_bytes
 
 

@@ -1,12 +1,5 @@
 """Shows runs side by side in one HTML file: ``python -m ant_jax.report DIR [DIR ...]``."""
 
-import sys
-
-from ant_jax.runtime import extras
-
-if _error := extras.missing("training"):
-    sys.exit(str(_error))
-
 from absl import app, flags, logging
 
 from ant_jax import cli, report
