@@ -472,9 +472,7 @@ def test_an_extractor_of_ones_own_knows_the_channels_before_samples_are_drawn(
 ):
     config = configured(tmp_path)
     config_lib.update(config, {"evaluation.features": f"{__name__}:colours"})
-    with pytest.raises(
-        ConfigError, match=r"colours' needs 3 channels, not 1: use 'classifier'"
-    ):
+    with pytest.raises(ConfigError, match=r"colours' needs 3 channels, not 1: use 'classifier'"):
         evaluate.evaluate(config, workdir)
     assert draws == []
     train._look_ahead(config, 1)
