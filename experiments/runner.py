@@ -90,7 +90,8 @@ def start(main: Callable[[list[str]], None], presets: Collection[str] = tuple(PR
             try:
                 with cli.errors_in_one_line():
                     main(argv)
-            except Diverged as error:
+            except (Diverged, app.UsageError) as error:
+                # Without all flags, which --help lists.
                 sys.exit(str(error))
             except Stopped as error:
                 print(error, file=sys.stderr)

@@ -20,6 +20,7 @@ from absl import app, flags, logging
 from ant_jax import config as config_lib
 from ant_jax import dataset, experiment, models, results
 from ant_jax import workdir as workdir_lib
+from ant_jax.config import ConfigError
 from ant_jax.config import file as config_file
 from ant_jax.runtime.files import user_path, write_bytes, writing
 from ant_jax.tasks import affinity, clustering
@@ -53,7 +54,10 @@ def main(argv):
 
 def _read(argument):
     """The config of the command line with another method and other clusters."""
-    config = config_file.read(_CONFIG.value)
+    try:
+        config = config_file.read(_CONFIG.value)
+    except ConfigError as error:
+        raise ConfigError(f"--config={_CONFIG.value}: {error}") from error
     method, clusters = argument.split(",")
     config_lib.update(config, {"method.name": method, "clusters.name": clusters})
     return config
