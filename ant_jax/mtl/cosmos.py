@@ -52,7 +52,9 @@ def cosmos(
         known = largest > 0
         # Squares of losses in units of the largest neither overflow nor vanish.
         relative = losses / jnp.where(known, largest, 1)
-        length = jnp.where(known, jnp.sqrt(jnp.sum(relative * relative)), 1)
+        length = jnp.sqrt(jnp.sum(relative * relative))
+        # XLA may multiply by 1 / largest, which is 0 in float32 above 8e37.
+        length = jnp.where(length > 0, length, 1)
         unit = relative / length
         p, h = restricted(preferred, present)
         slope = (h - jnp.sum(h * unit) * unit) / jnp.where(known, largest * length, 1)

@@ -208,6 +208,12 @@ def test_pbi_does_not_depend_on_the_scale_and_the_penalty_of_cosmos_is_inverse_t
     np.testing.assert_allclose(weigh_once(cosmos, scale * LOSSES), expected, rtol=1e-4)
 
 
+def test_the_penalty_of_cosmos_vanishes_for_the_largest_losses():
+    for scale in (8e37, 3.2e38):
+        weights = weigh_once(mtl.cosmos(4, 1.0, PREFERENCE), scale * np.array([1, 0.5, 0.2, 0]))
+        np.testing.assert_allclose(weights, PREFERENCE, rtol=1e-6)
+
+
 def test_pbi_and_cosmos_pull_towards_the_preference():
     """A loss that is above its share gets more weight, one far below a negative weight."""
     losses = [0.25, 0.25, 0.25, 2]
