@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,7 +40,7 @@ class Board:
         """
         self._name, self._opened = name, opened
         self._executor = ThreadPoolExecutor(1, thread_name_prefix=name)
-        self._writer = None
+        self._writer: Future[Writer] | None = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of a step."""
@@ -59,11 +59,11 @@ class Board:
     def _submit(self, write):
         if self._writer is None:
             self._writer = self._executor.submit(self._opened)
-        self._executor.submit(self._write, write)
+        self._executor.submit(self._write, self._writer, write)
 
-    def _write(self, write):
+    def _write(self, writer, write):
         try:
-            write(self._writer.result())
+            write(writer.result())
         except Exception as error:
             logging.log_first_n(logging.WARNING, f"{self._name} is off: %s", 1, error)
 
@@ -111,7 +111,7 @@ def _tensorboard(workdir):
 
 class _WeightsAndBiases:
     def __init__(self, workdir, run, settings):
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]  # an extra
 
         self._image = wandb.Image
         try:

@@ -60,8 +60,8 @@ class Checkpointer:
         self._keep_period = keep_period
         self._guard = guard
         self._open = contextlib.ExitStack()
-        self._place = None
-        self._orbax = None
+        # Where orbax finds the directory, and its checkpointer.
+        self._orbax: tuple[Path, Any] | None = None
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         if processes.is_first():
@@ -85,14 +85,21 @@ class Checkpointer:
             self._guard()
         self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         if self._orbax is None:
-            self._place = self._open.enter_context(checkpoint_arrays.plain_path(self.directory))
-            self._orbax = self._open.enter_context(checkpoint_arrays.open_orbax())
+            place = self._open.enter_context(checkpoint_arrays.plain_path(self.directory))
+            self._orbax = place, self._open.enter_context(checkpoint_arrays.open_orbax())
+        place, orbax = self._orbax
         arrays = collections.Counter(map(checkpoint_arrays.shape_and_dtype, jax.tree.leaves(state)))
         # Process 0 may still be busy with the last checkpoint.
         processes.barrier()
-        self._orbax.save(self._place / f"{_PARTIAL}{step}", checkpoint_arrays.to_save(state))
         partial = self.directory / f"{_PARTIAL}{step}"
-        self._pending = self._executor.submit(self._commit, partial, step, arrays, record)
+        orbax.save(place / partial.name, checkpoint_arrays.to_save(state))
+
+        def check_arrays():
+            orbax.wait_until_finished()
+            if processes.is_first():
+                checkpoint_arrays.check(place / partial.name, arrays)
+
+        self._pending = self._executor.submit(self._commit, partial, step, check_arrays, record)
 
     def prune(self, step: int) -> None:
         """Deletes the old checkpoints that `keep` and `keep_period` do not keep.
@@ -155,11 +162,10 @@ class Checkpointer:
                     f"(disk full? not writable?); newest complete checkpoint: {self._newest()}"
                 ) from error
 
-    def _commit(self, partial: Path, step: int, arrays: collections.Counter, record: Any):
-        self._orbax.wait_until_finished()
+    def _commit(self, partial: Path, step: int, check_arrays: Callable[[], None], record: Any):
+        check_arrays()
         if not processes.is_first():
             return
-        checkpoint_arrays.check(self._place / partial.name, arrays)
         checkpoint_files.seal(partial, record)
         self._guard()
         for later in checkpoint_steps(self.directory):
@@ -178,11 +184,11 @@ class Checkpointer:
 
         If that can't be removed, the directory gets the name with a number appended.
         """
-        for number in itertools.count():
-            path = self.directory / (f"{name}.{number}" if number else name)
+        path, numbers = self.directory / name, itertools.count(1)
+        _remove(path)
+        while os.path.lexists(path):
+            path = self.directory / f"{name}.{next(numbers)}"
             _remove(path)
-            if not os.path.lexists(path):
-                break
         (self.directory / str(step)).rename(path)
         then(path)
 

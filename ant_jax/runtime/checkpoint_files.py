@@ -45,7 +45,7 @@ def verify(path: Path) -> None:
     wrong = sorted(
         name
         for name, digest in _expected(path).items()
-        if not _is_foreign(Path(name)) and _digest(path / name) != digest
+        if not _is_foreign(Path(name)) and not _is_intact(path / name, digest)
     )
     if wrong:
         raise CorruptCheckpointError(f"checkpoint {path} is corrupt: {', '.join(wrong[:3])}")
@@ -91,15 +91,20 @@ def _checksums(path: Path) -> dict[str, str]:
     }
 
 
-def _digest(file: Path) -> str | None:
-    """SHA-256 of a file's content; None if there is no such file or the disk can't read it."""
+def _is_intact(file: Path, digest: str) -> bool:
+    """Whether a file has this digest; not if it is missing or the disk can't read it."""
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return _digest(file) == digest
     except PermissionError:
         raise
     except OSError:
-        return None
+        return False
+
+
+def _digest(file: Path) -> str:
+    """SHA-256 of a file's content."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _is_foreign(name: Path) -> bool:

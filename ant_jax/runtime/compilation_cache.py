@@ -26,7 +26,10 @@ def enable() -> None:
     and if zstandard is installed, reading the file could crash the process.
     """
     folder = _folder(_cpu())
-    if folder is None or jax.config.jax_compilation_cache_dir:
+    if folder is None:
+        return
+    # JAX defines its settings at run time.
+    if jax.config.jax_compilation_cache_dir:  # pyright: ignore[reportAttributeAccessIssue]
         return
     writable = False
     with keeping("compiled programs"):

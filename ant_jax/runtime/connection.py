@@ -45,7 +45,7 @@ def initialize(
         )
     by_hand = not missing
     bind = None
-    if by_hand:
+    if coordinator is not None and num_processes is not None and process_id is not None:
         host, port = _host_and_port(coordinator)
         if not 0 <= process_id < num_processes:
             raise ValueError(
@@ -107,7 +107,7 @@ def _bind_address(host: str, port: int) -> str:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except OSError as error:
         raise ValueError(f"--coordinator: {host}: {error.strerror}") from error
-    addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     local = [address for address in addresses if _can_listen(address, port)]
     loopback = [address for address in local if ipaddress.ip_address(address).is_loopback]
     if local and (host == "localhost" or addresses == [host]):

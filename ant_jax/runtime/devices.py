@@ -1,5 +1,6 @@
 """Runs a step on the devices of this process."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,6 +15,17 @@ Step = Callable[..., tuple[Any, Any]]
 # pmap's axis and the mesh of replicated arrays share one name. With two names, the first output of
 # pmap has another sharding than its input, and pmap compiles the step again.
 _AXIS = "batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class _LowerableStep:
+    """A function with a method ``lower``, as `jax.jit` returns it."""
+
+    run: Step
+    lower: Callable[..., Any]
+
+    def __call__(self, *arguments):
+        return self.run(*arguments)
 
 
 def parallel_step(step: Step, devices: Sequence[jax.Device], state_axes: Any = None) -> Step:
@@ -54,8 +66,7 @@ def parallel_step(step: Step, devices: Sequence[jax.Device], state_axes: Any = N
         batch = jax.eval_shape(split_batch, batch) if of_shapes else split_batch(batch)
         return mapped.lower(*_separated(state, state_axes), batch, extra)
 
-    run.lower = lower
-    return run
+    return _LowerableStep(run, lower)
 
 
 def partitioned_step(step: Step, devices: Sequence[jax.Device], state_shardings: Any) -> Step:
@@ -92,8 +103,9 @@ def partitioned_step(step: Step, devices: Sequence[jax.Device], state_shardings:
     def run(state, batch, *extra):
         return compiled(state, placed(batch), extra)
 
-    run.lower = lambda state, batch, *extra: compiled.lower(state, placed(batch), extra)
-    return run
+    return _LowerableStep(
+        run, lambda state, batch, *extra: compiled.lower(state, placed(batch), extra)
+    )
 
 
 def parallel_map(
@@ -277,7 +289,7 @@ def shard_in_process(tree: Any, devices: Sequence[jax.Device]) -> Any:
     if jax.process_count() == 1:
         return tree
     here = [each for each in devices if each.process_index == jax.process_index()]
-    mesh = jax.sharding.Mesh(np.reshape(devices, (-1, len(here))), ("process", _AXIS))
+    mesh = jax.sharding.Mesh(np.asarray(devices).reshape(-1, len(here)), ("process", _AXIS))
     in_process = lambda leaf: jax.sharding.NamedSharding(
         mesh, spec_of(leaf.shape, len(here), _AXIS)
     )

@@ -127,12 +127,13 @@ def locked(path: Path) -> Iterator[Callable[[], bool]]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
-        is_held = lambda: False
-        while not is_held():
-            # Tries again if the last holder removed the file after it was opened here.
+        while True:
             file = stack.enter_context(path.open("a+"))
             _lock(file, path)
             is_held = functools.partial(_is_named, file, path)
+            # Tries again if the last holder removed the file after it was opened here.
+            if is_held():
+                break
         # The `yield` is outside of `naming`: errors of the caller concern other files.
         with naming(path):
             file.truncate(0)

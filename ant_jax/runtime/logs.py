@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from logging import WARNING
 from logging import root as root_logger
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from absl import flags, logging
@@ -55,7 +55,7 @@ class MeanMetrics:
         with np.errstate(invalid="ignore"):
             means = {name: total / weight for name, (total, weight) in sums.items()}
         return {
-            name: np.where(np.isnan(mean), None, mean.astype(object)).tolist()
+            name: np.where(np.isnan(mean), np.array(None), mean.astype(object)).tolist()
             for name, mean in means.items()
         }
 
@@ -84,10 +84,10 @@ class MetricWriter:
           written: what `written` returned at that step; if lines are missing or have changed, a
             warning says so. None if unknown.
         """
-        self._boards, self._file, self._path = boards, None, None
+        self._boards, self._path = boards, workdir / "metrics.jsonl"
+        self._file: BinaryIO | None = None
         if not processes.is_first():
             return
-        self._path = workdir / "metrics.jsonl"
         content = self._path.read_bytes() if self._path.exists() else b""
         kept, beyond, doubtful = _sorted_lines(content, start_step)
         self._lines, self._digest = len(kept), hashlib.sha256(b"".join(kept))
@@ -120,7 +120,7 @@ class MetricWriter:
 
         None in all processes but the first.
         """
-        if self._path is None:
+        if not processes.is_first():
             return None
         if self._file is not None:
             with naming(self._path):
@@ -162,7 +162,8 @@ class MetricWriter:
 def _sorted_lines(content: bytes, start_step: int) -> tuple[list[bytes], list[bytes], list[bytes]]:
     """The lines up to a step, the lines after it, and those that are unreadable or out of order."""
     *lines, torn = (line + b"\n" for line in content.split(b"\n"))
-    steps = [step_of(line) for line in lines]
+    found = ((i, step_of(line)) for i, line in enumerate(lines))
+    steps = {i: step for i, step in found if step is not None}
     good = _ascending(steps)
     kept = [lines[i] for i in good if steps[i] <= start_step]
     beyond = [lines[i] for i in good if steps[i] > start_step]
@@ -180,15 +181,14 @@ def step_of(line: bytes) -> int | None:
     return step if type(step) is int and line.isascii() and b"\r" not in line else None
 
 
-def _ascending(steps: list[int | None]) -> list[int]:
-    """Indices of the longest ascending subsequence, so that one damaged number costs one line."""
+def _ascending(steps: dict[int, int]) -> list[int]:
+    """Keys of the longest ascending subsequence, so that one damaged number costs one line."""
     ends: list[int] = []
     before: dict[int, int | None] = {}
-    for i, step in enumerate(steps):
-        if step is not None:
-            place = bisect.bisect_left(ends, step, key=steps.__getitem__)
-            before[i] = ends[place - 1] if place else None
-            ends[place : place + 1] = [i]
+    for i, step in steps.items():
+        place = bisect.bisect_left(ends, step, key=steps.__getitem__)
+        before[i] = ends[place - 1] if place else None
+        ends[place : place + 1] = [i]
     chain, last = [], ends[-1] if ends else None
     while last is not None:
         chain.append(last)
@@ -227,8 +227,8 @@ def show_progress() -> None:
     if not root_logger.handlers:
         logging.use_absl_handler()
         quiet_console()
-        # That there are no flags is no news here.
-        logging._warn_preinit_stderr = False
+        # That there are no flags is no news here. The name is missing in the stubs of absl.
+        logging._warn_preinit_stderr = False  # pyright: ignore[reportAttributeAccessIssue]
     logging.set_verbosity(logging.INFO)
 
 

@@ -15,7 +15,7 @@ import jax
 from jax._src import distributed
 
 from ant_jax.runtime import signals
-from ant_jax.runtime.processes import barrier, is_first
+from ant_jax.runtime.processes import barrier, client, is_first
 
 _WATCH_SECONDS = 1.0  # between two checks whether another process has failed
 _LEAVE_SECONDS = 10  # a failing process waits at most so long until all others know the reason
@@ -65,7 +65,7 @@ def _watch(done):
 def _reason() -> str | None:
     # JAX raises an error if no process has set the key, and ends this process if none answers.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        return distributed.global_state.client.key_value_try_get(_FAILED)
+        return client().key_value_try_get(_FAILED)
     return None
 
 
@@ -87,10 +87,10 @@ def _fail(error):
 
 def _tell(what):
     """Tells the other processes what happened; False if another did so first, or none is left."""
-    state = distributed.global_state
-    words = f"process {state.process_id} on {socket.gethostname()} {what}"
+    process = distributed.global_state.process_id
+    words = f"process {process} on {socket.gethostname()} {what}"
     try:
-        state.client.key_value_set(_FAILED, words)
+        client().key_value_set(_FAILED, words)
     except jax.errors.JaxRuntimeError:
         return False
     return True
@@ -104,7 +104,7 @@ def _before_exit(signal):
 def _wait_until_all_know():
     """Waits until all processes know the reason, for some seconds at most."""
     with contextlib.suppress(jax.errors.JaxRuntimeError):
-        distributed.global_state.client.wait_at_barrier("ant_jax/leave", 1000 * _LEAVE_SECONDS)
+        client().wait_at_barrier("ant_jax/leave", 1000 * _LEAVE_SECONDS)
     _let_others_go_first(_WATCH_SECONDS)
 
 

@@ -36,6 +36,17 @@ def is_first() -> bool:
     return distributed.global_state.process_id == 0
 
 
+def client() -> Any:
+    """JAX's client of the key-value store that the processes share.
+
+    Raises:
+      RuntimeError: if this process is not connected to others.
+    """
+    if distributed.global_state.client is None:
+        raise RuntimeError("this process is not connected to the other processes of the run")
+    return distributed.global_state.client
+
+
 def broadcast_from_first(function: Callable[[], Any]) -> Any:
     """Calls a function in process 0 and returns its result in every process.
 
@@ -47,7 +58,7 @@ def broadcast_from_first(function: Callable[[], Any]) -> Any:
         return function()
     name = f"ant_jax/broadcast/{next(_names)}"
     if is_first():
-        distributed.global_state.client.key_value_set(name, json.dumps(function()))
+        client().key_value_set(name, json.dumps(function()))
         _read.append(name)
     return json.loads(_get(name))
 
@@ -61,14 +72,14 @@ def all_gather(value: Any) -> list[Any]:
     if state.num_processes == 1:
         return [value]
     name = f"ant_jax/gathered/{next(_names)}"
-    state.client.key_value_set(f"{name}/{state.process_id}", json.dumps(value))
+    client().key_value_set(f"{name}/{state.process_id}", json.dumps(value))
 
     def everything():
         values = [json.loads(_get(f"{name}/{process}")) for process in range(state.num_processes)]
         # All processes have called this, so all have read these. In a long run they would add up.
         while _read:
-            state.client.key_value_delete(_read.pop())
-        state.client.key_value_delete(name)
+            client().key_value_delete(_read.pop())
+        client().key_value_delete(name)
         return values
 
     return broadcast_from_first(everything)
@@ -83,7 +94,7 @@ def _get(name):
     # In one long wait Python would not handle signals. If a process dies, JAX ends the wait.
     while True:
         try:
-            return distributed.global_state.client.blocking_key_value_get(name, _SLICE_MS)
+            return client().blocking_key_value_get(name, _SLICE_MS)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise

@@ -54,7 +54,8 @@ def with_time_left(batches: Iterable[Batch], total: int, what: str) -> Iterator[
       total: number of examples of all batches.
       what: the unit of the count in the log, such as "samples drawn".
     """
-    done, begin = 0, None
+    done = first = 0
+    begin, mark = None, 0.0
     for batch in batches:
         done += len(batch[0])
         now = time.perf_counter()

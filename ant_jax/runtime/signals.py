@@ -58,7 +58,9 @@ def raised() -> str | None:
 
     Other exceptions may come of it: a module that is being imported turns it into an ImportError.
     """
-    return name(_stop.signum) if _stop is not None and _stop.raised else None
+    if _stop is None or _stop.signum is None or not _stop.raised:
+        return None
+    return name(_stop.signum)
 
 
 @contextlib.contextmanager

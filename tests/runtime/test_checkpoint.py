@@ -277,6 +277,22 @@ def fail_on(monkeypatch, step):
     monkeypatch.setattr(Checkpointer, "_commit", failing)
 
 
+def test_a_checkpoint_that_cannot_be_read_back_is_a_failed_save(tmp_path, monkeypatch):
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, make_state(1))
+    checkpoints.wait()
+
+    def unreadable(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoint_files.hashlib, "file_digest", unreadable)
+    checkpoints.save(2, make_state(2))
+    with pytest.raises(CheckpointError, match=r"Input/output error.*newest .*: step 1"):
+        checkpoints.wait()
+    checkpoints.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "partial-2"]
+
+
 NEXT = {
     "save": lambda checkpoints: checkpoints.save(3, make_state(3)),
     "check": lambda checkpoints: (time.sleep(0.5), checkpoints.check()),
