@@ -187,6 +187,19 @@ def build_clusters(
     return clusters._replace(boundaries=found if boundaries is None else np.array(boundaries))
 
 
+def task_ends(setup: Setup) -> tuple[np.ndarray, ...] | None:
+    """The first and the last noise level of each task, and their log-SNR: four arrays (k,).
+
+    None if the tasks are no intervals.
+    """
+    boundaries, process = setup.clusters.boundaries, setup.process
+    if setup.clusters.order is not None:
+        return None
+    # The last level of a task is below the first of the next one, if levels are integers.
+    first, last = boundaries[:-1], boundaries[1:] - isinstance(process.span, int)
+    return first, last, process.log_snr(first), process.log_snr(last)
+
+
 def behind_affinity(config: ConfigDict) -> dict[str, Any]:
     """The settings by which one task affinity differs from another, by ``"group.name"``."""
     own = [f"data.{name}" for name in config_lib.arguments(config, "data")]

@@ -72,10 +72,15 @@ def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
     """
     # The digest, because the same path may hold other weights later.
     decoder = dataset.open_codec(config).digest if config.autoencoder.name else ""
-    tree = {"step": step, "params": tree_hash(params)[:16], "decoder": decoder}
+    tree = {"step": step, "params": digest(params), "decoder": decoder}
     return json.loads(
         json.dumps(tree | {"settings": config_lib.affecting(config, Affects.SAMPLES)})
     )
+
+
+def digest(params: Any) -> str:
+    """A short hash of parameters, as an `origin` has it."""
+    return tree_hash(params)[:16]
 
 
 def run_origin(config: ConfigDict, workdir: Path, step: int, params: Any) -> dict[str, Any]:

@@ -310,20 +310,13 @@ def _log_overview(config, setup, state, num_images):
 
 def _tasks(setup):
     """The noise levels of each task, and their log-SNR."""
-    boundaries, process = setup.clusters.boundaries, setup.process
-    if setup.clusters.order is not None:
-        return f"{len(boundaries) - 1} tasks of {', '.join(map(str, np.diff(boundaries)))} levels"
-    # The last level of a task is below the first of the next one, if levels are integers.
-    last = boundaries[1:] - isinstance(process.span, int)
+    ends = experiment.task_ends(setup)
+    if ends is None:
+        sizes = np.diff(setup.clusters.boundaries)
+        return f"{len(sizes)} tasks of {', '.join(map(str, sizes))} levels"
     return ", ".join(
-        f"t = {low:.4g}..{high:.4g} (log-SNR {snr_low:.1f}..{snr_high:.1f})"
-        for low, high, snr_low, snr_high in zip(
-            boundaries[:-1],
-            last,
-            process.log_snr(boundaries[:-1]),
-            process.log_snr(last),
-            strict=True,
-        )
+        f"t = {first:.4g}..{last:.4g} (log-SNR {snr_first:.1f}..{snr_last:.1f})"
+        for first, last, snr_first, snr_last in zip(*ends, strict=True)
     )
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from configs import digits
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+TRAINING = "own_data", "own_method", "own_network"
 
 
 def smaller(file):
@@ -27,11 +29,21 @@ def smaller(file):
     return config
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def test_the_examples_are_short():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*TRAINING, "load_in_diffusers"}
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 40
+
+
+def test_without_diffusers_its_example_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(SystemExit, match=r"^diffusers is not installed: pip install torch"):
+        runpy.run_path(str(EXAMPLES / "load_in_diffusers.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", TRAINING)
 def test_an_example_trains(name, tmp_path, monkeypatch):
-    path = EXAMPLES / f"{name}.py"
-    assert len(path.read_text().splitlines()) <= 40
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "read", smaller)
@@ -49,7 +61,7 @@ def test_examples_run_where_only_ant_jax_can_be_imported(tmp_path):
     """As scripts, from any folder, up to the first step: `python FILE` finds no other package."""
     (tmp_path / "ant_jax").symlink_to(ROOT / "ant_jax")
     (tmp_path / "here").mkdir()
-    paths = sorted(map(str, EXAMPLES.glob("*.py")))
+    paths = [str(EXAMPLES / f"{name}.py") for name in TRAINING]
     code = (
         "import runpy\nfrom ant_jax import experiment, train\n"
         "def build(config, *_, **given):\n"

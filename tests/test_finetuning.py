@@ -1,6 +1,8 @@
 """Starting from other weights, freezing some of them, and training other networks."""
 
 import json
+import re
+import shutil
 
 import flax.linen as nn
 import jax
@@ -8,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import yaml
 
 from ant_jax import compiled_step, experiment, export, init_from, interop, optimizer, train
 from ant_jax import config as config_lib
+from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.models import dit, dit_weights, unet, unet_weights
 from ant_jax.runtime import checkpoint
@@ -98,8 +102,8 @@ def test_a_run_begins_with_the_moving_average_of_another(begun, tmp_path):
 
 def test_a_run_begins_with_the_weights_of_others(begun, tmp_path):
     workdir, before = begun
-    exported = export.export(tiny(), workdir)
-    assert exported == workdir / "weights" / "00000004.safetensors"
+    exported = export.export(tiny(), workdir) / "model.safetensors"
+    assert exported.parent == workdir / "weights" / "00000004"
     assert "blocks.0.attn.qkv.weight" in interop.read_state(exported)
     assert_same(state_of(tiny(init_from=str(exported))).params, before.ema_params)
     path = tmp_path / "unet.safetensors"
@@ -396,7 +400,7 @@ def test_a_table_without_a_row_for_the_null_class_must_be_said_to_be_one(dit_fil
 
 def test_an_export_says_what_it_is(begun):
     workdir, before = begun
-    exported = str(export.export(tiny(), workdir))
+    exported = str(export.export(tiny(), workdir) / "model.safetensors")
     config = tiny(init_from=exported)
     assert_same(parameters_of(config), before.ema_params)
     for setting, value in (("model__heads", 2), ("process__prediction", "v")):
@@ -413,6 +417,30 @@ def test_an_export_says_what_it_is(begun):
         interop.write_state(exported, state, {"ant_jax": metadata})
         with pytest.raises(ConfigError, match=r"metadata of the file are damaged|'not set' there"):
             parameters_of(config)
+
+
+def test_the_model_card_of_a_run_without_figures(begun):
+    """It says so, and its code draws samples from the folder alone."""
+    workdir, _ = begun
+    workdir = shutil.copytree(workdir, workdir.with_name("private") / "shared")
+    # Figures of other weights, of a file of samples that says nothing, and of another program.
+    results_of = workdir / "evaluation"
+    results_of.mkdir()
+    for i, made_from in enumerate(({"step": 4, "params": "0", "settings": {}}, {"a": 1}, None)):
+        content = json.dumps({"frechet_distance": 123.5, "made_from": made_from})
+        (results_of / f"{i}.json").write_text(content)
+    folder = export.export(tiny(evaluation__reference=str(workdir / "real.npz")), workdir)
+    card = (folder / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["datasets"] == ["digits"] and front["library_name"] == "ant-jax"
+    assert "model-index" not in front and "123.5" not in card and "license" not in front
+    assert "--workdir WORKDIR --mode evaluate --step 4\n" in card
+    settings = (folder / "config.json").read_text()
+    assert '"reference": "real.npz"' in settings and "private" not in settings + card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    scope = {}
+    exec(code.replace("FOLDER", str(folder)), scope)
+    assert scope["images"].shape == (16, 8, 8, 1)
 
 
 def test_an_export_for_diffusers_is_a_folder(begun, caplog):
@@ -449,6 +477,7 @@ def test_a_flow_for_diffusers(tmp_path, monkeypatch):
     config.autoencoder.scale = 0.5
     setup, params = experiment.build(config, 1, 10), random_params(config)
     monkeypatch.setattr(export.results, "restore_run", lambda *_, draws: (7, setup, params))
+    workdir_lib.save_config(config, tmp_path)
     write = lambda: export.export(config, tmp_path, layout="diffusers")
     config.autoencoder.name = "KL-f8"
     folder = write()
@@ -510,7 +539,7 @@ class Own(nn.Module):
 def test_a_network_of_ones_own_is_trained_exported_and_begun_with(begun, tmp_path):
     own = dict(model__name=f"{__name__}:Own", model__conditional=False)
     state = train.train(tiny(**own), tmp_path / "run")
-    exported = export.export(tiny(**own), tmp_path / "run")
+    exported = export.export(tiny(**own), tmp_path / "run") / "model.safetensors"
     assert set(interop.read_state(exported)) == {"gain", "pixels.kernel", "pixels.bias"}
     config = tiny(**own, init_from=str(exported))
     assert_same(state_of(config).params, state.ema_params)
@@ -518,7 +547,7 @@ def test_a_network_of_ones_own_is_trained_exported_and_begun_with(begun, tmp_pat
     assert_same(state_of(config).params, state.ema_params)
     # It has no module for published weights.
     workdir, _ = begun
-    state = interop.read_state(export.export(tiny(), workdir))
+    state = interop.read_state(export.export(tiny(), workdir) / "model.safetensors")
     interop.write_state(tmp_path / "others.safetensors", state)
     config.init_from = str(tmp_path / "others.safetensors")
     with pytest.raises(ConfigError, match=f"has no metadata, .* module {__name__}_weights"):

@@ -31,8 +31,9 @@ LAYERS = {
     "tasks": CORE | {"ant_jax.diffusion", "ant_jax.npz"},
     "train_step": CORE | {"ant_jax.mtl", "ant_jax.diffusion", "ant_jax.tasks"},
 }
-# What the extras install, but absl and ml_dtypes, which jax and optax import themselves.
-EDGES = {"tensorflow", "tensorboard", *itertools.chain(*MODULES.values())} - {"absl", "ml_dtypes"}
+# What the extras install, but what jax, flax and optax import themselves.
+EDGES = {"tensorflow", "tensorboard", *itertools.chain(*MODULES.values())}
+EDGES -= {"absl", "ml_dtypes", "yaml"}
 
 
 # A module imports from its own room and from those before it.
@@ -42,7 +43,7 @@ ROOMS = [
     *("interop", "data", "latents", "sampling", "evaluation"),
     *("config", "dataset", "optimizer", "experiment", "compiled_step", "workdir"),
     *("init_from", "hooks", "results", "measuring", "evaluate"),
-    *("train", "encode", "export", "cli", "report", "main", "command"),
+    *("train", "encode", "model_card", "export", "cli", "report", "main", "command"),
 ]
 # These take plain values and objects.
 WITHOUT_CONFIG = ROOMS[: ROOMS.index("config")]

@@ -9,6 +9,7 @@ from pathlib import Path
 import forked
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from ant_jax import cli, evaluate, interop
@@ -69,7 +70,7 @@ def trained(tmp_path_factory):
 MODES = {
     "sample": ["--step=10", "--config.sample.num=19"],
     "evaluate": [],
-    "export": ["--step=10"],
+    "export": [],
     "report": [],
 }
 
@@ -137,12 +138,27 @@ def test_a_workdir_is_reported_where_plotly_is_installed(modes):
     assert (workdir / "report.html").stat().st_size > 4e6
 
 
-def test_a_workdir_s_weights_are_exported(modes):
+def test_a_workdir_s_weights_are_exported_with_their_figures(modes):
     workdir, ended = modes
     status, said = ended["export"]
     assert status == 0, said
-    state = interop.read_state(workdir / "weights" / "00000010.safetensors")
+    folder = workdir / "weights" / "00000014"
+    state = interop.read_state(folder / "model.safetensors")
     assert state["blocks.0.attn.qkv.weight"].shape == (24, 8)
+    _, front, card = (folder / "README.md").read_text().split("---\n", 2)
+    figures = json.loads((workdir / "evaluation" / "00000014.json").read_text())
+    (entry,) = yaml.safe_load(front)["model-index"]
+    stated = {each["type"]: each["value"] for each in entry["results"][0]["metrics"]}
+    assert stated == {name: figures[name] for name in stated}
+    assert {"frechet_distance", "validation_loss"} < stated.keys()
+    assert f"| frechet_distance | {figures['frechet_distance']:.6g} |" in card
+    assert f"| nfe | {figures['nfe']} |" in card
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert f"| loss | {last['loss']:.4g} at step 14 |" in card
+    assert f"| {last['cluster_losses'][1]:.4g} | {last['weights'][1]:.4g} |" in card
+    picture = (workdir / "evaluation" / "00000014.png").read_bytes()
+    assert (folder / "samples.png").read_bytes() == picture
+    assert str(workdir) not in card + (folder / "config.json").read_text()
 
 
 # Command lines by what is said of them; FOLDER is an empty one.

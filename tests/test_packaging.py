@@ -84,7 +84,8 @@ WITHOUT_EXTRAS = """
 import runpy, sys
 from ant_jax.runtime.extras import MODULES
 
-hidden = {module for each in MODULES.values() for module in each} - {"absl", "ml_dtypes", "orbax"}
+hidden = {module for each in MODULES.values() for module in each}
+hidden -= {"absl", "ml_dtypes", "orbax", "yaml"}
 sys.modules.update(dict.fromkeys(hidden))
 for name in "train", "evaluate", "data", "report", "load_run":
     try:

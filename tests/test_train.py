@@ -293,7 +293,7 @@ def test_a_run_may_go_on_with_its_parameters_on_shards_and_back(reference, tmp_p
             tmp_path / "whole", tmp_path / f"copy of {config.parallel.params}"
         )
         samples = np.load(evaluate.sample(config, workdir))["arr_0"]
-        weights = export.export(config, workdir).read_bytes()
+        weights = (export.export(config, workdir) / "model.safetensors").read_bytes()
         figures = evaluate.evaluate(config, workdir)["validation_loss"]
         made.append((samples, weights, figures))
     np.testing.assert_array_equal(made[0][0], made[1][0])

@@ -80,7 +80,7 @@ def read(workdir: Path) -> Run | None:
         config,
         _tasks(workdir, config, known["given"]),
         logged,
-        _seconds(logged),
+        logs.seconds(logged),
         _measured(workdir / "evaluation"),
         _grids(workdir),
     )
@@ -107,12 +107,6 @@ def _tasks(workdir, config, given):
         Task(low, high, pair)
         for (low, high), pair in zip(ends, itertools.pairwise(log_snr), strict=True)
     )
-
-
-def _seconds(logged):
-    steps = logged.get("step", np.zeros(0))
-    speed = logged.get("steps_per_second", np.full(len(steps), np.nan))
-    return np.cumsum(np.diff(steps, prepend=0) / speed)
 
 
 def _measured(folder):

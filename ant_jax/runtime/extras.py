@@ -6,7 +6,7 @@ import importlib.util
 MODULES = {
     "training": (
         *("absl", "clu", "cloudpickle", "grain", "ml_collections", "ml_dtypes", "orbax", "PIL"),
-        *("safetensors", "threadpoolctl"),
+        *("safetensors", "threadpoolctl", "yaml"),
     ),
     "experiments": ("matplotlib", "sklearn", "tqdm"),
     "tfds": ("tensorflow_datasets",),

@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from logging import WARNING
 from logging import root as root_logger
 from pathlib import Path
@@ -218,6 +218,13 @@ def columns(path: Path) -> dict[str, np.ndarray]:
         filled = [nothing if value is None else value for value in values]
         found[name] = np.array(filled, np.int64 if name == "step" else np.float64)
     return found
+
+
+def seconds(logged: Mapping[str, np.ndarray]) -> np.ndarray:
+    """(lines,) seconds of training steps until each line of `columns`; NaN without a speed."""
+    steps = logged.get("step", np.zeros(0))
+    speed = logged.get("steps_per_second", np.full(len(steps), np.nan))
+    return np.cumsum(np.diff(steps, prepend=0) / speed)
 
 
 def show_progress() -> None:

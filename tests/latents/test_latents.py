@@ -454,7 +454,7 @@ def test_training_sampling_and_decoding(place, encoded, tmp_path):
         evaluate.sample(other, tmp_path)
     # Not needed for the weights of the network alone.
     gone = settings(place, autoencoder__weights=str(place / "gone.safetensors"))
-    exported = interop.read_state(export.export(gone, tmp_path))
+    exported = interop.read_state(export.export(gone, tmp_path) / "model.safetensors")
     assert exported["final_layer.linear.weight"].shape == (2 * 2 * 4, 8)
 
 
