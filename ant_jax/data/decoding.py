@@ -22,7 +22,7 @@ _MAX_SIDE = 2**20
 _MAX_BYTES = 4 * MAX_PIXELS
 
 Exif = Literal["ignore", "apply"]
-_ORIENTATION = 0x0112
+_ORIENTATION, _UPRIGHT = 0x0112, 1
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -93,9 +93,9 @@ def decode(file: BinaryIO, channels: int = 3, exif: Exif = "ignore") -> np.ndarr
     return image.reshape(*image.shape[:2], channels)
 
 
-def _orientation(picture):
+def _orientation(picture: Image.Image) -> int:
     try:
-        return picture.getexif().get(_ORIENTATION)
+        return picture.getexif().get(_ORIENTATION, _UPRIGHT)
     # Damaged metadata counts as no metadata: the pixels are intact.
     except Exception:
-        return None
+        return _UPRIGHT

@@ -26,23 +26,21 @@ class FolderSource(Source):
       labels: int32 (n,), the index of each file's class; all 0 without classes.
       classes: Names of the class folders, sorted; empty without classes.
       exif: "apply" applies the orientation in the EXIF metadata; "ignore" does not.
+      image_shape: (None, None, 3): sizes vary.
+      num_classes: Number of class folders.
     """
 
     name: str
     paths: np.ndarray = dataclasses.field(repr=False)
     labels: np.ndarray = dataclasses.field(repr=False)
     classes: tuple[str, ...] = dataclasses.field(repr=False)
-    exif: str = dataclasses.field(default="ignore", repr=False)
+    exif: Exif = dataclasses.field(default="ignore", repr=False)
+    num_classes: int = dataclasses.field(init=False, repr=False)
 
-    @property
-    def image_shape(self) -> tuple[None, None, int]:
-        """(None, None, 3): sizes vary."""
-        return None, None, 3
+    image_shape = None, None, 3
 
-    @property
-    def num_classes(self) -> int:
-        """Number of class folders."""
-        return len(self.classes)
+    def __post_init__(self):
+        object.__setattr__(self, "num_classes", len(self.classes))
 
     def __len__(self) -> int:
         return len(self.paths)

@@ -122,13 +122,13 @@ class _Batches:
         self._load, self._name, self._num_workers = load, name, num_workers
         self._stopped, self._alone = stopped, alone
         self._start = self._step = self._asked = start_step
-        self._readers: list[Reader] | None = None
+        self._readers: list[Reader] = []
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if self._readers is None:
+        if not self._readers:
             self._readers = _start(self._load, self._num_workers)
         # Without workers no batch has been requested ahead of time.
         self._ask(self._step + 1)
@@ -166,7 +166,7 @@ class _Batches:
 
     def close(self) -> None:
         """Ends the workers."""
-        for reader in self._readers or ():
+        for reader in self._readers:
             reader.close()
 
 
@@ -266,10 +266,12 @@ def _augment(
     if "mean" in example:
         return transforms.draw_latent(example, flip, rng)
     image = example["image"]
-    if crop == "center":
-        image = transforms.center_crop(image, image_size)
-    elif crop == "random":
-        image = transforms.random_crop(image, image_size, rng)
+    if crop != "none":
+        assert image_size is not None  # see `check_crop`
+        if crop == "center":
+            image = transforms.center_crop(image, image_size)
+        else:
+            image = transforms.random_crop(image, image_size, rng)
     if flip:
         image = transforms.flip(image, rng)
     return {**example, "image": image}

@@ -132,7 +132,7 @@ class ProcessReader:
         if not ready:
             return None
         # A batch that the process sent before it died is valid.
-        descriptors = []
+        message, descriptors = b"", []
         if self._socket in ready:
             with contextlib.suppress(ConnectionResetError):
                 message, descriptors, *_ = socket.recv_fds(
@@ -197,12 +197,13 @@ def _end(process, connection):
 def _read_in_process(connection):
     threading.Thread(target=_end_with_trainer, daemon=True).start()
     _, (descriptor,), *_ = socket.recv_fds(connection, 1, 1)
+    load, problem = None, ""
     try:
         with os.fdopen(descriptor, "rb") as file:
             file.seek(0)
             load = cloudpickle.load(file)
     except Exception as error:
-        load, problem = None, f"a data worker can't unpickle the source: {error!r}"
+        problem = f"a data worker can't unpickle the source: {error!r}"
     # If the trainer is killed, its end of the socket may be closed with unread data.
     with contextlib.suppress(ConnectionError):
         while request := connection.recv(_STEP.size, socket.MSG_WAITALL):
@@ -219,7 +220,9 @@ def _read_in_process(connection):
 
 def _end_with_trainer():
     # The trainer may be killed while this process is in a long read.
-    multiprocessing.parent_process().join()
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None  # it has spawned this process
+    trainer.join()
     os._exit(1)
 
 
@@ -231,7 +234,7 @@ def _send(connection, made):
             for name, array in arrays.items():
                 file.write(bytes(-file.tell() % _ALIGNMENT))
                 made[name] = (array.dtype.str, array.shape, file.tell())
-                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         position = file.tell()
         pickle.dump(made, file)
         file.flush()

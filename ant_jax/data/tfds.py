@@ -6,7 +6,7 @@ They need an optional package: `pip install 'ant-jax[tfds]'`.
 import dataclasses
 import io
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -84,7 +84,8 @@ def tfds(
 
     data_dir = str(user_path(dir)) if dir else None
     try:
-        opened = library.builder(builder, data_dir=data_dir)
+        # Any, because its annotations allow less than it does.
+        opened: Any = library.builder(builder, data_dir=data_dir)
     except library.core.DatasetNotFoundError:
         # Not chained: the original message lists some hundred data sets.
         raise ValueError(f"tensorflow-datasets has no builder {builder!r}") from None
@@ -98,7 +99,7 @@ def tfds(
             f"{prepare}"
         )
     features = dict(opened.info.features)
-    image, label = features.get("image"), features.get("label")
+    image = features.get("image")
     if not isinstance(image, library.features.Image) or image.np_dtype != np.uint8:
         raise ValueError(f"{builder!r} has no uint8 'image' feature, only {features}")
     try:
@@ -112,5 +113,7 @@ def tfds(
         ) from error
     except ValueError as error:
         raise ValueError(f"{builder!r} cannot read split {split!r}: {error}") from error
-    num_classes = label.num_classes if isinstance(label, library.features.ClassLabel) else 0
-    return TfdsSource(f"{builder}[{split}]", records, tuple(image.shape), num_classes)
+    labelled = isinstance(features.get("label"), library.features.ClassLabel)
+    num_classes = features["label"].num_classes if labelled else 0
+    shape = tuple(features["image"].shape)
+    return TfdsSource(f"{builder}[{split}]", records, shape, num_classes)

@@ -136,7 +136,7 @@ def load(
                 case "GET" | "BINGET" | "LONG_BINGET":
                     stack.append(memo[arg])
                 case "GLOBAL":
-                    stack.append(Global(arg.replace(" ", ".", 1)))
+                    stack.append(Global(_dotted(arg)))
                 case "STACK_GLOBAL":
                     name, module = stack.pop(), stack.pop()
                     if not (type(name) is type(module) is str):
@@ -155,7 +155,7 @@ def load(
                     stack.append(_build({} if keywords else builders, function, arguments))
                 case "INST":
                     to_mark()
-                    stack.append(Unread(arg.replace(" ", ".", 1)))
+                    stack.append(Unread(_dotted(arg)))
                 case "OBJ":
                     items = to_mark()
                     stack.append(_build({}, items[0], ()))
@@ -177,6 +177,10 @@ def is_key(value: Any) -> bool:
     return type(value) in _KEYS or (
         type(value) is tuple and all(type(element) in _KEYS for element in value)
     )
+
+
+def _dotted(module_and_name):
+    return module_and_name.replace(" ", ".", 1)
 
 
 def _build(builders, function, arguments):

@@ -4,7 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 # Registers bfloat16 with NumPy; safetensors needs it.
 import ml_dtypes  # noqa: F401
@@ -93,7 +93,7 @@ def write_state(
     """
     # safetensors takes the memory of every array as C-ordered.
     arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
-    content = safetensors.numpy.save(arrays, metadata and dict(metadata))
+    content = safetensors.numpy.save(arrays, None if metadata is None else dict(metadata))
     files.write_bytes(Path(path), content)
 
 
@@ -121,7 +121,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise WeightsError(f"cannot read {path}: {error}") from error
 
 
-def _is_state(value: Any) -> bool:
+def _is_state(value: Any) -> TypeGuard[dict[str, Any]]:
     """Whether a value is a dict of arrays by name, without arrays in nested containers."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         return False

@@ -7,7 +7,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import ml_dtypes
 import numpy as np
@@ -158,7 +158,9 @@ def _read_legacy(file, head):
         return raws[key]
 
     # A memory map, because its read(n) allocates no more than the file has.
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as stream:
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        # It has what `plain_pickle.load` needs of a file.
+        stream = cast("BinaryIO", mapped)
         try:
             versions = _unpickle(stream, raw_of), _unpickle(stream, raw_of)
         except ValueError:
@@ -186,8 +188,9 @@ def _size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def _fill(raw: np.ndarray, stream: BinaryIO, name: str) -> None:
-    view, done = memoryview(raw), 0
+def _fill(raw: np.ndarray, stream: Any, name: str) -> None:
+    """Reads an array by the method ``readinto``, which the types of files in typing lack."""
+    view, done = raw.data, 0
     # In parts, because zipfile copies all bytes of one read.
     while count := stream.readinto(view[done : done + _CHUNK]):
         done += count

@@ -120,7 +120,7 @@ class Autoencoder(nn.Module):
     def setup(self) -> None:
         """Makes the encoder, the decoder, the two layers between them and the codebook."""
         attends = tuple(2**i in self.attention_factors for i in range(len(self.multipliers)))
-        half = dict(
+        half: dict[str, Any] = dict(
             width=self.width,
             multipliers=self.multipliers,
             blocks=self.blocks,

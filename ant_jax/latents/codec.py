@@ -87,7 +87,7 @@ def _encode(params, images, *, model):
     return model.apply({"params": params}, pixels.normalize(images), method="encode")
 
 
-def decode(codec: Codec, latents: jax.Array, batch_size: int) -> np.ndarray:
+def decode(codec: Codec, latents: jax.Array | np.ndarray, batch_size: int) -> np.ndarray:
     """Decodes latents in batches.
 
     Args:
@@ -103,10 +103,10 @@ def decode(codec: Codec, latents: jax.Array, batch_size: int) -> np.ndarray:
     """
     devices = jax.local_devices()
     batch_size += -batch_size % len(devices)
-    latents = np.asarray(latents)
+    on_host = np.asarray(latents)
     images, finite = [], []
-    for first in range(0, len(latents), batch_size):
-        part = latents[first : first + batch_size]
+    for first in range(0, len(on_host), batch_size):
+        part = on_host[first : first + batch_size]
         padded = np.pad(part, ((0, batch_size - len(part)), (0, 0), (0, 0), (0, 0)))
         decoded = _decode(
             codec.params, jax.device_put(padded, split_over(devices)), model=codec.model

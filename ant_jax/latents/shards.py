@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -69,22 +69,20 @@ class LatentSource(Source):
       info: Its description.
       scale: Factor of the means and standard deviations.
       records: The records of all shards, in order.
+      image_shape: (h, w, c).
+      num_classes: Number of classes.
     """
 
     name: str
     info: LatentInfo = dataclasses.field(repr=False)
     scale: float
     records: Sequence[bytes] = dataclasses.field(repr=False)
+    image_shape: tuple[int | None, int | None, int] = dataclasses.field(init=False, repr=False)
+    num_classes: int = dataclasses.field(init=False, repr=False)
 
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(h, w, c)."""
-        return self.info.shape
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes."""
-        return self.info.num_classes
+    def __post_init__(self):
+        object.__setattr__(self, "image_shape", self.info.shape)
+        object.__setattr__(self, "num_classes", self.info.num_classes)
 
     def __len__(self) -> int:
         return self.info.num_images
@@ -103,7 +101,7 @@ class LatentSource(Source):
         # Damaged bytes can raise almost any type of error.
         except Exception as error:
             raise UnreadableImageError(f"latent {index} of {self.name}: {error}") from error
-        scaled = np.float32(numbers) * np.float32(self.scale)
+        scaled = numbers.astype(np.float32) * np.float32(self.scale)
         label = np.frombuffer(record, "<i4", count=1)[0]
         # Without these checks the loss would not be finite, and would look like a training problem.
         if not np.isfinite(scaled).all():
@@ -206,11 +204,12 @@ def _open(directory, info, scale):
     return LatentSource(str(directory), info, scale, records)
 
 
-def _records(shards):
+def _records(shards) -> Sequence[bytes]:
     from grain.sources import ArrayRecordDataSource
 
     try:
-        return ArrayRecordDataSource([str(shard) for shard in shards])
+        # Its base class has no types.
+        return cast("Sequence[bytes]", ArrayRecordDataSource([str(shard) for shard in shards]))
     except RuntimeError:
         # The message does not name the damaged shard.
         for shard in shards:
