@@ -1,14 +1,17 @@
-"""The modes that draw samples from a trained run and measure them."""
+"""Draws samples from a run and measures them, as a mode of its own or during training."""
 
 from ant_jax.runtime import extras
 
 if _error := extras.missing("training"):
     raise _error
 
+import contextlib
 import functools
+import json
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import logging
@@ -18,14 +21,23 @@ from ant_jax import config as config_lib
 from ant_jax import evaluation, experiment, measuring, results, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.runtime import logs, processes
+from ant_jax.runtime import logs, processes, signals
 from ant_jax.runtime.files import user_path
+from ant_jax.runtime.lock import InUseError
 from ant_jax.runtime.progress import with_time_left
 from ant_jax.sampling import cache
 from ant_jax.settings import Affects
+from ant_jax.workdir import Step
+
+# Levels of the validation loss, and at most as many of all tasks together.
+_LEVELS = 25
 
 
-def sample(config: ConfigDict, workdir: str | Path, step: int | None = None, **given: Any) -> Path:
+class _Stopped(Exception):
+    """A signal has asked to stop, and the program saves its state first."""
+
+
+def sample(config: ConfigDict, workdir: str | Path, step: Step = None, **given: Any) -> Path:
     """Draws ``config.sample.num`` samples from the EMA into an ``.npz``.
 
     Beside the ``.npz`` are a grid of the first samples and a JSON file that says what the samples
@@ -37,14 +49,14 @@ def sample(config: ConfigDict, workdir: str | Path, step: int | None = None, **g
     Args:
       config: of the run.
       workdir: of the run.
-      step: of the checkpoint; the newest by default.
+      step: of the checkpoint, or "best"; the newest by default.
       **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
 
     Returns:
       The ``.npz`` file.
 
     Raises:
-      FileNotFoundError: if the workdir has no checkpoint (of that step).
+      FileNotFoundError: if the workdir has no such checkpoint.
       ConfigError: if the workdir is of another config.
       InUseError: if another job draws the same samples.
       FloatingPointError: if samples have numbers that are not finite.
@@ -69,16 +81,17 @@ def sample(config: ConfigDict, workdir: str | Path, step: int | None = None, **g
 
 
 def evaluate(
-    config: ConfigDict, workdir: str | Path, step: int | None = None, **given: Any
+    config: ConfigDict, workdir: str | Path, step: Step = None, **given: Any
 ) -> dict[str, float | int | str] | None:
     """Measures the EMA model, logs the figures and writes them to a JSON file.
 
     If ``config.evaluation.features`` is set, this compares samples with the data, and writes a grid
     of the first samples beside the JSON file. If ``config.evaluation.split`` is set, this measures
     ``validation_loss``: the mean loss on held-out images, without loss weights. It is always of the
-    same timesteps and noise, whatever the clusters. ``nfe`` counts the calls of the network for a
-    sample; with guidance each has a doubled batch. Samples that an earlier call drew before it was
-    killed are not drawn again.
+    same timesteps and noise, whatever the clusters. ``validation_cluster_losses`` are those of the
+    tasks, if tasks are intervals. ``nfe`` counts the calls of the network for a sample; with
+    guidance each has a doubled batch. Samples that an earlier call drew before it was killed are
+    not drawn again.
 
     If ``config.evaluation.samples`` is set, this measures the samples of that file and nothing
     else. Then the workdir needs no run, and the result has no step.
@@ -91,14 +104,14 @@ def evaluate(
     Args:
       config: of the run.
       workdir: of the run.
-      step: of the checkpoint; the newest by default.
+      step: of the checkpoint, or "best"; the newest by default.
       **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
 
     Returns:
       The figures.
 
     Raises:
-      FileNotFoundError: if the workdir has no checkpoint (of that step).
+      FileNotFoundError: if the workdir has no such checkpoint.
       ConfigError: if the workdir is of another config; if ``config.evaluation`` names nothing to
         measure by, or something that can't be used; or if the run learned from images that were
         given from Python, which are not here to compare with.
@@ -113,39 +126,205 @@ def evaluate(
     measuring.check(config, before and before["facts"].get("channels"))
     if config.evaluation.samples:
         return _of_file(config, workdir) if processes.is_first() else None
-    _check_source(config, workdir, before)
+    if before is not None:
+        _check_source(config, workdir, before["given"])
     step, setup, params = results.restore_run(config, workdir, step, **given)
     made_from = results.run_origin(config, workdir, step, params)
-    if not config.evaluation.features:
-        if not processes.is_first():
-            return None
-        figures = {"step": step} | _validation(config, step, setup, params)
-        _report(figures, _with_evaluation(made_from, config), config, workdir, [])
-        return figures
-    with cache.folder(workdir, made_from) as place:
-        if not processes.is_first():
-            _draw(config, place, step, setup, params)
-            return None
-        # First, so that missing held-out images are found before hours of drawing.
-        validation = _validation(config, step, setup, params)
-        measure, measured_by = measuring.build(config)
-        _draw(config, place, step, setup, params)
-        first = []
-        batches = results.keep_first(cache.read(place, config.sample.num), first)
-        try:
-            figures = {"step": step, "nfe": experiment.nfe(config)} | measure(batches) | validation
-        except ValueError as error:
-            raise ConfigError(f"samples of step {step} can't be evaluated: {error}") from error
-        made_from = _with_evaluation(made_from, config) | measured_by
-        _report(figures, made_from, config, workdir, first)
-        shutil.rmtree(place, ignore_errors=True)
+    build = functools.cache(lambda: measuring.build(config))
+    figures = _of_params(config, workdir, step, setup, params, made_from, build)
+    if figures is not None:
+        _log(figures)
     return figures
 
 
-def _check_source(config, workdir, before):
+class InTraining(NamedTuple):
+    """The result of an evaluation during training.
+
+    Attributes:
+      figures: by name; empty if the samples could not be evaluated.
+      made_from: what the figures depend on besides the step and its parameters.
+      best_by: the figure by which models are ranked, and -1 if its lowest value is the best or 1 if
+        its highest is; None if there is no such figure.
+    """
+
+    figures: dict[str, Any]
+    made_from: dict[str, Any]
+    best_by: tuple[str, float] | None
+
+
+def in_training(
+    config: ConfigDict,
+    setup: experiment.Setup,
+    workdir: Path,
+    run: str,
+    given: Mapping[str, str],
+) -> Callable[[int, dict], InTraining | None]:
+    """Prepares to `evaluate` a run while it trains.
+
+    The extractor and the summary of the real images are loaded now, once for all evaluations.
+
+    Args:
+      config: of the run.
+      setup: what the config describes.
+      workdir: of the run.
+      run: its id.
+      given: names of the objects that replace those of the config; see `workdir.names_of`.
+
+    Returns:
+      ``(step, params) -> result``, which all processes call together. It writes the same files as
+      `evaluate`. If the figures of these parameters are there already, because the run was
+      interrupted later, it reads them. It returns None after a signal that asks to stop.
+
+    Raises:
+      ConfigError: if this run can't be evaluated.
+    """
+    config = config.copy_and_resolve_references()
+    if config.evaluation.num_in_training:
+        config.sample.num = config.evaluation.num_in_training
+    _check_source(config, workdir, given)
+    build = functools.cache(lambda: measuring.build(config))
+    if config.evaluation.features and processes.is_first():
+        logging.info("preparing the evaluations during training ...")
+        build()
+    compiled = False
+
+    def measure(step, params):
+        nonlocal compiled
+        origin = {"run": run} | results.origin(config, step, params)
+        # The others have not loaded the extractor.
+        in_first = processes.broadcast_from_first
+        stopped, problem = False, ""
+        figures = in_first(
+            lambda: results.read(_path(workdir, step), _made_from(config, origin, build))
+        )
+        if figures is None:
+            try:
+                figures = _of_params(
+                    config, workdir, step, setup, params, origin, build, compiled=compiled
+                )
+            except _Stopped:
+                stopped = True
+            except (FloatingPointError, InUseError, ConfigError) as error:
+                problem = str(error)
+            compiled = True
+
+        def result():
+            if stopped:
+                return None
+            if problem:
+                logging.warning("no figures: %s", problem)
+                return [{}, {}, None]
+            made_from = _made_from(config, origin, build)
+            others = {name: made_from[name] for name in made_from.keys() - {"step", "params"}}
+            return [figures, others, _best_by(config, figures, build)]
+
+        found = in_first(result)
+        return found and InTraining(*found)
+
+    return measure
+
+
+def _best_by(config, figures, build):
+    signs = build().best_by if config.evaluation.features else {}
+    signs = signs | {"validation_loss": -1.0}
+    return next(([name, sign] for name, sign in signs.items() if name in figures), None)
+
+
+def _of_params(config, workdir, step, setup, params, origin, build, *, compiled=False):
+    """Measures the EMA of a step, and writes the result.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      step: of the parameters.
+      setup: what the config describes.
+      params: the EMA.
+      origin: of the samples; see `results.run_origin`.
+      build: returns the `measuring.Measuring` of the config.
+      compiled: whether an earlier call has compiled all programs.
+
+    Returns:
+      The figures, in process 0; None in the others.
+
+    Raises:
+      ConfigError: in process 0, if the samples can't be measured.
+      InUseError: if another job draws the same samples.
+      FloatingPointError: if samples or the validation loss are not finite.
+      _Stopped: after a signal, if it does not end the program.
+    """
+    with contextlib.ExitStack() as stack:
+        if config.evaluation.features:
+            place = stack.enter_context(_folder(workdir, origin))
+        # First, so that unreadable held-out images are found before hours of drawing.
+        validation = _in_first(lambda: _validation(config, step, setup, params, compiled))
+        figures, first = {"step": step}, []
+        if config.evaluation.features:
+            measure = build().measure if processes.is_first() else None
+            _draw(config, place, step, setup, params, compiled)
+            if processes.is_first():
+                batches = results.keep_first(cache.read(place, config.sample.num), first)
+                try:
+                    figures |= {"nfe": experiment.nfe(config)} | measure(_until_asked(batches))
+                except ValueError as error:
+                    raise ConfigError(
+                        f"samples of step {step} can't be evaluated: {error}"
+                    ) from error
+        if not processes.is_first():
+            return None
+        figures |= validation
+        _write(
+            _path(workdir, step), figures, _made_from(config, origin, build), config, workdir, first
+        )
+        if config.evaluation.features:
+            shutil.rmtree(place, ignore_errors=True)
+    return figures
+
+
+@contextlib.contextmanager
+def _folder(workdir, origin):
+    """`cache.folder`, whose InUseError comes in all processes."""
+    with contextlib.ExitStack() as stack:
+        place = None
+
+        def enter():
+            nonlocal place
+            try:
+                place = stack.enter_context(cache.folder(workdir, origin))
+            except InUseError as error:
+                return str(error)
+            return ""
+
+        if problem := processes.broadcast_from_first(enter):
+            raise InUseError(problem)
+        yield place or stack.enter_context(cache.folder(workdir, origin))
+
+
+def _in_first(function):
+    """The result of process 0, or its FloatingPointError, in all processes."""
+
+    def attempt():
+        try:
+            return [function(), ""]
+        except FloatingPointError as error:
+            return [None, str(error)]
+
+    result, problem = processes.broadcast_from_first(attempt)
+    if problem:
+        raise FloatingPointError(problem)
+    return result
+
+
+def _until_asked(batches):
+    for batch in batches:
+        if signals.asked():
+            raise _Stopped
+        yield batch
+
+
+def _check_source(config, workdir, given):
     settings = config.evaluation
     by_reference = settings.reference and not settings.split
-    if before is not None and "source" in before["given"] and not by_reference:
+    if "source" in given and not by_reference:
         raise ConfigError(
             f"the run in {workdir} learned from images that were given from Python, but its "
             f"samples would be compared with config.data.name = {config.data.name!r}: set "
@@ -158,7 +337,7 @@ def _of_file(config, workdir):
     first = []
     try:
         num = sampling.num_samples(samples)
-        measure, measured_by = measuring.build(config)
+        measure, measured_by, _ = measuring.build(config)
         batches = sampling.read_samples(samples, config.sample.batch_size)
         figures = measure(
             results.keep_first(with_time_left(batches, num, "samples evaluated"), first)
@@ -178,59 +357,94 @@ def _of_file(config, workdir):
         },
     }
     made_from = _with_evaluation(made_from, config) | measured_by
-    _report(figures, made_from, config, workdir, first)
+    path = workdir / "evaluation" / f"samples-{samples.stem}.json"
+    _write(path, figures, made_from, config, workdir, first)
+    _log(figures)
     return figures
 
 
-def _validation(config, step, setup, params):
+def _validation(config, step, setup, params, compiled):
     if not config.evaluation.split:
         return {}
     apply_fn = experiment.denoiser(setup, params)
-    everything = np.array([0, setup.process.span])
-    logging.info(
-        "validation loss on the images of %r; it compiles first ...", config.evaluation.split
-    )
-    (loss,) = measuring.validation_losses(config, setup, apply_fn, everything, timesteps_each=25)
+    split = config.evaluation.split
+    wait = "" if compiled else "; it compiles first ..."
+    logging.info("validation loss on the images of %r%s", split, wait)
+    losses = functools.partial(measuring.validation_losses, config, setup, apply_fn)
+    (loss,) = losses(np.array([0, setup.process.span]), timesteps_each=_LEVELS)
     if not np.isfinite(loss):
         raise FloatingPointError(f"step {step}: the validation loss is {loss}")
-    return {"validation_loss": float(loss)}
+    figures = {"validation_loss": float(loss)}
+    if setup.clusters.order is None:
+        boundaries = setup.clusters.boundaries
+        each = losses(boundaries, timesteps_each=max(1, _LEVELS // (len(boundaries) - 1)))
+        figures["validation_cluster_losses"] = each.tolist()
+    return figures
+
+
+def _made_from(config, origin, build):
+    """What figures depend on, given what their samples depend on."""
+    measured_by = build().made_from if config.evaluation.features else {}
+    return json.loads(json.dumps(_with_evaluation(origin, config) | measured_by))
 
 
 def _with_evaluation(made_from, config):
-    """What figures depend on, given what their samples depend on."""
     # The digest in `Measuring.made_from` identifies the weights, which their path does not.
     settings = {
         f"evaluation.{name}": value
         for name, value in config.evaluation.items()
-        if name not in ("weights", "samples")
+        if name not in ("weights", "samples", "every", "num_in_training")
     }
     return made_from | {"settings": made_from["settings"] | settings}
 
 
-def _report(figures, made_from, config, workdir, first):
-    samples = config.evaluation.samples
-    name = f"samples-{Path(samples).stem}" if samples else f"{figures['step']:08d}"
-    content = figures | {"made_from": made_from}
-    path = results.write(workdir / "evaluation" / f"{name}.json", content, config, workdir)
+def _path(workdir, step):
+    return workdir / "evaluation" / f"{step:08d}.json"
+
+
+def _write(path, figures, made_from, config, workdir, first):
+    path = results.write(path, figures | {"made_from": made_from}, config, workdir)
     if first:
         results.save_grid(path, first)
-    for name, value in figures.items():
-        logging.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
-    if "fid" in figures:
-        logging.info("%s", evaluation.table(figures))
     logging.info("%s", path)
 
 
-def _draw(config, place, step, setup, params):
+def _log(figures):
+    for name, value in figures.items():
+        if isinstance(value, list):
+            value = ", ".join(f"{each:.4f}" for each in value)
+        logging.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
+    if "fid" in figures:
+        logging.info("%s", evaluation.table(figures))
+
+
+def _draw(config, place, step, setup, params, compiled=False):
     """Draws the samples of the EMA that are not drawn yet."""
     # The folder's name depends on the parameters and the decoder.
     processes.assert_equal(lambda: {"parameters of the run and of config.autoencoder": place.name})
     num = config.sample.num
-    logging.info("drawing %d samples of step %d; the sampler compiles first ...", num, step)
+    wait = "" if compiled else "; the sampler compiles first ..."
+    logging.info("drawing %d samples of step %d%s", num, step, wait)
     apply_fn = experiment.denoiser(setup, params)
-    draw = functools.partial(experiment.draw_samples, config, setup, apply_fn, num)
-    try:
-        batch_size = sampling.rounded_batch_size(config.sample.batch_size, num)
-        cache.draw_missing(place, num, batch_size, draw)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"step {step}: {error}") from error
+    problem = ""
+
+    def draw(first, stop):
+        nonlocal problem
+        if problem or signals.asked():
+            return
+        try:
+            drawn = experiment.draw_samples(config, setup, apply_fn, num, first, stop)
+            for batch in drawn:
+                yield batch
+                if signals.asked():
+                    return
+        except FloatingPointError as error:
+            problem = f"step {step}: {error}"
+
+    batch_size = sampling.rounded_batch_size(config.sample.batch_size, num)
+    cache.draw_missing(place, num, batch_size, draw)
+    ended = processes.all_gather([problem, signals.asked()])
+    if found := next((each for each, _ in ended if each), None):
+        raise FloatingPointError(found)
+    if any(asked for _, asked in ended):
+        raise _Stopped

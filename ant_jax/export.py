@@ -17,6 +17,7 @@ from ant_jax.diffusion.gaussian import GaussianDiffusion
 from ant_jax.models import dit, dit_diffusers
 from ant_jax.runtime import processes
 from ant_jax.runtime.files import user_path, write_bytes
+from ant_jax.workdir import Step
 
 # The version that the test outputs are of.
 _VERSION = "0.42.0"
@@ -71,7 +72,7 @@ for block in transformer.transformer_blocks:
 
 
 def export(
-    config: ConfigDict, workdir: str | Path, step: int | None = None, layout: str = "published"
+    config: ConfigDict, workdir: str | Path, step: Step = None, layout: str = "published"
 ) -> Path:
     """Writes the EMA of a checkpoint into a folder that others can load, with a model card.
 
@@ -81,7 +82,7 @@ def export(
     Args:
       config: of the run.
       workdir: of the run.
-      step: of the checkpoint; the newest by default.
+      step: of the checkpoint, or "best"; the newest by default.
       layout: "published": ``model.safetensors`` with the names of the published code, and
         ``config.json``, the config of the run, whose paths lose their folders. A network without
         published code keeps its own names. The metadata of the weights hold the settings that do
@@ -92,7 +93,7 @@ def export(
       The path of the folder.
 
     Raises:
-      FileNotFoundError: if the workdir has no checkpoint, or none of that step.
+      FileNotFoundError: if the workdir has no such checkpoint.
       ConfigError: if the workdir has another config; if the network or the noise process was
         given from Python, so that the metadata could not describe it; or if diffusers has no such
         network or process.

@@ -1,7 +1,8 @@
-"""What training does between its steps: it reports, saves, and draws samples."""
+"""What training does between its steps: it reports, saves, draws samples and evaluates."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -11,20 +12,26 @@ from absl import logging
 
 from ant_jax import sampling
 from ant_jax.runtime import devices, processes, signals
-from ant_jax.runtime.checkpoint import Checkpointer
+from ant_jax.runtime.checkpoint import Checkpointer, read_record
 from ant_jax.runtime.logs import MetricWriter
 from ant_jax.runtime.progress import Progress
 from ant_jax.train_step import TrainState
 
 
 class Reports:
-    """Writes the metrics of the last steps to the console and to the `MetricWriter`."""
+    """Writes the metrics of the last steps to the console and to the `MetricWriter`.
+
+    Attributes:
+      waiting: the line of the last step, which `write` has not written yet. Checkpoints hold it: a
+        line that waits for an evaluation is not lost if the run is killed meanwhile.
+    """
 
     def __init__(
         self,
         writer: MetricWriter,
         speedometer: Progress,
         callback: Callable[[int, dict[str, Any]], None] | None = None,
+        waiting: dict[str, Any] | None = None,
     ):
         """Reports nothing yet.
 
@@ -32,16 +39,25 @@ class Reports:
           writer: writes ``metrics.jsonl``.
           speedometer: writes to the console.
           callback: see `train.train`.
+          waiting: the line that waits in the checkpoint.
         """
         self._writer, self._speedometer, self._callback = writer, speedometer, callback
+        self.waiting = waiting
 
-    def write(self, step: int, report: dict[str, Any]) -> None:
-        """Writes the report of a step; see `Measurements.report`."""
+    def measured(self, step: int, report: dict[str, Any]) -> None:
+        """Writes a step to the console; its line waits for `write`. See `Measurements.report`."""
         speed = self._speedometer.line(step, report["loss"])
-        report = {**report, "steps_per_second": speed}
-        self._writer.scalars(step, report)
+        self.waiting = {"step": step, **report, "steps_per_second": speed}
+
+    def write(self, figures: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Writes the line that waits, and figures of an evaluation with it."""
+        line, self.waiting = self.waiting, None
+        step = line.pop("step")
+        # No figure of a metric of one's own may replace the loss.
+        line = {**figures, **line}
+        self._writer.scalars(step, line)
         if self._callback is not None and processes.is_first():
-            self._callback(step, report)
+            self._callback(step, line)
 
     def restart_clock(self, step: int) -> None:
         """Restarts the clock, so that the speed leaves out time that was not spent on steps."""
@@ -120,6 +136,10 @@ class Saves:
         )
 
 
+# Figures that do not depend on the run.
+_OF_THE_REFERENCE = ("real_", "classifier_")
+
+
 def check_replicas(step: int, state: TrainState) -> None:
     """Raises a DisagreementError if a state differs between processes or devices."""
     processes.assert_equal(lambda: {f"the state after step {step}": devices.checksums(state)})
@@ -178,6 +198,100 @@ class Pictures:
 
     def _path(self, step):
         return self._folder / f"{step:08d}.png"
+
+
+class Evaluations:
+    """Evaluates the moving average during training, and keeps the best one.
+
+    ``best/`` has one checkpoint, of the moving average alone. It is written like the others: there
+    is the former best until the new one is complete.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        is_due: Callable[[int], bool],
+        measure: Callable[[int, Any], Any],
+        record: dict[str, Any],
+        guard: Callable[[], None],
+    ):
+        """Evaluates nothing yet.
+
+        Args:
+          workdir: of the run.
+          is_due: returns whether a step is evaluated.
+          measure: see `evaluate.in_training`.
+          record: describes the run in the checkpoint; see `save_record`.
+          guard: see `Checkpointer`.
+        """
+        self.is_due, self._measure, self._record = is_due, measure, record
+        self._directory, self._guard = workdir / "best", guard
+        self._best = None
+
+    def run(
+        self, step: int, average: Callable[[], Any], saved: Callable[[], Any]
+    ) -> dict[str, Any] | None:
+        """Evaluates a step, and keeps its moving average if it is the best one so far.
+
+        Args:
+          step: its number.
+          average: returns the moving average for drawing samples.
+          saved: returns the moving average as a checkpoint has it.
+
+        Returns:
+          The figures, numbers and lists of numbers, for the line of the step; None after a signal
+          that asks to stop.
+        """
+        result = self._measure(step, average())
+        if result is None:
+            return None
+        shown = {
+            name: value
+            for name, value in result.figures.items()
+            if isinstance(value, float | list) and not name.startswith(_OF_THE_REFERENCE)
+        }
+        is_best = result.best_by is not None and self._is_best(step, result)
+        if is_best:
+            self._keep(step, saved(), result)
+        if shown:
+            numbers = {name: value for name, value in shown.items() if isinstance(value, float)}
+            words = [f"{name} {value:.4f}" for name, value in numbers.items()]
+            words += ["(the best so far)"] * is_best
+            logging.info("evaluation of step %d: %s", step, "  ".join(words))
+        return shown
+
+    def _is_best(self, step, result):
+        """Whether a step is better than the best one.
+
+        A resumed run repeats steps. They are no news, so that only later steps replace the best.
+        """
+        if self._best is None:
+            read = lambda: read_record(self._directory, run=self._record["id"])
+            self._best = (processes.broadcast_from_first(read) or {}).get("best", {"step": 0})
+        name, sign = result.best_by
+        before = self._best
+        if before.get("figure") != name or before["made_from"] != result.made_from:
+            # Of other settings, so that the values can't be compared.
+            return step > before["step"]
+        return step > before["step"] and sign * result.figures[name] > sign * before["value"]
+
+    def _keep(self, step, params, result):
+        name, _ = result.best_by
+        best = {
+            "step": step,
+            "figure": name,
+            "value": result.figures[name],
+            "made_from": result.made_from,
+        }
+        checkpointer = Checkpointer(self._directory, keep=1, guard=self._guard)
+        # Process 0 makes the folder.
+        processes.wait_for_file(self._directory)
+        try:
+            checkpointer.save(step, {"ema_params": params}, self._record | {"best": best})
+            checkpointer.wait()
+        finally:
+            checkpointer.close()
+        self._best = best
 
 
 def stops_here(stop: signals.Stop, waits: bool) -> bool:

@@ -5,6 +5,7 @@ docs/settings.md lists them.
 """
 
 import importlib
+import re
 import signal
 import sys
 
@@ -46,12 +47,22 @@ _WORKDIR = flags.DEFINE_string(
     "the command line that a run cannot change.",
 )
 _MODE = flags.DEFINE_enum("mode", "train", list(_MODES), "What to do.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to use; default the newest.", lower_bound=1)
+_STEP = flags.DEFINE_string(
+    "step",
+    None,
+    "Step of the checkpoint to use, or 'best', which config.evaluation.every keeps; default the "
+    "newest.",
+)
 _LAYOUT = flags.DEFINE_enum(
     "layout", "published", ["published", "diffusers"], "What --mode export writes."
 )
 flags.register_validator(
     "workdir", lambda workdir: workdir != "", message="it is empty: leave it out for the default"
+)
+flags.register_validator(
+    "step",
+    lambda step: step in (None, "best") or re.fullmatch("[1-9][0-9]*", step),
+    message="it must be the step of a checkpoint, or 'best'",
 )
 flags.register_multi_flags_validator(
     ["mode", "step"],
@@ -90,10 +101,9 @@ def _run(name):
         mode(workdir)
         return
     config = cli.config_of(workdir)
+    step = _STEP.value if _STEP.value in (None, "best") else int(_STEP.value)
     processes.assert_equal(
-        lambda: cli.settings_to_compare(
-            config, workdir, mode=name, step=_STEP.value, layout=_LAYOUT.value
-        )
+        lambda: cli.settings_to_compare(config, workdir, mode=name, step=step, layout=_LAYOUT.value)
     )
     config_lib.validate(config)
     if workdir is None:
@@ -106,8 +116,8 @@ def _run(name):
             logging.warning("%s", line)
     compilation_cache.enable()
     processes.check_shared(workdir)
-    more = {"export": [_STEP.value, _LAYOUT.value], "train": []}
-    mode(config, workdir, *more.get(name, [_STEP.value]))
+    more = {"export": [step, _LAYOUT.value], "train": []}
+    mode(config, workdir, *more.get(name, [step]))
 
 
 if __name__ == "__main__":

@@ -27,10 +27,12 @@ class Measuring(NamedTuple):
     Attributes:
       measure: From batches of samples to figures by name; see `evaluation.measure`.
       made_from: What the figures depend on besides the samples and the settings.
+      best_by: Figures by which models are ranked; see `evaluation.best_by`.
     """
 
     measure: Callable[[Iterable[Batch]], dict[str, Any]]
     made_from: dict[str, Any]
+    best_by: dict[str, float]
 
 
 def check(config: ConfigDict, channels: int | None = None) -> None:
@@ -128,7 +130,8 @@ def build(config: ConfigDict, names: Sequence[str] = ()) -> Measuring:
         except ValueError as error:
             raise ConfigError(f"config.data: {error}") from error
     measure = functools.partial(evaluation.measure, evaluator=evaluator, reference=reference)
-    return Measuring(measure, {settings.features: evaluator.network.digest[:16]})
+    made_from = {settings.features: evaluator.network.digest[:16]}
+    return Measuring(measure, made_from, evaluation.best_by(evaluator))
 
 
 def validation_losses(

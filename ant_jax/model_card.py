@@ -290,7 +290,8 @@ def _table(measured: Sequence[_Result]) -> str:
         if samples:
             column["seed of the samples"] = result.settings["sample.seed"]
             column["features"] = result.settings["evaluation.features"]
-        columns.append(column | result.figures)
+        alone = {k: v for k, v in result.figures.items() if not isinstance(v, list)}
+        columns.append(column | alone)
     names = dict.fromkeys(name for each in columns for name in each)
     text = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
     rows = [[name, *(text(each.get(name, "")) for each in columns)] for name in names]

@@ -12,17 +12,18 @@ from ml_collections import ConfigDict
 from ant_jax import config as config_lib
 from ant_jax import dataset, experiment, sampling
 from ant_jax import workdir as workdir_lib
+from ant_jax.runtime import progress
 from ant_jax.runtime.files import write_bytes, write_new
 from ant_jax.runtime.tree_hash import tree_hash
 from ant_jax.sampling import cache
 from ant_jax.settings import Affects
-from ant_jax.workdir import compatibility
+from ant_jax.workdir import Step, compatibility
 
 
 def restore_run(
     config: ConfigDict,
     workdir: Path,
-    step: int | None = None,
+    step: Step = None,
     *,
     draws: bool = True,
     average: bool = True,
@@ -33,7 +34,7 @@ def restore_run(
     Args:
       config: of the run.
       workdir: of the run.
-      step: of the checkpoint; the newest by default.
+      step: of the checkpoint, or "best"; the newest by default.
       draws: whether samples will be drawn. Then the config must have the autoencoder of the run.
       average: whether to restore the moving average of the parameters.
       **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
@@ -42,7 +43,7 @@ def restore_run(
       The step of the checkpoint, what the config describes, and the parameters at that step.
 
     Raises:
-      FileNotFoundError: if the workdir has no checkpoint (of that step).
+      FileNotFoundError: if the workdir has no such checkpoint.
       ConfigError: if the workdir is of another config, or was given other things.
     """
     before = workdir_lib.recorded(workdir)
@@ -117,7 +118,7 @@ def write(path: Path, content: dict[str, Any], config: ConfigDict, workdir: Path
     """
     ours = json.loads(json.dumps(content["made_from"]))
     encoded = (json.dumps(content, indent=1) + "\n").encode()
-    keyed = path.with_stem(f"{path.stem}-{cache.key(ours)[:8]}")
+    keyed = _keyed(path, ours)
     if made_from(path) == ours:
         write_bytes(path, encoded)
         return path
@@ -135,6 +136,27 @@ def write(path: Path, content: dict[str, Any], config: ConfigDict, workdir: Path
     )
     write_bytes(keyed, encoded)
     return keyed
+
+
+def read(path: Path, ours: dict[str, Any]) -> dict[str, Any] | None:
+    """Reads the content of a result that `write` wrote, but for ``made_from``.
+
+    Args:
+      path: As `write` was given it.
+      ours: What the result must depend on.
+
+    Returns:
+      The content; None if there is no such result.
+    """
+    for each in (path, _keyed(path, ours)):
+        if made_from(each) == ours:
+            return {k: v for k, v in json.loads(each.read_text()).items() if k != "made_from"}
+    return None
+
+
+def _keyed(path, ours):
+    """The path of a result whose path a result of other settings has."""
+    return path.with_stem(f"{path.stem}-{cache.key(ours)[:8]}")
 
 
 def made_from(path: Path) -> dict[str, Any] | None:
@@ -155,7 +177,7 @@ def _is_picture(path, workdir):
     return (
         saved is not None
         and path.parent.name == "samples"
-        and sampling.grid_is_due(int(path.stem), saved.sample.every, saved.num_steps)
+        and progress.is_due(int(path.stem), saved.sample.every, saved.num_steps)
     )
 
 

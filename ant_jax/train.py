@@ -58,7 +58,8 @@ def train(
     Args:
       config: see ``configs/digits.py``.
       workdir: folder of the run. It gets ``config.json``, ``facts.json``, ``metrics.jsonl``,
-        TensorBoard files, ``samples/`` and ``checkpoints/``.
+        TensorBoard files, ``samples/`` and ``checkpoints/``; with ``config.evaluation.every`` also
+        ``evaluation/`` and ``best/``.
       model: a network, instead of the one that the config names. The workdir records that you gave
         a model: give it again to resume the run. The same holds for the next three arguments.
       source: images and labels, instead of those that the config names.
@@ -106,10 +107,13 @@ def train(
             raise ConfigError(f"another run has begun in {workdir} just now: start again")
         start = _start(config, workdir, setup, before is not None)
         _log_overview(config, setup, start.state, len(source))
-        # All checks are done: until here nothing but the lock is written.
         run = (before or {}).get("id") or uuid.uuid4().hex
+        measure = _evaluation(config, workdir, setup, start, run, given)
+        # All checks are done: until here nothing but the lock is written.
         record = workdir_lib.save_record(run, config, given, setup, source, workdir)
-        with _hooks(config, workdir, source, setup, start, record, check_alone, callback) as on:
+        with _hooks(
+            config, workdir, source, setup, start, record, measure, check_alone, callback
+        ) as on:
             return _train(config, start, on)
 
 
@@ -172,8 +176,23 @@ def _start(config, workdir, setup, has_begun):
     return _Start(step, layout.split(state), layout, take_step, kept, restored is not None)
 
 
+def _evaluation(config, workdir, setup, start, run, given):
+    """See `evaluate.in_training`; None if nothing is to be evaluated."""
+    over = start.step >= config.num_steps and start.kept.get("waiting") is None
+    if over or not config.evaluation.every:
+        return None
+    # A slow import that only this needs; the step compiles meanwhile.
+    from ant_jax import evaluate
+
+    return evaluate.in_training(config, setup, workdir, run, given)
+
+
 def _train(config, start, on):
     state, average = start.state, start.layout.average
+    if on.reports.waiting is not None:
+        # The run ended before the evaluation of its last step.
+        due = on.evaluations.is_due(start.step)
+        on.reports.write(_evaluate(start.step, state, start.layout, on) if due else {})
     if on.pictures.is_missing(start.step):
         on.pictures.draw(start.step, average(state))
     for step in range(start.step + 1, config.num_steps + 1):
@@ -193,21 +212,37 @@ def _train(config, start, on):
         on.measured.add(step, metrics, replaced)
         on.saves.check()
 
-        log, last = step % config.log_every == 0, step == config.num_steps
+        last, evaluates = step == config.num_steps, on.evaluations.is_due(step)
+        log = last or evaluates or step % config.log_every == 0
         stopping = not last and hooks.stops_here(on.stop, waits=log)
         # If a run stops between two reports, the checkpoint keeps its measurements.
-        if log or last:
-            on.reports.write(step, on.measured.report())
+        if log:
+            on.reports.measured(step, on.measured.report())
+            if not evaluates:
+                on.reports.write()
         if step % config.checkpoint.every == 0 or last or stopping:
             on.saves.save(step, state)
+        if evaluates and not stopping:
+            figures = _evaluate(step, state, start.layout, on)
+            if figures is None:
+                stopping = True
+                on.saves.save(step, state)
+            else:
+                on.reports.write(figures)
+                on.reports.restart_clock(step)
         if stopping:
-            # If a picture is due now, the next start draws it.
+            # If a picture or an evaluation is due now, the next start makes it.
             logging.info("asked to stop: saving step %d; the same command resumes", step)
             break
         if on.pictures.is_due(step):
             on.pictures.draw(step, average(state))
             on.reports.restart_clock(step)
     return on.saves.whole(state)
+
+
+def _evaluate(step, state, layout, on):
+    saved = lambda: on.saves.whole(state).ema_params
+    return on.evaluations.run(step, lambda: layout.average(state), saved)
 
 
 class _Hooks(NamedTuple):
@@ -220,10 +255,11 @@ class _Hooks(NamedTuple):
     reports: hooks.Reports
     saves: hooks.Saves
     pictures: hooks.Pictures
+    evaluations: hooks.Evaluations
 
 
 @contextlib.contextmanager
-def _hooks(config, workdir, source, setup, start, record, check_alone, callback):
+def _hooks(config, workdir, source, setup, start, record, measure, check_alone, callback):
     """Opens the hooks; closes them at the end, also after an error."""
     checkpoints = checkpoint.Checkpointer(
         workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_period, check_alone
@@ -232,22 +268,28 @@ def _hooks(config, workdir, source, setup, start, record, check_alone, callback)
     checkpoints.prune(start.step)
     settings = config_lib.flatten(config)
     opened = boards.opened(config.log_to, workdir, record["id"], settings)
-    writer = logs.MetricWriter(workdir, start.step, opened, start.kept["lines"])
+    waiting = start.kept.get("waiting")
+    # A line that waits may have been written since the checkpoint.
+    last_line = start.step if waiting is None else start.step - 1
+    writer = logs.MetricWriter(workdir, last_line, opened, start.kept["lines"])
     batches = _batches(config, source, start.step)
     speedometer = progress.Progress(start.step, config.num_steps, config.data.batch_size)
     saves = hooks.Saves(
         checkpoints,
         record,
-        lambda: measured.state() | {"lines": writer.written()},
+        lambda: measured.state() | {"lines": writer.written(), "waiting": reports.waiting},
         start.step if start.restored else None,
         start.layout.whole,
     )
     skips = config.optimizer.nonfinite == "skip"
     guard = LossGuard(skips, saves.advice)
     measured = measurements.Measurements(start.kept, guard, skips, config.data.replace_unreadable)
-    is_due = lambda step: sampling.grid_is_due(step, config.sample.every, config.num_steps)
+    is_due = lambda every: lambda step: progress.is_due(step, every, config.num_steps)
     draw = functools.partial(_draw, config, setup)
-    pictures = hooks.Pictures(workdir, is_due, draw, writer, check_alone)
+    pictures = hooks.Pictures(workdir, is_due(config.sample.every), draw, writer, check_alone)
+    evaluations = hooks.Evaluations(
+        workdir, is_due(config.evaluation.every), measure, record, check_alone
+    )
     first = start.step + _PROFILE_START
     with (
         signals.saving() as stop,
@@ -256,8 +298,8 @@ def _hooks(config, workdir, source, setup, start, record, check_alone, callback)
         contextlib.closing(batches),
         profiler(workdir / "profile", first, config.profile_steps) as profile,
     ):
-        reports = hooks.Reports(writer, speedometer, callback)
-        yield _Hooks(stop, batches, profile, measured, reports, saves, pictures)
+        reports = hooks.Reports(writer, speedometer, callback, waiting)
+        yield _Hooks(stop, batches, profile, measured, reports, saves, pictures, evaluations)
 
 
 def _batches(config, source, start):
@@ -281,14 +323,20 @@ def _draw(config, setup, params):
 
 
 def _look_ahead(config, channels):
-    """Warns before training if ``--mode evaluate`` would refuse this config."""
+    """Raises the error of evaluations during training; warns of that of ``--mode evaluate``."""
     # A slow import that only this needs; the step compiles meanwhile.
     from ant_jax import measuring
 
-    if processes.is_first() and (config.evaluation.features or config.evaluation.split):
+    every, settings = config.evaluation.every, config.evaluation
+    if processes.is_first() and (every or settings.features or settings.split):
         try:
             measuring.check(config, channels)
         except ConfigError as error:
+            if every:
+                raise ConfigError(
+                    f"config.evaluation.every = {every} evaluates during training: {error}; or set "
+                    "config.evaluation.every to 0"
+                ) from error
             logging.warning("--mode evaluate will refuse this: %s", error)
 
 

@@ -349,7 +349,8 @@ def write_report(
     loss on held-out images.
     """
     rows = [
-        {"setting": label, "run": result["name"]} | row
+        {"setting": label, "run": result["name"]}
+        | {name: value for name, value in row.items() if not isinstance(value, list)}
         for label, group in results.items()
         for result in group
         for row in result["rows"]

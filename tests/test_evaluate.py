@@ -176,7 +176,7 @@ def test_what_is_killed_after_drawing_draws_nothing_again(workdir, draws, tmp_pa
     config = configured(tmp_path)
     # A result that can't be written is no reason to lose hours.
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr(evaluate, "_report", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        patch.setattr(evaluate, "_write", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
         evaluate.evaluate(config, workdir)
     assert len(kept(workdir)) == 3
     evaluate.evaluate(config, workdir)

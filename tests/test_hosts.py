@@ -141,10 +141,13 @@ def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_p
     workdir = shutil.copytree(whole[0], tmp_path / "run")
     for step in (6, 8):
         shutil.rmtree(workdir / "checkpoints" / str(step))
-    ended = two(*programs(tmp_path, workdir, stops=(0, 0), samples=1))
+    more = {"evaluation__features": "digits", "evaluation__every": STEPS}
+    ended = two(*programs(tmp_path, workdir, stops=(0, 0), samples=1, **more))
     assert [status for status, _ in ended] == [0, 0], ended
     assert_close(states(workdir, STEPS), whole[1])
-    assert_close(lines(workdir), lines(whole[0]))
+    *rows, last = lines(workdir)
+    *expected, end = lines(whole[0])
+    assert_close([*rows, {name: last[name] for name in end}], [*expected, end])
 
     alone = shutil.copytree(workdir, tmp_path / "alone")
     shutil.rmtree(alone / "samples")
@@ -153,6 +156,10 @@ def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_p
     found = workdir / "samples" / expected.name
     for name in ("arr_0", "arr_1"):
         np.testing.assert_array_equal(np.load(found)[name], np.load(expected)[name])
+    figures = evaluate.evaluate(tiny("nash", checkpoint__keep=9), alone, "best")
+    assert {name: figures[name] for name in last.keys() - end.keys()} == {
+        name: last[name] for name in last.keys() - end.keys()
+    }
     grids = [Image.open(path.with_suffix(".png")) for path in (found, expected)]
     np.testing.assert_array_equal(*map(np.asarray, grids))
     assert list((workdir / "drawn").iterdir()) == []

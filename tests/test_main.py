@@ -209,8 +209,8 @@ MISTAKES = {
         "--config=configs/digits.py:nahs"
     ],
     "--mode=fly: value should be one of <train|sample": ["--mode=fly"],
-    "--step=ten: invalid literal": ["--mode=sample", "--step=ten"],
-    "--step=-1: -1 is not a positive integer": ["--mode=sample", "--step=-1"],
+    "--step=ten: it must be the step of a checkpoint, or 'best'": ["--mode=sample", "--step=ten"],
+    "--step=-1: it must be the step": ["--mode=sample", "--step=-1"],
     "step=10: it is for --mode sample, evaluate and export": ["--step=10"],
     "layout=diffusers: it is for --mode export": ["--layout=diffusers"],
     "--workdir=: it is empty": ["--workdir="],

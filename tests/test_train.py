@@ -105,7 +105,7 @@ def before_batch(monkeypatch, hook):
     make = data.batches
 
     class Batches:
-        def __init__(self, source, start_step, **settings):
+        def __init__(self, source, start_step=0, **settings):
             self.step, self.inner = start_step, make(source, start_step=start_step, **settings)
 
         def __next__(self):

@@ -282,9 +282,13 @@ class Samples:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How samples are evaluated.
+    """How samples are evaluated, and when during training.
 
     Attributes:
+      every: steps between two evaluations during training, which keep the best checkpoint; the last
+        step is always evaluated; 0 for none.
+      num_in_training: number of samples of an evaluation during training; 0 for
+        ``config.sample.num``.
       reference: .npz file of images, statistics or both, such as a reference batch of ADM; "" for
         the training data. Statistics of the training data are cached in ~/.cache/ant_jax.
       samples: .npz file of samples to evaluate, in random order; "" to draw them from the run.
@@ -293,6 +297,8 @@ class Evaluation:
         '("frechet", "mine:spread")'. () for all metrics of that folder.
     """
 
+    every: Annotated[int, Integer(0), Affects.NOTHING] = 0
+    num_in_training: Annotated[int, Integer(0), Affects.NOTHING] = 0
     reference: Path = ""
     samples: Path = ""
     split: str = "test"

@@ -15,6 +15,7 @@ _BEFORE = {
 # group and component; "" for all components.
 _SINCE = {
     ("parallel", ""): {"params": "replicated"},
+    ("evaluation", ""): {"every": 0, "num_in_training": 0},
     ("sampler", ""): {"guidance_low": 0.0, "guidance_high": 1e9},
     ("method", ""): {
         **{"suppress": 1.0, "suppress_log_snr": -5.0, "curriculum_steps": 0},

@@ -151,6 +151,13 @@ def _validate_together(flat):
             f"{flat['optimizer.learning_rate']} must be below 1: each step removes that share of "
             "each parameter"
         )
+    if flat["evaluation.every"] and flat["evaluation.samples"]:
+        raise ConfigError(
+            f"config.evaluation.every = {flat['evaluation.every']} draws samples from the run: set "
+            "config.evaluation.samples = '', or config.evaluation.every = 0"
+        )
+    if flat["evaluation.num_in_training"] == 1:
+        raise ConfigError("config.evaluation.num_in_training = 1: metrics need 2 samples")
     if flat["evaluation.features"] == "digits" and flat["data.name"] != "digits":
         raise ConfigError(
             f"config.evaluation.features = 'digits' can't evaluate config.data.name = "

@@ -29,7 +29,7 @@ kept if a metric needs them. A metric is left out if the extractor or the refere
 metric needs: a file of statistics, for example, has only moments.
 """
 
-from ant_jax.evaluation.evaluator import Evaluator, build_evaluator, measure, table
+from ant_jax.evaluation.evaluator import Evaluator, best_by, build_evaluator, measure, table
 from ant_jax.evaluation.features import Extractor, Network
 from ant_jax.evaluation.losses import interval_losses
 from ant_jax.evaluation.metrics import Metric
@@ -53,6 +53,7 @@ __all__ = [
     "PrecisionRecall",
     "Reference",
     "Summary",
+    "best_by",
     "covariance",
     "data_reference",
     "frechet_distance",

@@ -109,6 +109,18 @@ def measure(batches: Iterable[Batch], evaluator: Evaluator, reference: Reference
     return _named(figures, evaluator.extractor) | {"reference": reference.name}
 
 
+def best_by(evaluator: Evaluator) -> dict[str, float]:
+    """The figures by which models are ranked, in the order of the metrics.
+
+    Returns:
+      For each figure -1 if its lowest value is the best, or 1 if its highest is.
+    """
+    signs = {}
+    for metric in evaluator.metrics:
+        signs |= {metric.lowest_is_best: -1.0, metric.highest_is_best: 1.0}
+    return _named({name: sign for name, sign in signs.items() if name}, evaluator.extractor)
+
+
 def table(figures: dict[str, Any]) -> str:
     """The figures that papers report, in one line under their names."""
     columns = {

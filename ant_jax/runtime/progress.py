@@ -46,6 +46,14 @@ class Progress:
         return speed
 
 
+def is_due(step: int, every: int, num_steps: int) -> bool:
+    """Whether training does after a step what it does regularly, such as drawing a grid.
+
+    It does so at multiples of ``every`` and after the last step; never if ``every`` is 0.
+    """
+    return bool(every) and (step % every == 0 or step == num_steps)
+
+
 def with_time_left(batches: Iterable[Batch], total: int, what: str) -> Iterator[Batch]:
     """Passes batches on, and logs the progress and the time left every 10 s.
 

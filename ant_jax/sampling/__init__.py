@@ -2,11 +2,10 @@
 
 from ant_jax.sampling.draw import rounded_batch_size, sample_batches
 from ant_jax.sampling.files import num_samples, read_samples, write_samples
-from ant_jax.sampling.grid import GRID, grid_is_due, image_grid, save_png
+from ant_jax.sampling.grid import GRID, image_grid, save_png
 
 __all__ = [
     "GRID",
-    "grid_is_due",
     "image_grid",
     "num_samples",
     "read_samples",

@@ -11,14 +11,6 @@ from ant_jax.runtime.files import write_bytes
 GRID = 100  # samples in a grid
 
 
-def grid_is_due(step: int, every: int, num_steps: int) -> bool:
-    """Whether training draws a grid after a step.
-
-    It does at multiples of ``every`` and after the last step; never if ``every`` is 0.
-    """
-    return bool(every) and (step % every == 0 or step == num_steps)
-
-
 def image_grid(images: np.ndarray) -> np.ndarray:
     """Lays images out in rows of ten with white lines between them, and enlarges small images.
 

@@ -1,6 +1,7 @@
 """The folder of a run: its config, its facts, its checkpoints."""
 
 from ant_jax.workdir.record import (
+    Step,
     exclusive,
     facts,
     facts_of,
@@ -9,6 +10,7 @@ from ant_jax.workdir.record import (
     names_of,
     recorded,
     restore,
+    restore_average,
     restore_params,
     save_config,
     save_facts,
@@ -16,6 +18,7 @@ from ant_jax.workdir.record import (
 )
 
 __all__ = [
+    "Step",
     "exclusive",
     "facts",
     "facts_of",
@@ -24,6 +27,7 @@ __all__ = [
     "names_of",
     "recorded",
     "restore",
+    "restore_average",
     "restore_params",
     "save_config",
     "save_facts",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from ml_collections import ConfigDict
 
@@ -20,6 +20,9 @@ from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.train_step import TrainState
 from ant_jax.workdir import older_checkpoints
+
+# Of a checkpoint: a step, the one that is best by `hooks.Evaluations`, or None for the newest.
+Step = int | Literal["best"] | None
 
 
 def save_config(
@@ -282,7 +285,7 @@ def restore_params(
     config: ConfigDict,
     setup: Setup,
     workdir: Path,
-    step: int | None = None,
+    step: Step = None,
     *,
     average: bool = True,
 ) -> tuple[int, dict] | None:
@@ -292,22 +295,56 @@ def restore_params(
       config: of the run.
       setup: what the config describes.
       workdir: of the run.
-      step: of the checkpoint; the newest by default.
-      average: whether to restore their moving average.
+      step: of the checkpoint, or "best"; the newest by default.
+      average: whether to restore their moving average, the only parameters that "best" has.
 
     Returns:
       (step, parameters), or None if there is no checkpoint.
 
     Raises:
-      As `restore` does.
+      FileNotFoundError: if there is no checkpoint of that step, or none that is best. For the other
+        errors see `restore`.
     """
-    directory, name = workdir / "checkpoints", "ema_params" if average else "params"
+    directory, name = _directory(workdir, step), "ema_params" if average else "params"
     template = abstract_params(setup)
-    restored = checkpoint.restore_part(directory, name, template, step, _id(workdir))
+    restored = _restore_part(directory, name, template, step, _id(workdir))
     if restored is None:
         return None
     _check_config(config, directory, restored[0])
     return restored[0], place_params(config, setup, restored[1])
+
+
+def restore_average(workdir: Path, step: Step, run: str) -> tuple[int, dict] | None:
+    """Restores the moving average of the parameters as NumPy arrays, without a config.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint, or "best"; None for the newest.
+      run: the id of the run.
+
+    Returns:
+      (step, parameters), or None if there is no checkpoint.
+
+    Raises:
+      As `restore_params` does.
+    """
+    return _restore_part(_directory(workdir, step), "ema_params", None, step, run)
+
+
+def _directory(workdir, step):
+    return workdir / ("best" if step == "best" else "checkpoints")
+
+
+def _restore_part(directory, name, template, step, run):
+    if step != "best":
+        return checkpoint.restore_part(directory, name, template, step, run)
+    restored = checkpoint.restore_part(directory, name, template, run=run)
+    if restored is None:
+        raise FileNotFoundError(
+            f"no best checkpoint in {directory.parent}: training keeps one if "
+            "config.evaluation.every is above 0; leave the step out for the newest"
+        )
+    return restored
 
 
 def _id(workdir):

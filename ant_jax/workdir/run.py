@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
-from ant_jax.runtime import checkpoint, logs
+from ant_jax.runtime import logs
 from ant_jax.runtime.files import user_path
 
 
@@ -17,7 +17,7 @@ class Run(NamedTuple):
 
     Attributes:
       config: its config.
-      step: of its newest checkpoint.
+      step: of the checkpoint that was loaded.
       params: the moving average of the parameters at that step, NumPy arrays in nested dicts.
       metrics: the content of ``metrics.jsonl``, an array for each name, NaN where nothing was
         measured. The first axis is that of the lines, whose steps are ``metrics["step"]``.
@@ -32,11 +32,16 @@ class Run(NamedTuple):
     samples: tuple[np.ndarray, np.ndarray | None] | None
 
 
-def load_run(workdir: str | os.PathLike) -> Run:
+def load_run(workdir: str | os.PathLike, step: workdir_lib.Step = None) -> Run:
     """Loads the results of a run as NumPy arrays, without compiling anything.
 
+    Args:
+      workdir: of the run.
+      step: of the checkpoint, or "best", which ``config.evaluation.every`` keeps; the newest by
+        default.
+
     Raises:
-      FileNotFoundError: if there is no run in the workdir, or no checkpoint yet.
+      FileNotFoundError: if there is no run in the workdir, or no such checkpoint.
       ConfigError: if a file is damaged.
       CheckpointError: if no checkpoint is intact.
     """
@@ -44,7 +49,7 @@ def load_run(workdir: str | os.PathLike) -> Run:
     known = workdir_lib.recorded(workdir)
     if known is None:
         raise FileNotFoundError(f"no run in {workdir}: it has no config.json and no checkpoints")
-    restored = checkpoint.restore_part(workdir / "checkpoints", "ema_params", run=known["id"])
+    restored = workdir_lib.restore_average(workdir, step, known["id"])
     if restored is None:
         raise FileNotFoundError(f"no checkpoint in {workdir}: its run has saved none yet")
     step, params = restored

@@ -129,7 +129,8 @@ def check(batches, labelled):
 def test_an_evaluation_without_samples_leaves_those_that_are_being_drawn(tmp_path, monkeypatch):
     config = digits.get_config("vanilla")
     config.evaluation.features = ""
-    setup = SimpleNamespace(process=SimpleNamespace(span=5), model=None)
+    clusters = SimpleNamespace(order=np.arange(5))
+    setup = SimpleNamespace(process=SimpleNamespace(span=5), model=None, clusters=clusters)
     monkeypatch.setattr(evaluate.results, "restore_run", lambda *_: (3, setup, {}))
     monkeypatch.setattr(evaluate.experiment, "denoiser", lambda *_: None)
     monkeypatch.setattr(measuring, "validation_losses", lambda *_, timesteps_each: np.ones(1))

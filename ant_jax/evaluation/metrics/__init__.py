@@ -22,6 +22,9 @@ class Metric(NamedTuple):
         images.
       floors: Names of figures that are also computed for held-out real images, as ``real_NAME``, to
         compare with.
+      lowest_is_best: Name of the figure whose lowest value is that of the best model; "" for none.
+      highest_is_best: Name of the figure whose highest value is that of the best model; "" for
+        none. The best checkpoint of a run is chosen by one of these.
     """
 
     measure: Callable[[Summary, Reference], dict[str, float]]
@@ -29,3 +32,5 @@ class Metric(NamedTuple):
     samples: frozenset[str] = frozenset()
     real: frozenset[str] = frozenset()
     floors: frozenset[str] = frozenset()
+    lowest_is_best: str = ""
+    highest_is_best: str = ""

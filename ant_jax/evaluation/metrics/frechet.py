@@ -19,7 +19,13 @@ def frechet() -> Metric:
         real = reference.summary.gaussians["features"]
         return {"frechet_distance": frechet_distance(*samples.gaussians["features"], *real)}
 
-    return Metric(measure, moments=frozenset({"features"}), floors=frozenset({"frechet_distance"}))
+    name = "frechet_distance"
+    return Metric(
+        measure,
+        moments=frozenset({"features"}),
+        floors=frozenset({name}),
+        lowest_is_best=name,
+    )
 
 
 def frechet_distance(

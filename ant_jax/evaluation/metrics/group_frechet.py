@@ -28,4 +28,7 @@ def group_frechet() -> Metric:
         ]
         return {"group_frechet_distance": float(np.mean(distances))}
 
-    return Metric(measure, moments=frozenset({"features"}), samples=frozenset({"features"}))
+    features = frozenset({"features"})
+    return Metric(
+        measure, moments=features, samples=features, lowest_is_best="group_frechet_distance"
+    )

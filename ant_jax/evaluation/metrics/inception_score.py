@@ -14,7 +14,7 @@ def inception_score() -> Metric:
     def measure(samples, reference):
         return {"inception_score": inception_score_of(samples.kept["logits"])}
 
-    return Metric(measure, samples=frozenset({"logits"}))
+    return Metric(measure, samples=frozenset({"logits"}), highest_is_best="inception_score")
 
 
 def inception_score_of(logits: np.ndarray, split_size: int = 5000) -> float:

@@ -18,7 +18,7 @@ def label_accuracy() -> Metric:
             figures["classifier_test_accuracy"] = _accuracy(reference.held_out)
         return {name: value for name, value in figures.items() if value is not None}
 
-    return Metric(measure, samples=frozenset({"labels"}))
+    return Metric(measure, samples=frozenset({"labels"}), highest_is_best="label_accuracy")
 
 
 def _accuracy(summary):

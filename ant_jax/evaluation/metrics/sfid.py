@@ -16,4 +16,4 @@ def sfid() -> Metric:
         real = reference.summary.gaussians["spatial"]
         return {"sfid": frechet_distance(*samples.gaussians["spatial"], *real)}
 
-    return Metric(measure, moments=frozenset({"spatial"}))
+    return Metric(measure, moments=frozenset({"spatial"}), lowest_is_best="sfid")
