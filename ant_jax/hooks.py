@@ -250,30 +250,30 @@ class Evaluations:
             for name, value in result.figures.items()
             if isinstance(value, float | list) and not name.startswith(_OF_THE_REFERENCE)
         }
-        is_best = result.best_by is not None and self._is_best(step, result)
-        if is_best:
+        if result.best_by is not None and self._is_better(step, result):
             self._keep(step, saved(), result)
         if shown:
             numbers = {name: value for name, value in shown.items() if isinstance(value, float)}
             words = [f"{name} {value:.4f}" for name, value in numbers.items()]
-            words += ["(the best so far)"] * is_best
+            words += ["(the best so far)"] * (self._best is not None and self._best["step"] == step)
             logging.info("evaluation of step %d: %s", step, "  ".join(words))
         return shown
 
-    def _is_best(self, step, result):
+    def _is_better(self, step, result):
         """Whether a step is better than the best one.
 
-        A resumed run repeats steps. They are no news, so that only later steps replace the best.
+        Only a later step can be: a resumed run repeats steps, which were compared before.
         """
         if self._best is None:
             read = lambda: read_record(self._directory, run=self._record["id"])
             self._best = (processes.broadcast_from_first(read) or {}).get("best", {"step": 0})
-        name, sign = result.best_by
-        before = self._best
-        if before.get("figure") != name or before["made_from"] != result.made_from:
-            # Of other settings, so that the values can't be compared.
-            return step > before["step"]
-        return step > before["step"] and sign * result.figures[name] > sign * before["value"]
+        (name, sign), before = result.best_by, self._best
+        value = result.figures[name]
+        if step <= before["step"] or not np.isfinite(value):
+            return False
+        # Values of other settings can't be compared.
+        others = before.get("figure") != name or before["made_from"] != result.made_from
+        return others or sign * value > sign * before["value"]
 
     def _keep(self, step, params, result):
         name, _ = result.best_by
