@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
@@ -23,7 +23,7 @@ _BAD_OVERRIDE = (AttributeError, KeyError, TypeError, ValueError)
 
 class _ConfigFileParser(flags.ArgumentParser):
     # The last config that was read, before the settings of the command line.
-    config = None
+    config: ConfigDict | None = None
 
     def parse(self, argument):
         workdir, of_run = _names_of_run(sys.argv)
@@ -38,6 +38,9 @@ class _ConfigFileParser(flags.ArgumentParser):
             # absl expects a ValueError from a flag.
             raise ValueError(str(error)) from error
         return self.config
+
+
+_parser = _ConfigFileParser()
 
 
 def _settings_in(arguments):
@@ -86,7 +89,7 @@ def define_config() -> flags.FlagHolder:
         f"{', '.join(config_file.names())}.",
     )
     # The parser of ml_collections does not find relative imports, and shows tracebacks.
-    flags.FLAGS["config"].parser = _ConfigFileParser()
+    flags.FLAGS["config"].parser = _parser
     try:
         # Without --config, this reads the default file and applies the overrides.
         flags.set_default(holder, config_file.DEFAULT)
@@ -136,9 +139,9 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
         _refuse(error)
 
 
-def _refuse(error):
+def _refuse(error) -> NoReturn:
     """Exits with a line about the wrong setting, or else with the words of the error."""
-    config = flags.FLAGS["config"].parser.config
+    config = _parser.config
     if problem := config and _problem(_settings_in(sys.argv), config, error):
         sys.exit(f"{problem} (docs/settings.md has every setting)")
     if isinstance(error, flags.Error):
@@ -175,12 +178,12 @@ def config_of(workdir: Path | None) -> ConfigDict:
 
     flag = flags.FLAGS["config"]
     if workdir is None or not flag.using_default_value:
-        return flag.value
+        return flags.FLAGS.config
     saved = workdir_lib.load_config(workdir)
     if saved is None:
         file = config_flags.get_config_filename(flag)
         logging.info("settings: %s, because there is no --config, and the command line", file)
-        return flag.value
+        return flags.FLAGS.config
     config_lib.validate(saved)
     try:
         with saved.ignore_type():
@@ -201,7 +204,7 @@ def usable_workdir(name: str | None) -> Path:
     """
     flag = flags.FLAGS["config"]
     if name is None:
-        config_lib.validate(flag.value)
+        config_lib.validate(flags.FLAGS.config)
         name = f"runs/{_name_of_run(flag)}"
     workdir = user_path(name)
     above = next(each for each in (workdir, *workdir.absolute().parents) if os.path.exists(each))

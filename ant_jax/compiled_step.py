@@ -161,8 +161,8 @@ def _is_sharded(program, devices):
 class _StepArguments(NamedTuple):
     """The values of a run that its step takes as arguments."""
 
-    seed: np.ndarray
-    learning_rate: np.ndarray
+    seed: np.int32
+    learning_rate: np.float32
     boundaries: np.ndarray
     timestep_order: np.ndarray | None
     loss_scale: np.ndarray | None
@@ -192,11 +192,11 @@ def _shardings(program, model, image_shape, devices):
     """The shardings of a state before it is split, each of a leaf or of all below it."""
     whole = replicated(devices)
     if not _is_sharded(program, devices):
-        return TrainState(*[whole] * len(TrainState._fields))
+        return TrainState._make([whole] * len(TrainState._fields))
     params = jax.eval_shape(lambda: experiment.init_params(model, image_shape, 0))
     opt_state = jax.eval_shape(build_optimizer(program, 0.0).init, params)
     of = lambda tree: jax.tree.map(lambda leaf: sharding_of(leaf.shape, devices), tree)
-    return TrainState(whole, of(params), of(params), of(opt_state), whole)
+    return TrainState._make([whole, of(params), of(params), of(opt_state), whole])
 
 
 def _on_all_devices(weighting, devices):

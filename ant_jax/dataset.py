@@ -25,8 +25,8 @@ def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
       ConfigError: naming the setting, if the data can't be opened, or if the latents were made with
         other settings.
     """
-    split = config.data.split if split is None else split
-    return open_latents(config, split) if config.autoencoder.name else open_images(config, split)
+    wanted = config.data.split if split is None else split
+    return open_latents(config, wanted) if config.autoencoder.name else open_images(config, wanted)
 
 
 def latents_folder(config: ConfigDict, split: str) -> Path:

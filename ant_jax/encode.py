@@ -3,7 +3,7 @@
 import contextlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -197,7 +197,7 @@ def _rows(batches, source, first):
             position += 1
 
 
-def _encoded(config, source, codec, first_shard, total) -> Iterator:
+def _encoded(config, source, codec, first_shard, total) -> Generator[tuple, None, None]:
     """Batches of means, standard deviations or None, (B, 2, h, w, c), and labels (B,)."""
     batch_size = config.autoencoder.batch_size
     batches = data.batches(
@@ -220,7 +220,8 @@ def _encoded(config, source, codec, first_shard, total) -> Iterator:
             before, pending = pending, (_start(codec, batch["image"]), batch["label"][:keep])
             if before is not None:
                 yield _fetch(codec, *before)
-    yield _fetch(codec, *pending)
+    if pending is not None:
+        yield _fetch(codec, *pending)
     if replaced:
         logging.warning("%d unreadable images were replaced by the next readable image", replaced)
 

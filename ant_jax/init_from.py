@@ -185,7 +185,7 @@ def _ema_of_run(workdir, wanted, setup):
     if config is None:
         raise FileNotFoundError("it is a folder without a run")
     _check_meaning(config_lib.meaning(config), config_lib.meaning(wanted), wanted)
-    run = workdir_lib.recorded(workdir)["id"]
+    run = workdir_lib.run_id(workdir)
     restored = checkpoint.restore_part(workdir / "checkpoints", "ema_params", run=run)
     if restored is None:
         raise FileNotFoundError("the run has no checkpoint yet")

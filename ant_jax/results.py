@@ -86,7 +86,7 @@ def digest(params: Any) -> str:
 
 def run_origin(config: ConfigDict, workdir: Path, step: int, params: Any) -> dict[str, Any]:
     """The `origin` of samples that the EMA of a run draws at a step, and the run's id."""
-    run = {"run": workdir_lib.recorded(workdir)["id"]}
+    run = {"run": workdir_lib.run_id(workdir)}
     return run | origin(config, step, params)
 
 

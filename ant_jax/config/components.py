@@ -4,13 +4,17 @@ import functools
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ant_jax import settings
 from ant_jax.config.groups import GROUPS, Group
 from ant_jax.settings import Check, Setting
+
+if TYPE_CHECKING:
+    # It imports JAX, and a command line must be read fast.
+    from ant_jax.diffusion.process import Process
 
 
 class ConfigError(ValueError):
@@ -123,7 +127,7 @@ def build(config: ConfigDict | FrozenConfigDict, group: str, **given: Any) -> An
     return made
 
 
-def build_process(config: ConfigDict | FrozenConfigDict) -> Any:
+def build_process(config: ConfigDict | FrozenConfigDict) -> "Process":
     """The noise process with its loss weight; equal settings give equal processes."""
     weight = None
     if config.loss_weight.name != "none":

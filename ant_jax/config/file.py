@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Mapping
 from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_file_location, spec_from_loader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from types import MappingProxyType
 
@@ -55,9 +55,7 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
     if not path.is_file():
         raise ConfigError("it is a folder" if path.is_dir() else _not_there(path))
     loader = SourceFileLoader("config_file", str(path))
-    module = module_from_spec(spec_from_loader(loader.name, loader))
-    # Dataclasses look up their module here.
-    sys.modules[loader.name] = module
+    module = _new_module(loader)
     # Last, so that it hides nothing; for good, because names in the config are imported later.
     sys.path.append(str(path.absolute().parent))
     try:
@@ -91,6 +89,14 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
     return config.lock()
 
 
+def _new_module(loader):
+    """The empty module of a file, in `sys.modules`, where dataclasses look it up."""
+    spec = spec_from_loader(loader.name, loader)
+    assert spec is not None  # the loader has what it needs
+    sys.modules[loader.name] = module = module_from_spec(spec)
+    return module
+
+
 def _check_argument(get_config, file, argument):
     try:
         inspect.signature(get_config).bind(*argument)
@@ -109,9 +115,9 @@ def _find_configs():
     except ModuleNotFoundError as error:
         if error.name != "configs":
             raise
-        spec = spec_from_file_location("configs", _CONFIGS / "__init__.py")
-        sys.modules["configs"] = package = module_from_spec(spec)
-        spec.loader.exec_module(package)
+        loader = SourceFileLoader("configs", str(_CONFIGS / "__init__.py"))
+        package = _new_module(loader)
+        loader.exec_module(package)
     places = getattr(package, "__path__", ())
     if str(_CONFIGS) not in places:
         package.__path__ = [*places, str(_CONFIGS)]

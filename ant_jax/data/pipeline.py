@@ -46,7 +46,7 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
     stopped: Callable[[], bool] = lambda: False,
-) -> Iterator[Batch]:
+) -> "Batches":
     """Iterates over this host's part of the global batches.
 
     Each epoch visits every image once, in a new order. A batch may contain images of two epochs.
@@ -104,11 +104,11 @@ def batches(
         flip=flip,
         replace_unreadable=replace_unreadable,
     )
-    return _Batches(load, source.name, start_step, num_workers, stopped, process_count == 1)
+    return Batches(load, source.name, start_step, num_workers, stopped, process_count == 1)
 
 
-class _Batches:
-    """Requests batches from n readers in turn, and waits for them."""
+class Batches:
+    """The iterator of `batches`: requests batches from n readers in turn, and waits for them."""
 
     def __init__(
         self,

@@ -144,7 +144,7 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _named(figures, extractor):
+def _named(figures: dict[str, Any], extractor: Extractor) -> dict[str, Any]:
     names = dict(extractor.figure_names)
     names |= {f"real_{old}": f"real_{new}" for old, new in extractor.figure_names.items()}
     return {names.get(name, name): value for name, value in figures.items()}

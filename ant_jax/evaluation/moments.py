@@ -26,7 +26,7 @@ class Moments(NamedTuple):
       scatter: (d, d) sum of the outer products of their deviations from the mean.
     """
 
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # not that of a tuple
     mean: np.ndarray
     scatter: np.ndarray
 

@@ -29,7 +29,7 @@ class Summary(NamedTuple):
       labels: (m,) int64 labels of these images; -1 for an image without a label.
     """
 
-    count: int
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride]  # not that of a tuple
     gaussians: dict[str, Gaussian]
     kept: dict[str, np.ndarray]
     labels: np.ndarray

@@ -1,15 +1,16 @@
 """The implementation of attention."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from ant_jax.settings import Affects
 
-ATTENTION = ("xla", "cudnn")
+Implementation = Literal["xla", "cudnn"]
+ATTENTION = get_args(Implementation)
 
-Attention = Annotated[Literal[ATTENTION], Affects.NOTHING]
+Attention = Annotated[Implementation, Affects.NOTHING]
 """Type of a setting: "xla", matrix products and a softmax compiled by XLA, for every device; or
 "cudnn", fused kernels for NVIDIA GPUs, forward and backward."""
 

@@ -13,7 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ant_jax.models.attention import Attention, check_attention, check_attention_devices
+from ant_jax.models.attention import (
+    Attention,
+    Implementation,
+    check_attention,
+    check_attention_devices,
+)
 from ant_jax.models.linear import Dense
 from ant_jax.models.network import check_fields
 from ant_jax.models.norms import LayerNorm, RMSNorm
@@ -205,7 +210,7 @@ class _Block(nn.Module):
     width: int
     heads: int
     dtype: Any
-    attention: str
+    attention: Implementation
     norm: str
     qk_norm: bool
     mlp: str
@@ -250,7 +255,7 @@ def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
 
 def _rotated(x: jax.Array, angles: np.ndarray) -> jax.Array:
     """Rotates pairs of features of (B, N, heads, features), the first half with the second."""
-    cos, sin = np.float32(np.cos(angles))[:, None], np.float32(np.sin(angles))[:, None]
+    cos, sin = (part.astype(np.float32)[:, None] for part in (np.cos(angles), np.sin(angles)))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
     return turned.astype(x.dtype)

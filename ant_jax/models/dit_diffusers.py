@@ -1,6 +1,5 @@
 """DiT as `DiTTransformer2DModel` of diffusers (0.42)."""
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -74,7 +73,7 @@ def transformer(
     paper = to_torch(params, dit_weights.names(model))
     if exact:
         kernel = paper["t_embedder.mlp.0.weight"]
-        paper["t_embedder.mlp.0.weight"] = np.float32(kernel @ _refit(model.level_scale))
+        paper["t_embedder.mlp.0.weight"] = (kernel @ _refit(model.level_scale)).astype(np.float32)
     table = "y_embedder.embedding_table.weight"
     # Diffusers has no network without labels: a row for the one class, and one for none.
     paper.setdefault(table, np.zeros((2, model.width), np.float32))
@@ -99,17 +98,18 @@ def transformer(
 
 def _renamed(name, value, depth):
     module, _, kind = name.rpartition(".")
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
     if module in _OUTSIDE:
         yield f"{_OUTSIDE[module]}.{kind}", value
     elif module in _COPIED:
         for i in range(depth):
             yield f"transformer_blocks.{i}.norm1.emb.{_COPIED[module]}.{kind}", value
-    elif block[2] == "attn.qkv":
-        for letter, part in zip("qkv", np.split(value, 3), strict=True):
-            yield f"transformer_blocks.{block[1]}.attn1.to_{letter}.{kind}", part
     else:
-        yield f"transformer_blocks.{block[1]}.{_IN_BLOCK[block[2]]}.{kind}", value
+        _, i, inside = module.split(".", 2)
+        if inside == "attn.qkv":
+            for letter, part in zip("qkv", np.split(value, 3), strict=True):
+                yield f"transformer_blocks.{i}.attn1.to_{letter}.{kind}", part
+        else:
+            yield f"transformer_blocks.{i}.{_IN_BLOCK[inside]}.{kind}", value
 
 
 def _refit(level_scale: float) -> np.ndarray:

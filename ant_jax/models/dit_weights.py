@@ -117,9 +117,9 @@ def names(
         return OWN_NAMES
     constants: dict[str, np.ndarray] = {}
     if positions is not None:
-        constants["pos_embed"] = np.float32(positions)[None]
+        constants["pos_embed"] = positions.astype(np.float32)[None]
     if model.routing < 1:
-        windows = np.float32(_windows(model, model.routing_levels))
+        windows = _windows(model, model.routing_levels).astype(np.float32)
         constants |= {f"blocks.{i}.{_ROUTING}": windows for i in range(model.depth)}
     return Names(
         f"{'SiT' if sit else 'DiT'} with patches of {model.patch}x{model.patch}",
@@ -287,7 +287,8 @@ def _select(
     table, bias = f"{_LABELS}.weight", "t_embedder.mlp.2.bias"
     rows = len(selected[table]) if table in selected and selected[table].ndim else 0
     if rows == 1 and table not in wanted and bias in selected:
-        selected[bias] = np.float32(selected[bias]) + np.float32(selected.pop(table)[0])
+        of_all = selected.pop(table)[0].astype(np.float32)
+        selected[bias] = selected[bias].astype(np.float32) + of_all
     return _reversed(_used(selected, model)) if sit else selected
 
 
@@ -311,7 +312,7 @@ def _reversed(state: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         ends = np.float64(timesteps.frequencies(dit.TIMESTEP_FEATURES))
         cos, sin = np.cos(ends), np.sin(ends)
         turned = of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos
-        state[_LEVELS] = np.float32(np.concatenate(turned, axis=-1))
+        state[_LEVELS] = np.concatenate(turned, axis=-1).astype(np.float32)
     return state
 
 
@@ -340,7 +341,7 @@ def _check_positions(theirs: np.ndarray, ours: np.ndarray | None) -> None:
             f"pos_embed has {theirs.shape[-2] if theirs.ndim > 1 else 0} positions, and the "
             f"network here has {len(ours)}: it belongs to a network for another image size."
         )
-    theirs = np.float32(theirs).reshape(ours.shape)
+    theirs = theirs.astype(np.float32).reshape(ours.shape)
     difference = np.abs(theirs - ours).max()
     # The values may have been rounded to a smaller type before.
     before = [kind for kind in _SMALLER if np.array_equal(theirs.astype(kind), theirs)]

@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.linen.dtypes import promote_dtype
 
 
 class Dense(nn.Module):
@@ -34,9 +35,10 @@ class Dense(nn.Module):
         """(..., N) -> (..., features)."""
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         product = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel)
         product = product.reshape(*x.shape[:-1], self.features)
-        if self.activation is None:
+        activation = self.activation
+        if activation is None:
             return product + bias
-        return jax.checkpoint(lambda product, bias: self.activation(product + bias))(product, bias)
+        return jax.checkpoint(lambda product, bias: activation(product + bias))(product, bias)

@@ -4,6 +4,9 @@ Flax computes the variance as E[x^2] - E[x]^2. If the mean is 100 times the stan
 error of the result is 1e-3. With `use_fast_variance=False` the rounding error of the mean remains.
 """
 
+# Those of flax also take a mask.
+# pyright: reportIncompatibleMethodOverride=false
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

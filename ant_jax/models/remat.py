@@ -1,15 +1,16 @@
 """Which activations a network keeps for its backward pass."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import flax.linen as nn
 import jax
 
 from ant_jax.settings import Affects
 
-REMAT = ("none", "blocks", "dots")
+_Remat = Literal["none", "blocks", "dots"]
+REMAT = get_args(_Remat)
 
-Remat = Annotated[Literal[REMAT], Affects.NOTHING]
+Remat = Annotated[_Remat, Affects.NOTHING]
 """Type of a setting: which activations are kept for the backward pass; see `rematerialised`."""
 
 

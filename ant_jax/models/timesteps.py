@@ -29,4 +29,4 @@ def timestep_features(t: jax.Array, features: int, level_scale: float = LEVEL_SC
 def frequencies(features: int) -> np.ndarray:
     """The frequencies of `timestep_features`, in radians: (features / 2,) float32."""
     half = features // 2
-    return np.float32(MAX_PERIOD ** (-np.arange(half) / half))
+    return (MAX_PERIOD ** (-np.arange(half) / half)).astype(np.float32)

@@ -19,7 +19,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ant_jax.models.attention import Attention, check_attention, check_attention_devices
+from ant_jax.models.attention import (
+    Attention,
+    Implementation,
+    check_attention,
+    check_attention_devices,
+)
 from ant_jax.models.network import check_fields
 from ant_jax.models.norms import GroupNorm
 from ant_jax.models.remat import Remat, rematerialised
@@ -291,7 +296,7 @@ class UNet(nn.Module):
                 if attends[level]:
                     x = attention(name=f"{name}_1")(x)
             if level > 0:
-                name = f"{name}_{1 + attends[level]}"
+                name = f"output_{num_skips - len(skips) - 1}_{1 + attends[level]}"
                 if self.resblock_updown:
                     x = block(channels[level], resample=_double, name=name)(x, condition)
                 else:
@@ -339,7 +344,7 @@ class _Attention(nn.Module):
     num_heads: int
     head_channels: int
     dtype: Any
-    attention: str
+    attention: Implementation
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -111,7 +111,7 @@ def _tensorboard(workdir):
 
 class _WeightsAndBiases:
     def __init__(self, workdir, run, settings):
-        import wandb  # pyright: ignore[reportMissingImports]  # an extra
+        import wandb
 
         self._image = wandb.Image
         try:

@@ -74,7 +74,8 @@ def sample_batches(
             pixels.check_finite(finite, "samples", first)
         else:
             latents = np.asarray(x0)[:keep]
-            pixels.check_finite(np.isfinite(latents).all((1, 2, 3)), "latents of samples", first)
+            finite = np.asarray(np.isfinite(latents).all((1, 2, 3)))
+            pixels.check_finite(finite, "latents of samples", first)
             images = decode(latents)
         yield images, None if labels is None else np.asarray(labels)[:keep]
 

@@ -11,7 +11,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO
 
 import numpy as np
 
@@ -72,8 +72,8 @@ def read_samples(
         shape = _checked_images(header)
         labels = None
         if npz.has(archive, _LABELS):
-            labels, label_header = stack.enter_context(npz.member(archive, _LABELS))
-            _check_labels(label_header, shape[0])
+            labels = stack.enter_context(npz.member(archive, _LABELS))
+            _check_labels(labels[1], shape[0])
         count = min(batch_size, max(1, _AT_ONCE // math.prod(shape[1:])))
         for start in range(0, shape[0], count):
             part = min(count, shape[0] - start)
@@ -81,7 +81,8 @@ def read_samples(
             if labels is None:
                 yield images, None
             else:
-                some = npz.content(labels, label_header._replace(shape=(part,)))
+                label_file, label_header = labels
+                some = npz.content(label_file, label_header._replace(shape=(part,)))
                 yield images, some.astype(np.int64)
 
 
@@ -163,6 +164,6 @@ def _checked_images(header: npz.Header) -> tuple[int, ...]:
     return shape
 
 
-def _write_header(file: BinaryIO, shape: tuple[int, ...]) -> None:
+def _write_header(file: IO[bytes], shape: tuple[int, ...]) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)

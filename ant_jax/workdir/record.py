@@ -158,6 +158,19 @@ def recorded(workdir: Path) -> dict[str, Any] | None:
     }
 
 
+def run_id(workdir: Path) -> str:
+    """The id of the run in a workdir.
+
+    Raises:
+      ConfigError: see `recorded`.
+      FileNotFoundError: if there is no run.
+    """
+    known = recorded(workdir)
+    if known is None:
+        raise FileNotFoundError(f"there is no run in {workdir}")
+    return known["id"]
+
+
 def save_record(
     run: str,
     config: ConfigDict,

@@ -154,7 +154,8 @@ def _load(images: Images, layers: _Layers, shape: tuple[int, int, int], name: st
     variables = _train(images, layers, shape)
     if path is not None:
         with files.keeping("the classifier"), files.writing(path) as file:
-            np.savez(file, **traverse_util.flatten_dict(variables, sep="/"))
+            flat: dict[str, Any] = traverse_util.flatten_dict(variables, sep="/")
+            np.savez(file, **flat)
             logging.info("the classifier is kept for the next evaluation: %s", path)
     return variables
 

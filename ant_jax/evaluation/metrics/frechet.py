@@ -73,7 +73,9 @@ def _factor(cov: np.ndarray) -> np.ndarray:
     # Imported here, because it takes a third of a second and training does not need it.
     from scipy.linalg import lapack
 
-    factor, order, rank, _ = lapack.dpstrf((cov + cov.T) / 2, lower=1)
+    # scipy finds it at run time.
+    dpstrf = lapack.dpstrf  # pyright: ignore[reportAttributeAccessIssue]
+    factor, order, rank, _ = dpstrf((cov + cov.T) / 2, lower=1)
     rows = np.empty((len(cov), rank))
     rows[order - 1] = np.tril(factor)[:, :rank]
     return rows
