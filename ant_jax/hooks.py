@@ -51,6 +51,7 @@ class Reports:
 
     def write(self, figures: Mapping[str, Any] = MappingProxyType({})) -> None:
         """Writes the line that waits, and figures of an evaluation with it."""
+        assert self.waiting is not None  # `measured` comes first
         line, self.waiting = self.waiting, None
         step = line.pop("step")
         # No figure of a metric of one's own may replace the loss.
