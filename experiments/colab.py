@@ -66,8 +66,9 @@ def requirements(runtime: Runtime, folder: Path) -> list[str]:
     extras = ["experiments"]
     if runtime.accelerator and not (kept and _has_plugin(runtime)):
         extras.append(runtime.accelerator)
-    # The pin keeps other packages from asking for a newer one, which the plugin would not fit.
-    return [f"{folder}[{','.join(extras)}]", *([f"jax=={jax}"] if kept else [])]
+    # pip takes the name of a relative folder for that of a package. The pin keeps other packages
+    # from asking for a newer JAX, which the plugin would not fit.
+    return [f"{folder.absolute()}[{','.join(extras)}]", *([f"jax=={jax}"] if kept else [])]
 
 
 def _has_plugin(runtime):

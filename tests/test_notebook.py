@@ -142,7 +142,7 @@ def test_the_first_cells_fetch_and_install_the_code(tmp_path, monkeypatch):
         git = [["git", "clone", "-q", "--depth", "1", source, folder]] * (folder == "ant-jax")
         *fetched, (*_, wanted, pin) = [each for each in commands if each[0] != "nvidia-smi"]
         assert fetched == git
-        assert wanted.startswith(f"{folder}[experiments") and pin.startswith("jax==")
+        assert wanted.startswith(f"{tmp_path / folder}[experiments") and pin.startswith("jax==")
     # In a clone, and in its folder experiments, nothing is fetched or installed.
     for folder in (ROOT, ROOT / "experiments"):
         monkeypatch.chdir(folder)
