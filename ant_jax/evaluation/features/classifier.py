@@ -150,7 +150,7 @@ def _load(images: Images, layers: _Layers, shape: tuple[int, int, int], name: st
                 return _read(path, layers, shape)
             except Exception as error:  # A damaged file can raise almost any type of error.
                 logging.warning("Training the classifier again: %s is damaged: %r", path, error)
-    logging.info("training a classifier of %s, once", images.name)
+    logging.info("training a classifier of %s, once; its step compiles first ...", images.name)
     variables = _train(images, layers, shape)
     if path is not None:
         with files.keeping("the classifier"), files.writing(path) as file:

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from ant_jax import interop
 from ant_jax.evaluation.features import Extractor, Network
@@ -78,6 +79,7 @@ def _outputs(params, batches):
             # The first batch sets the batch size of the only program.
             size = min(len(images), _PER_DEVICE * len(devices))
             size += -size % len(devices)
+            _say_what_compiles(size, images.shape[1:])
         for first in range(0, len(images), size):
             part = images[first : first + size]
             padded = np.pad(part, ((0, size - len(part)), *[(0, 0)] * 3))
@@ -88,6 +90,12 @@ def _outputs(params, batches):
             running = started
     if running is not None:
         yield _fetched(*running)
+
+
+# Cached, because each shape compiles once.
+@functools.cache
+def _say_what_compiles(size, shape):
+    logging.info("compiling Inception for %d images of %s ...", size, "x".join(map(str, shape)))
 
 
 def _checked(images):
