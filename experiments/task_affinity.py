@@ -3,9 +3,10 @@
 Trains vanilla, measures the cosines between the gradients of denoising tasks at several
 checkpoints, and draws their mean over timesteps, over log-SNR and against the gap. For gradient
 clusters (``config.clusters.name = "gradient"``), set ``config.clusters.affinity`` to the resulting
-``affinity.npz``. ``--config FILE`` does this for your config, and ``--workdir DIR`` for your run,
-without training. The file remembers the noise process, the network and the data. A run with another
-process refuses the file. A run with another network or other data logs a warning.
+``affinity.npz``. ``--config FILE`` does this for your config. ``--workdir DIR`` does it for your
+run, without training, and writes the file and the picture into the workdir. The file remembers the
+noise process, the network and the data. A run with another process refuses the file. A run with
+another network or other data logs a warning.
 """
 
 import math
@@ -70,10 +71,20 @@ def _of_workdir(workdir, preset):
     _, setup, params = results.restore_run(config, workdir, average=False)
     every, grid = _levels(config, preset)
     images = preset.affinity_images
+    _say_what_compiles(grid, images)
     matrix = _of_params(config, setup, params, every[grid], images, 0)
     path = workdir / "affinity.npz"
     _save(path, matrix, config, preset)
+    _save_picture(path.with_suffix(".png"), config, preset, [matrix])
     logging.info("for config.clusters.affinity: %s", path)
+
+
+def _say_what_compiles(grid, images):
+    logging.info(
+        "measuring gradients at %d noise levels on %d images; they compile first ...",
+        len(grid),
+        images,
+    )
 
 
 def _levels(config, preset):
@@ -103,6 +114,7 @@ def measure(preset: Preset, out: Path) -> list[np.ndarray]:
     """Trains, measures and saves the mean; returns one (n, n) matrix per seed."""
     runs = plan(preset)
     runner.finished(runs, out, "vanilla training")
+    _say_what_compiles(_levels(runs[0].config, preset)[1], preset.affinity_images)
     # Without its config, which may be a function that other processes can't get.
     arguments = [(run, preset._replace(config=None), out) for run in runs]
     matrices = [np.array(rows) for rows in runner.parallel(_of_run, arguments, "affinity")]
@@ -160,13 +172,7 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
     """Writes the tables and the picture; returns the rank correlations for each kind of gap."""
     folder = out / "task_affinity"
     config = plan(preset)[0].config
-    process = config_lib.build_process(config)
-    every, grid = _levels(config, preset)
-    positions = {"timestep": every[grid], "log-SNR": process.log_snr(every[grid])}
-    correlations = {
-        name: [affinity.rank_correlation(matrix, where) for matrix in matrices]
-        for name, where in positions.items()
-    }
+    correlations, profiles = _by_gap(config, preset, matrices)
     report.write_csv(
         folder / "rank_correlation.csv",
         [
@@ -174,8 +180,6 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
             for i, seed in enumerate(preset.seeds)
         ],
     )
-    mean = np.mean(matrices, 0)
-    profiles = {name: affinity.affinity_by_gap(mean, where) for name, where in positions.items()}
     report.write_csv(
         folder / "affinity_by_gap.csv",
         [
@@ -191,17 +195,35 @@ def write_report(preset: Preset, out: Path, matrices: list[np.ndarray]) -> dict[
     table = report.markdown(["gap", "Spearman's rank correlation with affinity"], rows)
     write_bytes(folder / "table.md", table.encode())
     print(f"\n{table}")
-    report.save_figure(
-        _draw(config, process, mean, grid, profiles, correlations), folder / "affinity.png"
-    )
-    logging.info("picture: %s", folder / "affinity.png")
+    _save_picture(folder / "affinity.png", config, preset, matrices)
     logging.info("for config.clusters.affinity: %s", path_of(out))
     return correlations
 
 
-def _draw(config, process, matrix, grid, profiles, correlations):
+def _by_gap(config, preset, matrices):
+    """For each kind of gap the rank correlation of each matrix, and the profile of their mean."""
+    every, grid = _levels(config, preset)
+    log_snr = config_lib.build_process(config).log_snr(every[grid])
+    positions = {"timestep": every[grid], "log-SNR": log_snr}
+    correlations = {
+        name: [affinity.rank_correlation(matrix, where) for matrix in matrices]
+        for name, where in positions.items()
+    }
+    mean = np.mean(matrices, 0)
+    profiles = {name: affinity.affinity_by_gap(mean, where) for name, where in positions.items()}
+    return correlations, profiles
+
+
+def _save_picture(path, config, preset, matrices):
+    report.save_figure(_draw(config, preset, matrices), path)
+    logging.info("picture: %s", path)
+
+
+def _draw(config, preset, matrices):
+    process, matrix = config_lib.build_process(config), np.mean(matrices, 0)
+    every, grid = _levels(config, preset)
+    correlations, profiles = _by_gap(config, preset, matrices)
     figure, axes = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
-    every = levels(process)
     for ax, where, name in (
         (axes[0, 0], every[grid], "timestep t"),
         (axes[0, 1], process.log_snr(every[grid]), "log-SNR"),

@@ -117,6 +117,8 @@ def check_affinity_of_a_workdir(command, out):
     workdir = out / "runs" / "vanilla-snr-seed=0"
     status, said = command("task_affinity", "--preset=smoke", f"--workdir={workdir}")
     assert status == 0, said[-3000:]
+    check_picture(workdir / "affinity.png")
+    assert "compile first" in said
     made_from = affinity.made_from(workdir / "affinity.npz")
     assert made_from["model.width"] == 8 and made_from["data.name"] == "digits"
 
