@@ -358,7 +358,7 @@ function losses() {
 function measurements() {
   const names = [...new Set(runs.flatMap((run) => run.measured.flatMap((each) => Object.keys(each.figures))))];
   if (!names.length) {
-    section("Measurements", "None yet: --mode evaluate makes them.");
+    section("Measurements", "None yet: --mode evaluate makes them, or config.evaluation.every during training.");
     return;
   }
   state.figure = MAIN_FIGURES.find((name) => names.includes(name)) || names[0];
