@@ -123,7 +123,7 @@ def evaluate(
     config_lib.validate(config)
     # A file of samples needs no run.
     before = None if config.evaluation.samples else workdir_lib.recorded(workdir)
-    measuring.check(config, before and before["facts"].get("channels"))
+    measuring.check(config, None if before is None else before["facts"].get("channels"))
     if config.evaluation.samples:
         return _of_file(config, workdir) if processes.is_first() else None
     if before is not None:
@@ -253,15 +253,17 @@ def _of_params(config, workdir, step, setup, params, origin, build, *, compiled=
       _Stopped: after a signal, if it does not end the program.
     """
     with contextlib.ExitStack() as stack:
+        place = None
         if config.evaluation.features:
             place = stack.enter_context(_folder(workdir, origin))
         # First, so that unreadable held-out images are found before hours of drawing.
         validation = _in_first(lambda: _validation(config, step, setup, params, compiled))
-        figures, first = {"step": step}, []
-        if config.evaluation.features:
+        figures: dict[str, Any] = {"step": step}
+        first = []
+        if place is not None:
             measure = build().measure if processes.is_first() else None
             _draw(config, place, step, setup, params, compiled)
-            if processes.is_first():
+            if measure is not None:
                 batches = results.keep_first(cache.read(place, config.sample.num), first)
                 try:
                     figures |= {"nfe": experiment.nfe(config)} | measure(_until_asked(batches))
@@ -275,7 +277,7 @@ def _of_params(config, workdir, step, setup, params, origin, build, *, compiled=
         _write(
             _path(workdir, step), figures, _made_from(config, origin, build), config, workdir, first
         )
-        if config.evaluation.features:
+        if place is not None:
             shutil.rmtree(place, ignore_errors=True)
     return figures
 

@@ -14,11 +14,11 @@ from ant_jax.diffusion import Denoise, Process
 def interval_losses(
     apply_fn: Denoise,
     process: Process,
-    x0: jax.Array,
+    x0: jax.Array | np.ndarray,
     key: jax.Array,
     boundaries: np.ndarray,
     *,
-    y: jax.Array | None = None,
+    y: jax.Array | np.ndarray | None = None,
     timesteps_each: int = 10,
 ) -> np.ndarray:
     """Mean loss of each interval on held-out images, without loss weights.

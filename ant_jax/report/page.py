@@ -13,7 +13,7 @@ def html(content: dict[str, Any], plotly: str) -> str:
       content: see `summary.summarize`, and "made", when it was made.
       plotly: the source of plotly.js.
     """
-    files = resources.files(__package__)
+    files = resources.files("ant_jax.report")
     names = [run["name"] for run in content["runs"]]
     title = names[0] if len(names) == 1 else f"{len(names)} runs"
     # "</script>" in a name would end the content.

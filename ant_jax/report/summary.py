@@ -147,23 +147,25 @@ def _defaults(config):
 def _pictures(runs):
     """The grids of each run, ``{"step", "source"}``, in one size for all runs."""
     opened = functools.cache(_opened)
-    for count, width in _SIZES:
-        chosen = [_spread(sorted(run.grids), count) for run in runs]
+    chosen = lambda count: [_spread(sorted(run.grids), count) for run in runs]
+
+    def fits(count, width):
         # All grids of a run have about the size of the last one.
         sizes = [
             len(steps) * len(_encoded(opened(run.grids[steps[-1]]), width))
-            for run, steps in zip(runs, chosen, strict=True)
+            for run, steps in zip(runs, chosen(count), strict=True)
             if steps
         ]
-        if sum(sizes) <= _PICTURES:
-            break
+        return sum(sizes) <= _PICTURES
+
+    count, width = next((size for size in _SIZES if fits(*size)), _SIZES[-1])
     return [
         [
             {"step": step, "source": _SOURCE + base64.b64encode(picture).decode()}
             for step in steps
             if (picture := _encoded(opened(run.grids[step]), width))
         ]
-        for run, steps in zip(runs, chosen, strict=True)
+        for run, steps in zip(runs, chosen(count), strict=True)
     ]
 
 
