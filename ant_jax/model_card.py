@@ -124,6 +124,8 @@ def _results(workdir, step, digest):
     found = []
     for path in sorted((workdir / "evaluation").glob("*.json"), key=lambda each: each.stem):
         made_from = results.made_from(path)
+        if made_from is None:
+            continue
         try:
             origin = made_from.get("samples_made_from") or made_from
             if (origin["step"], origin["params"]) != (step, digest):
