@@ -22,7 +22,7 @@ from absl import logging
 
 from ant_jax.runtime import checkpoint_arrays, checkpoint_files, processes
 from ant_jax.runtime.checkpoint_files import CheckpointError, CorruptCheckpointError
-from ant_jax.runtime.files import sync, write_bytes
+from ant_jax.runtime.files import make_folder, sync, write_bytes
 
 _PARTIAL = "partial-"
 _LAST_STEP = 2**31 - 1  # the largest step that a state can count
@@ -65,7 +65,7 @@ class Checkpointer:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future | None = None
         if processes.is_first():
-            self.directory.mkdir(parents=True, exist_ok=True)
+            make_folder(self.directory)
             for path in self.directory.glob(f"{_PARTIAL}*"):
                 _remove(path)
 

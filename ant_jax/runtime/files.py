@@ -17,15 +17,39 @@ _PARTIAL = ".partial"
 _DEAD_SECONDS = 24 * 3600  # without a write, after which the writer of a file counts as dead
 
 
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, if they do not exist.
+
+    Raises:
+      OSError: if that is impossible; the message says what to do.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        above = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+        reason = error.strerror if above.is_dir() else f"{above} is not a folder"
+        message = f"the folder {folder} can't be made: {reason}; choose another path"
+        raise type(error)(message) from error
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """Opens a temporary file beside a path and renames it to the path at the end.
 
     Creates the folders above it. If several processes write the same path, the file at the path is
     always complete: it is that of the last one to finish.
+
+    Raises:
+      OSError: if no file can be written there; the message says what to do.
     """
-    with partial_beside(path) as partial, naming(path), partial.open("wb") as file:
-        yield file
+    with partial_beside(path) as partial, naming(path):
+        try:
+            file = partial.open("wb")
+        except OSError as error:
+            message = f"{path} can't be written: {error.strerror}; choose another path"
+            raise type(error)(message) from error
+        with file:
+            yield file
 
 
 @contextlib.contextmanager
@@ -33,8 +57,13 @@ def partial_beside(path: Path) -> Iterator[Path]:
     """Gives a temporary path beside a path; at the end renames the file written there.
 
     No other call gets the same temporary path. Removes temporary files that killed writers left.
+
+    Raises:
+      OSError: if the path is a folder, or the folder above it can't be made.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; choose the path of a file")
     _remove_leftovers(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}{_PARTIAL}")
     try:
@@ -46,7 +75,8 @@ def partial_beside(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             sync(path.parent)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
         raise
 
 
@@ -125,7 +155,7 @@ def locked(path: Path) -> Iterator[Callable[[], bool]]:
     Raises:
       BlockingIOError: if another process holds the lock; the message names that process.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with contextlib.ExitStack() as stack:
         while True:
             file = stack.enter_context(path.open("a+"))

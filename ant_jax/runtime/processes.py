@@ -19,6 +19,8 @@ import jax
 # JAX has no public name for the key-value store that all processes share.
 from jax._src import distributed
 
+from ant_jax.runtime.files import make_folder
+
 _SHARED_SECONDS = 60  # within which a network disk must show a file of another machine
 _SLICE_MS = 500  # a long wait is split into waits of this length: Python handles signals between
 _LISTED = 8  # differences that a message lists
@@ -179,7 +181,7 @@ def check_shared(folder: Path) -> None:
 
     def mark():
         path = folder / f".shared-{uuid.uuid4().hex}"
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         path.touch()
         return str(path.absolute())
 

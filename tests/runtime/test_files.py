@@ -30,6 +30,22 @@ def test_a_writer_that_fails_leaves_what_was_there(tmp_path):
     assert path.read_bytes() == b"before" and list(tmp_path.iterdir()) == [path]
 
 
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path):
+    (tmp_path / "a").touch()
+    (tmp_path / "b").mkdir()
+    places = {
+        "a/b/c": "the folder .*/a/b can't be made: .*/a is not a folder; choose another path",
+        "a/b": "the folder .*/a can't be made: .*/a is not a folder; choose another path",
+        "b": "/b is a folder; choose the path of a file",
+        "x" * 250: "xxx can't be written: File name too long; choose another path",
+        "x" * 300 + "/b": "xxx can't be made: File name too long; choose another path",
+    }
+    for place, message in places.items():
+        with pytest.raises(OSError, match=message):
+            write_bytes(tmp_path / place, b"")
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"] and not os.listdir(tmp_path / "b")
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_what_is_there_is_not_written_anew(links, tmp_path, monkeypatch):
     def refuse(source, _):
