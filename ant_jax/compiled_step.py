@@ -16,7 +16,7 @@ from ant_jax import experiment, models
 from ant_jax.experiment import Setup
 from ant_jax.mtl.gramian import keeping_axes
 from ant_jax.mtl.shards import gathered
-from ant_jax.optimizer import build_optimizer, stop_gradients
+from ant_jax.optimizers import stop_gradients
 from ant_jax.runtime import processes
 from ant_jax.runtime.devices import (
     abstract,
@@ -170,16 +170,22 @@ class _StepArguments(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _first_state(program, model, process, draw, specialist, given, image_shape, k, devices):
-    """A compiled function from the seed to the state before the first step."""
+    """A compiled function from the seed, and parameters or None, to the state before step 1."""
     del process, draw
 
-    def make(seed):
-        params = experiment.init_params(model, image_shape, seed)
+    def make(seed, params=None):
+        if params is None:
+            params = experiment.init_params(model, image_shape, seed)
         weighting = experiment.build_weighting(program, k, seed, None, specialist, given)
-        return init_state(params, build_optimizer(program, 0.0), weighting)
+        return init_state(params, _transformation(program), weighting)
 
     shardings = _shardings(program, model, image_shape, devices)
     return jax.jit(make, out_shardings=shardings, compiler_options=compiler_options(devices))
+
+
+def _transformation(program):
+    """The optimizer of a state; no state depends on the learning rate."""
+    return experiment.build_optimizer(program, 0.0).transformation
 
 
 def _first_state_of(config, setup):
@@ -194,7 +200,7 @@ def _shardings(program, model, image_shape, devices):
     if not _is_sharded(program, devices):
         return TrainState._make([whole] * len(TrainState._fields))
     params = jax.eval_shape(lambda: experiment.init_params(model, image_shape, 0))
-    opt_state = jax.eval_shape(build_optimizer(program, 0.0).init, params)
+    opt_state = jax.eval_shape(_transformation(program).init, params)
     of = lambda tree: jax.tree.map(lambda leaf: sharding_of(leaf.shape, devices), tree)
     return TrainState._make([whole, of(params), of(params), of(opt_state), whole])
 
@@ -209,6 +215,7 @@ def _on_all_devices(weighting, devices):
 @functools.lru_cache(maxsize=8)
 def _training_step(program, model, process, draw, specialist, given, image_shape, devices):
     is_sharded = _is_sharded(program, devices)
+    split = not is_sharded and experiment.build_optimizer(program, 0.0).entrywise
 
     def step(state, batch, arguments, axis_name=None):
         k = len(arguments.boundaries) - 1
@@ -224,6 +231,9 @@ def _training_step(program, model, process, draw, specialist, given, image_shape
             network = network_on_shards(network, devices, groups)
             batch = by_task(batch, devices, groups)
             weighting = _on_all_devices(weighting, devices)
+        optimizer = experiment.build_optimizer(
+            program, arguments.learning_rate, axis_name if split else None
+        )
         setup = StepSetup(
             apply_fn=lambda params, x, t, y: network(
                 stop_gradients(params, program.optimizer.frozen), x, t, y
@@ -231,7 +241,7 @@ def _training_step(program, model, process, draw, specialist, given, image_shape
             process=process,
             boundaries=arguments.boundaries,
             weighting=weighting,
-            optimizer=build_optimizer(program, arguments.learning_rate, axis_name),
+            optimizer=optimizer.transformation,
             seed=arguments.seed,
             draw=draw,
             timestep_order=arguments.timestep_order,
@@ -244,7 +254,8 @@ def _training_step(program, model, process, draw, specialist, given, image_shape
             label_dropout=program.label_dropout,
             ema_decay=program.ema_decay,
             skip_nonfinite=program.optimizer.nonfinite == "skip",
-            split=not is_sharded,
+            split=split,
+            eval_params=optimizer.eval_params,
         )
         with keeping_axes() if is_sharded else contextlib.nullcontext():
             return train_step(state, batch, setup, axis_name)
@@ -256,10 +267,11 @@ def _training_step(program, model, process, draw, specialist, given, image_shape
 
 def _axes(program, model, image_shape, devices):
     """The axis of devices of every leaf of a state, see `split_axes`; None if it is not split."""
-    if alone(devices) or _is_sharded(program, devices):
+    optimizer = experiment.build_optimizer(program, 0.0)
+    if alone(devices) or _is_sharded(program, devices) or not optimizer.entrywise:
         return None
     params = jax.eval_shape(lambda: experiment.init_params(model, image_shape, 0))
-    return split_axes(build_optimizer(program, 0.0), params)
+    return split_axes(optimizer.transformation, params)
 
 
 class Layout(NamedTuple):
@@ -288,7 +300,7 @@ def _layout(program, model, image_shape, devices):
     if axes is None:
         same = lambda state: state
         return Layout(same, same, lambda state: shard_in_process(state.ema_params, devices))
-    optimizer = build_optimizer(program, 0.0)
+    optimizer = _transformation(program)
 
     # The parameters are whole in both layouts, and pmap would copy them.
     rest = parallel_map(
@@ -315,12 +327,10 @@ def new_state(config: ConfigDict, setup: Setup, params: dict | None = None) -> T
       setup: what the config describes.
       params: initial parameters instead of random ones; see `init_from.initial_params`.
     """
-    state = _first_state_of(config, setup)(np.int32(config.seed))
-    if params is None:
-        return state
     program = _program(config, setup)[0]
-    place = lambda: _place(program, params, _devices(program))
-    return state._replace(params=place(), ema_params=place())
+    if params is not None:
+        params = _place(program, params, _devices(program))
+    return _first_state_of(config, setup)(np.int32(config.seed), params)
 
 
 def place_params(config: ConfigDict, setup: Setup, params: dict) -> dict:

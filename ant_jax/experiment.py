@@ -12,16 +12,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from absl import logging
 from jax.tree_util import Partial
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import dataset, models, mtl, sampling
+from ant_jax import dataset, models, mtl, optimizers, sampling
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import Process
 from ant_jax.diffusion.samplers import SampleOptions
-from ant_jax.optimizer import frozen
 from ant_jax.runtime.sharded import gathering
 from ant_jax.tasks import affinity as affinities
 from ant_jax.tasks.clusterings import Clusters
@@ -116,8 +116,9 @@ def build(
             f"config.data.image_size = {config.data.image_size} gives the network sides of {size}, "
             f"which must be divisible by {multiple}, by config.model"
         )
-    if config.optimizer.frozen:
-        _check_frozen(config.optimizer.frozen, model, shape)
+    for name in ("frozen", "decay_mask"):
+        if config.optimizer[name]:
+            _check_pattern(config, name, model, shape)
     clusters = build_clusters(config, process, boundaries)
     settings = config.method
     if clusters.order is not None and (settings.suppress != 1 or settings.curriculum_steps):
@@ -288,6 +289,40 @@ def _build_weighting(config, k, seed, loss_scale, specialist, given):
     return weighting._replace(needs=weighting.needs | ({"gram"} if settings.cosines else set()))
 
 
+def build_optimizer(
+    config: ConfigDict | FrozenConfigDict,
+    learning_rate: float | jax.Array,
+    axis_name: str | None = None,
+) -> optimizers.Optimizer:
+    """The optimizer with its warm-up and schedule; it gets the combined gradient, clipped first.
+
+    Args:
+      config: the run's config, or the part of it that decides the program.
+      learning_rate: the value after the warm-up; may be traced.
+      axis_name: name of the mapped axis over which the gradients are split, if they are.
+    """
+    settings = config.optimizer
+    schedule = config_lib.build_schedule(config, learning_rate)
+    if settings.warmup_steps:
+        warmup = optax.linear_schedule(0, learning_rate, settings.warmup_steps)
+        schedule = optax.join_schedules([warmup, schedule], [settings.warmup_steps])
+    mask = None
+    if settings.decay_mask:
+        mask = functools.partial(optimizers.matching, pattern=settings.decay_mask)
+    optimizer = config_lib.build(
+        config,
+        "optimizer",
+        learning_rate=schedule,
+        weight_decay=settings.weight_decay,
+        mask=mask,
+    )
+    if settings.clip_norm:
+        optimizer = optimizers.clipped(optimizer, settings.clip_norm, axis_name)
+    if settings.frozen:
+        optimizer = optimizers.freezing(optimizer, settings.frozen)
+    return optimizer
+
+
 def _draw(config, given):
     if config.clusters.specialist >= 0 or config.method.pike:
         return "stratified"
@@ -308,12 +343,13 @@ def _check_memory(config, group, name, image_shape):
         )
 
 
-def _check_frozen(pattern, model, image_shape):
+def _check_pattern(config, name, model, image_shape):
+    pattern = config.optimizer[name]
     params = jax.eval_shape(lambda: init_params(model, image_shape, 0))
-    names = jax.tree.leaves(frozen(params, pattern))
-    if not any(names) or all(names):
+    names = jax.tree.leaves(optimizers.matching(params, pattern))
+    if not any(names) or (all(names) and name == "frozen"):
         raise ConfigError(
-            f"config.optimizer.frozen = {pattern!r} matches {'all' if any(names) else 'none'} of "
+            f"config.optimizer.{name} = {pattern!r} matches {'all' if any(names) else 'none'} of "
             "the parameters; with --verbosity=1 the log of a run begins with a table of their names"
         )
 

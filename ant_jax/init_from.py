@@ -19,7 +19,7 @@ from jax.tree_util import keystr
 from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import experiment, interop, models, optimizer
+from ant_jax import experiment, interop, models, optimizers
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError, migration
 from ant_jax.published_weights import OWN_NAMES, Names
@@ -166,7 +166,8 @@ def _check_untrained(name, params, config):
     """Warns that the row of the null class starts as zeros; raises an error if it is frozen."""
     if not config.label_dropout:
         return
-    frozen = optimizer.frozen(params, config.optimizer.frozen) if config.optimizer.frozen else {}
+    pattern = config.optimizer.frozen
+    frozen = optimizers.matching(params, pattern) if pattern else {}
     if frozen and functools.reduce(operator.getitem, name.split("/"), frozen):
         raise ValueError(
             "it has no row for the null class, and config.optimizer.frozen keeps that from being "

@@ -102,6 +102,17 @@ class PerProcess:
 Path = Annotated[str, Check(_is_path, "a path; a home folder ~ must exist"), PerProcess()]
 
 
+def _is_pattern(text):
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+Pattern = Annotated[str, Check(_is_pattern, "a regular expression, or '' for none")]
+
+
 REQUIRED = inspect.Parameter.empty
 # An error with a hint lists at most so many names.
 _MANY = 10
@@ -264,6 +275,8 @@ def _makes(value, makes):
     if not callable(value):
         return False
     result = typing.get_type_hints(value).get("return")
+    # Of `optax.Schedule`, `Callable`.
+    result = typing.get_origin(result) or result
     return inspect.isclass(result) and issubclass(result, makes)
 
 

@@ -373,7 +373,7 @@ def _log_resumed(config, workdir, step):
         logging.info("resuming from step %d of %s", step, workdir / "checkpoints")
     else:
         way = "set config.num_steps higher"
-        if config.optimizer.schedule != "constant":
+        if config_lib.schedule_needs_num_steps(config):
             way = f"begin another run with config.init_from = '{workdir}'"
         logging.info(
             "the run in %s is finished, at step %d of config.num_steps = %d; to train on, %s",

@@ -30,7 +30,7 @@ class TrainState(NamedTuple):
     Attributes:
       step: int32 scalar, the number of steps taken.
       params: parameters of the model, float32.
-      ema_params: their exponential moving average.
+      ema_params: the exponential moving average of the parameters to evaluate.
       opt_state: state of the optimizer.
       method_state: the method's `mtl.CombineState`.
     """
@@ -72,6 +72,7 @@ class Setup(NamedTuple):
         optimizer must treat every entry alone, as AdamW does. It sees each parameter as one flat
         part: it may select parameters by name, not by shape. No error shows an optimizer that takes
         norms, such as `optax.lamb` and `optax.clip_by_global_norm`: use False with these.
+      eval_params: ``(opt_state, params) -> params``, the parameters that the average follows.
     """
 
     apply_fn: Callable[..., jax.Array]
@@ -92,6 +93,7 @@ class Setup(NamedTuple):
     ema_decay: float = 0.9999
     skip_nonfinite: bool = False
     split: bool = False
+    eval_params: Callable[[Any, Any], Any] = lambda opt_state, params: params
 
 
 class Examples(NamedTuple):
@@ -195,7 +197,8 @@ def train_step(
     updates, opt_state = setup.optimizer.update(found.gradient, old.opt_state, old.params)
     params = optax.apply_updates(old.params, updates)
     decay = jnp.minimum(setup.ema_decay, (1 + state.step) / (10 + state.step))
-    ema_params = optax.incremental_update(params, old.ema_params, 1 - decay)
+    followed = setup.eval_params(opt_state, params)
+    ema_params = optax.incremental_update(followed, old.ema_params, 1 - decay)
 
     metrics = _metrics(found, axis_name)
     new = TrainState(state.step + 1, params, ema_params, opt_state, found.state)

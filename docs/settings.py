@@ -24,7 +24,7 @@ those of the component. A name can also be your own, `package.module:attribute`
 ([adding.md](adding.md)). `python docs/settings.py` writes this page.
 
 "Resume" says whether a run may go on with another value: settings that affect the parameters may
-not change. `num_steps` may change if the learning rate is constant.
+not change. `num_steps` may change if the schedule does not depend on it.
 """
 
 

@@ -1,6 +1,7 @@
 """docs/adding.md: every example runs and keeps the contract that the page states."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
@@ -9,7 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ant_jax import config, data, diffusion, evaluation, models, mtl, settings
+from ant_jax import (
+    config,
+    data,
+    diffusion,
+    evaluation,
+    experiment,
+    models,
+    mtl,
+    optimizers,
+    schedules,
+    settings,
+)
 from ant_jax.diffusion import loss_weights, samplers
 from ant_jax.evaluation import features, metrics
 from ant_jax.tasks import clusterings
@@ -37,6 +49,28 @@ def test_method(component):
     losses, counts = jnp.array([1.0, 2.0, 0.0]), jnp.array([4, 4, 0])
     weights, _ = weighting.weigh(mtl.TaskStats(losses, None, counts), weighting.init())
     assert weights[1] > weights[0] > weights[2] == 0
+
+
+def test_optimizer_and_schedule(component):
+    makes = (("momentum", optimizers, optimizers.Optimizer), ("inverse_root", schedules, Callable))
+    momentum, inverse_root = (component(*each) for each in makes)
+    assert momentum.__name__ == "momentum" and inverse_root.__name__ == "inverse_root"
+    trained = config.default_config(
+        optimizer="adding_momentum:momentum", schedule="adding_inverse_root:inverse_root"
+    )
+    changes = {
+        **{"optimizer.decay": 0.5, "optimizer.weight_decay": 0.1},
+        **{"optimizer.warmup_steps": 0, "schedule.constant_steps": 1},
+    }
+    config.update(trained, changes)
+    config.validate(trained)
+    assert "num_steps" in config.may_change(trained)
+    transformation = experiment.build_optimizer(trained, 0.5).transformation
+    params = {"a": jnp.array([2.0])}
+    state = transformation.init(params)
+    for momentum, rate in ((1.0, 0.5), (1.5, 0.5), (1.75, 0.5 / 2**0.5)):
+        updates, state = transformation.update({"a": jnp.ones(1)}, state, params)
+        np.testing.assert_allclose(updates["a"], -rate * (momentum + 0.1 * 2.0), rtol=1e-6)
 
 
 def test_network(component):
@@ -118,7 +152,7 @@ def test_clusters(component):
 
 
 def test_every_example_is_tested():
-    assert len(EXAMPLES) == 9
+    assert len(EXAMPLES) == 11
 
 
 def test_the_table_names_the_settings_and_the_arguments_that_the_program_gives():

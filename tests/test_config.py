@@ -567,7 +567,7 @@ def test_a_restart_may_not_change_the_run(name):
 
 
 def test_the_number_of_steps_is_part_of_a_run_whose_learning_rate_depends_on_it():
-    settings = {"optimizer__schedule": "cosine"}
+    settings = {"schedule__name": "cosine"}
     with pytest.raises(config_lib.ConfigError, match=r"config.num_steps: 3000 there, 5000 now"):
         config_lib.check_same(changed(**settings), changed(**settings, num_steps=5000), "w")
 

@@ -12,7 +12,7 @@ import optax
 import pytest
 import yaml
 
-from ant_jax import compiled_step, experiment, export, init_from, interop, optimizer, train
+from ant_jax import compiled_step, experiment, export, init_from, interop, optimizers, train
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
@@ -572,7 +572,7 @@ def test_frozen_parameters_stay_and_count_for_nothing(begun, tmp_path):
     pattern = "block_0/(qkv|mlp)|embedding"
     config = tiny(optimizer__frozen=pattern, **settings)
     state = train.train(config, tmp_path)
-    frozen = optimizer.frozen(state.params, pattern)
+    frozen = optimizers.matching(state.params, pattern)
     assert frozen["block_0"]["qkv"]["kernel"] and frozen["label_embedding"]["embedding"]
     assert not frozen["output"]["kernel"]
 
@@ -610,7 +610,7 @@ def test_the_gram_matrix_is_of_the_gradients_of_what_is_not_frozen():
     t, y = jnp.arange(2), jnp.arange(2)
 
     def loss(params, pattern):
-        params = optimizer.stop_gradients(params, pattern)
+        params = optimizers.stop_gradients(params, pattern)
         return jnp.mean(setup.model.apply({"params": params}, x, t, y) ** 2)
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)

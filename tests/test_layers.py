@@ -29,6 +29,8 @@ LAYERS = {
         *("ant_jax.runtime", "ant_jax.published_weights"),
     },
     "tasks": CORE | {"ant_jax.diffusion", "ant_jax.npz"},
+    "optimizers": CORE | {"ant_jax.mtl"},
+    "schedules": CORE,
     "train_step": CORE | {"ant_jax.mtl", "ant_jax.diffusion", "ant_jax.tasks"},
 }
 # What the extras install, but what jax, flax and optax import themselves.
@@ -39,9 +41,9 @@ EDGES -= {"absl", "ml_dtypes", "yaml"}
 # A module imports from its own room and from those before it.
 ROOMS = [
     *("settings", "pixels", "npz", "published_weights", "runtime"),
-    *("mtl", "diffusion", "tasks", "models", "train_step"),
+    *("mtl", "diffusion", "tasks", "models", "optimizers", "schedules", "train_step"),
     *("interop", "data", "latents", "sampling", "evaluation"),
-    *("config", "dataset", "optimizer", "experiment", "compiled_step", "workdir"),
+    *("config", "dataset", "experiment", "compiled_step", "workdir"),
     *("init_from", "hooks", "results", "measuring", "evaluate"),
     *("train", "encode", "model_card", "export", "cli", "report", "main", "command"),
 ]

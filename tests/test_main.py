@@ -187,8 +187,8 @@ MISTAKES = {
     "config.evaluation is a group of settings: write --config.evaluation.features=digits": [
         "--config.evaluation=digits"
     ],
-    "config.optimizer is a group of settings: write --config.optimizer.SETTING=VALUE": [
-        "--config.optimizer=3"
+    "config.sample is a group of settings: write --config.sample.SETTING=VALUE": [
+        "--config.sample=3"
     ],
     "--config: Could not parse ''": ["--config.=3"],
     "config.num_steps must be an integer >= 1, got '1.5'": ["--config.num_steps=1.5"],
@@ -302,8 +302,8 @@ NAMES = {
     "digits-nash-snr-3-optimizer.learning_rate=0.01": [
         *("--config.seed=3", "--config.optimizer.learning_rate=0.01", "--config.log_every=5")
     ],
-    "digits-nash-snr-0-num_steps=50-optimizer.schedule=cosine": [
-        *("--config.optimizer.schedule=cosine", "--config.num_steps=50")
+    "digits-nash-snr-0-num_steps=50-schedule.name=cosine": [
+        *("--config.schedule.name=cosine", "--config.num_steps=50")
     ],
     "fashion-14-nash-snr-0": ["--config=configs/fashion.py:nash,snr,14"],
 }

@@ -212,7 +212,7 @@ def test_a_finished_run_is_left_alone(finished, monkeypatch, caplog):
     said = f"is finished, at step {STEPS} of config.num_steps = {STEPS}; to train on, "
     assert caplog.text.count(f"{said}set config.num_steps higher") == 2
     assert "uncertainty; clusters by snr: t = 0.." in caplog.text
-    config.optimizer.schedule = "cosine"
+    config_lib.update(config, {"schedule.name": "cosine"})
     trainer._log_resumed(config, Path("w"), STEPS)
     assert f"{said}begin another run with config.init_from = 'w'" in caplog.text
     after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
@@ -523,11 +523,14 @@ def test_the_message_says_that_there_is_no_good_checkpoint(tmp_path, monkeypatch
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     """The loss and gradient of step 4 are finite; what the optimizer makes of them is not."""
-    build = compiled_step.build_optimizer
+    build = experiment.build_optimizer
     spoil = optax.scale_by_schedule(lambda count: jnp.where(count == 3, jnp.nan, 1.0))
-    monkeypatch.setattr(
-        compiled_step, "build_optimizer", lambda *args: optax.chain(build(*args), spoil)
-    )
+
+    def spoiled(*args):
+        optimizer = build(*args)
+        return optimizer._replace(transformation=optax.chain(optimizer.transformation, spoil))
+
+    monkeypatch.setattr(experiment, "build_optimizer", spoiled)
     # Steps are shared between runs of one config: neither an earlier one here, nor this one there.
     for name in ("_training_step", "_first_state", "_layout"):
         monkeypatch.setattr(compiled_step, name, getattr(compiled_step, name).__wrapped__)

@@ -11,10 +11,12 @@ from ant_jax.config.components import (
     arguments,
     build,
     build_process,
+    build_schedule,
     common,
     component,
     component_names,
     flatten,
+    schedule_needs_num_steps,
     settings_of_config,
 )
 from ant_jax.config.editing import (
@@ -37,6 +39,7 @@ __all__ = [
     "arguments",
     "build",
     "build_process",
+    "build_schedule",
     "check_same",
     "common",
     "component",
@@ -49,6 +52,7 @@ __all__ = [
     "meaning",
     "per_process_settings",
     "program",
+    "schedule_needs_num_steps",
     "settings_of_config",
     "unknown_setting",
     "warnings_of",

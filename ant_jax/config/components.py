@@ -135,6 +135,24 @@ def build_process(config: ConfigDict | FrozenConfigDict) -> "Process":
     return build(config, "process", loss_weight=weight)
 
 
+def build_schedule(config: ConfigDict | FrozenConfigDict, learning_rate: Any) -> Callable:
+    """The learning rate of each step after the warm-up.
+
+    Args:
+      config: the run's config, or the part of it that decides the program.
+      learning_rate: the value after the warm-up; may be traced.
+    """
+    # The program has no `num_steps` if the schedule does not depend on it.
+    steps = max(config.get("num_steps", 0) - config.optimizer.warmup_steps, 1)
+    return build(config, "schedule", learning_rate=learning_rate, num_steps=steps)
+
+
+def schedule_needs_num_steps(config: ConfigDict) -> bool:
+    """Whether the learning rates depend on the number of steps."""
+    found = component("schedule", config.schedule.name)
+    return "num_steps" in inspect.signature(found).parameters
+
+
 def settings_of_config(config: ConfigDict | Mapping[str, Any]) -> dict[str, Setting]:
     """All settings of a config with these components, by ``"group.name"``.
 

@@ -16,6 +16,7 @@ from ant_jax.config.components import (
     component_names,
     flatten,
     key_of,
+    schedule_needs_num_steps,
     settings_of_component,
     settings_of_config,
 )
@@ -133,7 +134,7 @@ def program(config: ConfigDict) -> FrozenConfigDict:
         if group.folder:
             names += [group.key, *settings_of_component(group.name, config[group.name][group.key])]
         found[group.name] = ConfigDict({name: config[group.name][name] for name in names})
-    if config.optimizer.schedule == "constant":
+    if not schedule_needs_num_steps(config):
         del found["num_steps"]
     return FrozenConfigDict(found)
 

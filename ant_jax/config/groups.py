@@ -10,18 +10,20 @@ from typing import Annotated, Literal, NamedTuple
 
 from ant_jax.diffusion.samplers import SampleOptions
 from ant_jax.runtime import boards
-from ant_jax.settings import Affects, Check, Integer, Number, OneOf, Path, PerProcess, Traced
+from ant_jax.settings import (
+    Affects,
+    Check,
+    Integer,
+    Number,
+    OneOf,
+    Path,
+    Pattern,
+    PerProcess,
+    Traced,
+)
 
 # Each network knows its own facts; see `ant_jax.models`.
 _INIT_FACT = re.compile("[a-z_]+(=[1-9][0-9]{0,5})?")
-
-
-def _is_pattern(text):
-    try:
-        re.compile(text)
-    except re.error:
-        return False
-    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,13 +213,14 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW on the combined gradient.
+    """What all optimizers of the combined gradient share.
 
     Attributes:
-      learning_rate: the value after the warm-up.
+      learning_rate: the value after the warm-up, from which ``config.schedule`` goes on.
       warmup_steps: steps in which the learning rate rises from 0.
-      schedule: "constant", or "cosine" to 0 at num_steps.
-      weight_decay: of AdamW.
+      weight_decay: times the learning rate: the share of each parameter that a step removes.
+      decay_mask: regular expression for the parameters that decay, such as "kernel" for the weights
+        of layers without their biases; "" for all.
       clip_norm: bound on the norm of the combined gradient; 0 for none.
       frozen: regular expression for parameters that do not change, such as "embedding|block_0/".
       nonfinite: what to do at a step whose loss or gradient is not finite.
@@ -226,10 +229,10 @@ class Optimizer:
 
     learning_rate: Annotated[float, Number(above=0), Traced()] = 1e-3
     warmup_steps: Annotated[int, Integer(0)] = 100
-    schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: Annotated[float, Number(0)] = 0.0
+    decay_mask: Pattern = ""
     clip_norm: Annotated[float, Number(0)] = 0.0
-    frozen: Annotated[str, Check(_is_pattern, "a regular expression, or '' for none")] = ""
+    frozen: Pattern = ""
     # A run that stopped at such a step may go on with "skip".
     nonfinite: Annotated[Literal["stop", "skip"], Affects.NOTHING] = "stop"
     microbatches: Annotated[int, Integer(1)] = 1
@@ -395,7 +398,24 @@ GROUPS = (
         in_step=True,
         default="nash",
     ),
-    Group("optimizer", Optimizer, in_step=True),
+    Group(
+        "optimizer",
+        Optimizer,
+        "ant_jax.optimizers",
+        "ant_jax.optimizers:Optimizer",
+        ("learning_rate", "weight_decay", "mask"),
+        in_step=True,
+        default="adamw",
+    ),
+    Group(
+        "schedule",
+        None,
+        "ant_jax.schedules",
+        "collections.abc:Callable",
+        ("learning_rate", "num_steps"),
+        in_step=True,
+        default="constant",
+    ),
     Group("parallel", Parallel, affects=Affects.NOTHING, in_step=True),
     Group("checkpoint", Checkpoints, affects=Affects.NOTHING),
     Group(

@@ -16,6 +16,9 @@ _BEFORE = {
 _SINCE = {
     ("parallel", ""): {"params": "replicated"},
     ("evaluation", ""): {"every": 0, "num_in_training": 0},
+    ("optimizer", ""): {"decay_mask": ""},
+    ("optimizer", "adamw"): {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
+    ("schedule", "cosine"): {"final": 0.0},
     ("sampler", ""): {"guidance_low": 0.0, "guidance_high": 1e9},
     ("method", ""): {
         **{"suppress": 1.0, "suppress_log_snr": -5.0, "curriculum_steps": 0},
@@ -29,8 +32,9 @@ _SINCE = {
     },
 }
 
-# The new names of settings of version 0.1.
+# The new names of settings of earlier versions.
 MOVED = {
+    "optimizer.schedule": "schedule.name",
     "tensorboard": "log_to",
     "diffusion.timesteps": "process.timesteps",
     "diffusion.schedule": "process.schedule",
@@ -105,16 +109,21 @@ def of_today(flat: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any
 def migrated(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config of this version that does the same as one of any version.
 
-    If a config lacks groups, the result lacks them too, but for ``parallel``, which is newer than
-    many runs; `config.validate` then names them.
+    If a config lacks groups, the result lacks them too, but for ``parallel`` and ``schedule``,
+    which are newer than many runs; `config.validate` then names them.
     """
     new = dict(config)
     if "process" not in config and isinstance(config.get("diffusion"), Mapping):
         new = _from_first_version(config)
     if isinstance(tensorboard := new.pop("tensorboard", None), bool):
         new["log_to"] = ("tensorboard",) * tensorboard
-    # The one group that is newer than many runs.
+    # The groups that are newer than many runs.
     new.setdefault("parallel", {})
+    if isinstance(new.get("optimizer"), Mapping):
+        # There was AdamW alone, and two schedules were a setting of it.
+        new["optimizer"] = {"name": "adamw", **new["optimizer"]}
+        if "schedule" in new["optimizer"]:
+            new.setdefault("schedule", {"name": new["optimizer"].pop("schedule")})
     for (group, component), values in _SINCE.items():
         own = new.get(group)
         if isinstance(own, Mapping) and component in ("", own.get("name")):

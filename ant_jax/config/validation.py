@@ -14,10 +14,12 @@ from ant_jax.config.components import (
     ConfigError,
     build,
     build_process,
+    build_schedule,
     component_names,
     flatten,
     key_of,
     made_type,
+    schedule_needs_num_steps,
     settings_of_component,
     settings_of_config,
 )
@@ -42,6 +44,7 @@ def validate(config: ConfigDict) -> None:
         if allowed:
             raise ConfigError(f"config.{name} must be {allowed}, got {flat[name]!r}")
     _validate_together(flat)
+    _validate_optimizer(config)
     _validate_sampler(config)
 
 
@@ -166,6 +169,12 @@ def _validate_together(flat):
         )
 
 
+def _validate_optimizer(config):
+    schedule = build_schedule(config, config.optimizer.learning_rate)
+    decay = config.optimizer.weight_decay
+    build(config, "optimizer", learning_rate=schedule, weight_decay=decay, mask=None)
+
+
 def _validate_sampler(config):
     build(config, "sampler")
     settings = config.sampler
@@ -200,6 +209,15 @@ def warnings_of(config: ConfigDict, training: bool) -> list[str]:
             f"rate never reaches {flat['optimizer.learning_rate']}",
         ),
         (
+            flat["optimizer.decay_mask"] and not flat["optimizer.weight_decay"],
+            f"{show('optimizer.decay_mask')} has no effect: {show('optimizer.weight_decay')}",
+        ),
+        (
+            flat["optimizer.name"] == "schedule_free" and flat["schedule.name"] != "constant",
+            f"{show('optimizer.name')} averages the parameters instead of lowering the learning "
+            f"rate, and {show('schedule.name')} lowers it too",
+        ),
+        (
             flat["checkpoint.keep_period"] % every,
             f"{show('checkpoint.keep_period')} is no multiple of {show('checkpoint.every')}: only "
             "the steps that both divide are kept",
@@ -230,7 +248,7 @@ def may_change(config: ConfigDict) -> set[str]:
     """The settings, by ``"group.name"``, that may change when a run goes on."""
     known = settings_of_config(config)
     free = {name for name, setting in known.items() if not setting.affects & Affects.PARAMETERS}
-    return free | ({"num_steps"} if config.optimizer.schedule == "constant" else set())
+    return free | (set() if schedule_needs_num_steps(config) else {"num_steps"})
 
 
 def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike) -> None:
@@ -256,7 +274,7 @@ def check_same(saved: ConfigDict, config: ConfigDict, workdir: str | os.PathLike
         way = "choose another --workdir, or the same settings"
         if there["num_steps"] != now["num_steps"] and "num_steps" not in free:
             way += (
-                f". With config.optimizer.schedule = {now['optimizer.schedule']!r} the learning "
+                f". With config.schedule.name = {now['schedule.name']!r} the learning "
                 "rates depend on config.num_steps: to train on, choose another --workdir and "
                 f"config.init_from = '{workdir}'"
             )
