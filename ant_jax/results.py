@@ -107,6 +107,9 @@ def save_grid(path: Path, first: list[np.ndarray]) -> None:
 def write(path: Path, content: dict[str, Any], config: ConfigDict, workdir: Path) -> Path:
     """Writes the JSON file of a result, without overwriting a result of other settings.
 
+    A result of other parameters of the same step is overwritten: the run was interrupted later and
+    has repeated the step, on a device that does not repeat every bit.
+
     Args:
       path: Where to write. If this file is of other settings, a key is added to the name.
       content: Of the file; ``made_from`` says what the result depends on.
@@ -119,7 +122,8 @@ def write(path: Path, content: dict[str, Any], config: ConfigDict, workdir: Path
     ours = json.loads(json.dumps(content["made_from"]))
     encoded = (json.dumps(content, indent=1) + "\n").encode()
     keyed = _keyed(path, ours)
-    if made_from(path) == ours:
+    there = made_from(path)
+    if there is not None and {**there, "params": ""} == {**ours, "params": ""}:
         write_bytes(path, encoded)
         return path
     # Samples without a JSON file, or a picture of the trainer, may have this name. The trainer may
@@ -165,7 +169,7 @@ def made_from(path: Path) -> dict[str, Any] | None:
         # Reading a pipe would block.
         return None
     try:
-        return json.loads(path.read_text())["made_from"]
+        return dict(json.loads(path.read_text())["made_from"])
     # A file of another program can raise almost any error.
     except Exception:
         return None

@@ -87,11 +87,13 @@ def test_evaluations_change_nothing_but_the_log(whole, tmp_path):
 def test_the_figures_are_those_of_the_mode(whole):
     workdir, _ = whole
     path = workdir / "evaluation" / f"{STEPS:08d}.json"
-    before = path.read_bytes()
-    path.unlink()
+    before = path.read_text()
+    # As if a device that does not repeat every bit had found other parameters.
+    params = json.loads(before)["made_from"]["params"]
+    path.write_text(before.replace(params, "others"))
     SCRIPT[:] = VALUES[-1:]
     evaluate.evaluate(evaluated(), workdir)
-    assert path.read_bytes() == before
+    assert path.read_text() == before and len(list(path.parent.glob("*.json"))) == len(AT)
 
 
 def test_the_best_is_kept_where_its_checkpoint_is_not(whole, tmp_path):
