@@ -47,7 +47,7 @@ _NOTHING = """\
 Nothing was measured at this step. These commands measure it and export again, with the workdir of
 the run:
 
-```
+```shell
 python -m ant_jax.main --workdir WORKDIR --mode evaluate --step {step}
 python -m ant_jax.main --workdir WORKDIR --mode export --step {step}
 ```
@@ -222,6 +222,8 @@ def _facts(config, known, setup, params, logged):
     counts = [f"{facts[name]:,} {word}" for name, word in counts.items() if facts.get(name)]
     images = [f"split {config.data.split!r}"] if config.data.split else []
     images += [*counts, f"{side} x {side} pixels"]
+    optimizer = config.optimizer
+    rate = f"learning rate {optimizer.learning_rate:g}", f"warm-up {optimizer.warmup_steps} steps"
     rows = {
         "process": _component(config, "process"),
         "loss weight": _component(config, "loss_weight"),
@@ -229,7 +231,10 @@ def _facts(config, known, setup, params, logged):
         "data": _component(config, "data", *images, without=("split", "image_size", "batch_size")),
         "method": _component(config, "method"),
         "clusters": _component(config, "clusters", f"{k} tasks", without=("k",)),
-        "optimizer": _component(config, "optimizer"),
+        "optimizer": _component(
+            config, "optimizer", *rate, without=("learning_rate", "warmup_steps")
+        ),
+        "schedule": _component(config, "schedule"),
         "training": f"batches of {config.data.batch_size}, EMA decay {config.ema_decay}, label "
         f"dropout {config.label_dropout}, seed {config.seed}",
     }
@@ -255,8 +260,8 @@ def _component(config: ConfigDict, group: str, *facts: str, without: Sequence[st
     them or if they switch nothing on.
     """
     flat, key = config_lib.flatten(config), f"{group}.name"
-    shared = config_lib.common(config, group) if key in flat else {}
-    words = [flat.get(key, "AdamW"), *facts]
+    shared = config_lib.common(config, group)
+    words = [flat[key], *facts]
     for full_name, setting in config_lib.settings_of_config(config).items():
         of, _, name = full_name.rpartition(".")
         value = flat[full_name]

@@ -78,6 +78,12 @@ They have no argument `shared`. If each task has a head, let the aggregator see 
 add the gradients of the heads:
 
 ```python
+import jax, jax.numpy as jnp
+from ant_jax import mtl
+
+params = {"trunk": jnp.zeros(3), "heads": jnp.zeros(2)}
+losses = jnp.array([1.0, 2.0])
+stacked = {"trunk": jnp.eye(2, 3), "heads": jnp.eye(2)}  # the gradients of both tasks
 aggregator = mtl.moco(2)
 state = aggregator.init(params["trunk"])
 trunk, state = aggregator.update(stacked["trunk"], state, losses=losses)

@@ -28,7 +28,8 @@ from ant_jax.tasks import clusterings
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "adding.md").read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+EXAMPLES = [block for block in BLOCKS if re.search("^(class|def) ", block, re.M)]
 
 
 @pytest.fixture

@@ -154,6 +154,9 @@ def test_a_workdir_s_weights_are_exported_with_their_figures(modes):
     assert f"| frechet_distance | {figures['frechet_distance']:.6g} |" in card
     assert f"| nfe | {figures['nfe']} |" in card
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    config = json.loads((folder / "config.json").read_text())
+    rate = f"learning rate {config['optimizer']['learning_rate']:g}"
+    assert f"| optimizer | adamw, {rate}, warm-up " in card
     assert f"| loss | {last['loss']:.4g} at step 14 |" in card
     assert f"| {last['cluster_losses'][1]:.4g} | {last['weights'][1]:.4g} |" in card
     picture = (workdir / "evaluation" / "00000014.png").read_bytes()

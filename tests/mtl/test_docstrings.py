@@ -56,12 +56,3 @@ def test_a_docstring_that_lacks_a_part_is_named():
 
     with pytest.raises(ValueError, match="docstring of silent has no formula"):
         methods_page.description(silent)
-
-
-def test_the_block_of_the_page_runs():
-    block = methods_page.AGGREGATORS.partition("```python\n")[2].partition("```")[0]
-    params = {"trunk": jnp.ones(3), "heads": jnp.ones((2, 3))}
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
-    scope = {"jax": jax, "mtl": mtl, "params": params, "stacked": stacked, "losses": jnp.ones(2)}
-    exec(block, scope)
-    assert jax.tree.map(jnp.shape, scope["updates"]) == jax.tree.map(jnp.shape, params)
