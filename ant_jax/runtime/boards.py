@@ -104,6 +104,9 @@ def opened(
 
 
 def _tensorboard(workdir):
+    # TensorFlow only writes files here. These keep its notes on the processor off the console.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
     from clu.metric_writers import SummaryWriter
 
     return SummaryWriter(str(workdir))
