@@ -299,6 +299,8 @@ def _layout(program, model, image_shape, devices):
     axes = _axes(program, model, image_shape, devices)
     if axes is None:
         same = lambda state: state
+        if not _is_sharded(program, devices):
+            return Layout(same, same, lambda state: state.ema_params)
         return Layout(same, same, lambda state: shard_in_process(state.ema_params, devices))
     optimizer = _transformation(program)
 

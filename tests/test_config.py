@@ -426,6 +426,13 @@ SURPRISES = {
     "config.optimizer.warmup_steps = 100 is as long as config.num_steps = 100: the learning": {
         "num_steps": 100
     },
+    "config.optimizer.decay_mask = 'kernel' has no effect: config.optimizer.weight_decay = 0": {
+        "optimizer__decay_mask": "kernel"
+    },
+    "config.optimizer.name = 'schedule_free' averages the parameters instead of lowering the": {
+        "optimizer__name": "schedule_free",
+        "schedule__name": "cosine",
+    },
     "config.checkpoint.keep_period = 700 is no multiple of config.checkpoint.every = 500": {
         "checkpoint__keep_period": 700
     },

@@ -18,6 +18,7 @@ from ant_jax import compiled_step, experiment
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
+from ant_jax.optimizers import clipped, freezing
 from ant_jax.optimizers.adamw import adamw
 from ant_jax.optimizers.lion import lion
 from ant_jax.optimizers.muon import muon
@@ -36,6 +37,7 @@ KERNELS = {"layer": {"kernel": True, "bias": False}, "convolution": {"kernel": T
 MUON = {
     "learning_rate": SCHEDULE,
     "beta": 0.8,
+    "ns_steps": 3,
     "eps": 1e-3,
     "weight_decay": DECAY,
     "adam_b1": 0.7,
@@ -57,7 +59,7 @@ PAIRS = {
         optax.lion(SCHEDULE, 0.8, 0.7, weight_decay=DECAY, mask=KERNELS),
     ),
     "muon": (
-        muon(SCHEDULE, DECAY, beta=0.8, rms=0.3, b1=0.7, eps=1e-3),
+        muon(SCHEDULE, DECAY, beta=0.8, ns_steps=3, rms=0.3, b1=0.7, eps=1e-3),
         optax.contrib.muon(**MUON),
     ),
     "schedule_free": (
@@ -98,6 +100,18 @@ def test_an_optimizer_is_that_of_optax(name):
         expected = schedule_free_eval_params(state, found)
         assert np.abs(followed["layer"]["bias"] - found["layer"]["bias"]).max() > 1e-3
     jax.tree.map(np.testing.assert_array_equal, followed, expected if name != "muon" else found)
+
+
+def test_what_is_evaluated_is_the_same_behind_what_the_trainer_adds():
+    optimizer, _ = PAIRS["schedule_free"]
+    wrapped = freezing(clipped(optimizer, 1e9), "^convolution")
+    (alone, first), (found, second) = (
+        stepped(each.transformation) for each in (optimizer, wrapped)
+    )
+    expected = optimizer.eval_params(first, alone)
+    expected["convolution"] = small_params()["convolution"]
+    found = wrapped.eval_params(second, found)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
 
 
 def test_muon_updates_a_matrix_by_an_orthogonal_one_unless_a_pattern_gives_it_to_adam():

@@ -21,7 +21,7 @@ def schedule_free(
     """Schedule-free AdamW (Defazio et al., *The Road Less Scheduled*, NeurIPS 2024).
 
     AdamW without momentum moves z. The average x of all z is evaluated. The gradient is taken at
-    y = b1 x + (1 - b1) z.
+    y = b1 x + (1 - b1) z. Good learning rates are 1 to 10 times those of AdamW.
 
     Args:
       learning_rate: of each step.
