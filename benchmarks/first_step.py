@@ -23,7 +23,7 @@ _MADE = re.compile(r"Finished (tracing|jaxpr|XLA) .*\b(make|step|_fun)\b.* in ([
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--config", default="configs/digits.py")
     parser.add_argument(
         "--starts", type=int, default=3, help="number of starts with cached programs"
@@ -52,6 +52,7 @@ def start(config: str, folder: Path, name: str) -> dict[str, float]:
     made = dict.fromkeys(
         ["first state traced", "first state compiled", "step traced", "step compiled"], 0.0
     )
+    assert process.stderr is not None  # it is a pipe
     for line in process.stderr:
         for mark in (_IMPORTED, _DATA_OPENED, _FIRST_STEP):
             if line.startswith(mark) and mark not in marks:

@@ -19,7 +19,7 @@ from ant_jax import data
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--sizes", nargs="+", default=["256x256", "500x375"], help="WIDTHxHEIGHT")
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--batch", type=int, default=64)
@@ -34,8 +34,9 @@ def main():
         streams = {}
         for size in args.sizes:
             directory = Path(folder) / size
-            write_images(directory, *map(int, size.split("x")), args.images)
-            source = data.folder(dir=directory)
+            width, height = map(int, size.split("x"))
+            write_images(directory, width, height, args.images)
+            source = data.folder(dir=str(directory))
             for workers in args.workers:
                 streams[size, workers] = data.batches(
                     source,
@@ -73,7 +74,8 @@ def write_images(directory, width, height, num):
         picture = photographs[i % 2]
         scale = min(1, picture.width / width, picture.height / height)
         w, h = int(width * scale), int(height * scale)
-        left, top = rng.integers(picture.width - w + 1), rng.integers(picture.height - h + 1)
+        left = int(rng.integers(picture.width - w + 1))
+        top = int(rng.integers(picture.height - h + 1))
         crop = picture.crop((left, top, left + w, top + h)).resize((width, height))
         crop.save(directory / f"{i:05d}.jpg", quality=90)
 

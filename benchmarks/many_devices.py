@@ -73,7 +73,7 @@ def nearest_batch(size: int, k: int, n: int) -> int:
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", choices=programs.MODELS, default="XL/2")
     parser.add_argument("--depth", type=int, help="number of blocks, instead of the model's")
     parser.add_argument("--remat", choices=REMAT)
@@ -124,13 +124,14 @@ def compiled(task, variant, batch, n, target, formula):
     """The cells of a compiled program."""
     devices = programs.tpus(target) if target else jax.devices()[:n]
     program = programs.compile_step(task, variant, batch, devices)
-    memory = program.compiled.memory_analysis()
+    memory, cost = programs.memory_of(program.compiled), program.compiled.cost_analysis()
+    assert cost is not None
     sent = "-" if target else f"{programs.sent_bytes(program.compiled, n) / formula.sent:.4f}"
     arguments = memory.argument_size_in_bytes / (formula.parameters + formula.state)
     layout = blocks(task.k, n)
     # XLA counts the body of a loop once: here the loop over groups.
     once = 1 if variant == "vanilla" or layout.one_each else layout.groups
-    work = program.compiled.cost_analysis()["flops"]
+    work = cost["flops"]
     return [
         sent,
         f"{arguments:.4f}",

@@ -14,6 +14,7 @@ The defaults are for 2 CPU cores; for an accelerator::
 import argparse
 import functools
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ SAMPLERS = {
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model", choices=programs.MODELS, help="a DiT of the paper, in bfloat16")
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--steps", type=int, default=10, help="of a sampler; Heun takes half")
@@ -54,7 +55,7 @@ def parse():
 def main():
     args = parse()
     if args.model:
-        size = dict(SIZES[args.model.partition("/")[0]], dtype=jnp.bfloat16)
+        size: dict[str, Any] = dict(SIZES[args.model.partition("/")[0]], dtype=jnp.bfloat16)
         model = DiT(channels=4, patch=2, num_classes=1000, **size)
         shape = 32, 32, 4
     else:

@@ -6,9 +6,8 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +16,7 @@ from jax.experimental import topologies
 
 from ant_jax import mtl, settings
 from ant_jax.diffusion import Process
+from ant_jax.models.dit import DiT
 from ant_jax.mtl.backward import FORMS
 from ant_jax.runtime.devices import abstract, parallel_step, parts_of, replicate
 from ant_jax.tasks import clustering, clusters
@@ -57,7 +57,7 @@ class Task(NamedTuple):
       k: number of tasks.
     """
 
-    model: nn.Module
+    model: DiT
     shape: tuple[int, int, int]
     process: Process
     k: int
@@ -85,6 +85,7 @@ def published(name: str, k: int) -> tuple[Task, int]:
     module = f"configs.imagenet256_dit_{name.lower().replace('/', '')}"
     config = importlib.import_module(module).get_config()
     model = experiment.build_model(config, channels=4, num_classes=1000)
+    assert isinstance(model, DiT)
     task = Task(model, (32, 32, 4), config_lib.build_process(config), k)
     return task, config.data.batch_size
 
@@ -120,7 +121,9 @@ def place(state: TrainState, devices: Sequence[jax.Device]) -> TrainState:
 def first_batch(task: Task, size: int) -> dict[str, np.ndarray]:
     """A batch of random examples."""
     rng = np.random.default_rng(0)
-    batch = {"image": rng.normal(size=(size, *task.shape)).astype(np.float32)}
+    batch: dict[str, np.ndarray] = {
+        "image": rng.normal(size=(size, *task.shape)).astype(np.float32)
+    }
     if task.model.num_classes:
         batch["label"] = rng.integers(0, task.model.num_classes, size).astype(np.int32)
     return batch
@@ -131,8 +134,12 @@ def step_of(task: Task, variant: str) -> Callable:
     method, _, form = variant.partition("/")
     costs = clustering.snr_costs(task.process.log_snr(clusters.levels(task.process)))
     positions = clustering.interval_clusters(costs, task.k)
+
+    def apply_fn(params, x, t, y) -> Any:
+        return task.model.apply({"params": params}, x, t, y)
+
     setup = Setup(
-        apply_fn=lambda params, x, t, y: task.model.apply({"params": params}, x, t, y),
+        apply_fn=apply_fn,
         process=task.process,
         boundaries=clusters.level_boundaries(task.process, positions),
         weighting=_weighting(task, variant),
@@ -164,9 +171,16 @@ def compile_step(task: Task, variant: str, size: int, devices: Sequence[jax.Devi
     return Program(compiled, middle - begin, time.perf_counter() - middle)
 
 
+def memory_of(compiled: jax.stages.Compiled) -> Any:
+    """XLA's `CompiledMemoryStats` of a program."""
+    found = compiled.memory_analysis()
+    assert found is not None  # CPUs, GPUs and TPUs have it
+    return found
+
+
 def program_bytes(compiled: jax.stages.Compiled) -> int:
     """Peak bytes of a program on a device: arguments, results and temporaries."""
-    memory = compiled.memory_analysis()
+    memory = memory_of(compiled)
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -183,7 +197,7 @@ def sent_bytes(compiled: jax.stages.Compiled, num_devices: int) -> float:
     """
     pattern = r"= (.*?) (all-[\w-]+|reduce-scatter|collective-permute)\("
     total = 0
-    for line in compiled.as_text().splitlines():
+    for line in str(compiled.as_text()).splitlines():
         found = re.search(pattern, line)
         if not found:
             continue

@@ -36,7 +36,7 @@ from benchmarks import flops, programs
 
 
 def parse():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument(
         "--model", choices=programs.MODELS, help="a model of the configs imagenet256_dit_*"
     )
@@ -184,7 +184,8 @@ def peak(args, batch_size, name):
     for _ in range(2):
         state, _ = program.compiled(state, batch)
     jax.block_until_ready(state)
-    return max(device.memory_stats()["peak_bytes_in_use"] for device in devices)
+    found = [device.memory_stats() for device in devices]
+    return max(stats["peak_bytes_in_use"] for stats in found if stats is not None)
 
 
 def new_state(task, name, devices):

@@ -34,7 +34,7 @@ TORCHJD = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--torchjd", action="store_true", help="time TorchJD too")
     parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--k", type=int, nargs="+", default=[2, 5, 8, 20])
@@ -62,7 +62,7 @@ def grams(k: int) -> dict[str, np.ndarray]:
     gradients = {"random": rng.normal(size=(k, 100))}
     gradients["nearly parallel"] = rng.normal(size=100) + 1e-3 * gradients["random"]
     gradients["opposed"] = np.concatenate([gradients["random"][:-1], -gradients["random"][:1]])
-    return {kind: np.float32(g @ g.T) for kind, g in gradients.items()}
+    return {kind: (g @ g.T).astype(np.float32) for kind, g in gradients.items()}
 
 
 def ours(k: int) -> dict[tuple[str, str, str], Callable[[], Any]]:

@@ -13,7 +13,7 @@ result in the output folder is not computed again: delete it after a change of t
 import functools
 import inspect
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from ant_jax.runtime.files import write_bytes
 from experiments import report, runner
 
 import matplotlib.pyplot as plt  # isort: skip  (after report, which chooses the backend)
+from matplotlib.figure import Figure  # isort: skip
 from matplotlib.ticker import NullLocator  # isort: skip
 
 MAIN = "digit"
@@ -112,9 +113,9 @@ HEADS = nn.Dense(sum(task.outputs for task in TASKS.values()))
 class Examples(NamedTuple):
     """Images (n, 64), the targets of each task, and (n,) whether the main task has a target."""
 
-    images: jax.Array
-    targets: dict[str, jax.Array]
-    labelled: jax.Array
+    images: jax.Array | np.ndarray
+    targets: Mapping[str, jax.Array | np.ndarray]
+    labelled: jax.Array | np.ndarray
 
 
 class Data(NamedTuple):
@@ -148,13 +149,14 @@ class Method(NamedTuple):
 
 def trunk(params: Any, examples: Examples) -> jax.Array:
     """The features of the images, (n, WIDTH)."""
-    return TRUNK.apply({"params": params["trunk"]}, examples.images)
+    features: Any = TRUNK.apply({"params": params["trunk"]}, examples.images)
+    return features
 
 
 def _outputs(params, features):
     ends = np.cumsum([task.outputs for task in TASKS.values()])[:-1]
-    parts = jnp.split(HEADS.apply({"params": params["heads"]}, features), ends, axis=-1)
-    return dict(zip(TASKS, parts, strict=True))
+    together: Any = HEADS.apply({"params": params["heads"]}, features)
+    return dict(zip(TASKS, jnp.split(together, ends, axis=-1), strict=True))
 
 
 def example_losses(
@@ -372,8 +374,10 @@ def run(method: Method, tasks: tuple[str, ...], size: Size) -> dict[str, Any]:
     seeds = np.arange(size.seeds)
     each = jax.vmap(train, (0, None, 0, 0, None))
     program = jax.jit(jax.vmap(each, (None, 0, None, None, None)))
-    data = jax.tree.map(lambda *leaves: np.stack(leaves), *(data_of(seed, size) for seed in seeds))
-    rates = np.float32(LEARNING_RATES)
+    data = jax.tree.map(
+        lambda *leaves: np.stack(leaves), *(data_of(seed, size) for seed in range(size.seeds))
+    )
+    rates = np.array(LEARNING_RATES, np.float32)
     arguments = init_params(size.seeds), rates, seeds, data, _images(digits("test"))
     compiled = program.lower(*arguments).compile()
     # Other programs on the machine do not count.
@@ -507,12 +511,13 @@ def _table(found):
     return report.markdown(columns, lines)
 
 
-def draw(rows: dict[str, dict[str, Result]]) -> plt.Figure:
+def draw(rows: dict[str, dict[str, Result]]) -> Figure:
     """The paired differences to the main task alone, sorted, one panel for each group."""
     height = 2.5 + 0.18 * max(map(len, rows.values()))
     figure, axes = plt.subplots(
         1, len(rows), figsize=(4.2 * len(rows), height), sharex=True, layout="constrained"
     )
+    lines = ()
     for axis, (group, found) in zip(axes, rows.items(), strict=True):
         single = found[SINGLE].accuracy
         names = [name for name, _ in reversed(_sorted(found))]
@@ -522,7 +527,7 @@ def draw(rows: dict[str, dict[str, Result]]) -> plt.Figure:
             axis.errorbar(mean, y, xerr=error, fmt="o", color=color, ms=4, lw=1)
         alone = axis.axvline(0, color="C1", lw=0.8)
         difference = np.mean(found[EQUAL].accuracy - single)
-        equal = axis.axvline(difference, color="C1", lw=0.8, ls="--")
+        lines = alone, axis.axvline(difference, color="C1", lw=0.8, ls="--")
         axis.set_yticks(range(len(names)), names, fontsize=8)
         axis.set(
             title=f"{group} auxiliary tasks",
@@ -536,7 +541,7 @@ def draw(rows: dict[str, dict[str, Result]]) -> plt.Figure:
         axis.margins(y=0.01)
         axis.grid(axis="x", lw=0.3)
     names = "single task: the main task alone", "linear: equal weights"
-    figure.legend((alone, equal), names, loc="outside lower center", ncols=2, fontsize="small")
+    figure.legend(lines, names, loc="outside lower center", ncols=2, fontsize="small")
     return figure
 
 

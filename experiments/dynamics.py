@@ -4,7 +4,7 @@ Draws one picture per method: the task losses, the weights, and the cosines betw
 gradients. Reports the share of steps with a conflict: two task gradients with a negative cosine.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def plan(preset: Preset) -> dict[str, list[Run]]:
 
 
 def write_report(
-    logged: dict[str, Sequence[dict[str, np.ndarray]]], boundaries: np.ndarray, folder: Path
+    logged: Mapping[str, Sequence[dict[str, np.ndarray]]], boundaries: np.ndarray, folder: Path
 ) -> dict[str, list[float]]:
     """Writes the pictures, the table and the CSV; returns the shares of conflicts by method."""
     rows: list[dict[str, Any]] = []

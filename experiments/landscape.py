@@ -5,7 +5,7 @@ method, and prints where they end.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from ant_jax.runtime.files import write_bytes
 from experiments import report, runner
 
 import matplotlib.pyplot as plt  # isort: skip  (after report, which chooses the backend)
+from matplotlib.figure import Figure  # isort: skip
 from matplotlib.lines import Line2D  # isort: skip
 
 STARTS = np.array([[-8.5, 7.5], [-8.5, -5.0], [9.0, 9.0]], np.float32)
@@ -69,7 +70,7 @@ def paths(weighting: mtl.Weighting, steps: int) -> Paths:
     tx = optax.chain(mtl.combine(weighting), optax.adam(LEARNING_RATE))
     every = max(steps // _POINTS, 1)
 
-    def step(carry, _):
+    def step(carry: Any, _) -> tuple[Any, None]:
         x, state = carry
         losses, stacked = task_losses(x), jax.jacrev(task_losses)(x)
         updates, state = tx.update(stacked, state, x, losses=losses)
@@ -94,7 +95,7 @@ def arrived(found: Paths) -> np.ndarray:
     return inside & (np.abs(end[:, 1] - PARETO_Y) < 0.1)
 
 
-def draw(results: dict[str, Paths]) -> plt.Figure:
+def draw(results: dict[str, Paths]) -> Figure:
     """One panel for each method, over the contours of the mean loss, and a key below."""
     columns = min(6, len(results))
     rows = -(-len(results) // columns)

@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     interop.write_state(out / "inception.safetensors", inception)
     logging.info("Inception with random weights: %s", out / "inception.safetensors")
     path = out / "autoencoder.safetensors"
-    params, error = train_autoencoder(data.folder(dir=out / "images"), _STEPS.value)
+    params, error = train_autoencoder(data.folder(dir=str(out / "images")), _STEPS.value)
     interop.write_state(path, interop.to_torch(params, AUTOENCODER))
     logging.info("autoencoder, mean error of a pixel %.1f of 255: %s", 127.5 * error, path)
 

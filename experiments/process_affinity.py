@@ -116,18 +116,21 @@ def _upper(matrix):
 
 def draw(matrices):
     figure = plt.figure(figsize=(2.7 * len(matrices) + 4.6, 3.5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[2.7 * len(matrices) + 1, 3.6])
+    left, right = figure.subfigures(
+        1, 2, width_ratios=[2.7 * len(matrices) + 1, 3.6], squeeze=False
+    )[0]
     axes = left.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
     profiles = right.subplots()
     low = min(0, *(group.mean(0).min() for group in matrices.values()))
+    meshes = []
     for ax, (name, group) in zip(axes, matrices.items(), strict=True):
         mean = group.mean(0)
-        mesh = ax.pcolormesh(LOG_SNR, LOG_SNR, mean, shading="nearest", vmin=low, vmax=1)
+        meshes.append(ax.pcolormesh(LOG_SNR, LOG_SNR, mean, shading="nearest", vmin=low, vmax=1))
         ax.set(title=name, xlabel="log-SNR")
         profile = affinity.affinity_by_gap(mean, LOG_SNR)
         profiles.plot(profile.centres, profile.mean, label=name)
     axes[0].set_ylabel("log-SNR")
-    left.colorbar(mesh, ax=axes, label="cosine of gradients")
+    left.colorbar(meshes[-1], ax=axes, label="cosine of gradients")
     profiles.set(xlabel="difference of log-SNR", ylabel="mean cosine")
     profiles.legend(fontsize="small")
     return figure

@@ -14,7 +14,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -95,6 +95,7 @@ def start(main: Callable[[list[str]], None], presets: Collection[str] = tuple(PR
                 sys.exit(str(error))
             except Stopped as error:
                 print(error, file=sys.stderr)
+                assert stop.signum is not None  # a signal asked
                 sys.exit(signals.status(stop.signum))
 
     app.run(run)
@@ -176,7 +177,7 @@ def make_run(
     return Run(name, config, tuple(steps[len(steps) - count :]))
 
 
-def print_plan(stages: dict[str, Sequence[Run]], out: Path, preset: Preset) -> None:
+def print_plan(stages: Mapping[str, Sequence[Run]], out: Path, preset: Preset) -> None:
     """Prints how many runs and steps remain and an estimate of their time.
 
     The estimate uses the finished runs in the folder or, without any, the preset's time per step.
@@ -228,7 +229,7 @@ def execute(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[st
             else:
                 for _ in _in_processes(_run_all, [(group, out) for group in groups]):
                     pass
-    return [_result(run, out) for run in runs]
+    return [_known_result(run, out) for run in runs]
 
 
 def finished(runs: Sequence[Run], out: Path, title: str = "runs") -> list[dict[str, Any]]:
@@ -302,7 +303,9 @@ def _result(run, out):
     path = folder(run, out) / "result.json"
     if not path.exists():
         return None
-    config_lib.check_same(workdir_lib.load_config(path.parent), run.config, path.parent)
+    saved = workdir_lib.load_config(path.parent)
+    if saved is not None:
+        config_lib.check_same(saved, run.config, path.parent)
     result = json.loads(path.read_text())
     if result["config"] != made_from(run):
         return None
@@ -310,6 +313,12 @@ def _result(run, out):
     if not result["diverged"] and len(rows) < len(run.steps):
         return None
     return result | {"rows": rows}
+
+
+def _known_result(run, out) -> dict[str, Any]:
+    result = _result(run, out)
+    assert result is not None  # the run has ended
+    return result
 
 
 def _done(run, out):

@@ -176,7 +176,7 @@ def draw_processes(results: dict[str, list[dict[str, Any]]], path: Path) -> None
         process, _, setting = label.partition(": ")
         panels.setdefault(process, {})[setting] = group
     names = sorted({name for panel in panels.values() for name in panel}, key="vanilla".__ne__)
-    colours = dict(zip(names, ["black", *plt.colormaps["tab10"].colors], strict=False))
+    colours = dict(zip(names, ["black", *plt.color_sequences["tab10"]], strict=False))
     figure, axes = plt.subplots(
         1, len(panels), figsize=(3 * len(panels), 4.4), sharey=True, squeeze=False
     )
@@ -243,14 +243,14 @@ def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, 
     def make():
         logging.info("timing %d kinds of steps", len(runs))
         source = dataset.open_data(next(iter(runs.values())).config)
-        steps, states, times = {}, {}, {}
+        steps, states, batches, times = {}, {}, {}, {}
         for kind, run in runs.items():
             setup = experiment.build(run.config, source.image_shape[-1], source.num_classes)
             steps[kind] = compiled_step.training_step(run.config, setup)
             split = compiled_step.layout(run.config, setup).split
             states[kind] = split(compiled_step.new_state(run.config, setup))
             settings = run.config.data
-            batch = next(
+            batches[kind] = next(
                 data.batches(
                     source,
                     batch_size=settings.batch_size,
@@ -264,7 +264,7 @@ def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, 
             for kind, step in steps.items():
                 begin = time.perf_counter()
                 for _ in range(5):
-                    states[kind], _ = step(states[kind], batch)
+                    states[kind], _ = step(states[kind], batches[kind])
                 jax.block_until_ready(states[kind])
                 # The first round compiles.
                 if round_number:

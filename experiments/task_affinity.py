@@ -55,6 +55,7 @@ def main(argv):
 
 def _read(argument):
     """The config of the command line with another method and other clusters."""
+    assert _CONFIG.value is not None  # see `main`
     try:
         config = config_file.read(_CONFIG.value)
     except ConfigError as error:

@@ -99,7 +99,7 @@ def _measure(run, specialists, out):
             return np.nan
         samples = experiment.draw_samples(config, setup, model, config.sample.num)
         figures = evaluator.measure(samples)
-        return figures.get("frechet_distance", figures.get("fid"))
+        return figures["frechet_distance" if "frechet_distance" in figures else "fid"]
 
     gap = transfer_gap(
         distance,

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,31 @@ Step = Callable[..., tuple[Any, Any]]
 _AXIS = "batch"
 
 
+class CompiledStep(Protocol):
+    """A step that is compiled at its first call, or by ``lower``; `jax.jit` returns such."""
+
+    def __call__(self, *arguments: Any) -> tuple[Any, Any]:
+        """Runs the step."""
+        ...
+
+    @property
+    def lower(self) -> Callable[..., jax.stages.Lowered]:
+        """Lowers the step for such arguments."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class _LowerableStep:
-    """A function with a method ``lower``, as `jax.jit` returns it."""
-
     run: Step
-    lower: Callable[..., Any]
+    lower: Callable[..., jax.stages.Lowered]
 
     def __call__(self, *arguments):
         return self.run(*arguments)
 
 
-def parallel_step(step: Step, devices: Sequence[jax.Device], state_axes: Any = None) -> Step:
+def parallel_step(
+    step: Step, devices: Sequence[jax.Device], state_axes: Any = None
+) -> CompiledStep:
     """Compiles a step for the devices of this process: `jax.jit` for one, `jax.pmap` for many.
 
     Args:
@@ -69,7 +82,9 @@ def parallel_step(step: Step, devices: Sequence[jax.Device], state_axes: Any = N
     return _LowerableStep(run, lower)
 
 
-def partitioned_step(step: Step, devices: Sequence[jax.Device], state_shardings: Any) -> Step:
+def partitioned_step(
+    step: Step, devices: Sequence[jax.Device], state_shardings: Any
+) -> CompiledStep:
     """Compiles a step on the global batch by `jax.jit`, which partitions it over devices.
 
     Args:

@@ -34,7 +34,7 @@ class TransferGap(NamedTuple):
 
 def transfer_gap(
     distance: Callable[[Partial], float],
-    apply_fn: Callable[..., jax.Array],
+    apply_fn: Callable[..., Any],
     multi_task: Any,
     specialists: Sequence[Any],
     boundaries: np.ndarray,
