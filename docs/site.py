@@ -8,9 +8,11 @@ import inspect
 import posixpath
 import re
 import textwrap
+from html import unescape
 from pathlib import Path
 
 import griffe
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
@@ -74,6 +76,20 @@ def on_page_markdown(markdown, page, **_):
         return text
 
     return re.sub(r"\[([^\]]*)\]\(([^)\s]+)\)", link, markdown)
+
+
+def on_page_content(html, **_):
+    """Turns formulas into MathML, which browsers show without a script."""
+    return re.sub(r'<(span|div) class="arithmatex">(.*?)</\1>', _formula, html, flags=re.DOTALL)
+
+
+def _formula(found):
+    # Without the brackets \( \) or \[ \].
+    tex = unescape(found[2])[2:-2].replace(r"\arg", r"\mathrm{arg}\,")
+    formula = convert(tex, display="inline" if found[1] == "span" else "block")
+    if "\\" in re.sub("<[^>]*>", "", formula):
+        raise ValueError(f"latex2mathml does not know all commands of {tex}")
+    return formula
 
 
 def _reference(package):
