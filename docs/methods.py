@@ -174,8 +174,8 @@ def page() -> str:
 
 
 def _in_cell(formula):
-    """A bar would end the cell."""
-    return formula.replace(r"\|", r"\Vert ").replace("|", r"\vert ")
+    """A bar would end the cell, and a formula must not end with a space."""
+    return formula.replace(r"\|", r"\Vert ").replace("|", r"\vert ").strip()
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ def page() -> str:
             own = settings.settings_of(component, group.given, group.affects)
             if own:
                 parts.append(table(own, described(component)))
-    return "\n\n".join(part.strip() for part in parts) + "\n"
+    text = "\n\n".join(part.strip() for part in parts) + "\n"
+    return re.sub(r":math:`([^`]+)`", r"$\1$", text)
 
 
 if __name__ == "__main__":
