@@ -39,8 +39,8 @@ def muon(
       mask: ``params -> booleans``, the parameters that decay; None for all.
       beta: decay of the momentum.
       ns_steps: number of Newton-Schulz steps.
-      rms: root mean square of the entries of an update, times the learning rate; AdamW's is about
-        0.2.
+      rms: root mean square of the entries of an update, divided by the learning rate; AdamW's is
+        about 0.2.
       adam: regular expression for the matrices that Adam updates too.
       b1: decay of Adam's mean of the gradients.
       b2: decay of Adam's mean of their squares.
