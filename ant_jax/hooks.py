@@ -17,6 +17,9 @@ from ant_jax.runtime.logs import MetricWriter
 from ant_jax.runtime.progress import Progress
 from ant_jax.train_step import TrainState
 
+# Figures that do not depend on the run begin with these.
+_OF_THE_REFERENCE = ("real_", "classifier_")
+
 
 class Reports:
     """Writes the metrics of the last steps to the console and to the `MetricWriter`.
@@ -135,10 +138,6 @@ class Saves:
             "config.optimizer.clip_norm may help, or config.optimizer.nonfinite = 'skip' if this "
             "is rare."
         )
-
-
-# Figures that do not depend on the run.
-_OF_THE_REFERENCE = ("real_", "classifier_")
 
 
 def check_replicas(step: int, state: TrainState) -> None:
