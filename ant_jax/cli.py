@@ -230,7 +230,8 @@ def _name_of_run(flag):
     changes = {
         name: value
         for name, value in sorted(config_flags.get_override_values(flag).items())
-        if name not in in_name and value != plain.get(name)
+        # The path of the data may change, but other data are another run.
+        if (name not in in_name or name in ("data.dir", "data.file")) and value != plain.get(name)
     }
     tasks = [task.rpartition(":")[2] for task in tasks]
     words = [Path(file).stem, *others, *tasks, str(config.seed), *config_lib.in_words(changes)]

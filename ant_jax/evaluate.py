@@ -204,7 +204,10 @@ def in_training(
                 )
             except _Stopped:
                 stopped = True
-            except (FloatingPointError, InUseError, ConfigError) as error:
+            except (FloatingPointError, ConfigError) as error:
+                problem = str(error)
+                _forget(workdir, origin)
+            except InUseError as error:
                 problem = str(error)
             compiled = True
 
@@ -222,6 +225,13 @@ def in_training(
         return found and InTraining(*found)
 
     return measure
+
+
+def _forget(workdir, origin):
+    """Deletes samples that can't be measured: those of each evaluation would add up."""
+    if processes.is_first():
+        with contextlib.suppress(InUseError), cache.folder(workdir, origin) as place:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _best_by(config, figures, build):

@@ -119,6 +119,12 @@ def build(
     for name in ("frozen", "decay_mask"):
         if config.optimizer[name]:
             _check_pattern(config, name, model, shape)
+    for name, argument in (("weight_decay", "weight_decay"), ("decay_mask", "mask")):
+        if config.optimizer[name] and not config_lib.takes(config, "optimizer", argument):
+            raise ConfigError(
+                f"config.optimizer.{name} = {config.optimizer[name]!r} has no effect: "
+                f"{config.optimizer.name!r} has no argument {argument!r}; leave the setting out"
+            )
     clusters = build_clusters(config, process, boundaries)
     settings = config.method
     if clusters.order is not None and (settings.suppress != 1 or settings.curriculum_steps):

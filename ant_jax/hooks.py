@@ -246,7 +246,8 @@ class Evaluations:
         if result is None:
             return None
         shown = {
-            name: value
+            # JSON has no number that is not finite.
+            name: None if isinstance(value, float) and not np.isfinite(value) else value
             for name, value in result.figures.items()
             if isinstance(value, float | list) and not name.startswith(_OF_THE_REFERENCE)
         }

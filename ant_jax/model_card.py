@@ -301,7 +301,6 @@ def _table(measured: Sequence[_Result]) -> str:
         columns.append(column | alone)
     names = dict.fromkeys(name for each in columns for name in each)
     text = lambda value: f"{value:.6g}" if isinstance(value, float) else str(value)
-    rows = [[name, *(text(each.get(name, "")) for each in columns)] for name in names]
     head, *rows = [[name, *(text(each.get(name, "")) for each in columns)] for name in names]
     rows = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + _REMARK

@@ -107,7 +107,7 @@ def train(
             raise ConfigError(f"another run has begun in {workdir} just now: start again")
         start = _start(config, workdir, setup, before is not None)
         _log_overview(config, setup, start.state, len(source))
-        run = (before or {}).get("id") or uuid.uuid4().hex
+        run = (before or {}).get("id") or processes.broadcast_from_first(lambda: uuid.uuid4().hex)
         measure = _evaluation(config, workdir, setup, start, run, given)
         # All checks are done: until here nothing but the lock is written.
         record = workdir_lib.save_record(run, config, given, setup, source, workdir)
@@ -268,8 +268,10 @@ def _hooks(config, workdir, source, setup, start, record, measure, check_alone, 
     checkpoints.prune(start.step)
     settings = config_lib.flatten(config)
     opened = boards.opened(config.log_to, workdir, record["id"], settings)
-    waiting = start.kept.get("waiting")
-    # A line that waits may have been written since the checkpoint.
+    waiting, log = start.kept.get("waiting"), workdir / "metrics.jsonl"
+    if waiting is not None and log.exists():
+        # It may have been written since the checkpoint, with figures.
+        waiting = next((row for row in logs.read(log) if row["step"] == start.step), waiting)
     last_line = start.step if waiting is None else start.step - 1
     writer = logs.MetricWriter(workdir, last_line, opened, start.kept["lines"])
     batches = _batches(config, source, start.step)

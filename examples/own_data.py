@@ -4,7 +4,6 @@ python examples/own_data.py
 """
 
 import numpy as np
-from absl import logging
 
 from ant_jax.config import update
 from ant_jax.config.file import read
@@ -26,5 +25,4 @@ def main(workdir: str = "runs/own_data", num_steps: int = 200) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
     main()

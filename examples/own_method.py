@@ -5,7 +5,6 @@ python examples/own_method.py
 
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from ant_jax.config.file import read
 from ant_jax.mtl import TaskStats, Weighting
@@ -30,5 +29,4 @@ def main(workdir: str = "runs/own_method", num_steps: int = 200) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
     main()

@@ -6,7 +6,6 @@ python examples/own_network.py
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from absl import logging
 
 from ant_jax.config.file import read
 from ant_jax.train import train
@@ -35,5 +34,4 @@ def main(workdir: str = "runs/own_network", num_steps: int = 200) -> None:
 
 
 if __name__ == "__main__":
-    logging.set_verbosity(logging.INFO)
     main()

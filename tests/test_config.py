@@ -423,7 +423,7 @@ SURPRISES = {
         "autoencoder__name": "KL-f8",
         "autoencoder__latents": "latents",
     },
-    "config.optimizer.warmup_steps = 100 is as long as config.num_steps = 100: the learning": {
+    "config.optimizer.warmup_steps = 100 is at least config.num_steps = 100: the learning": {
         "num_steps": 100
     },
     "config.optimizer.decay_mask = 'kernel' has no effect: config.optimizer.weight_decay = 0": {
@@ -436,7 +436,7 @@ SURPRISES = {
     "config.checkpoint.keep_period = 700 is no multiple of config.checkpoint.every = 500": {
         "checkpoint__keep_period": 700
     },
-    "config.method.update_every = 3000 is as long as": {"method__update_every": 3000},
+    "config.method.update_every = 3000 is at least": {"method__update_every": 3000},
     "config.label_dropout = 1 leaves no label": {"label_dropout": 1},
     "config.profile_steps = 2 begins at step 10, and config.num_steps = 9": {
         "profile_steps": 2,

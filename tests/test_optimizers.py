@@ -1,6 +1,8 @@
 """Optimizers and schedules: alone against those of optax, and in the trainer."""
 
 import functools
+import importlib
+import inspect
 import re
 import shutil
 
@@ -18,7 +20,7 @@ from ant_jax import compiled_step, experiment
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
-from ant_jax.optimizers import clipped, freezing
+from ant_jax.optimizers import clipped, freezing, matching
 from ant_jax.optimizers.adamw import adamw
 from ant_jax.optimizers.lion import lion
 from ant_jax.optimizers.muon import muon
@@ -122,6 +124,23 @@ def test_muon_updates_a_matrix_by_an_orthogonal_one_unless_a_pattern_gives_it_to
         change = np.asarray(after["layer"]["kernel"] - before["layer"]["kernel"])
         values = np.linalg.svd(change, compute_uv=False)
         assert (values.max() < 2 * values.min()) == expected, pattern
+
+
+@pytest.mark.parametrize("file", ["digits", "cifar10_edm"])
+def test_muon_updates_nearly_all_matrices_of_a_network(file, monkeypatch):
+    monkeypatch.undo()  # the real networks
+    config = importlib.import_module(f"configs.{file}").get_config()
+    setup = experiment.build(config, 3, 10)
+    params = jax.eval_shape(lambda: experiment.init_params(setup.model, setup.image_shape, 0))
+    pattern = inspect.signature(muon).parameters["adam"].default
+    by_adam = matching(params, pattern)
+    sizes = [
+        (leaf.size, adam)
+        for leaf, adam in zip(jax.tree.leaves(params), jax.tree.leaves(by_adam), strict=True)
+        if leaf.ndim > 1
+    ]
+    assert any(adam for _, adam in sizes)
+    assert sum(size for size, adam in sizes if adam) < 0.05 * sum(size for size, _ in sizes)
 
 
 LENGTH = 40

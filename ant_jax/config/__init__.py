@@ -18,6 +18,7 @@ from ant_jax.config.components import (
     flatten,
     schedule_needs_num_steps,
     settings_of_config,
+    takes,
 )
 from ant_jax.config.editing import (
     affecting,
@@ -53,6 +54,7 @@ __all__ = [
     "per_process_settings",
     "program",
     "schedule_needs_num_steps",
+    "takes",
     "settings_of_config",
     "unknown_setting",
     "warnings_of",

@@ -149,8 +149,13 @@ def build_schedule(config: ConfigDict | FrozenConfigDict, learning_rate: Any) ->
 
 def schedule_needs_num_steps(config: ConfigDict) -> bool:
     """Whether the learning rates depend on the number of steps."""
-    found = component("schedule", config.schedule.name)
-    return "num_steps" in inspect.signature(found).parameters
+    return takes(config, "schedule", "num_steps")
+
+
+def takes(config: ConfigDict, group: str, argument: str) -> bool:
+    """Whether the component of a group has this argument."""
+    found = component(group, config[group][key_of(group)])
+    return argument in inspect.signature(found).parameters
 
 
 def settings_of_config(config: ConfigDict | Mapping[str, Any]) -> dict[str, Setting]:

@@ -97,7 +97,8 @@ class Data:
     image_size: Annotated[int, Integer(1)] = 8
     crop: Literal["none", "center", "random"] = "none"
     flip: bool = False
-    replace_unreadable: bool = False
+    # A run that stopped at a damaged image may go on with True.
+    replace_unreadable: Annotated[bool, Affects.NOTHING] = False
     batch_size: Annotated[int, Integer(1)] = 120
     num_workers: Annotated[int, Integer(0, 1024), Affects.NOTHING, PerProcess()] = 0
 

@@ -205,7 +205,7 @@ def warnings_of(config: ConfigDict, training: bool) -> list[str]:
     lines_of_training = [
         (
             flat["optimizer.warmup_steps"] >= steps,
-            f"{show('optimizer.warmup_steps')} is as long as {show('num_steps')}: the learning "
+            f"{show('optimizer.warmup_steps')} is at least {show('num_steps')}: the learning "
             f"rate never reaches {flat['optimizer.learning_rate']}",
         ),
         (
@@ -224,7 +224,7 @@ def warnings_of(config: ConfigDict, training: bool) -> list[str]:
         ),
         (
             flat["method.update_every"] >= steps > 1,
-            f"{show('method.update_every')} is as long as {show('num_steps')}: the weights are "
+            f"{show('method.update_every')} is at least {show('num_steps')}: the weights are "
             "never renewed",
         ),
         (

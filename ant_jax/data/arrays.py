@@ -4,80 +4,69 @@ import dataclasses
 from typing import Annotated
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ant_jax.data.source import Example, Source
 from ant_jax.runtime.files import user_path
 from ant_jax.settings import Affects, Path
 
 
-@dataclasses.dataclass(frozen=True, eq=False, init=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource(Source):
     """Images that are NumPy arrays.
 
     Attributes:
       images: uint8 (n, height, width, channels).
-      labels: int32 (n,); all 0 without labels.
+      labels: Integers (n,) from 0; None if the images have no labels.
       name: Name of the source in messages.
-      num_classes: Number of classes; 0 without labels.
-      image_shape: (height, width, channels).
+      num_classes: Number of classes; by default one more than the largest label.
+
+    Raises:
+      ValueError: If the arrays have other types or shapes, or a label is out of range.
     """
 
     images: np.ndarray = dataclasses.field(repr=False)
-    labels: np.ndarray = dataclasses.field(repr=False)
-    name: str
-    num_classes: int
-    image_shape: tuple[int | None, int | None, int] = dataclasses.field(init=False, repr=False)
+    # The two that are None by default are not None once the source is made.
+    labels: np.ndarray = dataclasses.field(default=None, repr=False)  # pyright: ignore[reportAssignmentType]
+    name: str = "arrays"
+    num_classes: int = None  # pyright: ignore[reportAssignmentType]
 
-    def __init__(
-        self,
-        images: ArrayLike,
-        labels: ArrayLike | None = None,
-        name: str = "arrays",
-        num_classes: int | None = None,
-    ):
-        """Checks the arrays.
-
-        Args:
-          images: uint8 (n, height, width, channels).
-          labels: Integers (n,) from 0; None if the images have no labels.
-          name: Name of the source in messages.
-          num_classes: Number of classes; by default one more than the largest label.
-
-        Raises:
-          ValueError: If the arrays have other types or shapes, or a label is out of range.
-        """
-        images, labelled = np.asarray(images), labels is not None
+    def __post_init__(self):
+        images = np.asarray(self.images)
+        labels: np.ndarray | None = self.labels
+        num_classes: int | None = self.num_classes
         if images.dtype != np.uint8 or images.ndim != 4:
             raise ValueError(
-                f"images of {name} must be uint8 (n, height, width, channels), got "
+                f"images of {self.name} must be uint8 (n, height, width, channels), got "
                 f"{images.dtype} {images.shape}"
             )
-        labels = np.asarray(labels) if labels is not None else np.zeros(len(images), np.int32)
+        unlabelled = labels is None
+        labels = np.zeros(len(images), np.int32) if labels is None else np.asarray(labels)
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != (len(images),):
             raise ValueError(
-                f"labels of {name} must be {len(images)} integers, one for each image, got "
+                f"labels of {self.name} must be {len(images)} integers, one for each image, got "
                 f"{labels.dtype} {labels.shape}"
             )
         # Unsigned types have no -1, the maximum of no labels.
         labels = labels.astype(np.int64)
         if num_classes is None:
-            num_classes = int(labels.max(initial=-1)) + 1 if labelled else 0
+            num_classes = 0 if unlabelled else int(labels.max(initial=-1)) + 1
         wrong = np.flatnonzero((labels < 0) | (labels >= max(num_classes, 1)))
         if wrong.size:
             raise ValueError(
-                f"labels of {name} must be 0 .. {num_classes - 1}, got {labels[wrong[0]]} for "
+                f"labels of {self.name} must be 0 .. {num_classes - 1}, got {labels[wrong[0]]} for "
                 f"image {wrong[0]}"
             )
-        _, height, width, channels = images.shape
-        for attribute, value in (
+        for name, value in (
             ("images", images),
             ("labels", labels.astype(np.int32)),
-            ("name", name),
             ("num_classes", num_classes),
-            ("image_shape", (height, width, channels)),
         ):
-            object.__setattr__(self, attribute, value)
+            object.__setattr__(self, name, value)
+
+    @property
+    def image_shape(self):  # pyright: ignore[reportIncompatibleVariableOverride]
+        """(height, width, channels)."""
+        return self.images.shape[1:]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -124,7 +113,7 @@ def arrays(split: str = "train", file: Annotated[Path, Affects.NOTHING] = "") ->
         images = images[..., None]
     if labels is not None and labels.shape[1:] == (1,):
         labels = labels[:, 0]
-    return ArraySource(images, labels, f"{file}[{split}]")
+    return ArraySource(images, labels, f"{file}[{split}]")  # pyright: ignore[reportArgumentType]
 
 
 def _names(split):

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from ant_jax.evaluation.features import Extractor, Network
 from ant_jax.evaluation.metrics import Metric
 from ant_jax.evaluation.summary import Batch, Reference, summarise
@@ -98,15 +100,23 @@ def measure(batches: Iterable[Batch], evaluator: Evaluator, reference: Reference
     samples = summarise(batches, evaluator.network, evaluator.moments, evaluator.samples)
     figures = {}
     for metric in evaluator.metrics:
-        figures |= metric.measure(samples, reference)
+        figures |= _plain(metric.measure(samples, reference))
     figures["num_samples"] = samples.count
     if held_out is not None:
         for metric in evaluator.metrics:
             if metric.floors:
-                floors = metric.measure(held_out, reference)
+                floors = _plain(metric.measure(held_out, reference))
                 figures |= {f"real_{name}": floors[name] for name in sorted(metric.floors)}
         figures["real_num_samples"] = held_out.count
     return _named(figures, evaluator.extractor) | {"reference": reference.name}
+
+
+def _plain(figures):
+    """Figures with numbers of Python, which JSON can hold."""
+    return {
+        name: value if isinstance(value, str) or np.ndim(value) else float(value)
+        for name, value in figures.items()
+    }
 
 
 def best_by(evaluator: Evaluator) -> dict[str, float]:

@@ -22,7 +22,7 @@ def muon(
     beta: Annotated[float, Number(0, 0.999999)] = 0.95,
     ns_steps: Annotated[int, Integer(1, 100)] = 5,
     rms: Annotated[float, Number(above=0)] = 0.2,
-    adam: Pattern = "embedding|output",
+    adam: Pattern = "embedding|^output/",
     b1: Annotated[float, Number(0, 0.999999)] = 0.9,
     b2: Annotated[float, Number(0, 0.999999)] = 0.999,
     eps: Annotated[float, Number(above=0)] = 1e-8,

@@ -1,5 +1,12 @@
 """Shows runs side by side in one HTML file: ``python -m ant_jax.report DIR [DIR ...]``."""
 
+import sys
+
+from ant_jax.runtime import extras
+
+if _error := extras.missing("report"):
+    sys.exit(str(_error))
+
 from absl import app, flags, logging
 
 from ant_jax import cli, report

@@ -102,7 +102,7 @@ class MetricWriter:
             )
             # Lines that are missing before `start_step` may be among those after it.
             doubtful += beyond
-        elif beyond and not start_step:
+        elif beyond and not start_step and written is None:
             logging.warning(
                 "%s: %d lines are removed, for there is no checkpoint", self._path, len(beyond)
             )
