@@ -111,6 +111,22 @@ def test_the_best_is_kept_where_its_checkpoint_is_not(whole, tmp_path):
         evaluate.sample(tiny(), tmp_path, "best")
 
 
+def test_a_run_that_goes_on_keeps_the_figures_of_its_last_step(tmp_path):
+    """That step is not due any more: it is no multiple of 3."""
+    trainer.train(evaluated(num_steps=4), tmp_path)
+    SCRIPT[:] = VALUES[2:]
+    trainer.train(evaluated(num_steps=6), tmp_path)
+    found = {row["step"]: row["scripted"] for row in lines(tmp_path) if "scripted" in row}
+    assert found == dict(zip((3, 4, 6), VALUES, strict=True))
+
+
+def test_a_figure_that_is_not_finite_is_null(tmp_path):
+    SCRIPT[:] = [float("nan"), np.float32(2)]
+    trainer.train(evaluated(num_steps=4), tmp_path)
+    found = {row["step"]: row["scripted"] for row in lines(tmp_path) if "scripted" in row}
+    assert found == {3: None, 4: 2.0} and best_of(tmp_path) == (4, 2.0)
+
+
 # Where runs are killed, and how many values are left to measure. Step 3 has no checkpoint, step 6
 # has one.
 KILLS = [

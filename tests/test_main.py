@@ -12,6 +12,7 @@ import pytest
 import yaml
 from PIL import Image
 
+import ant_jax
 from ant_jax import cli, evaluate, interop
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import file as config_file
@@ -292,8 +293,10 @@ def test_a_mistake_is_one_clear_line(message, refusals):
 def test_the_console_command_is_the_same_program(tmp_path):
     script = tmp_path / "ant-jax"
     script.write_text("from ant_jax.command import run\nrun()")
-    lines = ["--help"], ["--config=digit"], ["report"]
-    (_, helped), (_, refused), (_, reported) = forked.run([[script, *each] for each in lines], 1)
+    lines = ["--help"], ["--config=digit"], ["report"], ["--version"]
+    ended = forked.run([[script, *each] for each in lines], 1)
+    (_, helped), (_, refused), (_, reported), version = ended
+    assert version == (0, f"ant-jax {ant_jax.__version__}\n")
     assert helped.startswith("Trains, samples, ") and "--workdir:" in helped
     assert "configs/folder64.py" in helped
     assert "did you mean configs/digits.py?" in refused
@@ -309,6 +312,9 @@ NAMES = {
         *("--config.schedule.name=cosine", "--config.num_steps=50")
     ],
     "fashion-14-nash-snr-0": ["--config=configs/fashion.py:nash,snr,14"],
+    "folder64-nash-snr-0-data.dir=cats": [
+        *("--config=configs/folder64.py", "--config.data.dir=data/cats")
+    ],
 }
 
 
