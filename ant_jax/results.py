@@ -133,11 +133,9 @@ def write(path: Path, content: dict[str, Any], config: ConfigDict, workdir: Path
     others |= picture and not _looks_own(config, workdir)
     if not others and write_new(path, encoded):
         return path
-    logging.info(
-        "%s is of other settings and is kept; this result is %s (see made_from in each file)",
-        path,
-        keyed,
-    )
+    names = path, path.with_suffix(".npz"), path.with_suffix(".png")
+    there = next((each for each in names if each.exists()), path)
+    logging.info("%s is of other settings and is kept; this result is %s", there, keyed)
     write_bytes(keyed, encoded)
     return keyed
 

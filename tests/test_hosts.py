@@ -170,6 +170,15 @@ def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_p
     assert list((workdir / "drawn").iterdir()) == []
 
 
+def test_a_new_run_of_two_is_evaluated(tmp_path):
+    """Both know the same new run, by which the folder of their samples is named."""
+    more = {"evaluation__features": "digits", "evaluation__every": 1, "num_steps": 1}
+    ended = two(*programs(tmp_path, tmp_path / "run", stops=(0, 0), samples=0, **more))
+    assert [status for status, _ in ended] == [0, 0], ended
+    (line,) = lines(tmp_path / "run")
+    assert line["frechet_distance"] > 0
+
+
 def test_two_that_shard_the_parameters_over_all_devices_go_on(whole, tmp_path):
     workdir = shutil.copytree(whole[0], tmp_path / "run")
     for step in (6, 8):
