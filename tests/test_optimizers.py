@@ -20,7 +20,7 @@ from ant_jax import compiled_step, experiment
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
-from ant_jax.optimizers import clipped, freezing, matching
+from ant_jax.optimizers import Optimizer, clipped, freezing, matching
 from ant_jax.optimizers.adamw import adamw
 from ant_jax.optimizers.lion import lion
 from ant_jax.optimizers.muon import muon
@@ -241,6 +241,21 @@ def test_a_wrong_setting_is_one_line(words):
 def test_a_decay_mask_that_matches_nothing_is_refused():
     config = tiny(optimizer__decay_mask="weights")
     with pytest.raises(ConfigError, match=r"optimizer.decay_mask = 'weights' matches none of the"):
+        experiment.build(config, 1, 10)
+
+
+def plain(learning_rate) -> Optimizer:
+    return Optimizer(optax.sgd(learning_rate))
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "decay_mask"])
+def test_an_optimizer_that_ignores_a_setting_is_refused(name):
+    value = {"weight_decay": 0.1, "decay_mask": "kernel"}[name]
+    config = tiny()
+    config_lib.update(
+        config, {"optimizer.name": "test_optimizers:plain", f"optimizer.{name}": value}
+    )
+    with pytest.raises(ConfigError, match=f"optimizer.{name} = {value!r} has no effect"):
         experiment.build(config, 1, 10)
 
 
