@@ -1,4 +1,4 @@
-"""Draws samples from a run and measures them, as a mode of its own or during training."""
+"""Measures a run, or a file of samples."""
 
 from ant_jax.runtime import extras
 
@@ -11,7 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from absl import logging
@@ -25,59 +25,13 @@ from ant_jax.runtime import logs, processes, signals
 from ant_jax.runtime.files import user_path
 from ant_jax.runtime.lock import InUseError
 from ant_jax.runtime.progress import with_time_left
+from ant_jax.sample import Stopped, draw
 from ant_jax.sampling import cache
 from ant_jax.settings import Affects
 from ant_jax.workdir import Step
 
 # Levels of the validation loss, and at most as many of all tasks together.
 _LEVELS = 25
-
-
-class _Stopped(Exception):
-    """A signal has asked to stop, and the program saves its state first."""
-
-
-def sample(config: ConfigDict, workdir: str | Path, step: Step = None, **given: Any) -> Path:
-    """Draws ``config.sample.num`` samples from the EMA into an ``.npz``.
-
-    Beside the ``.npz`` are a grid of the first samples and a JSON file that says what the samples
-    were made from. The files are named by the step. A key is added to the name if samples of other
-    settings, or the trainer's picture of them, already have that name. Samples that an earlier call
-    drew before it was killed are not drawn again. Several processes share the drawing, and process
-    0 writes the files.
-
-    Args:
-      config: of the run.
-      workdir: of the run.
-      step: of the checkpoint, or "best"; the newest by default.
-      **given: ``model``, ``process`` and ``weighting`` that `train.train` was given.
-
-    Returns:
-      The ``.npz`` file.
-
-    Raises:
-      FileNotFoundError: if the workdir has no such checkpoint.
-      ConfigError: if the workdir is of another config.
-      InUseError: if another job draws the same samples.
-      FloatingPointError: if samples have numbers that are not finite.
-    """
-    logs.show_progress()
-    workdir = user_path(workdir)
-    step, setup, params = results.restore_run(config, workdir, step, **given)
-    made_from, num = results.run_origin(config, workdir, step, params), config.sample.num
-    with cache.folder(workdir, made_from) as place:
-        _draw(config, place, step, setup, params)
-        plain = workdir / "samples" / f"{step:08d}.npz"
-        content = {"num_samples": num, "made_from": made_from}
-        place_of = lambda: results.write(plain.with_suffix(".json"), content, config, workdir).stem
-        path = plain.with_stem(processes.broadcast_from_first(place_of))
-        if processes.is_first():
-            first = []
-            sampling.write_samples(path, results.keep_first(cache.read(place, num), first), num)
-            results.save_grid(path, first)
-            shutil.rmtree(place, ignore_errors=True)
-    logging.info("%d samples: %s, .png and .json", num, path)
-    return path
 
 
 def evaluate(
@@ -127,121 +81,28 @@ def evaluate(
     if config.evaluation.samples:
         return _of_file(config, workdir) if processes.is_first() else None
     if before is not None:
-        _check_source(config, workdir, before["given"])
+        check_source(config, workdir, before["given"])
     step, setup, params = results.restore_run(config, workdir, step, **given)
     made_from = results.run_origin(config, workdir, step, params)
     build = functools.cache(lambda: measuring.build(config))
-    figures = _of_params(config, workdir, step, setup, params, made_from, build)
+    figures = measure_step(config, workdir, step, setup, params, made_from, build)
     if figures is not None:
         _log(figures)
     return figures
 
 
-class InTraining(NamedTuple):
-    """The result of an evaluation during training.
-
-    Attributes:
-      figures: by name; empty if the samples could not be evaluated.
-      made_from: what the figures depend on besides the step and its parameters.
-      best_by: the figure by which models are ranked, and -1 if its lowest value is the best or 1 if
-        its highest is; None if there is no such figure.
-    """
-
-    figures: dict[str, Any]
-    made_from: dict[str, Any]
-    best_by: tuple[str, float] | None
-
-
-def in_training(
+def measure_step(
     config: ConfigDict,
-    setup: experiment.Setup,
     workdir: Path,
-    run: str,
-    given: Mapping[str, str],
-) -> Callable[[int, dict], InTraining | None]:
-    """Prepares to `evaluate` a run while it trains.
-
-    The extractor and the summary of the real images are loaded now, once for all evaluations.
-
-    Args:
-      config: of the run.
-      setup: what the config describes.
-      workdir: of the run.
-      run: its id.
-      given: names of the objects that replace those of the config; see `workdir.names_of`.
-
-    Returns:
-      ``(step, params) -> result``, which all processes call together. It writes the same files as
-      `evaluate`. If the figures of these parameters are there already, because the run was
-      interrupted later, it reads them. It returns None after a signal that asks to stop.
-
-    Raises:
-      ConfigError: if this run can't be evaluated.
-    """
-    config = config.copy_and_resolve_references()
-    if config.evaluation.num_in_training:
-        config.sample.num = config.evaluation.num_in_training
-    _check_source(config, workdir, given)
-    build = functools.cache(lambda: measuring.build(config))
-    if config.evaluation.features and processes.is_first():
-        logging.info("preparing the evaluations during training ...")
-        build()
-    compiled = False
-
-    def measure(step, params):
-        nonlocal compiled
-        origin = {"run": run} | results.origin(config, step, params)
-        # The others have not loaded the extractor.
-        in_first = processes.broadcast_from_first
-        stopped, problem = False, ""
-        figures = in_first(
-            lambda: results.read(_path(workdir, step), _made_from(config, origin, build))
-        )
-        if figures is None:
-            try:
-                figures = _of_params(
-                    config, workdir, step, setup, params, origin, build, compiled=compiled
-                )
-            except _Stopped:
-                stopped = True
-            except (FloatingPointError, ConfigError) as error:
-                problem = str(error)
-                _forget(workdir, origin)
-            except InUseError as error:
-                problem = str(error)
-            compiled = True
-
-        def result():
-            if stopped:
-                return None
-            if problem:
-                logging.warning("no figures: %s", problem)
-                return [{}, {}, None]
-            made_from = _made_from(config, origin, build)
-            others = {name: made_from[name] for name in made_from.keys() - {"step", "params"}}
-            return [figures, others, _best_by(config, figures, build)]
-
-        found = in_first(result)
-        return found and InTraining(*found)
-
-    return measure
-
-
-def _forget(workdir, origin):
-    """Deletes samples that can't be measured: those of each evaluation would add up."""
-    if processes.is_first():
-        with contextlib.suppress(InUseError), cache.folder(workdir, origin) as place:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def _best_by(config, figures, build):
-    signs = build().best_by if config.evaluation.features else {}
-    signs = signs | {"validation_loss": -1.0}
-    return next(([name, sign] for name, sign in signs.items() if name in figures), None)
-
-
-def _of_params(config, workdir, step, setup, params, origin, build, *, compiled=False):
-    """Measures the EMA of a step, and writes the result.
+    step: int,
+    setup: experiment.Setup,
+    params: Any,
+    origin: dict[str, Any],
+    build: Callable[[], measuring.Measuring],
+    *,
+    compiled: bool = False,
+) -> dict[str, Any] | None:
+    """Measures the EMA of a step, and writes the result; all processes call it together.
 
     Args:
       config: of the run.
@@ -260,7 +121,7 @@ def _of_params(config, workdir, step, setup, params, origin, build, *, compiled=
       ConfigError: in process 0, if the samples can't be measured.
       InUseError: if another job draws the same samples.
       FloatingPointError: if samples or the validation loss are not finite.
-      _Stopped: after a signal, if it does not end the program.
+      Stopped: after a signal, if it does not end the program.
     """
     with contextlib.ExitStack() as stack:
         place = None
@@ -272,7 +133,7 @@ def _of_params(config, workdir, step, setup, params, origin, build, *, compiled=
         first = []
         if place is not None:
             measure = build().measure if processes.is_first() else None
-            _draw(config, place, step, setup, params, compiled)
+            draw(config, place, step, setup, params, compiled=compiled)
             if measure is not None:
                 batches = results.keep_first(cache.read(place, config.sample.num), first)
                 try:
@@ -285,7 +146,12 @@ def _of_params(config, workdir, step, setup, params, origin, build, *, compiled=
             return None
         figures |= validation
         _write(
-            _path(workdir, step), figures, _made_from(config, origin, build), config, workdir, first
+            path_of(workdir, step),
+            figures,
+            made_from(config, origin, build),
+            config,
+            workdir,
+            first,
         )
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)
@@ -329,11 +195,21 @@ def _in_first(function):
 def _until_asked(batches):
     for batch in batches:
         if signals.asked():
-            raise _Stopped
+            raise Stopped
         yield batch
 
 
-def _check_source(config, workdir, given):
+def check_source(config: ConfigDict, workdir: Path, given: Mapping[str, str]) -> None:
+    """Checks that samples of a run are compared with what it learned from.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      given: names of the objects that replace those of the config; see `workdir.names_of`.
+
+    Raises:
+      ConfigError: if the run learned from images that were given from Python.
+    """
     settings = config.evaluation
     by_reference = settings.reference and not settings.split
     if "source" in given and not by_reference:
@@ -358,7 +234,7 @@ def _of_file(config, workdir):
         raise
     except (ValueError, OSError) as error:
         raise ConfigError(f"config.evaluation.samples: {error}") from error
-    made_from = {
+    origin = {
         "samples": str(samples.absolute()),
         "samples_made_from": results.made_from(samples.with_suffix(".json")),
         # The reference depends on these if it is the training images.
@@ -368,9 +244,8 @@ def _of_file(config, workdir):
             if name.startswith("data.")
         },
     }
-    made_from = _with_evaluation(made_from, config) | measured_by
     path = workdir / "evaluation" / f"samples-{samples.stem}.json"
-    _write(path, figures, made_from, config, workdir, first)
+    _write(path, figures, _with_evaluation(origin, config) | measured_by, config, workdir, first)
     _log(figures)
     return figures
 
@@ -394,23 +269,32 @@ def _validation(config, step, setup, params, compiled):
     return figures
 
 
-def _made_from(config, origin, build):
-    """What figures depend on, given what their samples depend on."""
+def made_from(
+    config: ConfigDict, origin: dict[str, Any], build: Callable[[], measuring.Measuring]
+) -> dict[str, Any]:
+    """What the figures of a run depend on, as values that JSON can hold.
+
+    Args:
+      config: of the run.
+      origin: of the samples; see `results.run_origin`.
+      build: returns the `measuring.Measuring` of the config.
+    """
     measured_by = build().made_from if config.evaluation.features else {}
     return json.loads(json.dumps(_with_evaluation(origin, config) | measured_by))
 
 
-def _with_evaluation(made_from, config):
+def _with_evaluation(origin, config):
     # The digest in `Measuring.made_from` identifies the weights, which their path does not.
     settings = {
         f"evaluation.{name}": value
         for name, value in config.evaluation.items()
         if name not in ("weights", "samples", "every", "num_in_training")
     }
-    return made_from | {"settings": made_from["settings"] | settings}
+    return origin | {"settings": origin["settings"] | settings}
 
 
-def _path(workdir, step):
+def path_of(workdir: Path, step: int) -> Path:
+    """The file of a step's figures, unless figures of other settings have that name."""
     return workdir / "evaluation" / f"{step:08d}.json"
 
 
@@ -428,35 +312,3 @@ def _log(figures):
         logging.info("%-28s %s", name, f"{value:.4f}" if isinstance(value, float) else value)
     if "fid" in figures:
         logging.info("%s", evaluation.table(figures))
-
-
-def _draw(config, place, step, setup, params, compiled=False):
-    """Draws the samples of the EMA that are not drawn yet."""
-    # The folder's name depends on the parameters and the decoder.
-    processes.assert_equal(lambda: {"parameters of the run and of config.autoencoder": place.name})
-    num = config.sample.num
-    wait = "" if compiled else "; the sampler compiles first ..."
-    logging.info("drawing %d samples of step %d%s", num, step, wait)
-    apply_fn = experiment.denoiser(setup, params)
-    problem = ""
-
-    def draw(first, stop):
-        nonlocal problem
-        if problem or signals.asked():
-            return
-        try:
-            drawn = experiment.draw_samples(config, setup, apply_fn, num, first, stop)
-            for batch in drawn:
-                yield batch
-                if signals.asked():
-                    return
-        except FloatingPointError as error:
-            problem = f"step {step}: {error}"
-
-    batch_size = sampling.rounded_batch_size(config.sample.batch_size, num)
-    cache.draw_missing(place, num, batch_size, draw)
-    ended = processes.all_gather([problem, signals.asked()])
-    if found := next((each for each, _ in ended if each), None):
-        raise FloatingPointError(found)
-    if any(asked for _, asked in ended):
-        raise _Stopped

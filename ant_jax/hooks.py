@@ -220,7 +220,7 @@ class Evaluations:
         Args:
           workdir: of the run.
           is_due: returns whether a step is evaluated.
-          measure: see `evaluate.in_training`.
+          measure: see `evaluation_in_training.prepare`.
           record: describes the run in the checkpoint; see `save_record`.
           guard: see `Checkpointer`.
         """

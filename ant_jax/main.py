@@ -24,17 +24,14 @@ from ant_jax import cli
 from ant_jax import config as config_lib
 from ant_jax.runtime import signals
 
-# The module of each mode, and what a stopped program tells its user.
+# What a stopped program tells its user. Each mode is a module and its function of that name.
 _MODES = {
-    "train": (
-        "train",
-        "no step is lost; run the same command again to resume",
-    ),
-    "sample": ("evaluate", "finished samples are kept; run the same command again to resume"),
-    "evaluate": ("evaluate", "finished samples are kept; run the same command again to resume"),
-    "encode": ("encode", "finished shards are kept; run the same command again to resume"),
-    "export": ("export", "nothing was written"),
-    "report": ("report", "nothing was written"),
+    "train": "no step is lost; run the same command again to resume",
+    "sample": "finished samples are kept; run the same command again to resume",
+    "evaluate": "finished samples are kept; run the same command again to resume",
+    "encode": "finished shards are kept; run the same command again to resume",
+    "export": "nothing was written",
+    "report": "nothing was written",
 }
 cli.define_config()
 cli.define_processes()
@@ -83,8 +80,7 @@ def main(argv: list[str]) -> None:
         ways += [f"--mode={argv[1]}"] * (argv[1] in _MODES)
         way = ways[0] if ways else "settings as --config.NAME=VALUE; --help lists the flags"
         sys.exit(f"unknown argument {argv[1]!r}: write {way}")
-    _, how = _MODES[_MODE.value]
-    with signals.ending_the_program(how), cli.processes(), cli.errors_in_one_line():
+    with signals.ending_the_program(_MODES[_MODE.value]), cli.processes(), cli.errors_in_one_line():
         _run(_MODE.value)
 
 
@@ -93,7 +89,7 @@ def _run(name):
 
     # Imported here, so that --help and errors in flags are fast, and no mode imports what only
     # another needs.
-    mode = getattr(importlib.import_module(f"ant_jax.{_MODES[name][0]}"), name)
+    mode = getattr(importlib.import_module(f"ant_jax.{name}"), name)
     # Latents do not belong to a run.
     workdir = None if name == "encode" else cli.usable_workdir(_WORKDIR.value)
     if name == "report":

@@ -177,14 +177,14 @@ def _start(config, workdir, setup, has_begun):
 
 
 def _evaluation(config, workdir, setup, start, run, given):
-    """See `evaluate.in_training`; None if nothing is to be evaluated."""
+    """See `evaluation_in_training.prepare`; None if nothing is to be evaluated."""
     over = start.step >= config.num_steps and start.kept.get("waiting") is None
     if over or not config.evaluation.every:
         return None
     # A slow import that only this needs; the step compiles meanwhile.
-    from ant_jax import evaluate
+    from ant_jax import evaluation_in_training
 
-    return evaluate.in_training(config, setup, workdir, run, given)
+    return evaluation_in_training.prepare(config, setup, workdir, run, given)
 
 
 def _train(config, start, on):

@@ -39,6 +39,7 @@ PACKAGES = {
     "evaluation": "ant_jax.evaluation",
     "settings": "ant_jax.settings",
     "train": "ant_jax.train",
+    "sample": "ant_jax.sample",
     "evaluate": "ant_jax.evaluate",
     "run": "ant_jax.workdir.run",
 }

@@ -23,7 +23,7 @@ import absl.app
 import matplotlib.pyplot  # noqa: F401, because many commands need it, and it imports slowly
 from absl import flags
 
-from ant_jax import encode, evaluate, experiment, export, report, train
+from ant_jax import encode, evaluate, experiment, export, report, sample, train
 from ant_jax import workdir as workdir_lib
 from ant_jax.runtime import compilation_cache, connection
 
@@ -93,7 +93,7 @@ def _wrong(arguments):
 
 def main(pages):
     """Each command is a process, because flags can be defined once."""
-    train.train = encode.encode = export.export = evaluate.sample = evaluate.evaluate = _build
+    train.train = encode.encode = export.export = sample.sample = evaluate.evaluate = _build
     report.report = lambda workdir: None
     connection.initialize = lambda *_: None
     compilation_cache.enable = lambda: None

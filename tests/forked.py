@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 _SERVER = """
 import json, os, runpy, sys
-import ant_jax.cli, ant_jax.encode, ant_jax.evaluate, ant_jax.export, ant_jax.train
+import ant_jax.cli, ant_jax.encode, ant_jax.evaluation_in_training, ant_jax.export, ant_jax.train
 
 def start(arguments, said, flags):
     process = os.fork()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import test_train as t
 
-from ant_jax import evaluate
+from ant_jax import sample
 from ant_jax import workdir as workdir_lib
 
 
@@ -39,7 +39,7 @@ def main(reads_file, stop, samples, *arguments):
     Path(reads_file).write_text(json.dumps(reads))
     if int(samples):
         workdir = Path(next(a for a in arguments if a.startswith("--workdir="))[10:])
-        evaluate.sample(workdir_lib.load_config(workdir), workdir)
+        sample.sample(workdir_lib.load_config(workdir), workdir)
 
 
 if __name__ == "__main__":

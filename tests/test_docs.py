@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from ant_jax import config as config_lib
-from ant_jax import evaluate, mtl, train
+from ant_jax import evaluate, mtl, sample, train
 from configs import digits
 from experiments import presets, runner
 
@@ -134,7 +134,7 @@ def scope_of(tmp_path_factory):
             reads_run = any("load_run" in block for block in blocks)
             if reads_run and not Path("runs").exists():
                 train_small(config, "runs/digits-nash-snr-0")
-            for module, name in ((train, "train"), (evaluate, "sample"), (evaluate, "evaluate")):
+            for module, name in ((train, "train"), (sample, "sample"), (evaluate, "evaluate")):
                 monkeypatch.setattr(module, name, bound_as(getattr(module, name)))
             monkeypatch.setattr(presets, "PRESETS", dict(presets.PRESETS))
             monkeypatch.setattr(runner, "start", check_presets)

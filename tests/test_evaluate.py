@@ -18,6 +18,7 @@ from ant_jax import (
     experiment,
     measuring,
     results,
+    sample,
     sampling,
     train,
 )
@@ -154,7 +155,7 @@ def result_of(path):
 
 @pytest.mark.parametrize(
     ("do", "result"),
-    [(evaluate.evaluate, "evaluation/00000005.json"), (evaluate.sample, "samples/00000005.npz")],
+    [(evaluate.evaluate, "evaluation/00000005.json"), (sample.sample, "samples/00000005.npz")],
 )
 def test_drawing_goes_on_where_it_was_killed(do, result, run, workdir, draws, tmp_path):
     config = configured(tmp_path)
@@ -228,28 +229,6 @@ def test_the_key_is_that_of_what_samples_depend_on(tmp_path):
     assert len({place(), *others}) == 8
 
 
-def test_a_result_says_what_it_is_of_and_others_do_not_take_its_place(workdir, tmp_path):
-    plain = evaluate.sample(configured(tmp_path), workdir)
-    assert plain == workdir / "samples" / "00000005.npz"
-    before = {path.name: path.read_bytes() for path in plain.parent.iterdir()}
-    assert sorted(before) == ["00000005.json", "00000005.npz", "00000005.png"]
-    other = configured(tmp_path, sample__seed=1)
-    path = evaluate.sample(other, workdir)
-    assert re.fullmatch(r"00000005-[0-9a-f]{8}\.npz", path.name)
-    assert evaluate.sample(other, workdir) == path
-    assert before == {name: (plain.parent / name).read_bytes() for name in before}
-    assert len(list(plain.parent.iterdir())) == 6
-    made_from = json.loads(path.with_suffix(".json").read_text())["made_from"]
-    assert (made_from["step"], made_from["settings"]["sample.seed"]) == (5, 1)
-    # Again, with what samples don't depend on, they are the same.
-    assert evaluate.sample(configured(tmp_path, sample__batch_size=16), workdir) == plain
-    # The figures of a file say what its samples were made from.
-    judged = configured(tmp_path, evaluation__samples=str(path))
-    evaluate.evaluate(judged, workdir)
-    said = json.loads((workdir / "evaluation" / f"samples-{path.stem}.json").read_text())
-    assert said["made_from"]["samples_made_from"] == made_from
-
-
 def test_figures_of_other_settings_have_another_name(workdir, tmp_path):
     folder = workdir / "evaluation"
     said = lambda path: json.loads(path.read_text())
@@ -275,24 +254,6 @@ def test_figures_of_other_settings_have_another_name(workdir, tmp_path):
     assert first.read_bytes() == before
 
 
-def test_a_picture_of_the_trainer_is_not_replaced_by_another(workdir, tmp_path):
-    (workdir / "samples").mkdir()
-    (workdir / "samples" / "00000005.png").write_bytes(b"the trainer's")
-    other = evaluate.sample(configured(tmp_path, sample__seed=1), workdir)
-    assert other.name != "00000005.npz" and other.with_suffix(".png").exists()
-    assert (workdir / "samples" / "00000005.png").read_bytes() == b"the trainer's"
-    # Of so many more or fewer samples the first ones are the same.
-    assert evaluate.sample(configured(tmp_path, sample__num=16), workdir).name == "00000005.npz"
-
-
-def test_a_picture_that_the_trainer_is_still_to_draw_keeps_its_name(workdir, tmp_path):
-    config = workdir_lib.load_config(workdir)
-    config.sample.every = 5
-    workdir_lib.save_config(config, workdir)
-    assert evaluate.sample(configured(tmp_path, sample__seed=1), workdir).name != "00000005.npz"
-    assert evaluate.sample(configured(tmp_path), workdir).name == "00000005.npz"
-
-
 def test_a_result_of_unknown_settings_is_left_alone(workdir, tmp_path):
     unknown = {
         workdir / "evaluation" / "00000005.json": b"{}",
@@ -302,11 +263,11 @@ def test_a_result_of_unknown_settings_is_left_alone(workdir, tmp_path):
         path.parent.mkdir()
         path.write_bytes(content)
     evaluate.evaluate(configured(tmp_path), workdir)
-    assert evaluate.sample(configured(tmp_path), workdir).name != "00000005.npz"
+    assert sample.sample(configured(tmp_path), workdir).name != "00000005.npz"
     assert unknown == {path: path.read_bytes() for path in unknown}
 
 
-@pytest.mark.parametrize("do", [evaluate.sample, evaluate.evaluate])
+@pytest.mark.parametrize("do", [sample.sample, evaluate.evaluate])
 def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
     do, workdir, draws, tmp_path, monkeypatch
 ):
@@ -318,7 +279,7 @@ def test_the_second_of_two_at_the_same_samples_is_refused_at_the_start(
         with pytest.raises(InUseError, match=r"is drawing the same samples, of step 5 in .*: wait"):
             do(config, workdir)
         assert draws == []
-        evaluate.sample(configured(tmp_path, sample__seed=1), workdir)
+        sample.sample(configured(tmp_path, sample__seed=1), workdir)
         assert draws == [0, 8, 16]
         return build(config)
 
@@ -338,7 +299,7 @@ def test_samples_that_are_not_finite_are_no_black_pictures(workdir, tmp_path, mo
 
     monkeypatch.setattr(results, "restore_run", poisoned)
     told = r"step 5: 8 of 8 samples have numbers that are not finite, such as number 0"
-    for do in (evaluate.sample, evaluate.evaluate):
+    for do in (sample.sample, evaluate.evaluate):
         with pytest.raises(FloatingPointError, match=told):
             do(configured(tmp_path), workdir)
     with pytest.raises(FloatingPointError, match="step 5: the validation loss is nan"):
@@ -353,7 +314,7 @@ def test_the_figures_of_a_run(workdir, tmp_path, monkeypatch):
     logged = []
     monkeypatch.setattr(evaluate.logging, "info", lambda form, *args: logged.append(form % args))
     result = evaluate.evaluate(config, workdir)
-    path = evaluate.sample(config, workdir)
+    path = sample.sample(config, workdir)
     images = np.load(path)["arr_0"]
     train = data.digits("train").images
     ours, theirs = (next(features([x])) for x in (images, train))

@@ -10,7 +10,7 @@ import pytest
 from test_train import STEPS, assert_same_state, lines, small_model, tiny  # noqa: F401
 
 import ant_jax
-from ant_jax import evaluate, experiment, export, hooks
+from ant_jax import evaluate, experiment, export, hooks, sample
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
 from ant_jax.evaluation import Metric
@@ -105,10 +105,10 @@ def test_the_best_is_kept_where_its_checkpoint_is_not(whole, tmp_path):
     assert run.step == 6 and ant_jax.load_run(workdir).step == STEPS
     assert_same_state(run.params, jax.device_get(at_six.ema_params))
     np.testing.assert_array_equal(run.metrics["step"][~np.isnan(run.metrics["scripted"])], AT)
-    assert evaluate.sample(evaluated(), workdir, "best").name == "00000006.npz"
+    assert sample.sample(evaluated(), workdir, "best").name == "00000006.npz"
     assert export.export(evaluated(), workdir, "best").name == "00000006"
     with pytest.raises(FileNotFoundError, match=f"no best checkpoint in {tmp_path}: training"):
-        evaluate.sample(tiny(), tmp_path, "best")
+        sample.sample(tiny(), tmp_path, "best")
 
 
 def test_a_run_that_goes_on_keeps_the_figures_of_its_last_step(tmp_path):

@@ -17,7 +17,7 @@ from PIL import Image
 from test_train import STEPS, TINY, lines, tiny, use_small_model
 
 import ant_jax
-from ant_jax import evaluate, experiment
+from ant_jax import evaluate, experiment, sample
 from ant_jax import train as trainer
 from ant_jax import workdir as workdir_lib
 from ant_jax.runtime import checkpoint, connection
@@ -159,7 +159,7 @@ def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_p
     alone = shutil.copytree(workdir, tmp_path / "alone")
     shutil.rmtree(alone / "samples")
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:4])
-    expected = evaluate.sample(configured(), alone)
+    expected = sample.sample(configured(), alone)
     found = workdir / "samples" / expected.name
     for name in ("arr_0", "arr_1"):
         np.testing.assert_array_equal(np.load(found)[name], np.load(expected)[name])

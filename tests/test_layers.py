@@ -44,7 +44,8 @@ ROOMS = [
     *("mtl", "diffusion", "tasks", "models", "optimizers", "schedules", "train_step"),
     *("interop", "data", "latents", "sampling", "evaluation"),
     *("config", "dataset", "experiment", "compiled_step", "workdir"),
-    *("init_from", "hooks", "results", "measuring", "evaluate"),
+    *("init_from", "hooks", "results", "measuring"),
+    *("sample", "evaluate", "evaluation_in_training"),
     *("train", "encode", "model_card", "export", "cli", "report", "main", "command"),
 ]
 # These take plain values and objects.

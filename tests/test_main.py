@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 
 import ant_jax
-from ant_jax import cli, evaluate, interop
+from ant_jax import cli, evaluate, interop, sample
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import file as config_file
 from configs import digits
@@ -346,7 +346,7 @@ def test_names_of_components_are_known_before_the_other_settings():
     assert config.num_steps == digits.get_config().num_steps
 
 
-@pytest.mark.parametrize("mode", [evaluate.sample, evaluate.evaluate])
+@pytest.mark.parametrize("mode", [sample.sample, evaluate.evaluate])
 def test_a_workdir_without_a_run_is_named(mode, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path}: give its --workdir, or"):
         mode(digits.get_config(), tmp_path)

@@ -26,6 +26,7 @@ from ant_jax import (
     export,
     hooks,
     mtl,
+    sample,
 )
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
@@ -292,7 +293,7 @@ def test_a_run_may_go_on_with_its_parameters_on_shards_and_back(reference, tmp_p
         workdir = shutil.copytree(
             tmp_path / "whole", tmp_path / f"copy of {config.parallel.params}"
         )
-        samples = np.load(evaluate.sample(config, workdir))["arr_0"]
+        samples = np.load(sample.sample(config, workdir))["arr_0"]
         weights = (export.export(config, workdir) / "model.safetensors").read_bytes()
         figures = evaluate.evaluate(config, workdir)["validation_loss"]
         made.append((samples, weights, figures))
@@ -1043,7 +1044,7 @@ def test_what_was_altered_beside_the_checkpoints_is_not_trained_on(copied):
     edit_json(workdir / "config.json", seed=1)
     with pytest.raises(ConfigError, match=r"config.seed: 0 there, 1 now"):
         trainer.train(workdir_lib.load_config(workdir), workdir)
-    for mode in (evaluate.sample, evaluate.evaluate):
+    for mode in (sample.sample, evaluate.evaluate):
         with pytest.raises(ConfigError, match=r"config.seed: 0 there, 1 now"):
             mode(workdir_lib.load_config(workdir), workdir)
 
@@ -1098,7 +1099,7 @@ def test_a_run_keeps_to_the_source_it_was_given(finished, tmp_path):
     with pytest.raises(ConfigError, match=named):
         trainer.train(config, tmp_path / "early")
     assert_same_state(trainer.train(config, tmp_path, source=source), expected)
-    assert evaluate.sample(config, tmp_path).exists()
+    assert sample.sample(config, tmp_path).exists()
 
 
 def test_a_run_of_the_config_alone_is_given_nothing(copied):
@@ -1127,10 +1128,10 @@ def test_what_is_given_trains_in_place_of_what_the_config_names(tmp_path):
     assert "cosines" not in rows[0]
     config.num_steps = 3
     assert int(trainer.train(config, tmp_path, **given).step) == 3
-    assert evaluate.sample(config, str(tmp_path), **given).exists()
+    assert sample.sample(config, str(tmp_path), **given).exists()
     assert np.isfinite(evaluate.evaluate(config, str(tmp_path), **given)["validation_loss"])
     with pytest.raises(ConfigError, match=r"was given model = .*Model, process = ant_jax"):
-        evaluate.sample(config, tmp_path)
+        sample.sample(config, tmp_path)
     with pytest.raises(ConfigError, match=r"was given model = .*name it in the config, "):
         export.export(config, tmp_path)
     with pytest.raises(ConfigError, match=r"model= must be a Module, got .*: call it, Model\(\)"):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from ant_jax import config as config_lib
-from ant_jax import data, dataset, encode, evaluate, export, interop, results, train
+from ant_jax import data, dataset, encode, export, interop, results, sample, train
 from ant_jax.config import ConfigError
 from ant_jax.data.source import UnreadableImageError
 from ant_jax.latents import codec as codec_lib
@@ -444,14 +444,14 @@ def test_training_sampling_and_decoding(place, encoded, tmp_path):
     assert state.params["output"]["kernel"].shape == (8, 2 * 2 * 4)
     with Image.open(tmp_path / "samples" / "00000003.png") as grid:
         assert grid.size[0] == 10 * 34 + 2
-    path = evaluate.sample(config, tmp_path)
+    path = sample.sample(config, tmp_path)
     with np.load(path) as stored:
         images, labels = stored["arr_0"], stored["arr_1"]
     assert images.shape == (11, SIZE, SIZE, 3) and images.dtype == np.uint8
     np.testing.assert_array_equal(labels, np.arange(11) % 2)
     other = settings(place, autoencoder__weights=str(place / "weights1.safetensors"))
     with pytest.raises(ConfigError, match="learned latents of another encoder"):
-        evaluate.sample(other, tmp_path)
+        sample.sample(other, tmp_path)
     # Not needed for the weights of the network alone.
     gone = settings(place, autoencoder__weights=str(place / "gone.safetensors"))
     exported = interop.read_state(export.export(gone, tmp_path) / "model.safetensors")
