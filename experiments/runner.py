@@ -307,12 +307,22 @@ def _result(run, out):
     if saved is not None:
         config_lib.check_same(saved, run.config, path.parent)
     result = json.loads(path.read_text())
-    if result["config"] != made_from(run):
+    if not _of_any_version(result["config"], made_from(run)):
         return None
     rows = [row for row in result["rows"] if row["step"] in run.steps]
     if not result["diverged"] and len(rows) < len(run.steps):
         return None
     return result | {"rows": rows}
+
+
+def _of_any_version(before, now):
+    """Whether settings of this or an earlier version are those of now; both by "group.name"."""
+    nested: dict[str, Any] = {}
+    for name, value in before.items():
+        group, _, leaf = name.rpartition(".")
+        (nested.setdefault(group, {}) if group else nested)[leaf] = value
+    today = json.loads(json.dumps(config_lib.flatten(config_lib.from_json(nested))))
+    return {name: today[name] for name in now if name in today} == now
 
 
 def _known_result(run, out) -> dict[str, Any]:

@@ -516,6 +516,27 @@ def test_a_run_that_diverges_at_once_is_a_result(tmp_path, monkeypatch):
         runner.finished([run], tmp_path)
 
 
+def test_the_result_of_an_earlier_version_is_kept(tmp_path, monkeypatch):
+    """It lacks settings that are newer, and has others by their former names."""
+
+    def train(config, workdir):
+        raise FloatingPointError("trained")
+
+    monkeypatch.setattr(runner.train, "train", train)
+    run = runner.make_run(SMOKE, "vanilla", "snr", 0, measurements=0)
+    workdir = runner.folder(run, tmp_path)
+    workdir.mkdir(parents=True)
+    before = runner.made_from(run)
+    del before["optimizer.name"], before["optimizer.decay_mask"], before["optimizer.b1"]
+    before["optimizer.schedule"] = before.pop("schedule.name")
+    result = {"config": before, "rows": [], "diverged": ""}
+    (workdir / "result.json").write_text(json.dumps(result))
+    assert runner.execute([run], tmp_path) == [result]
+    before["optimizer.schedule"] = "cosine"
+    (workdir / "result.json").write_text(json.dumps(result))
+    assert runner.execute([run], tmp_path)[0]["diverged"] == "trained"
+
+
 @pytest.mark.parametrize("measurements, count", [(0, 0), (1, 1)])
 def test_what_evaluations_share_is_made_before_the_first_run(
     measurements, count, tmp_path, monkeypatch
