@@ -137,6 +137,7 @@ class _Start(NamedTuple):
       layout: of the state on the devices.
       take_step: ``(state, batch) -> (state, metrics)``.
       kept: measurements of the steps since the last report, from the checkpoint.
+      waiting: the line of this step, if it is still to be written; see `hooks.Reports`.
       restored: whether the state comes from a checkpoint.
     """
 
@@ -145,6 +146,7 @@ class _Start(NamedTuple):
     layout: compiled_step.Layout
     take_step: Callable
     kept: dict[str, Any]
+    waiting: dict[str, Any] | None
     restored: bool
 
 
@@ -171,15 +173,31 @@ def _start(config, workdir, setup, has_begun):
     record = processes.broadcast_from_first(lambda: checkpoint.read_record(directory, step))
     # A checkpoint of an older version has no measurements.
     kept = record["metrics"] if record else measurements.NOTHING | {"lines": None}
+    waiting = kept.get("waiting")
+    # The step may have been evaluated since the checkpoint.
+    if waiting and processes.broadcast_from_first(lambda: _has_line(workdir, step)):
+        waiting = None
     hooks.check_replicas(step, state)
     layout = compiled_step.layout(config, setup)
-    return _Start(step, layout.split(state), layout, take_step, kept, restored is not None)
+    state = layout.split(state)
+    return _Start(step, state, layout, take_step, kept, waiting, restored is not None)
+
+
+def _has_line(workdir, step):
+    log = workdir / "metrics.jsonl"
+    return log.exists() and any(row["step"] == step for row in logs.read(log))
 
 
 def _evaluation(config, workdir, setup, start, run, given):
     """See `evaluation_in_training.prepare`; None if nothing is to be evaluated."""
-    over = start.step >= config.num_steps and start.kept.get("waiting") is None
-    if over or not config.evaluation.every:
+    if not config.evaluation.every:
+        return None
+    if start.step >= config.num_steps and start.waiting is None:
+        logging.info(
+            "nothing is evaluated now: config.evaluation.every = %d evaluates while a run trains; "
+            "--mode evaluate measures a finished run",
+            config.evaluation.every,
+        )
         return None
     # A slow import that only this needs; the step compiles meanwhile.
     from ant_jax import evaluation_in_training
@@ -268,12 +286,8 @@ def _hooks(config, workdir, source, setup, start, record, measure, check_alone, 
     checkpoints.prune(start.step)
     settings = config_lib.flatten(config)
     opened = boards.opened(config.log_to, workdir, record["id"], settings)
-    waiting, log = start.kept.get("waiting"), workdir / "metrics.jsonl"
-    if waiting is not None and log.exists():
-        # It may have been written since the checkpoint, with figures.
-        waiting = next((row for row in logs.read(log) if row["step"] == start.step), waiting)
-    last_line = start.step if waiting is None else start.step - 1
-    writer = logs.MetricWriter(workdir, last_line, opened, start.kept["lines"])
+    waited = start.kept.get("waiting") is not None
+    writer = logs.MetricWriter(workdir, start.step, opened, start.kept["lines"], waited)
     batches = _batches(config, source, start.step)
     speedometer = progress.Progress(start.step, config.num_steps, config.data.batch_size)
     saves = hooks.Saves(
@@ -300,7 +314,7 @@ def _hooks(config, workdir, source, setup, start, record, measure, check_alone, 
         contextlib.closing(batches),
         profiler(workdir / "profile", first, config.profile_steps) as profile,
     ):
-        reports = hooks.Reports(writer, speedometer, callback, waiting)
+        reports = hooks.Reports(writer, speedometer, callback, start.waiting)
         yield _Hooks(stop, batches, profile, measured, reports, saves, pictures, evaluations)
 
 

@@ -10,7 +10,7 @@ import pytest
 from test_train import STEPS, assert_same_state, lines, small_model, tiny  # noqa: F401
 
 import ant_jax
-from ant_jax import evaluate, experiment, export, hooks, sample
+from ant_jax import evaluate, experiment, export, hooks, measuring, sample
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
 from ant_jax.evaluation import Metric
@@ -109,6 +109,18 @@ def test_the_best_is_kept_where_its_checkpoint_is_not(whole, tmp_path):
     assert export.export(evaluated(), workdir, "best").name == "00000006"
     with pytest.raises(FileNotFoundError, match=f"no best checkpoint in {tmp_path}: training"):
         sample.sample(tiny(), tmp_path, "best")
+
+
+def test_a_finished_run_neither_evaluates_nor_reports_again(whole, monkeypatch, caplog):
+    workdir, state = whole
+    monkeypatch.setattr(measuring, "build", lambda *_: pytest.fail("evaluates"))
+    before = (workdir / "metrics.jsonl").read_bytes()
+    with caplog.at_level("INFO", logger="absl"):
+        again = trainer.train(evaluated(), workdir, callback=lambda *_: pytest.fail("reports"))
+    assert_same_state(again, state)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert "nothing is evaluated now: config.evaluation.every = 3 evaluates while" in caplog.text
+    assert "is not as it was written" not in caplog.text
 
 
 def test_a_run_that_goes_on_keeps_the_figures_of_its_last_step(tmp_path):

@@ -69,6 +69,7 @@ class MetricWriter:
         start_step: int,
         boards: Sequence[Board] = (),
         written: dict[str, Any] | None = None,
+        waited: bool = False,
     ):
         """Opens the files.
 
@@ -83,6 +84,7 @@ class MetricWriter:
           boards: see `boards.opened`. They are closed with the file.
           written: what `written` returned at that step; if lines are missing or have changed, a
             warning says so. None if unknown.
+          waited: whether the line of ``start_step`` was still to be written then.
         """
         self._boards, self._path = boards, workdir / "metrics.jsonl"
         self._file: BinaryIO | None = None
@@ -90,6 +92,8 @@ class MetricWriter:
             return
         content = self._path.read_bytes() if self._path.exists() else b""
         kept, beyond, doubtful = _sorted_lines(content, start_step)
+        later = kept[-1:] if waited and kept and step_of(kept[-1]) == start_step else []
+        kept = kept[: len(kept) - len(later)]
         self._lines, self._digest = len(kept), hashlib.sha256(b"".join(kept))
         if written not in (None, self.written()):
             logging.warning(
@@ -112,7 +116,9 @@ class MetricWriter:
                 file.writelines(doubtful)
             logging.warning("%d lines of %s are now in %s", len(doubtful), self._path, aside)
         if beyond or doubtful:
-            write_bytes(self._path, b"".join(kept))
+            write_bytes(self._path, b"".join(kept + later))
+        self._lines += len(later)
+        self._digest.update(b"".join(later))
         self._file = self._path.open("ab")
 
     def written(self) -> dict[str, Any] | None:
