@@ -14,6 +14,7 @@ from ant_jax import evaluate, experiment, export, hooks, measuring, sample
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
 from ant_jax.evaluation import Metric
+from ant_jax.report import runs
 from ant_jax.runtime import checkpoint
 from ant_jax.runtime.lock import InUseError
 from ant_jax.sampling import cache
@@ -100,6 +101,9 @@ def test_the_best_is_kept_where_its_checkpoint_is_not(whole, tmp_path):
     workdir, _ = whole
     assert checkpoint.checkpoint_steps(workdir / "checkpoints") == [STEPS]
     assert best_of(workdir) == (6, 3.0)
+    reported = runs.read(workdir)
+    assert reported.best == (6, "scripted", 3.0)
+    assert [each.has_best for each in reported.measured] == [True]
     at_six = trainer.train(tiny(num_steps=6), tmp_path)
     run = ant_jax.load_run(workdir, "best")
     assert run.step == 6 and ant_jax.load_run(workdir).step == STEPS

@@ -19,6 +19,7 @@ from ant_jax import report, sampling
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.report import summary
+from ant_jax.runtime import checkpoint_files
 from ant_jax.runtime.extras import MissingExtraError
 
 
@@ -68,6 +69,16 @@ def evaluated(workdir, step, distance, name=None, num=1797):
     path.parent.mkdir(exist_ok=True)
     figures = {"step": step, "frechet_distance": distance, "nfe": 50, "real_frechet_distance": 0.8}
     path.write_text(json.dumps(figures | {"made_from": {"settings": {"sample.num": num}}}))
+
+
+def best_kept(workdir, step, value, num):
+    """As evaluations during training keep the best step, without its arrays."""
+    made_from = {"settings": {"sample.num": num}}
+    best = {"step": step, "figure": "frechet_distance", "value": value, "made_from": made_from}
+    folder = workdir / "best" / str(step)
+    folder.mkdir(parents=True)
+    (folder / "manifest.ocdbt").touch()
+    checkpoint_files.seal(folder, {"id": "", "best": best})
 
 
 def content_of(path):
@@ -148,9 +159,11 @@ def test_runs_side_by_side(tmp_path):
 def test_the_page_draws_what_its_controls_choose(tmp_path):
     vanilla = make_run(tmp_path / "vanilla", cosines=False)
     nash = make_run(tmp_path / "nash", k=4)
-    for step, distance in ((1000, 2.0), (2000, 1.0)):
+    for step, distance in ((1000, 0.9), (2000, 1.0)):
         evaluated(nash, step, distance)
         make_grid(nash / "samples" / f"{step:08d}.png")
+    evaluated(nash, 1000, 0.7, name="00001000-abcdef", num=5000)
+    best_kept(nash, 1000, 0.9, num=1797)
     path = report.write([vanilla, nash], tmp_path / "report.html")
     page = shown(path)
     titles = ["Overview", "Training", "Measurements", "Tasks", "Task by task", "Samples"]
@@ -158,7 +171,8 @@ def test_the_page_draws_what_its_controls_choose(tmp_path):
     heads, *rows = page["table"]
     assert dict(zip(heads, rows[1], strict=True)) == {
         **{"run": "nash", "step": "2000 of 5000", "time": "40 s", "loss": "19"},
-        **{"frechet distance": "1", "method.name": "nash"},
+        **{"frechet distance": "1", "best": "frechet distance 0.9 at step 1000"},
+        "method.name": "nash",
         **{"clusters.name": "snr", "clusters.k": "4"},
     }
 
@@ -172,7 +186,10 @@ def test_the_page_draws_what_its_controls_choose(tmp_path):
         for each in page["charts"]
         if each["layout"]["yaxis"].get("title", {}).get("text") == "frechet distance"
     ]
-    assert distance["traces"][0]["x"] == [1000, 2000] and distance["traces"][0]["y"] == [2, 1]
+    more, usual, best = distance["traces"]
+    assert usual["x"] == [1000, 2000] and usual["y"] == [0.9, 1]
+    assert (best["x"], best["y"], best["marker"]["symbol"]) == ([1000], [0.9], "star")
+    assert more["y"] == [0.7] and more["marker"].get("symbol") is None
     assert len(charts(page, "Weights")["nash"]["traces"]) == 4
     assert list(charts(page, "Cosines")) == ["nash"]
     (heat,) = charts(page, "Gram matrix, as cosines")["nash"]["traces"]

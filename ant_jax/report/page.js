@@ -78,6 +78,7 @@ function taskName(run, i) {
   return `${i}: t = ${number(task.low)}..${high}`;
 }
 
+const spaced = (name) => name.replaceAll("_", " ");
 const last = (list) => (list && list.length ? list[list.length - 1] : null);
 const shown = () => runs.filter((run) => run.shown);
 
@@ -261,11 +262,15 @@ function overview() {
     ["time", (run) => last(run.curves.seconds), duration],
     ["loss", (run) => last(run.curves.loss), number],
     ...figures.map((name) => [
-      name.replaceAll("_", " "),
+      spaced(name),
       (run) => last(run.measured.map((each) => last(each.figures[name])).filter((value) => value !== null)),
       number,
     ]),
   ];
+  if (runs.some((run) => run.best)) {
+    const text = (value, { best }) => (best ? `${spaced(best.figure)} ${number(value)} at step ${best.step}` : "");
+    columns.push(["best", (run) => run.best?.value ?? null, text, "text"]);
+  }
   if (several) {
     content.settings.forEach(({ name, values }) => {
       columns.push([name, (run) => values[runs.indexOf(run)], (value) => value ?? "", "text"]);
@@ -362,14 +367,15 @@ function measurements() {
     return;
   }
   state.figure = MAIN_FIGURES.find((name) => names.includes(name)) || names[0];
-  const choice = select("", names.map((name) => [name, name.replaceAll("_", " ")]), state.figure, (value) => {
+  const choice = select("", names.map((name) => [name, spaced(name)]), state.figure, (value) => {
     state.figure = value;
     redraw("figure");
   });
-  const node = section("Measurements", "Of samples of the moving average.", choice);
+  const stars = runs.some((run) => run.best) ? " A star is the step that --step best uses." : "";
+  const node = section("Measurements", `Of samples of the moving average.${stars}`, choice);
   const card = element("div", { className: "card" });
   node.append(card);
-  const title = () => ({ text: state.figure.replaceAll("_", " "), standoff: 6 });
+  const title = () => ({ text: spaced(state.figure), standoff: 6 });
   chart(card, "", 320, () => {
     const found = shown().flatMap((run) =>
       run.measured
@@ -401,6 +407,14 @@ function measurements() {
     const traces = found.map(([run, each, name]) =>
       line(each, each.figures[state.figure], name, run.colour, { mode: "lines+markers", line: { dash: run.dash } }),
     );
+    for (const [run, each, name] of found) {
+      const at = each.has_best ? each.step.indexOf(run.best.step) : -1;
+      if (at < 0) continue;
+      const marker = { symbol: "star", size: 15, color: run.colour, line: { color: "#fff", width: 1 } };
+      const point = { step: [each.step[at]], seconds: [each.seconds[at]] };
+      const text = `best step by ${spaced(run.best.figure)}: ${run.best.step}<br>%{y:.4g}`;
+      traces.push(line(point, [each.figures[state.figure][at]], name, run.colour, { marker, hovertemplate: text }));
+    }
     const [low, high] = ends(heights(traces), false);
     const log = low > 0 && high > 5 * low;
     return {

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.runtime import logs
+from ant_jax.runtime import checkpoint, logs
 from ant_jax.tasks.clusters import levels
 
 # Beyond these, the ends of a continuous process, there is only data or only noise.
@@ -35,10 +35,20 @@ class Measured(NamedTuple):
     Attributes:
       label: the settings that tell these samples from others of the run; "" if there are no others.
       rows: the figures by name, and "step", in the order of the steps.
+      has_best: whether the best step was chosen by these figures.
     """
 
     label: str
     rows: list[dict[str, float]]
+    has_best: bool
+
+
+class Best(NamedTuple):
+    """The step that ``best/`` keeps, and the figure that chose it."""
+
+    step: int
+    figure: str
+    value: float
 
 
 class Run(NamedTuple):
@@ -50,7 +60,8 @@ class Run(NamedTuple):
       tasks: its intervals; () if they are not known.
       logged: the content of ``metrics.jsonl``; see `logs.columns`.
       seconds: (lines,) of training until each line, as far as the log has the speed.
-      measured: the results of ``--mode evaluate``.
+      measured: the results of ``--mode evaluate`` and of evaluations during training.
+      best: the best step; None if none is kept.
       grids: the files of sample grids, by step.
     """
 
@@ -60,6 +71,7 @@ class Run(NamedTuple):
     logged: dict[str, np.ndarray]
     seconds: np.ndarray
     measured: list[Measured]
+    best: Best | None
     grids: dict[int, Path]
 
 
@@ -75,13 +87,15 @@ def read(workdir: Path) -> Run | None:
     config = config_lib.from_json(known["config"])
     path = workdir / "metrics.jsonl"
     logged = logs.columns(path) if path.exists() else {}
+    best = (checkpoint.read_record(workdir / "best", run=known["id"]) or {}).get("best")
     return Run(
         workdir,
         config,
         _tasks(workdir, config, known["given"]),
         logged,
         logs.seconds(logged),
-        _measured(workdir / "evaluation"),
+        _measured(workdir / "evaluation", best["made_from"]["settings"] if best else None),
+        Best(best["step"], best["figure"], best["value"]) if best else None,
         _grids(workdir),
     )
 
@@ -109,7 +123,7 @@ def _tasks(workdir, config, given):
     )
 
 
-def _measured(folder):
+def _measured(folder, best):
     groups = {}
     for path in sorted(folder.glob("*.json")):
         try:
@@ -133,6 +147,7 @@ def _measured(folder):
         Measured(
             ", ".join(f"{name}={each.get(name)}" for name in differ),
             sorted(rows, key=lambda row: row["step"]),
+            each == best,
         )
         for each, rows in zip(settings, groups.values(), strict=True)
     ]

@@ -41,6 +41,7 @@ def summarize(runs: Sequence[Run]) -> dict[str, Any]:
             ],
             "curves": _curves(run, points),
             "measured": [_figures(run, each) for each in run.measured],
+            "best": run.best and run.best._asdict(),
             "samples": samples,
         }
         for name, run, samples in zip(names, runs, _pictures(runs), strict=True)
@@ -107,6 +108,7 @@ def _figures(run, measured):
         at = np.interp(steps, logged[known], run.seconds[known])
     return {
         "label": measured.label,
+        "has_best": measured.has_best,
         "step": steps,
         "seconds": _numbers(at),
         "figures": {
