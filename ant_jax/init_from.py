@@ -43,10 +43,11 @@ def initial_params(config: ConfigDict, setup: experiment.Setup) -> dict | None:
         return None
     path = user_path(config.init_from)
     try:
-        if path.is_dir():
+        workdir, step = _run_at(path)
+        if workdir.is_dir():
             if config.init_facts:
                 raise ValueError("a run has its own config: leave config.init_facts empty")
-            return _ema_of_run(path, config, setup)
+            return _ema_of_run(workdir, step, config, setup)
         return _of_file(path, config, setup)
     except (OSError, ValueError, checkpoint.CheckpointError) as error:
         raise ConfigError(f"config.init_from = {config.init_from!r}: {error}") from error
@@ -181,13 +182,20 @@ def _check_untrained(name, params, config):
     )
 
 
-def _ema_of_run(workdir, wanted, setup):
+def _run_at(path):
+    """The workdir and the step that a path names: the newest, or the best of WORKDIR/best."""
+    is_run = lambda folder: workdir_lib.load_config(folder) is not None
+    if path.name == "best" and not is_run(path) and is_run(path.parent):
+        return path.parent, "best"
+    return path, None
+
+
+def _ema_of_run(workdir, step, wanted, setup):
     config = workdir_lib.load_config(workdir)
     if config is None:
         raise FileNotFoundError("it is a folder without a run")
     _check_meaning(config_lib.meaning(config), config_lib.meaning(wanted), wanted)
-    run = workdir_lib.run_id(workdir)
-    restored = checkpoint.restore_part(workdir / "checkpoints", "ema_params", run=run)
+    restored = workdir_lib.restore_average(workdir, step, workdir_lib.run_id(workdir))
     if restored is None:
         raise FileNotFoundError("the run has no checkpoint yet")
     step, params = restored

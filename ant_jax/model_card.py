@@ -244,7 +244,9 @@ def _facts(config, known, setup, params, logged):
     if config.autoencoder.name:
         rows["autoencoder"] = f"{config.autoencoder.name}, latents times {config.autoencoder.scale}"
     if config.init_from:
-        rows["started from"] = Path(config.init_from).name
+        path = Path(config.init_from)
+        best = path.name == "best"
+        rows["started from"] = f"the best step of {path.parent.name}" if best else path.name
     if logged:
         rows["loss"] = f"{logged['loss']:.4g} at step {logged['step']}"
     if np.isfinite(logged.get("seconds", np.nan)):

@@ -10,7 +10,7 @@ import pytest
 from test_train import STEPS, assert_same_state, lines, small_model, tiny  # noqa: F401
 
 import ant_jax
-from ant_jax import evaluate, experiment, export, hooks, measuring, sample
+from ant_jax import evaluate, experiment, export, hooks, init_from, measuring, sample
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
 from ant_jax.evaluation import Metric
@@ -108,6 +108,12 @@ def test_the_best_is_kept_where_its_checkpoint_is_not(whole, tmp_path):
     run = ant_jax.load_run(workdir, "best")
     assert run.step == 6 and ant_jax.load_run(workdir).step == STEPS
     assert_same_state(run.params, jax.device_get(at_six.ema_params))
+    other = tiny(init_from=str(workdir / "best"))
+    found = init_from.initial_params(other, experiment.build(other, 1, 10))
+    assert_same_state(found, run.params)
+    other.init_from = str(tmp_path / "best")
+    with pytest.raises(ConfigError, match=f"no best checkpoint in {tmp_path}: training keeps one"):
+        init_from.initial_params(other, experiment.build(other, 1, 10))
     np.testing.assert_array_equal(run.metrics["step"][~np.isnan(run.metrics["scripted"])], AT)
     assert sample.sample(evaluated(), workdir, "best").name == "00000006.npz"
     assert export.export(evaluated(), workdir, "best").name == "00000006"

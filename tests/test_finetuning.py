@@ -516,7 +516,7 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written_or_c
     workdir, before = begun
     damaged = jax.tree.map(np.array, before.ema_params)
     damaged["output"]["bias"][2] = np.inf
-    monkeypatch.setattr(checkpoint, "restore_part", lambda *_, run: (4, damaged))
+    monkeypatch.setattr(checkpoint, "restore_part", lambda *_: (4, damaged))
     with pytest.raises(
         ConfigError, match="its parameter output/bias has values that are NaN or inf"
     ):

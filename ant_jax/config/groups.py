@@ -49,8 +49,9 @@ class Loop:
     """Settings of the training loop.
 
     Attributes:
-      init_from: initial parameters: the workdir of another run, for its EMA, or a .safetensors,
-        .pt, .pth or .ckpt file of published weights. "" for random ones.
+      init_from: initial parameters: the workdir of another run, for its newest EMA, WORKDIR/best
+        for its best one, or a .safetensors, .pt, .pth or .ckpt file of published weights. "" for
+        random ones.
       init_facts: facts that a file of published weights does not contain, joined by commas;
         ``FACTS`` in ``models/NAME_weights.py`` lists them. A file of ``--mode export`` needs none.
       log_every: steps between two lines of the log.
