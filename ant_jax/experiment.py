@@ -406,7 +406,7 @@ def check_batch(config: ConfigDict, setup: Setup) -> None:
         raise ConfigError(f"config.data.batch_size = {batch_size}: {error}") from None
 
 
-def init_params(model: nn.Module, image_shape: tuple[int, int, int], seed: int) -> dict:
+def init_params(model: nn.Module, image_shape: tuple[int, int, int], seed: int | jax.Array) -> dict:
     """The network's parameters before training."""
     return _init_params(jax.random.key(seed), model, image_shape)
 

@@ -90,7 +90,7 @@ class Saves:
           record: describes the run in every checkpoint; see `save_record`.
           measured: returns the entry "metrics" of a checkpoint's record.
           last: the step that the run goes on from; None for a new run.
-          whole: see `compiled_step.Layout`.
+          whole: see `state_layout.Layout`.
         """
         self._checkpointer, self._record, self._measured = checkpointer, record, measured
         self._whole = whole

@@ -28,6 +28,7 @@ from ant_jax import (
     init_from,
     mtl,
     sampling,
+    state_layout,
 )
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
@@ -143,7 +144,7 @@ class _Start(NamedTuple):
 
     step: int
     state: TrainState
-    layout: compiled_step.Layout
+    layout: state_layout.Layout
     take_step: Callable
     kept: dict[str, Any]
     waiting: dict[str, Any] | None
@@ -164,7 +165,7 @@ def _start(config, workdir, setup, has_begun):
     restored = workdir_lib.restore(config, setup, workdir)
     if restored is None:
         # The state moves to the devices; no variable keeps the copy on the host.
-        step, state = 0, compiled_step.new_state(config, setup, params)
+        step, state = 0, state_layout.new_state(config, setup, params)
         if has_begun:
             logging.info("the run in %s has no checkpoint yet: it begins at step 0", workdir)
     else:
@@ -178,7 +179,7 @@ def _start(config, workdir, setup, has_begun):
     if waiting and processes.broadcast_from_first(lambda: _has_line(workdir, step)):
         waiting = None
     hooks.check_replicas(step, state)
-    layout = compiled_step.layout(config, setup)
+    layout = state_layout.layout(config, setup)
     state = layout.split(state)
     return _Start(step, state, layout, take_step, kept, waiting, restored is not None)
 

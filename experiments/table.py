@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from ant_jax import compiled_step, data, dataset, experiment
+from ant_jax import compiled_step, data, dataset, experiment, state_layout
 from ant_jax.runtime.files import write_bytes
 from experiments import report, runner, task_affinity
 from experiments.comparisons import (
@@ -247,8 +247,8 @@ def time_steps(preset: Preset, out: Path, settings: list[Setting]) -> dict[str, 
         for kind, run in runs.items():
             setup = experiment.build(run.config, source.image_shape[-1], source.num_classes)
             steps[kind] = compiled_step.training_step(run.config, setup)
-            split = compiled_step.layout(run.config, setup).split
-            states[kind] = split(compiled_step.new_state(run.config, setup))
+            split = state_layout.layout(run.config, setup).split
+            states[kind] = split(state_layout.new_state(run.config, setup))
             settings = run.config.data
             batches[kind] = next(
                 data.batches(

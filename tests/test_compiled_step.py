@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from test_train import tiny
 
-from ant_jax import compiled_step, experiment
+from ant_jax import compiled_step, experiment, state_layout
+from ant_jax.train_step import TrainState
 from benchmarks import programs
 
 STEPS, DEVICES = 20, 8
@@ -29,7 +30,7 @@ class Model(nn.Module):
 
 
 class Trained(NamedTuple):
-    state: compiled_step.TrainState
+    state: TrainState
     metrics: dict
     program: jax.stages.Compiled
 
@@ -45,7 +46,7 @@ def trained(devices, **settings):
         setup = experiment.build(config, 1, 10)
         experiment.check_batch(config, setup)
         step, arguments = compiled_step._step_and_arguments(config, setup)
-        state = compiled_step.new_state(config, setup)
+        state = state_layout.new_state(config, setup)
         rng, size = np.random.default_rng(0), config.data.batch_size
         metrics, program = [], None
         for _ in range(STEPS):

@@ -17,6 +17,7 @@ from ant_jax import (
     experiment,
     measuring,
     settings,
+    state_layout,
     train,
 )
 from ant_jax import config as config_lib
@@ -79,7 +80,7 @@ def test_the_default_network_takes_a_train_step(method, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     config = digits.get_config(method)
     setup = experiment.build(config, channels=1, num_classes=10)
-    state = jax.eval_shape(lambda: compiled_step.new_state(config, setup))
+    state = jax.eval_shape(lambda: state_layout.new_state(config, setup))
     batch = {
         "image": jax.ShapeDtypeStruct((config.data.batch_size, 8, 8, 1), np.uint8),
         "label": jax.ShapeDtypeStruct((config.data.batch_size,), np.int32),

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ant_jax import config as config_lib
 from ant_jax import (
-    compiled_step,
     data,
     dataset,
     evaluate,
@@ -20,9 +20,9 @@ from ant_jax import (
     results,
     sample,
     sampling,
+    state_layout,
     train,
 )
-from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
 from ant_jax.evaluation.features import inception
@@ -97,7 +97,7 @@ def run(tmp_path_factory):
         setup = experiment.build(config, 1, 10)
         workdir_lib.save_config(config, workdir)
         workdir_lib.save_facts(setup, source, workdir)
-        state = compiled_step.new_state(config, setup)
+        state = state_layout.new_state(config, setup)
         saver = checkpoint.Checkpointer(workdir / "checkpoints")
         for step in (3, 5):
             ema = jax.tree.map(lambda leaf, add=step: leaf + add / 50, state.ema_params)

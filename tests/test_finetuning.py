@@ -12,7 +12,16 @@ import optax
 import pytest
 import yaml
 
-from ant_jax import compiled_step, experiment, export, init_from, interop, optimizers, train
+from ant_jax import (
+    compiled_step,
+    experiment,
+    export,
+    init_from,
+    interop,
+    optimizers,
+    state_layout,
+    train,
+)
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
@@ -75,7 +84,7 @@ def begun(tmp_path_factory, one_device):
 
 def state_of(config):
     setup = experiment.build(config, 1, 10)
-    return compiled_step.new_state(config, setup, init_from.initial_params(config, setup))
+    return state_layout.new_state(config, setup, init_from.initial_params(config, setup))
 
 
 def test_a_run_begins_with_the_moving_average_of_another(begun, tmp_path):
@@ -603,7 +612,7 @@ def test_frozen_parameters_stay_and_count_for_nothing(begun, tmp_path):
 def test_the_gram_matrix_is_of_the_gradients_of_what_is_not_frozen():
     config = tiny(optimizer__frozen="output")
     setup = experiment.build(config, 1, 10)
-    params = compiled_step.new_state(config, setup).params
+    params = state_layout.new_state(config, setup).params
     rng = np.random.default_rng(0)
     noisy = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape), params)
     x = jnp.ones((2, 8, 8, 1))

@@ -43,7 +43,7 @@ ROOMS = [
     *("settings", "pixels", "npz", "published_weights", "runtime"),
     *("mtl", "diffusion", "tasks", "models", "optimizers", "schedules", "train_step"),
     *("interop", "data", "latents", "sampling", "evaluation"),
-    *("config", "dataset", "experiment", "compiled_step", "workdir"),
+    *("config", "dataset", "experiment", "state_layout", "compiled_step", "workdir"),
     *("init_from", "hooks", "results", "measuring"),
     *("sample", "evaluate", "evaluation_in_training"),
     *("train", "encode", "model_card", "export", "cli", "report", "main", "command"),

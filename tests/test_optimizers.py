@@ -16,7 +16,7 @@ from test_config import changed
 from test_train import assert_same_state, tiny, use_small_model
 
 import ant_jax
-from ant_jax import compiled_step, experiment
+from ant_jax import compiled_step, experiment, state_layout
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
 from ant_jax.config import ConfigError
@@ -295,9 +295,9 @@ def state_on(devices, name, **settings):
         setup = experiment.build(config, 1, 10)
         step, layout = (
             compiled_step.start_compiling(config, setup),
-            compiled_step.layout(config, setup),
+            state_layout.layout(config, setup),
         )
-        state = compiled_step.new_state(config, setup)
+        state = state_layout.new_state(config, setup)
         before, state = jax.device_get(state), layout.split(state)
         rng = np.random.default_rng(0)
         for _ in range(3):
@@ -345,6 +345,6 @@ def test_the_first_state_follows_given_parameters():
     given = jax.tree.map(
         lambda leaf: np.full(leaf.shape, 0.5, np.float32), experiment.abstract_params(setup)
     )
-    state = compiled_step.new_state(config, setup, given)
+    state = state_layout.new_state(config, setup, given)
     for tree in (state.params, state.ema_params, state.opt_state.z):
         jax.tree.map(np.testing.assert_array_equal, tree, given)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from ant_jax import compiled_step, experiment
+from ant_jax import compiled_step, experiment, state_layout
 from ant_jax import config as config_lib
 from configs import digits
 
@@ -122,7 +122,7 @@ def trace(name, method, monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = completed(name, f"{method},snr")
     setup = build(config, PAPER[name][1])
-    state = compiled_step.abstract_state(config, setup)
+    state = state_layout.abstract_state(config, setup)
     examples = (config.data.batch_size,)
     pixels = not config.autoencoder.name
     batch = {

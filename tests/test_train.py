@@ -27,6 +27,7 @@ from ant_jax import (
     hooks,
     mtl,
     sample,
+    state_layout,
 )
 from ant_jax import config as config_lib
 from ant_jax import train as trainer
@@ -305,7 +306,7 @@ def test_a_run_may_go_on_with_its_parameters_on_shards_and_back(reference, tmp_p
 def test_a_checkpoint_takes_no_second_copy_of_the_parameters():
     config = tiny()
     setup = experiment.build(config, 1, 10)
-    layout, state = compiled_step.layout(config, setup), compiled_step.new_state(config, setup)
+    layout, state = state_layout.layout(config, setup), state_layout.new_state(config, setup)
     split = layout.split(state)
     for each in (split, layout.whole(split)):
         assert jax.tree.all(jax.tree.map(lambda a, b: a is b, each.params, state.params))
@@ -331,7 +332,7 @@ def test_what_is_compiled_with_options_trains(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: one)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     options = {"xla_backend_optimization_level": 0}
-    for module in (devices_lib, compiled_step):
+    for module in (devices_lib, state_layout):
         monkeypatch.setattr(module, "compiler_options", lambda devices: options)
     # No other test has this decay: their programs would be taken.
     assert trainer.train(tiny(ema_decay=0.91, num_steps=2), tmp_path).step == 2
@@ -533,8 +534,12 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "build_optimizer", spoiled)
     # Steps are shared between runs of one config: neither an earlier one here, nor this one there.
-    for name in ("_training_step", "_first_state", "_layout"):
-        monkeypatch.setattr(compiled_step, name, getattr(compiled_step, name).__wrapped__)
+    for module, name in (
+        (compiled_step, "_training_step"),
+        (state_layout, "_first_state"),
+        (state_layout, "_layout"),
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name).__wrapped__)
     with pytest.raises(FloatingPointError, match="last good checkpoint: step 2 "):
         trainer.train(tiny(), tmp_path)
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [2]
@@ -964,7 +969,7 @@ def test_a_start_that_is_refused_changes_nothing(message, copied, tmp_path, monk
 
 
 def test_a_start_that_is_refused_at_the_end_makes_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled_step, "new_state", refused)
+    monkeypatch.setattr(state_layout, "new_state", refused)
     (tmp_path / "there").mkdir()
     for workdir in (tmp_path / "runs" / "a", tmp_path / "there"):
         with pytest.raises(ConfigError, match="refused"):

@@ -12,12 +12,12 @@ from ml_collections import ConfigDict
 
 from ant_jax import config as config_lib
 from ant_jax import data
-from ant_jax.compiled_step import abstract_state, place_params
 from ant_jax.config import ConfigError
 from ant_jax.experiment import Setup, abstract_params
 from ant_jax.runtime import checkpoint, processes
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
+from ant_jax.state_layout import abstract_state, place_params
 from ant_jax.train_step import TrainState
 from ant_jax.workdir import older_checkpoints
 
