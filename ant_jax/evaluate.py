@@ -91,6 +91,28 @@ def evaluate(
     return figures
 
 
+def measured(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any] | None:
+    """The figures that `evaluate` would measure, if an evaluation during training has written them.
+
+    Args:
+      config: of the run.
+      workdir: of the run.
+      step: of the checkpoint.
+
+    Returns:
+      The figures; None unless they are of these parameters, and all settings of the samples and of
+      the measurement are the same.
+
+    Raises:
+      As `evaluate` does.
+    """
+    _, _, params = results.restore_run(config, workdir, step)
+    origin = results.run_origin(config, workdir, step, params)
+    return results.read(
+        path_of(workdir, step), made_from(config, origin, lambda: measuring.build(config))
+    )
+
+
 def measure_step(
     config: ConfigDict,
     workdir: Path,

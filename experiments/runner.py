@@ -501,7 +501,7 @@ def _run(run, out):
         if int(state.step) < run.config.num_steps:
             raise Stopped(f"{run.name} stopped at step {int(state.step)}: start again to resume")
         if _is_measured(run.config):
-            rows = [evaluate.evaluate(run.config, workdir, step) for step in run.steps]
+            rows = [_figures(run.config, workdir, step) for step in run.steps]
         else:
             rows = [{"step": step} for step in run.steps]
     except FloatingPointError as error:
@@ -516,6 +516,11 @@ def _run(run, out):
         "rows": rows,
     }
     write_bytes(workdir / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def _figures(config, workdir, step):
+    found = evaluate.measured(config, workdir, step) if config.evaluation.every else None
+    return found or evaluate.evaluate(config, workdir, step)
 
 
 def _pace(out):

@@ -18,6 +18,7 @@ from ant_jax.report import runs
 from ant_jax.runtime import checkpoint
 from ant_jax.runtime.lock import InUseError
 from ant_jax.sampling import cache
+from experiments import runner
 
 # What `scripted` measures, in turn.
 SCRIPT = []
@@ -95,6 +96,16 @@ def test_the_figures_are_those_of_the_mode(whole):
     SCRIPT[:] = VALUES[-1:]
     evaluate.evaluate(evaluated(), workdir)
     assert path.read_text() == before and len(list(path.parent.glob("*.json"))) == len(AT)
+
+
+def test_experiments_measure_nothing_twice(whole, monkeypatch):
+    workdir, _ = whole
+    drawn = lambda config, *_: config.sample.seed
+    monkeypatch.setattr(evaluate, "evaluate", drawn)
+    kept = runner._figures(evaluated(), workdir, STEPS)
+    assert kept["step"] == STEPS and kept["scripted"] == VALUES[-1]
+    assert runner._figures(evaluated(sample__seed=7), workdir, STEPS) == 7
+    assert runner._figures(evaluated(evaluation__split=""), workdir, STEPS) == 0
 
 
 def test_the_best_is_kept_where_its_checkpoint_is_not(whole, tmp_path):
