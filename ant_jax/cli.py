@@ -1,6 +1,7 @@
 """The command line: the config, the workdir, and errors of one line."""
 
 import contextlib
+import difflib
 import hashlib
 import os
 import re
@@ -9,13 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.config import file as config_file
-from ant_jax.runtime.files import user_path
+from ant_jax.runtime.files import user_path, words_of
 
 # What ml_collections raises where an override fits no setting.
 _BAD_OVERRIDE = (AttributeError, KeyError, TypeError, ValueError)
@@ -94,7 +95,7 @@ def define_config() -> flags.FlagHolder:
         # Without --config, this reads the default file and applies the overrides.
         flags.set_default(holder, config_file.DEFAULT)
     except (flags.Error, *_BAD_OVERRIDE) as error:
-        _refuse(error)
+        _refuse_flags(error)
     return holder
 
 
@@ -126,7 +127,7 @@ def processes() -> Iterator[None]:
         try:
             connection.initialize(*by_hand)
         except ValueError as error:
-            sys.exit(str(error))
+            refuse(error)
     with exit_all_on_error():
         yield
 
@@ -136,23 +137,46 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(arguments)
     except (flags.Error, *_BAD_OVERRIDE) as error:
-        _refuse(error)
+        _refuse_flags(error)
 
 
-def _refuse(error) -> NoReturn:
-    """Exits with a line about the wrong setting, or else with the words of the error."""
+def refuse(problem: object) -> NoReturn:
+    """Ends the program with one line about a mistake of its user."""
+    sys.exit(f"error: {problem}")
+
+
+def _refuse_flags(error) -> NoReturn:
+    """Refuses a wrong setting, or else says what is wrong in the words of the error."""
     config = _parser.config
     if problem := config and _problem(_settings_in(sys.argv), config, error):
-        sys.exit(f"{problem} (docs/settings.md has every setting)")
+        refuse(f"{problem} (docs/settings.md has every setting)")
+    if isinstance(error, flags.UnrecognizedFlagError):
+        refuse(f"unknown flag --{error.flagname}{_hint(error.flagname, config)}")
+    message = " ".join(str(error).split())
     if isinstance(error, flags.Error):
-        default = f"flag --config={config_file.DEFAULT}: "
-        message = str(error).replace("\n", " ")
-        sys.exit(message if _has_config(sys.argv) else message.removeprefix(default))
-    # An AttributeError of ml_collections contains a KeyError, which prints its message in quotes.
-    cause = error.args[0] if error.args and isinstance(error.args[0], KeyError) else error
-    kind = "no such setting: " if isinstance(cause, KeyError) else ""
-    message = " ".join(" ".join(map(str, cause.args)).split()).partition(" Other fields")[0]
-    sys.exit(f"--config: {kind}{message} (docs/settings.md has every setting)")
+        message = message.removeprefix("flag ")
+        default = f"--config={config_file.DEFAULT}: "
+        refuse(message if _has_config(sys.argv) else message.removeprefix(default))
+    refuse(f"--config: {message} (docs/settings.md has every setting)")
+
+
+def _hint(flag, config):
+    """Which flag may have been meant by an unknown one."""
+    known = {} if config is None else config_lib.settings_of_config(config)
+    keys = {} if config is None else config_lib.component_names()
+    leaf = lambda name: name.rpartition(".")[2]
+    found = [flag] if flag in known else [key for key, group in keys.items() if group == flag]
+    if found := found or [name for name in known if leaf(name) == flag]:
+        given = re.search(rf" --?{re.escape(flag)}[= ](?!-)(\S*)", " ".join(sys.argv))
+        value = given[1] if given else "VALUE"
+        return f"; write {' or '.join(f'--config.{name}={value}' for name in found)}"
+    names = {each.name: each.name for each in flags.FLAGS.get_key_flags_for_module(sys.argv[0])}
+    for name in known:
+        names[f"config.{name}"] = f"config.{name}"
+        # Of equal names, that of the group that comes first.
+        names.setdefault(leaf(name), f"config.{name}")
+    near = difflib.get_close_matches(flag, names, 1)
+    return f"; did you mean --{names[near[0]]}?" if near else "; --help lists the flags"
 
 
 def _problem(given, config, error):
@@ -172,28 +196,29 @@ def _problem(given, config, error):
     return None
 
 
-def config_of(workdir: Path | None) -> ConfigDict:
-    """The config of the command line; without ``--config``, that of the run in the workdir."""
+def config_of(workdir: Path | None) -> tuple[ConfigDict, Path | None]:
+    """The config of the command line; without ``--config``, that of the run in the workdir.
+
+    Returns:
+      The config, and the file that it comes from if that is not of ``--config``.
+    """
     from ant_jax import workdir as workdir_lib
 
     flag = flags.FLAGS["config"]
-    if workdir is None or not flag.using_default_value:
-        return flags.FLAGS.config
-    saved = workdir_lib.load_config(workdir)
-    if saved is None:
-        file = config_flags.get_config_filename(flag)
-        logging.info("settings: %s, because there is no --config, and the command line", file)
-        return flags.FLAGS.config
+    if not flag.using_default_value:
+        return flags.FLAGS.config, None
+    saved = None if workdir is None else workdir_lib.load_config(workdir)
+    if workdir is None or saved is None:
+        return flags.FLAGS.config, Path(config_flags.get_config_filename(flag))
     config_lib.validate(saved)
+    file = workdir / "config.json"
     try:
         with saved.ignore_type():
             # A whole number in the file may be a fraction now.
             config_lib.update(saved, config_flags.get_override_values(flag))
     except _BAD_OVERRIDE as error:
-        words = " ".join(str(error).split()).partition(" Other fields")[0]
-        sys.exit(f"{workdir / 'config.json'} does not have what is set by hand: {words}")
-    logging.info("settings: %s, and the command line", workdir / "config.json")
-    return saved
+        refuse(f"{file} does not have what is set by hand: {error}")
+    return saved, file
 
 
 def usable_workdir(name: str | None) -> Path:
@@ -282,4 +307,4 @@ def errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except expected_errors() as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+        refuse(words_of(error))

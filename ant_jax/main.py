@@ -16,7 +16,11 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 from ant_jax.runtime import extras
 
 if _error := extras.missing("training"):
-    sys.exit(str(_error))
+    if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv):
+        print(f"{__doc__}\nIt needs more packages: {_error}. Then --help lists the flags.")
+        print("Without them you have the methods for your own loop: python -m pydoc ant_jax.mtl")
+        sys.exit()
+    sys.exit(f"error: {_error}")
 
 from absl import app, flags, logging
 
@@ -79,7 +83,7 @@ def main(argv: list[str]) -> None:
         ways = [f"--config={argv[1]}"] * argv[1].partition(":")[0].endswith(".py")
         ways += [f"--mode={argv[1]}"] * (argv[1] in _MODES)
         way = ways[0] if ways else "settings as --config.NAME=VALUE; --help lists the flags"
-        sys.exit(f"unknown argument {argv[1]!r}: write {way}")
+        cli.refuse(f"unknown argument {argv[1]!r}: write {way}")
     with signals.ending_the_program(_MODES[_MODE.value]), cli.processes(), cli.errors_in_one_line():
         _run(_MODE.value)
 
@@ -96,7 +100,7 @@ def _run(name):
         # It shows the config that the workdir records.
         mode(workdir)
         return
-    config = cli.config_of(workdir)
+    config, file = cli.config_of(workdir)
     step = _STEP.value if _STEP.value in (None, "best") else int(_STEP.value)
     processes.assert_equal(
         lambda: cli.settings_to_compare(config, workdir, mode=name, step=step, layout=_LAYOUT.value)
@@ -106,7 +110,10 @@ def _run(name):
         compilation_cache.enable()
         mode(config)
         return
-    logging.info("%s in %s", name, workdir)
+    if name == "train" or (workdir / "config.json").exists():
+        # Otherwise the error that there is no run is all that there is to say.
+        origin = f", settings of {file}, because there is no --config" if file else ""
+        logging.info("%s in %s%s", name, workdir, origin)
     if processes.is_first() and name != "export":
         for line in config_lib.warnings_of(config, training=name == "train"):
             logging.warning("%s", line)

@@ -99,7 +99,9 @@ class PerProcess:
     """Marks a setting that may differ between the processes of a run, such as a path."""
 
 
-Path = Annotated[str, Check(_is_path, "a path; a home folder ~ must exist"), PerProcess()]
+Path = Annotated[
+    str, Check(_is_path, "a path; ~ is your home folder, ~NAME that of user NAME"), PerProcess()
+]
 
 
 def _is_pattern(text):

@@ -12,4 +12,4 @@ from ant_jax.runtime import extras
 
 for _extra in ("training", "experiments"):
     if _error := extras.missing(_extra):
-        sys.exit(str(_error))
+        sys.exit(f"error: {_error}")

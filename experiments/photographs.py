@@ -18,7 +18,7 @@ import optax
 from absl import app, flags, logging
 from PIL import Image
 
-from ant_jax import data, interop, pixels
+from ant_jax import cli, data, interop, pixels
 from ant_jax.evaluation.features.inception_network import INCEPTION, InceptionV3
 from ant_jax.latents.autoencoder import autoencoder
 from ant_jax.latents.autoencoder_weights import AUTOENCODER
@@ -142,4 +142,4 @@ def _step(params, state, images, step, model, update):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse_flags)

@@ -92,13 +92,13 @@ def start(main: Callable[[list[str]], None], presets: Collection[str] = tuple(PR
                     main(argv)
             except (Diverged, app.UsageError) as error:
                 # Without all flags, which --help lists.
-                sys.exit(str(error))
+                cli.refuse(error)
             except Stopped as error:
                 print(error, file=sys.stderr)
                 assert stop.signum is not None  # a signal asked
                 sys.exit(signals.status(stop.signum))
 
-    app.run(run)
+    app.run(run, flags_parser=cli.parse_flags)
 
 
 def choose(argv: Sequence[str], presets: dict[str, Preset]) -> tuple[Preset, Path]:

@@ -1,7 +1,9 @@
 import contextlib
+import copy
 import importlib
 import importlib.util
 import json
+import pickle
 import re
 import sys
 from pathlib import Path
@@ -721,9 +723,50 @@ def test_a_setting_of_the_same_name_is_not_carried_over_where_it_means_something
     assert config.model.width == 32 and "depth" not in config.model
 
 
-def test_a_name_that_is_assigned_alone_is_told_how_to_change_a_component():
-    config = digits.get_config()
+COPIES = {
+    "itself": lambda config: config,
+    "a copy": copy.deepcopy,
+    "a resolved copy": lambda config: config.copy_and_resolve_references(),
+    "pickled": lambda config: pickle.loads(pickle.dumps(config)),
+    "of JSON": lambda config: config_lib.from_json(json.loads(json.dumps(config.to_dict()))),
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_group_gets_the_settings_of_a_component_that_is_assigned(copied):
+    config = copied(digits.get_config("vanilla"))
+    assert config == digits.get_config("vanilla")
+    config.method.name = "nash"
     config.model.name = "unet"
-    words = "config.model.depth; it belongs to config.model.name = 'dit': .* ant_jax.config.update"
-    with pytest.raises(config_lib.ConfigError, match=words):
-        config_lib.validate(config)
+    assert "max_norm" in config.method and "depth" not in config.model
+    config_lib.validate(config)
+    assert config != digits.get_config("vanilla")
+    assert config.is_locked and config.model.is_locked
+    with pytest.raises(config_lib.ConfigError, match="got 'nahs'; did you mean 'nash'"):
+        config.method.name = "nahs"
+    assert config.method.name == "nash"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("num_stepz", 3, "unknown setting config.num_stepz; did you mean config.num_steps?"),
+        ("model.widht", 3, "unknown setting config.model.widht; did you mean config.model.width?"),
+        ("modle.width", 3, "unknown setting config.modle.width; did you mean config.model.width?"),
+        ("num_steps.x", 3, "unknown setting config.num_steps.x; did you mean config.num_steps?"),
+        ("num_steps", "many", "config.num_steps must be of type int, got 'many'"),
+        ("model", "unet", "config.model is a group of settings: set config.model.name"),
+        ("sample", 3, "config.sample is a group of settings: set config.sample.SETTING"),
+    ],
+)
+def test_a_wrong_change_is_one_line(setting, value, words):
+    config = digits.get_config()
+    with pytest.raises(config_lib.ConfigError) as error:
+        config_lib.update(config, {setting: value})
+    assert str(error.value) == words
+    group, _, leaf = setting.rpartition(".")
+    if group in ("", "model"):
+        with pytest.raises(config_lib.ConfigError) as error:
+            setattr(config[group] if group else config, leaf, value)
+        assert str(error.value) == words
+    assert config == digits.get_config()

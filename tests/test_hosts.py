@@ -197,9 +197,9 @@ def test_one_that_fails_ends_the_other_with_its_reason(tmp_path):
     run = ["-m", "ant_jax.main", f"--workdir={tmp_path}"]
     (first, told), (second, reason) = two(run, [*run, "--config.data.num_workers=-1"])
     assert first == second == 1
-    message = "ConfigError: config.data.num_workers must be an integer >= 0 and <= 1024, got -1"
-    assert message in reason
-    assert re.search(f"process 1 on .* failed: {message}", told)
+    message = "config.data.num_workers must be an integer >= 0 and <= 1024, got -1"
+    assert f"\nerror: {message}" in f"\n{reason}"
+    assert re.search(f"^error: process 1 on .* failed: {message}", told, re.M)
     assert "Traceback" not in told + reason
 
 
@@ -209,11 +209,12 @@ def test_processes_with_other_settings_name_them_and_write_nothing(tmp_path):
     (first, told), (second, reason) = two(run, [*run, *changes])
     assert first == second == 1
     message = (
-        "DisagreementError: the processes of a run must have the same: "
+        "the processes of a run must have the same: "
         "config.checkpoint.every: 500 in process 0, 7 in process 1; "
         "config.seed: 0 in process 0, 1 in process 1\n"
     )
-    assert message in told and message in reason
+    assert f"error: {message}" in told
+    assert re.search(f"^error: process 0 on .* failed: {message}", reason, re.M)
     assert "Traceback" not in told + reason
     assert not (tmp_path / "run").exists()
 

@@ -131,7 +131,7 @@ def test_a_workdir_is_reported_where_plotly_is_installed(modes):
     workdir, ended = modes
     status, said = ended["report"]
     if importlib.util.find_spec("plotly") is None:
-        wrong = "MissingExtraError: plotly is not installed: pip install 'ant-jax[report]'"
+        wrong = "error: plotly is not installed: pip install 'ant-jax[report]'"
         assert status == 1 and said.splitlines()[-1] == wrong
         return
     assert status == 0, said
@@ -198,9 +198,20 @@ MISTAKES = {
     "config.num_steps must be an integer >= 1, got '1.5'": ["--config.num_steps=1.5"],
     "config.num_steps must be an integer >= 1, got 'ten'": ["--config.num_steps", "ten"],
     "config.data.flip must be True or False, got 'maybe'": ["--config.data.flip=maybe"],
-    "Unknown command line flag 'nonsense'": ["--nonsense=3"],
+    "unknown flag --nonsense; --help lists the flags": ["--nonsense=3"],
+    "unknown flag --workdr; did you mean --workdir?": ["--workdr=x"],
+    "unknown flag --num_steps; write --config.num_steps=300": ["--num_steps", "300"],
+    "unknown flag --width; write --config.model.width=8": ["--width=8"],
+    "unknown flag --method; write --config.method.name=vanilla": ["--method=vanilla"],
+    "unknown flag --ema_decays; did you mean --config.ema_decay?": ["--ema_decays=0"],
+    "got 'ddpm'; its name here is 'gaussian'": ["--config.process.name=ddpm"],
+    "got 'heun'; 'heun' is a config.sampler.name": ["--config.process.name=heun"],
+    "a config cannot name ant_jax.mtl.graddrop: it is an aggregator for your own training loop, "
+    "see docs/methods.md": ["--config.method.name=graddrop"],
+    "--distributed finds no other processes, because this is neither a Cloud TPU slice nor a SLURM "
+    "job: give --coordinator, --num_processes and --process_id instead": ["--distributed"],
     "config.num_steps must be an integer >= 1, got 0": ["--config.num_steps=0"],
-    "ConfigError: --mode encode needs config.autoencoder.name": ["--mode=encode"],
+    "error: --mode encode needs config.autoencoder.name": ["--mode=encode"],
     "--config=configs/digit.py: there is no such file; did you mean configs/digits.py?": [
         "--config=configs/digit.py"
     ],
@@ -222,8 +233,9 @@ MISTAKES = {
     "~nobody-of-that-name/x: Could not determine home": ["--workdir=~nobody-of-that-name/x"],
     "--num_processes=0: 0 is not a positive integer": ["--num_processes=0"],
     "--process_id=-1: -1 is not a non-negative integer": ["--process_id=-1"],
-    'line 3: AttributeError: Key "widht" does not exist and cannot be added since the config is '
-    'locked. Did you mean "width" instead of "widht"?': ["--config=FOLDER/misspelt.py"],
+    "misspelt.py: line 3: unknown setting config.model.widht; did you mean config.model.width?": [
+        "--config=FOLDER/misspelt.py"
+    ],
     "--config=FOLDER/misspelt.py:nash: its get_config takes no argument: write --config=FOLDER": [
         "--config=FOLDER/misspelt.py:nash"
     ],
@@ -287,6 +299,8 @@ def test_a_mistake_is_one_clear_line(message, refusals):
     assert "Traceback" not in said
     (line,) = [line for line in said.splitlines() if message.lower() in line.lower()]
     assert len(line) < 300
+    before, error, _ = said.rpartition("error: ")
+    assert error and message.lower() in said[len(before) :].lower()
     assert len(said.splitlines()) <= 5
 
 

@@ -97,6 +97,8 @@ for name in "ant_jax.main", "experiments.demo":
         runpy.run_module(name, run_name="__main__")
     except SystemExit as error:
         print(error)
+sys.argv = ["ant-jax", "--help"]
+runpy.run_module("ant_jax.main", run_name="__main__")
 """
 
 
@@ -109,7 +111,10 @@ def test_without_the_packages_of_an_extra_one_line_names_it():
         timeout=100,
     )
     line = "clu is not installed: pip install 'ant-jax[training]'"
-    assert result.stdout.splitlines() == [line] * 7, result.stderr
+    *lines, helped = result.stdout.split("\n", 7)
+    assert lines == [line] * 5 + [f"error: {line}"] * 2, result.stderr
+    assert helped.startswith("Trains, samples, evaluates,") and line in helped
+    assert "ant_jax.mtl" in helped
     assert not result.stderr
 
 

@@ -278,7 +278,7 @@ def test_a_disk_that_is_full_while_saving_leaves_the_older_checkpoint(reference,
     text = log.read_text()
     assert code == 1
     line = text.splitlines()[-1]
-    assert line.startswith(f"CheckpointError: saving a checkpoint in {workdir}/checkpoints failed:")
+    assert line.startswith(f"error: saving a checkpoint in {workdir}/checkpoints failed:")
     assert line.endswith(f"newest complete checkpoint: step {last}") and "Traceback" not in text
     assert checkpoint_steps(workdir / "checkpoints") == [EVERY, last]
     assert finish(workdir, SOME, log)[0] == 0
@@ -318,7 +318,7 @@ def test_a_workdir_has_one_trainer_even_if_another_is_started(reference, tmp_pat
     code, text = finish(workdir, case, tmp_path / "other")
     process.send_signal(signal.SIGCONT)
     assert code == 1 and "Traceback" not in text
-    assert f"InUseError: process {process.pid} on " in text and f"in {workdir}:" in text
+    assert f"error: process {process.pid} on " in text and f"in {workdir}:" in text
     assert process.wait(timeout=200) == 0
     assert_same_run(workdir, expected, case)
 
@@ -371,7 +371,7 @@ def test_a_data_worker_that_dies_is_reported(instant, tmp_path):
     text = log.read_text()
     print(f"reported in {seconds:.1f} s")
     assert seconds < 30 and "Traceback" not in text
-    assert re.search("^ExampleError: a process that prepares batches has failed.* -9", text, re.M)
+    assert re.search("^error: a process that prepares batches has failed.* -9", text, re.M)
     assert_gone(workers, 20)
     assert instant == "starting" or checkpoint_steps(workdir / "checkpoints")
 
@@ -465,7 +465,7 @@ def test_drawings_at_once_never_mix_and_one_that_is_killed_goes_on(reference, tm
         second = start_mode(mode, workdir, tmp_path / "second", **settings)
         assert second.wait(timeout=100) == 1
         text = (tmp_path / "second").read_text()
-        told = f"InUseError: process {first.pid} on .* is drawing the same samples, of step 60 in "
+        told = f"error: process {first.pid} on .* is drawing the same samples, of step 60 in "
         assert re.search(f"^{told}", text, re.M) and "Traceback" not in text
     assert other.wait(timeout=200) == 0, (tmp_path / "other").read_text()
     first.send_signal(signal.SIGCONT)

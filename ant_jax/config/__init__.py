@@ -21,6 +21,7 @@ from ant_jax.config.components import (
     takes,
 )
 from ant_jax.config.editing import (
+    UnknownSettingError,
     affecting,
     default_config,
     from_json,
@@ -36,6 +37,7 @@ from ant_jax.config.validation import check_same, may_change, unknown_setting, v
 __all__ = [
     "GROUPS",
     "ConfigError",
+    "UnknownSettingError",
     "affecting",
     "arguments",
     "build",

@@ -54,7 +54,32 @@ def component(group: str, name: str) -> Callable:
             raise ValueError(f"must be a string, got {name!r}")
         return settings.resolve(folder, name, made_type(described))
     except ValueError as error:
-        raise ConfigError(f"config.{group}.{described.key} {error}") from error
+        elsewhere = _elsewhere(group, name)
+        raise ConfigError(f"config.{group}.{described.key} {error}{elsewhere}") from error
+
+
+# What others call our noise processes.
+_PROCESSES = {
+    "gaussian": ("ddpm", "iddpm", "diffusion", "vp"),
+    "flow": ("flow_matching", "rectified_flow", "sit"),
+}
+
+
+def _elsewhere(group, name):
+    """Where else a name that is no component of a group may belong."""
+    if group == "method" and name in importlib.import_module("ant_jax.mtl").__all__:
+        aggregators = importlib.import_module("ant_jax.mtl.aggregators").__all__
+        kind = "an aggregator " if name in aggregators else ""
+        return f": it is {kind}for your own training loop, see docs/methods.md"
+    if group == "process":
+        for ours, theirs in _PROCESSES.items():
+            if name in theirs:
+                return f"; its name here is {ours!r}"
+    for other, described in NAMED_GROUPS.items():
+        folder = importlib.import_module(described.folder)
+        if other != group and name in settings.names_in(folder, made_type(described)):
+            return f"; {name!r} is a config.{other}.{described.key}"
+    return ""
 
 
 @functools.lru_cache(maxsize=256)

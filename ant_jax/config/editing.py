@@ -21,7 +21,63 @@ from ant_jax.config.components import (
     settings_of_config,
 )
 from ant_jax.config.groups import GROUPS
+from ant_jax.config.validation import group_not_setting, unknown_setting
 from ant_jax.settings import Affects
+
+
+class UnknownSettingError(ConfigError, AttributeError):
+    """There is no such setting."""
+
+
+class Config(ConfigDict):
+    """A config, or a group of it.
+
+    If the component of a group changes, the group gets the settings of the new component. It keeps
+    the value of a setting that both components have with the same range and default. An unknown
+    setting, or a value of another type, is a ConfigError.
+    """
+
+    _group = ""
+
+    def __init__(self, *values: Any, group: str = "", **options: Any):
+        """Makes a config from values by name; the group ``group`` of a config if that is not ""."""
+        super().__init__(*values, **options)
+        object.__setattr__(self, "_group", group)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Changes a setting."""
+        dot = f"{self._group}." if self._group else ""
+        if key not in self:
+            if self.is_locked:
+                known = {dot + name for name in self}
+                raise UnknownSettingError(unknown_setting(dot + key, known))
+            return super().__setitem__(key, value)
+        before = self[key]
+        if isinstance(before, ConfigDict) and not isinstance(value, Mapping | ConfigDict):
+            raise ConfigError(group_not_setting(key))
+        names_component = self._group in NAMED_GROUPS and key == key_of(self._group)
+        if names_component and isinstance(value, str) and value != before:
+            # An error, if there is no such component, before anything has changed.
+            settings_of_component(self._group, value)
+            super().__setitem__(key, value)
+            with self.unlocked():
+                _fill(self, self._group, before)
+            return None
+        try:
+            return super().__setitem__(key, value)
+        except TypeError:
+            kind = type(before).__name__
+            raise ConfigError(f"config.{dot}{key} must be of type {kind}, got {value!r}") from None
+
+    def copy_and_resolve_references(self, visit_map: Mapping[int, Any] | None = None) -> "Config":
+        """See `ConfigDict`."""
+        copy = super().copy_and_resolve_references(visit_map)
+        object.__setattr__(copy, "_group", self._group)
+        return copy
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        object.__setattr__(self, "_group", state.get("_group", ""))
 
 
 def default_config(**names: str) -> ConfigDict:
@@ -31,17 +87,17 @@ def default_config(**names: str) -> ConfigDict:
       **names: components by group, as in ``default_config(method="pcgrad", model="unet")``. The
         other groups have their default component.
     """
-    config = ConfigDict()
+    config = Config()
     for group in GROUPS:
         if group.name and group.name not in config:
-            config[group.name] = ConfigDict()
+            config[group.name] = Config(group=group.name)
         place = config[group.name] if group.name else config
         if group.folder:
             place[group.key] = names.get(group.name, group.default)
         for name, setting in common_settings(group).items():
             place[name] = setting.default
         if group.folder:
-            _fill(config, group.name)
+            _fill(place, group.name)
     unknown = names.keys() - NAMED_GROUPS.keys()
     if unknown:
         raise ConfigError(f"no group of components: {', '.join(sorted(unknown))}")
@@ -51,28 +107,25 @@ def default_config(**names: str) -> ConfigDict:
 def update(config: ConfigDict, changes: Mapping[str, Any]) -> None:
     """Changes settings by ``"group.name"``, in place.
 
-    If the component of a group changes, the group gets the settings of the new component. It keeps
-    the value of a setting that both components have with the same range and default.
+    Components change first, whatever the order of the changes; see `Config`.
 
     Raises:
-      ConfigError: if there is no such component.
-      KeyError: if there is no such setting.
-      TypeError: if a value is of another type.
+      ConfigError: if there is no such setting or component, or a value is of another type.
     """
+    known = flatten(config)
     keys = component_names()
-    for name, group in keys.items():
-        if name in changes and changes[name] != config[group][key_of(group)]:
-            former = config[group][key_of(group)]
-            with config.unlocked():
-                config[group][key_of(group)] = changes[name]
-                _fill(config, group, former)
-    rest = {name: value for name, value in changes.items() if name not in keys}
-    config.update_from_flattened_dict(rest)
+    for name in sorted(changes, key=lambda name: name not in keys):
+        *groups, leaf = name.split(".")
+        place = config
+        for group in groups:
+            place = place.get(group)
+            if not isinstance(place, ConfigDict):
+                raise UnknownSettingError(unknown_setting(name, known))
+        place[leaf] = changes[name]
 
 
-def _fill(config, group, former=None):
+def _fill(place, group, former=None):
     """Gives a group the settings of its component, and removes those of the former one."""
-    place = config[group]
     own = settings_of_component(group, place[key_of(group)])
     before = {} if former is None else settings_of_component(group, former)
     common = common_settings(NAMED_GROUPS[group])
@@ -158,7 +211,12 @@ def from_json(values: Mapping[str, Any]) -> ConfigDict:
     """
     if not isinstance(values, Mapping):
         raise TypeError(f"{type(values).__name__} instead of settings by name")
-    return ConfigDict(migration.migrated(_with_tuples(values))).lock()
+    content = migration.migrated(_with_tuples(values))
+    groups = {
+        name: Config(value, group=name) if isinstance(value, Mapping) else value
+        for name, value in content.items()
+    }
+    return Config(groups).lock()
 
 
 def _with_tuples(value):

@@ -4,7 +4,6 @@ import difflib
 import importlib
 import inspect
 import os
-import re
 import sys
 import traceback
 from collections.abc import Mapping
@@ -65,22 +64,18 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
             raise ConfigError("it has no function get_config")
         _check_argument(module.get_config, file, argument)
         config = module.get_config(*argument)
-    except ConfigError:
-        raise
     except Exception as error:
+        if isinstance(error, ConfigError) and not isinstance(error, config_lib.UnknownSettingError):
+            raise
         # Any error here is a mistake in that file.
         lines = [
             f"line {frame.lineno}: "
             for frame in traceback.extract_tb(error.__traceback__)
             if frame.filename == str(path)
         ]
-        words = str(error)
-        if " Other fields present: " in words:
-            # ml_collections lists all settings, in quotes.
-            words, _, rest = words.strip("'").partition(" Other fields present: ")
-            words += " " + "".join(re.findall("Did you mean .*", rest))
-        words = " ".join(words.split())
-        raise ConfigError(f"{''.join(lines[-1:])}{type(error).__name__}: {words}") from error
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        words = " ".join(str(error).split())
+        raise ConfigError(f"{''.join(lines[-1:])}{kind}{words}") from error
     if not isinstance(config, ConfigDict):
         raise ConfigError(
             f"get_config must return an ml_collections.ConfigDict, not a {type(config).__name__}"

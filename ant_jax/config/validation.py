@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection
 
 from ml_collections import ConfigDict
 
@@ -23,7 +23,7 @@ from ant_jax.config.components import (
     settings_of_component,
     settings_of_config,
 )
-from ant_jax.settings import Affects, Setting
+from ant_jax.settings import Affects
 
 
 def validate(config: ConfigDict) -> None:
@@ -48,14 +48,20 @@ def validate(config: ConfigDict) -> None:
     _validate_sampler(config)
 
 
-def unknown_setting(name: str, known: Mapping[str, Setting]) -> str:
+def unknown_setting(name: str, known: Collection[str]) -> str:
     """Says that there is no such setting, and where it may be.
 
     Args:
       name: ``"group.name"``.
-      known: the settings of the config.
+      known: the settings of the config, or of the group.
     """
     return f"unknown setting config.{name}{_hint(name, known)}"
+
+
+def group_not_setting(name: str) -> str:
+    """Says that a name is that of a group, and which setting may have been meant."""
+    key = next((key for key, group in component_names().items() if group == name), None)
+    return f"config.{name} is a group of settings: set config.{key or f'{name}.SETTING'}"
 
 
 def _hint(name, known):
@@ -66,8 +72,8 @@ def _hint(name, known):
         key = f"{group}.{key_of(group)}"
         return (
             f"; it belongs to config.{key} = {' or '.join(map(repr, owners))}: "
-            f"--config.{key}=NAME, or ant_jax.config.update(config, {{'{key}': NAME}}), changes "
-            "the component with its settings"
+            f"--config.{key}=NAME, or config.{key} = NAME in Python, changes the component with "
+            "its settings"
         )
     near = difflib.get_close_matches(name, known, 1)
     if near:

@@ -5,7 +5,7 @@ import sys
 from ant_jax.runtime import extras
 
 if _error := extras.missing("report"):
-    sys.exit(str(_error))
+    sys.exit(f"error: {_error}")
 
 from absl import app, flags, logging
 
@@ -18,11 +18,11 @@ _OUT = flags.DEFINE_string("out", "report.html", "The HTML file.")
 def main(argv: list[str]) -> None:
     """Writes the report of the workdirs on the command line."""
     if len(argv) < 2:
-        raise app.UsageError("give the workdir of a run, or of several")
+        cli.refuse("give the workdir of a run, or of several")
     quiet_console()
     with cli.errors_in_one_line():
         logging.info("report: %s", report.write(argv[1:], _OUT.value))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=cli.parse_flags)

@@ -71,8 +71,12 @@ def initialize(
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
-        hint = "" if by_hand else " (neither a Cloud TPU slice nor SLURM? see --coordinator)"
-        raise ValueError(f"the processes can't connect: {error}{hint}") from error
+        if "coordinator_address" in str(error):
+            raise ValueError(
+                "--distributed finds no other processes, because this is neither a Cloud TPU slice "
+                "nor a SLURM job: give --coordinator, --num_processes and --process_id instead"
+            ) from error
+        raise ValueError(f"the processes can't connect: {error}") from error
     finally:
         late.cancel()
 

@@ -202,6 +202,13 @@ def user_path(path: str | os.PathLike) -> Path:
         raise FileNotFoundError(f"{os.fspath(path)}: {error}") from None
 
 
+def words_of(error: Exception) -> str:
+    """The message of an error; that of the system without its number, after the file's name."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+
+
 def user_cache() -> Path | None:
     """The user's cache folder: `$XDG_CACHE_HOME/ant_jax`, or `~/.cache/ant_jax`.
 

@@ -21,6 +21,7 @@ _WATCH_SECONDS = 1.0  # between two checks whether another process has failed
 _LEAVE_SECONDS = 10  # a failing process waits at most so long until all others know the reason
 
 _FAILED = "ant_jax/failed"
+_ERROR = "error: "  # as in `cli.refuse`
 
 
 @contextlib.contextmanager
@@ -76,7 +77,7 @@ def _fail(error):
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, jax.errors.JaxRuntimeError):
             reason += "; if a connection broke, another process has died"
-    if not _tell(f"failed: {reason}"):
+    if not _tell(f"failed: {reason.removeprefix(_ERROR)}", _ERROR):
         # Another process failed first and caused this error, or no other process is left.
         reason = _reason() or reason
     elif not isinstance(error, SystemExit):
@@ -85,10 +86,10 @@ def _fail(error):
     _leave()
 
 
-def _tell(what):
+def _tell(what, kind=""):
     """Tells the other processes what happened; False if another did so first, or none is left."""
     process = distributed.global_state.process_id
-    words = f"process {process} on {socket.gethostname()} {what}"
+    words = f"{kind}process {process} on {socket.gethostname()} {what}"
     try:
         client().key_value_set(_FAILED, words)
     except jax.errors.JaxRuntimeError:
