@@ -302,7 +302,9 @@ def check_dynamics(folder):
 
 def test_bad_arguments_fail_at_once(command, tmp_path):
     status, said = command("task_affinity", "--preset=digit")
-    assert status and "--preset=digit: must be one of smoke, digits, imagenet64" in said
+    assert status and "error: --preset=digit: must be one of smoke, digits, imagenet64" in said
+    status, said = command("task_affinity", "--dryrun")
+    assert status and said.endswith("error: unknown flag --dryrun; did you mean --dry_run?\n")
     assert not (tmp_path / "out").exists()
 
 
@@ -483,7 +485,7 @@ def test_runs_that_share_a_gpu_do_not_reserve_its_memory(workers, said, monkeypa
     # So that it is not set at the end either.
     monkeypatch.setenv(name, "")
     monkeypatch.delenv(name)
-    monkeypatch.setattr(runner.app, "run", lambda main: main([]))
+    monkeypatch.setattr(runner.app, "run", lambda main, flags_parser: main([]))
     found = []
     with flagsaver.as_parsed(**({"workers": workers} if workers else {"preset": "smoke"})):
         runner.start(lambda argv: found.append(os.environ.get(name)))
