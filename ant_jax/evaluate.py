@@ -41,11 +41,8 @@ def evaluate(
 
     If ``config.evaluation.features`` is set, this compares samples with the data, and writes a grid
     of the first samples beside the JSON file. If ``config.evaluation.split`` is set, this measures
-    ``validation_loss``: the mean loss on held-out images, without loss weights. It is always of the
-    same timesteps and noise, whatever the clusters. ``validation_cluster_losses`` are those of the
-    tasks, if tasks are intervals. ``nfe`` counts the calls of the network for a sample; with
-    guidance each has a doubled batch. Samples that an earlier call drew before it was killed are
-    not drawn again.
+    the loss on held-out images, always at the same noise levels and with the same noise, whatever
+    the clusters. Samples that an earlier call drew before it was killed are not drawn again.
 
     If ``config.evaluation.samples`` is set, this measures the samples of that file and nothing
     else. Then the workdir needs no run, and the result has no step.
@@ -63,6 +60,15 @@ def evaluate(
 
     Returns:
       The figures.
+
+    Figures:
+      step: the step of the checkpoint | steps | 1 and above | says nothing about the model
+      nfe: calls of the network for a sample; with guidance, each call has a doubled batch | number
+        | 1 and above | low: samples cost less
+      validation_loss: mean loss on held-out images, over all noise levels, without loss weights |
+        that of the loss | 0 and above | low; comparable if process and prediction are equal
+      validation_cluster_losses: the same for each task, if tasks are intervals | that of the loss |
+        0 and above | low
 
     Raises:
       FileNotFoundError: if the workdir has no such checkpoint.
@@ -94,6 +100,8 @@ def evaluate(
 def measured(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any] | None:
     """The figures that `evaluate` would measure, if an evaluation during training has written them.
 
+    Raises the errors of `evaluate`.
+
     Args:
       config: of the run.
       workdir: of the run.
@@ -102,9 +110,6 @@ def measured(config: ConfigDict, workdir: Path, step: int) -> dict[str, Any] | N
     Returns:
       The figures; None unless they are of these parameters, and all settings of the samples and of
       the measurement are the same.
-
-    Raises:
-      As `evaluate` does.
     """
     _, _, params = results.restore_run(config, workdir, step)
     origin = results.run_origin(config, workdir, step, params)

@@ -121,6 +121,13 @@ def markdown_of(docstring):
     r"""Formulas ``:math:`x``` become ``$x$``; what follows ``::`` becomes a block of code."""
     text = re.sub(r":math:`([^`]*)`", r"$\1$", docstring)
     text = re.sub(r"\.\. math::\s+(.+)", r"$$\1$$", text)
+    # A list of figures, each with its name.
+    text = re.sub(
+        r"(?<=^Figures:\n)(?:  .*\n?|\n)*",
+        lambda found: re.sub(r"(?m)^  (\w+): ", r"  - `\1`: ", found[0]),
+        text,
+        flags=re.MULTILINE,
+    )
 
     def block(found):
         return f":\n\n```python\n{textwrap.dedent(found[1]).strip()}\n```\n"

@@ -152,6 +152,8 @@ def test_a_workdir_s_weights_are_exported_with_their_figures(modes):
     stated = {each["type"]: each["value"] for each in entry["results"][0]["metrics"]}
     assert stated == {name: figures[name] for name in stated}
     assert {"frechet_distance", "validation_loss"} < stated.keys()
+    explained = Path("docs/metrics.md").read_text()
+    assert {name for name in figures if f"`{name}`" not in explained} == {"made_from"}
     assert f"| frechet_distance | {figures['frechet_distance']:.6g} |" in card
     assert f"| nfe | {figures['nfe']} |" in card
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])

@@ -86,6 +86,12 @@ def measure(batches: Iterable[Batch], evaluator: Evaluator, reference: Reference
       ``reference``, the name of the reference. If there are held-out images, ``real_NAME`` is the
       same figure of those images, and ``real_num_samples`` is their number.
 
+    Figures:
+      num_samples: the samples | number | 2 and above | equal, to compare runs
+      real_num_samples: the held-out images | number | 2 and above | equal, to compare runs
+      reference: the real images: the name and split of the data, or a file | none | a name | equal,
+        to compare runs
+
     Raises:
       ValueError: If there are fewer than two samples, or a metric can't measure them.
     """

@@ -16,6 +16,16 @@ _spec.loader.exec_module(_record)
 
 
 @pytest.fixture(scope="session")
+def metrics_page():
+    """The module that writes docs/metrics.md."""
+    path = Path(__file__).parents[2] / "docs" / "metrics.py"
+    spec = importlib.util.spec_from_file_location("metrics_page", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     """A cache that holds the trained classifier."""
     path = tmp_path_factory.mktemp("cache") / "ant_jax"

@@ -115,10 +115,26 @@ def test_equal_sets_have_the_best_figures(name, measured):
         assert {figure: other[figure] for figure in known} != pytest.approx(best, abs=0.01)
 
 
+def test_the_page_of_figures_is_that_of_the_docstrings(metrics_page):
+    assert metrics_page.PATH.read_text() == metrics_page.page()
+
+    def silent():
+        """Tells not enough.
+
+        Figures:
+          size: how large | pixels | 0 and above
+        """
+
+    with pytest.raises(ValueError, match=r"silent: size needs meaning \| unit \| range \| best"):
+        metrics_page.figures(silent)
+
+
 @pytest.mark.parametrize("name", METRICS)
-def test_figures_are_numbers_and_do_not_depend_on_the_order(name, measured):
+def test_figures_are_explained_numbers_and_do_not_depend_on_the_order(name, measured, metrics_page):
     samples, real, held_out = images(40, 1), images(60, 0), images(40, 2)
     figures = measured(name, samples, real, held_out)
+    component = settings.resolve(metrics, name, evaluation.Metric)
+    assert figures.keys() == metrics_page.figures(component).keys()
     assert all(type(value) is float for value in figures.values())
     mixed = np.random.default_rng(0).permutation(40)
     assert measured(name, samples[mixed], real, held_out) == pytest.approx(figures, rel=1e-9)

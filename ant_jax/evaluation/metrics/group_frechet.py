@@ -14,6 +14,11 @@ def group_frechet() -> Metric:
     out. The figure is the mean of the groups' Frechet distances to the real images. It is absent if
     there are fewer samples than held-out images, or if there are no more held-out images than
     features, which is too few for a covariance.
+
+    Figures:
+      group_frechet_distance: the Frechet distance of as many samples as there are held-out images,
+        the mean over groups of samples | squared units of the features | 0 and above | low, near
+        `real_frechet_distance`
     """
 
     def measure(samples, reference):

@@ -10,6 +10,11 @@ def label_accuracy() -> Metric:
 
     The first is the share of labelled samples whose label the extractor predicts. It is absent if
     no sample has a label. The second is the same share of the held-out real images.
+
+    Figures:
+      label_accuracy: labelled samples whose label a classifier predicts | share | 0 to 1 | high
+      classifier_test_accuracy: held-out images whose label the same classifier predicts | share | 0
+        to 1 | says nothing about the model
     """
 
     def measure(samples, reference):

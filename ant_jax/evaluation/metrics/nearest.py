@@ -20,6 +20,14 @@ def nearest() -> Metric:
     The second is the share of samples that are at least as near to a real image as the nearest 1 %
     of the held-out images. It is about 0.01 for a perfect generator. It is absent if there are no
     held-out images.
+
+    Figures:
+      nearest_train_distance: mean Euclidean distance from a sample to the nearest real image, of at
+        most 10 000 | pixel values of 0 to 1 | 0 to the root of the number of values of an image |
+        near `real_nearest_train_distance`; below it, samples repeat training images or are too
+        smooth
+      copies: samples that are as near to a real image as the nearest 1 % of the held-out images |
+        share | 0 to 1 | about 0.01; above it, samples repeat training images or are too smooth
     """
 
     def measure(samples, reference):

@@ -10,6 +10,10 @@ def sfid() -> Metric:
     Nash et al., *Generating Images with Sparse Representations*, 2021. The features are the first 7
     channels at the 17 x 17 positions of Inception's layer `mixed_6/conv`, so they depend on where
     things are in the image.
+
+    Figures:
+      sfid: the Frechet distance of spatial features | squared units of the features | 0
+        and above | low
     """
 
     def measure(samples, reference):
