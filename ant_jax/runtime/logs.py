@@ -259,6 +259,7 @@ def quiet_console() -> None:
 
     handler.addFilter(worth_reading)
     # The arrays that orbax has not written yet would report the same failure.
+    hook = sys.unraisablehook
     sys.unraisablehook = lambda failure: (
-        str(failure.exc_value) == "Event loop is closed" or sys.__unraisablehook__(failure)
+        str(failure.exc_value) == "Event loop is closed" or hook(failure)
     )

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from absl import logging
@@ -54,18 +54,24 @@ def is_due(step: int, every: int, num_steps: int) -> bool:
     return bool(every) and (step % every == 0 or step == num_steps)
 
 
-def with_time_left(batches: Iterable[Batch], total: int, what: str) -> Iterator[Batch]:
+def with_time_left(
+    batches: Iterable[Batch],
+    total: int,
+    what: str,
+    count: Callable[[Batch], int] = lambda batch: len(batch[0]),
+) -> Iterator[Batch]:
     """Passes batches on, and logs the progress and the time left every 10 s.
 
     Args:
       batches: tuples of arrays whose first axis is that of the examples.
-      total: number of examples of all batches.
+      total: the count of all batches.
       what: the unit of the count in the log, such as "samples drawn".
+      count: counts a batch; by default its examples.
     """
     done = first = 0
     begin, mark = None, 0.0
     for batch in batches:
-        done += len(batch[0])
+        done += count(batch)
         now = time.perf_counter()
         if begin is None:
             # The clock starts after the first batch, which includes the compilation.

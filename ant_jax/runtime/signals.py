@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _ONCE_SECONDS = 1.0  # terminals and wrappers may deliver one Ctrl-C twice within this time
+_RAISE_SECONDS = 0.05  # after which a KeyboardInterrupt that Python has dropped is raised again
 _UNWIND_SECONDS = 5.0  # after which a program that has not stopped is ended
 
 
@@ -28,12 +29,14 @@ class Stop:
       watched: whether a thread ends the program at the second signal. Otherwise the second signal
         raises a KeyboardInterrupt too.
       raised: whether a signal has raised a KeyboardInterrupt, which may have caused later errors.
+      lost: what the end of the program loses, in words; see `losing`.
       before_exit: is called with the name of a signal before that signal ends the program at once.
     """
 
     def __init__(self):
         self.signum: int | None = None
         self.saving = self.watched = self.raised = False
+        self.lost = ""
         self.before_exit: Callable[[str], None] = lambda name: None
         self._since = 0.0
 
@@ -81,14 +84,25 @@ def listening() -> Iterator[Stop]:
             stop.raised = True
             raise KeyboardInterrupt(signum)
 
+    def raise_again(failure):
+        if not isinstance(failure.exc_value, KeyboardInterrupt) or stop.signum is None:
+            return hook(failure)
+        # Python drops what is raised in a callback of the garbage collector.
+        main = threading.main_thread().ident
+        again = threading.Timer(_RAISE_SECONDS, signal.pthread_kill, [main, stop.signum])
+        again.daemon = True
+        again.start()
+
     before = {number: signal.getsignal(number) for number in _SIGNALS}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
             signal.signal(number, handle)
+    hook, sys.unraisablehook = sys.unraisablehook, raise_again
     try:
         yield stop
     finally:
         _stop = None
+        sys.unraisablehook = hook
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -101,6 +115,20 @@ def saving() -> Iterator[Stop]:
             yield stop
         finally:
             stop.saving = False
+
+
+@contextlib.contextmanager
+def losing(what: str) -> Iterator[None]:
+    """If a signal ends the program in this context, its last line says what that loses."""
+    stop = _stop or Stop()
+    stop.lost = what
+    # Not after a KeyboardInterrupt: the line is printed later.
+    try:
+        yield
+    except Exception:
+        stop.lost = ""
+        raise
+    stop.lost = ""
 
 
 @contextlib.contextmanager
@@ -185,7 +213,8 @@ def _end_now(stop, signum, how):
 
 
 def _end(signum, how):
-    say(f"{name(signum)}: stopped; {how}")
+    lost = f"; {_stop.lost}" if _stop is not None and _stop.lost else ""
+    say(f"{name(signum)}: stopped; {how}{lost}")
     # The workers would outlive this process, or keep it waiting.
     for worker in multiprocessing.active_children():
         worker.kill()

@@ -22,6 +22,15 @@ try:
 except KeyboardInterrupt:
     raise ImportError("while an extension was initialized")
 """,
+    "loses": "with signals.losing('this begins again'): time.sleep(60)",
+    # Where Python drops exceptions.
+    "collects": """
+gc.disable()
+gc.callbacks.append(lambda *_: time.sleep(60))
+gc.collect()
+gc.callbacks.clear()
+time.sleep(60)
+""",
     # In C code, where Python does not handle signals.
     "computes": """
 signals._UNWIND_SECONDS = 0.3
@@ -34,7 +43,7 @@ hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
 def program(what, *before):
     body = "\n".join("    " + line for line in PROGRAMS[what].splitlines())
     code = f"""
-import hashlib, sys, time
+import gc, hashlib, sys, time
 from ant_jax.runtime import signals
 assert "jax" not in sys.modules
 with signals.ending_the_program("start again") as stop:
@@ -62,12 +71,18 @@ def end_of(process):
     return process.returncode, text.splitlines()
 
 
-@pytest.mark.parametrize("what", ["waits", "imports", "computes"])
+@pytest.mark.parametrize("what", ["waits", "imports", "collects", "computes"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_what_has_nothing_to_save_ends_in_one_line(what, number):
     with program(what) as process:
         process.send_signal(number)
         assert end_of(process) == (128 + number, [f"{number.name}: stopped; start again"])
+
+
+def test_what_is_lost_is_said():
+    with program("loses") as process:
+        process.send_signal(signal.SIGINT)
+        assert end_of(process) == (130, ["SIGINT: stopped; start again; this begins again"])
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from flax import traverse_util
 from ant_jax import data
 from ant_jax.evaluation.features import Extractor, Network
 from ant_jax.evaluation.real_images import Images
-from ant_jax.runtime import files
+from ant_jax.runtime import files, signals
 from ant_jax.runtime.progress import with_time_left
 from ant_jax.runtime.tree_hash import tree_hash
 
@@ -178,8 +178,9 @@ def _train(images: Images, layers: _Layers, shape: tuple[int, int, int]) -> Vari
     state = variables, _optimizer().init(variables["params"])
     stream = data.batches(images.source, batch_size=_BATCH, seed=0, **images.pipeline)
     pairs = ((each["image"], each["label"]) for each in itertools.islice(stream, _STEPS))
-    for batch in with_time_left(pairs, _STEPS * _BATCH, "images to train the classifier"):
-        state = _step(layers, state, batch)
+    with signals.losing("the classifier is trained again from its beginning"):
+        for batch in with_time_left(pairs, _STEPS, "steps of the classifier", lambda batch: 1):
+            state = _step(layers, state, batch)
     return jax.tree.map(np.asarray, state[0])
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from ant_jax import data, evaluation
 from ant_jax.evaluation.features import classifier
+from ant_jax.runtime import progress
 
 
 def training(num_classes=10, **changes):
@@ -40,11 +41,16 @@ def quick(monkeypatch):
     return count
 
 
-def test_it_learns_the_labels():
+def test_it_learns_the_labels(monkeypatch):
+    """And logs its steps: there may be fewer images than it sees."""
+    logged = []
+    monkeypatch.setattr(progress, "_REPORT_SECONDS", 0)
+    monkeypatch.setattr(progress.logging, "info", lambda form, *args: logged.append(form % args))
     images = training()
     network = classifier.classifier(lambda: images).load()
     (found,) = network.outputs([images.source.images])
     assert np.mean(found["labels"] == images.source.labels) > 0.9
+    assert logged[-1] == "20/20 steps of the classifier  ETA 0s"
 
 
 def test_the_second_process_reads_the_cache(place, quick, monkeypatch):
