@@ -50,7 +50,7 @@ def test_it_learns_the_labels(monkeypatch):
     network = classifier.classifier(lambda: images).load()
     (found,) = network.outputs([images.source.images])
     assert np.mean(found["labels"] == images.source.labels) > 0.9
-    assert logged[-1] == "20/20 steps of the classifier  ETA 0s"
+    assert "20/20 steps of the classifier  ETA 0s" in logged
 
 
 def test_the_second_process_reads_the_cache(place, quick, monkeypatch):
