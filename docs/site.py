@@ -15,6 +15,9 @@ import griffe
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
+from ant_jax import config as config_lib
+from ant_jax import settings
+
 ROOT = Path(__file__).parents[1]
 # The pages that do not lie in this folder.
 PAGES = {
@@ -27,6 +30,7 @@ PAGES = {
 PACKAGES = {
     "mtl": "ant_jax.mtl",
     "clustering": "ant_jax.tasks.clustering",
+    "clusterings": "ant_jax.tasks.clusterings",
     "clusters": "ant_jax.tasks.clusters",
     "transfer_gap": "ant_jax.tasks.transfer_gap",
     "affinity": "ant_jax.tasks.affinity",
@@ -34,9 +38,13 @@ PACKAGES = {
     "samplers": "ant_jax.diffusion.samplers",
     "loss_weights": "ant_jax.diffusion.loss_weights",
     "models": "ant_jax.models",
+    "optimizers": "ant_jax.optimizers",
+    "schedules": "ant_jax.schedules",
     "train_step": "ant_jax.train_step",
     "data": "ant_jax.data",
     "evaluation": "ant_jax.evaluation",
+    "features": "ant_jax.evaluation.features",
+    "metrics": "ant_jax.evaluation.metrics",
     "settings": "ant_jax.settings",
     "train": "ant_jax.train",
     "sample": "ant_jax.sample",
@@ -51,8 +59,9 @@ def on_files(files, config):
         files.append(File.generated(config, page, content=(ROOT / source).read_text()))
     for picture in (ROOT / "experiments" / "results").glob("*.png"):
         files.append(File.generated(config, f"results/{picture.name}", abs_src_path=str(picture)))
+    shown = set()
     for name, package in PACKAGES.items():
-        files.append(File.generated(config, f"api/{name}.md", content=_reference(package)))
+        files.append(File.generated(config, f"api/{name}.md", content=_reference(package, shown)))
     return files
 
 
@@ -93,19 +102,33 @@ def _formula(found):
     return formula
 
 
-def _reference(package):
+def _reference(package, shown):
+    """A page; what a page before it has shown is left out."""
     module = importlib.import_module(package)
     names = getattr(module, "__all__", None) or [
         name
         for name, value in vars(module).items()
         if not name.startswith("_") and getattr(value, "__module__", None) == package
     ]
+    values = [*(getattr(module, name) for name in names), *_components(module)]
     lines = [f"# {package}", "", inspect.getdoc(module).replace("::\n", ":\n"), ""]
-    for name in names:
-        value = getattr(module, name)
-        if inspect.isclass(value) or inspect.isfunction(value):
-            lines += [f"::: {value.__module__}.{value.__qualname__}", ""]
+    known = (value for value in values if inspect.isclass(value) or inspect.isfunction(value))
+    for path in (f"{value.__module__}.{value.__qualname__}" for value in known):
+        if path not in shown:
+            lines += [f"::: {path}", ""]
+        shown.add(path)
     return "\n".join(lines)
+
+
+def _components(folder):
+    """The components that a config can name, which a package need not export."""
+    kinds = {group.folder: group.makes for group in config_lib.GROUPS if group.folder}
+    kinds["ant_jax.evaluation.metrics"] = "ant_jax.evaluation:Metric"
+    if folder.__name__ not in kinds:
+        return []
+    module, _, attribute = kinds[folder.__name__].partition(":")
+    makes = getattr(importlib.import_module(module), attribute)
+    return [settings.resolve(folder, name, makes) for name in settings.names_in(folder, makes)]
 
 
 class Docstrings(griffe.Extension):

@@ -182,6 +182,18 @@ def test_the_aggregator_of_a_trunk(scope_of):
     }
 
 
+def test_the_reference_has_a_page_for_every_kind_of_component():
+    (pages,) = (
+        ast.literal_eval(node.value)
+        for node in ast.parse((ROOT / "docs" / "site.py").read_text()).body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "PACKAGES"
+    )
+    folders = {group.folder for group in config_lib.GROUPS if group.folder}
+    assert folders | {"ant_jax.evaluation.metrics"} <= set(pages.values())
+    listed = re.findall(r": api/(\w+)\.md", (ROOT / "mkdocs.yml").read_text())
+    assert sorted(listed) == sorted(pages)
+
+
 COMMAND = re.compile(r"`((?:\.venv/bin/)?(?:python|pip|make|ant-jax) [^`]+)`")
 
 
