@@ -214,9 +214,12 @@ def test_a_finished_run_is_left_alone(finished, monkeypatch, caplog):
     said = f"is finished, at step {STEPS} of config.num_steps = {STEPS}; to train on, "
     assert caplog.text.count(f"{said}set config.num_steps higher") == 2
     assert "uncertainty; clusters by snr: t = 0.." in caplog.text
-    config_lib.update(config, {"schedule.name": "cosine"})
-    trainer._log_resumed(config, Path("w"), STEPS)
-    assert f"{said}begin another run with config.init_from = 'w'" in caplog.text
+    for name in ("cosine", "wsd"):
+        caplog.clear()
+        config_lib.update(config, {"schedule.name": name})
+        with caplog.at_level("INFO", logger="absl"):
+            trainer._log_resumed(config, Path("w"), STEPS)
+        assert f"{said}begin another run with config.init_from = 'w'" in caplog.text
     after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     for path in content.keys() - {workdir / "config.json"}:
         assert after[path] == content[path], path

@@ -12,6 +12,8 @@ def cosine(
 ) -> optax.Schedule:
     """Half a cosine over the whole run (Loshchilov and Hutter, *SGDR*, ICLR 2017).
 
+    A finished run has decayed and can't train on: begin another run with ``config.init_from``.
+
     Args:
       learning_rate: at the first step.
       num_steps: number of steps.

@@ -16,7 +16,8 @@ def wsd(
     """Warm-up, stable, decay: constant, with a linear decay at the end.
 
     After Hu et al., *MiniCPM*, COLM 2024, with the linear decay of Hägele et al., *Scaling Laws and
-    Compute-Optimal Training Beyond Fixed Training Durations*, NeurIPS 2024.
+    Compute-Optimal Training Beyond Fixed Training Durations*, NeurIPS 2024. A finished run has
+    decayed and can't train on: begin another run with ``config.init_from``.
 
     Args:
       learning_rate: before the decay.
