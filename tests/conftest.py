@@ -7,6 +7,8 @@ import shutil
 import signal
 import tempfile
 
+import pytest
+
 # Nearly all of the tests' time is compilation; these make it several times shorter. Every core has
 # its own tests, so a program need not be compiled in 32 parts side by side, which takes a sixth
 # more. XLA stops at a flag that it does not know, as a later release may not.
@@ -54,3 +56,13 @@ def pytest_collection_finish():
 def pytest_unconfigure():
     if _OURS:
         shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def small_model():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        # After the flags above, which must be set before jax is imported.
+        from tiny_runs import use_small_model
+
+        use_small_model(monkeypatch)
+        yield

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -99,3 +100,16 @@ def run(
             _server.cache_clear()
             raise TimeoutError(f"killed after {seconds} s: {texts}")
         return list(zip(json.loads(answer), texts, strict=True))
+
+
+def free_address():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return f"localhost:{free.getsockname()[1]}"
+
+
+def two(*programs):
+    """Runs two processes that connect; [(exit status, what it has written)]."""
+    together = [f"--coordinator={free_address()}", "--num_processes=2"]
+    lines = [[*each, *together, f"--process_id={i}"] for i, each in enumerate(programs)]
+    return run(lines, devices=4, together=True)

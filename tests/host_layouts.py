@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 import optax
-import test_train_step as t
+import small_step as t
 
 from ant_jax import mtl
 from ant_jax import train_step as ts

@@ -1,4 +1,4 @@
-"""One process of several, with the small network of `test_train`; a program for `test_hosts`.
+"""One process of several, with the small network of `tiny_runs`; a program for `test_hosts`.
 
 Arguments: a file for the numbers of the images that this process reads, the step at which SIGTERM
 comes to it or 0, whether to draw samples after training, and those of `ant_jax.main`.
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_train as t
+import tiny_runs as t
 
 from ant_jax import sample
 from ant_jax import workdir as workdir_lib

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_train import tiny
+from tiny_runs import tiny
 
 from ant_jax import compiled_step, experiment, state_layout
 from ant_jax.train_step import TrainState

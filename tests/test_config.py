@@ -1,4 +1,3 @@
-import contextlib
 import copy
 import importlib
 import importlib.util
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_runs import changed
 
 from ant_jax import (
     compiled_step,
@@ -34,7 +34,6 @@ _spec = importlib.util.spec_from_file_location(
 settings_page = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(settings_page)
 
-NAMES = [f"{group.name}.{group.key}" for group in config_lib.GROUPS if group.folder]
 CONFIGS = sorted(
     path.stem for path in Path(digits.__file__).parent.glob("*.py") if path.stem != "__init__"
 )
@@ -46,20 +45,6 @@ OWN_PLACES = (
     ("autoencoder", "weights"),
     ("evaluation", "weights"),
 )
-
-
-def changed(argument="nash", **settings):
-    """The default config with some settings changed; names have __ for the dot."""
-    config = digits.get_config(argument).unlock()
-    for name in [each for each in settings if each.replace("__", ".") in NAMES]:
-        with contextlib.suppress(config_lib.ConfigError):
-            config_lib.update(config, {name.replace("__", "."): settings[name]})
-    for name, value in settings.items():
-        group, _, leaf = name.rpartition("__")
-        node = config[group] if group else config
-        # Past ml_collections, which would convert the value or refuse its type.
-        node._fields[leaf] = value
-    return config
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -7,7 +7,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from test_train import STEPS, assert_same_state, lines, small_model, tiny  # noqa: F401
+from tiny_runs import STEPS, assert_same_state, lines, tiny
 
 import ant_jax
 from ant_jax import evaluate, experiment, export, hooks, init_from, measuring, sample
@@ -20,6 +20,7 @@ from ant_jax.runtime.lock import InUseError
 from ant_jax.sampling import cache
 from experiments import runner
 
+pytestmark = pytest.mark.usefixtures("small_model")
 # What `scripted` measures, in turn.
 SCRIPT = []
 VALUES = [5.0, 3.0, 4.0]
@@ -59,7 +60,7 @@ def best_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, small_model):  # noqa: F811
+def whole(tmp_path_factory, small_model):
     """A run that nothing has interrupted, and its last state."""
     SCRIPT[:] = VALUES
     workdir = tmp_path_factory.mktemp("whole")

@@ -12,9 +12,10 @@ import forked
 import jax
 import numpy as np
 import pytest
+from forked import free_address, two
 from host_program import record
 from PIL import Image
-from test_train import STEPS, TINY, lines, tiny, use_small_model
+from tiny_runs import STEPS, TINY, lines, tiny
 
 import ant_jax
 from ant_jax import evaluate, experiment, sample
@@ -22,34 +23,15 @@ from ant_jax import train as trainer
 from ant_jax import workdir as workdir_lib
 from ant_jax.runtime import checkpoint, connection
 
+pytestmark = pytest.mark.usefixtures("small_model")
 ROOT = Path(__file__).parents[1]
 STOP = 5
 SETTINGS = TINY | {"checkpoint.keep": 9, "evaluation.features": ""}
 BATCH = SETTINGS["data.batch_size"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_model():
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        use_small_model(monkeypatch)
-        yield
-
-
 def configured():
     return tiny("nash", checkpoint__keep=9, evaluation__features="")
-
-
-def free_address():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return f"localhost:{free.getsockname()[1]}"
-
-
-def two(*programs):
-    """Runs two processes that connect; [(exit status, what it has written)]."""
-    together = [f"--coordinator={free_address()}", "--num_processes=2"]
-    lines = [[*each, *together, f"--process_id={i}"] for i, each in enumerate(programs)]
-    return forked.run(lines, devices=4, together=True)
 
 
 def programs(folder, workdir, stops, samples, **more):

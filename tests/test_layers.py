@@ -161,3 +161,16 @@ def test_the_loop_starts_without_what_is_slow_to_import():
     slow |= {"grain", "orbax.checkpoint", "scipy"}
     assert not slow & set(loaded)
     assert "ant_jax.train" in loaded
+
+
+def test_no_test_imports_another():
+    """What tests share is in files that hold no tests."""
+    # What records the expected values is run by hand, beside the test that reads them.
+    files = [file for file in (ROOT / "tests").rglob("*.py") if "data" not in file.parts]
+    names = {
+        (file.name, name.split(".")[0])
+        for file in files
+        for name in imported(ast.walk(ast.parse(file.read_text())))
+    }
+    assert ("test_train.py", "tiny_runs") in names
+    assert not [each for each in names if each[1].startswith("test_")]

@@ -12,8 +12,7 @@ import numpy as np
 import optax
 import pytest
 from optax.contrib import schedule_free_eval_params
-from test_config import changed
-from test_train import assert_same_state, tiny, use_small_model
+from tiny_runs import assert_same_state, changed, tiny, use_small_model
 
 import ant_jax
 from ant_jax import compiled_step, experiment, state_layout

@@ -3,13 +3,17 @@
 import json
 import re
 
-from test_evaluate import configured, network, run, workdir  # noqa: F401
+import evaluated_run
+from evaluated_run import configured
 
 from ant_jax import evaluate, sample
 from ant_jax import workdir as workdir_lib
 
+# pytest looks for fixtures among the names of a module.
+network, run, workdir = evaluated_run.network, evaluated_run.run, evaluated_run.workdir
 
-def test_a_result_says_what_it_is_of_and_others_do_not_take_its_place(workdir, tmp_path):  # noqa: F811
+
+def test_a_result_says_what_it_is_of_and_others_do_not_take_its_place(workdir, tmp_path):
     plain = sample.sample(configured(tmp_path), workdir)
     assert plain == workdir / "samples" / "00000005.npz"
     before = {path.name: path.read_bytes() for path in plain.parent.iterdir()}
@@ -31,7 +35,7 @@ def test_a_result_says_what_it_is_of_and_others_do_not_take_its_place(workdir, t
     assert said["made_from"]["samples_made_from"] == made_from
 
 
-def test_a_picture_of_the_trainer_is_not_replaced_by_another(workdir, tmp_path):  # noqa: F811
+def test_a_picture_of_the_trainer_is_not_replaced_by_another(workdir, tmp_path):
     (workdir / "samples").mkdir()
     (workdir / "samples" / "00000005.png").write_bytes(b"the trainer's")
     other = sample.sample(configured(tmp_path, sample__seed=1), workdir)
@@ -41,7 +45,7 @@ def test_a_picture_of_the_trainer_is_not_replaced_by_another(workdir, tmp_path):
     assert sample.sample(configured(tmp_path, sample__num=16), workdir).name == "00000005.npz"
 
 
-def test_a_picture_that_the_trainer_is_still_to_draw_keeps_its_name(workdir, tmp_path):  # noqa: F811
+def test_a_picture_that_the_trainer_is_still_to_draw_keeps_its_name(workdir, tmp_path):
     config = workdir_lib.load_config(workdir)
     config.sample.every = 5
     workdir_lib.save_config(config, workdir)

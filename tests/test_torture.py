@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from forked import two
 from PIL import Image
-from test_hosts import two
-from test_train import assert_same_state, lines
+from tiny_runs import assert_same_state, lines
 
 from ant_jax import experiment, results
 from ant_jax import workdir as workdir_lib

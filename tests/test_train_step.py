@@ -5,6 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_step import (
+    BATCH,
+    BOUNDARIES,
+    CLASSES,
+    DIFFUSION,
+    K,
+    T,
+    apply_fn,
+    assert_close,
+    make_batch,
+    make_params,
+    norm,
+    step_fn,
+)
 
 from ant_jax import mtl
 from ant_jax import train_step as ts
@@ -15,9 +29,6 @@ from ant_jax.runtime.devices import abstract, parallel_map, parallel_step, parts
 from ant_jax.tasks import clusters
 from benchmarks import many_devices, programs
 
-T, K, BATCH, CLASSES = 100, 4, 32, 3
-BOUNDARIES = np.array([0, 7, 30, 71, T])
-DIFFUSION = GaussianDiffusion(alphas_bar("cosine", T))
 METHODS = {
     "vanilla": mtl.vanilla(K),
     "linear": mtl.linear(K),
@@ -25,27 +36,6 @@ METHODS = {
     "pcgrad": mtl.pcgrad(K),
     "nash": mtl.nash(K),
 }
-
-
-def apply_fn(params, x, t, y):
-    """A network that is small to compile, and has all that matters here: x, t and y all count."""
-    features = jnp.concatenate([x.reshape(len(x), -1), jnp.sin(t[:, None] / 20)], 1)
-    hidden = jnp.tanh(features @ params["in"] + params["labels"][y])
-    return (hidden @ params["out"]).reshape(x.shape)
-
-
-def make_params():
-    shapes = {"in": (17, 12), "labels": (CLASSES + 1, 12), "out": (12, 16)}
-    rng = np.random.default_rng(1)
-    return {n: jnp.asarray(0.4 * rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
-
-
-def make_batch(size):
-    rng = np.random.default_rng(0)
-    return {
-        "image": rng.integers(0, 256, (size, 4, 4, 1)).astype(np.uint8),
-        "label": rng.integers(0, CLASSES, size).astype(np.int32),
-    }
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +46,6 @@ def params():
 @pytest.fixture(scope="module")
 def batch():
     return make_batch(BATCH)
-
-
-def step_fn(weighting, **settings):
-    """A step whose update is the combined gradient itself: params_after - params = gradient."""
-    settings = {
-        "apply_fn": apply_fn,
-        "process": DIFFUSION,
-        "boundaries": BOUNDARIES,
-        "optimizer": optax.identity(),
-        "seed": 3,
-        "num_classes": CLASSES,
-        "label_dropout": 0.3,
-    } | settings
-    setup = ts.Setup(weighting=weighting, **settings)
-    return lambda state, batch, axis_name=None: ts.train_step(state, batch, setup, axis_name)
 
 
 @functools.cache
@@ -124,19 +99,6 @@ def per_example(params, ex):
     return DIFFUSION.losses(
         lambda x, t, y: apply_fn(params, x, t, y), ex.x0, ex.t, ex.noise, ex.label
     )
-
-
-def norm(tree):
-    """In NumPy, here and below: JAX would compile every operation for every shape."""
-    return np.sqrt(
-        sum(np.sum(np.square(np.asarray(leaf, float))) for leaf in jax.tree.leaves(tree))
-    )
-
-
-def assert_close(a, b, rtol=2e-5):
-    scale = norm(b)
-    assert scale > 1e-3
-    assert norm(jax.tree.map(np.subtract, a, b)) < rtol * scale
 
 
 def test_vanilla_is_the_gradient_of_the_plain_mean(params, batch):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from every_method import AGGREGATORS, HALVES, equal_replicas, flat
 from optax.experimental import aggregating
 
 from ant_jax import mtl, settings
@@ -16,8 +17,6 @@ from ant_jax.mtl import aggregators
 from ant_jax.mtl.aggregators.graddrop import entry_draws
 from ant_jax.mtl.aggregators.halves import OnHalves
 
-NAMES = aggregators.__all__
-HALVES = set(settings.names_in(aggregators, OnHalves))
 MOVING = {"moco", "excess_mtl"}
 K = 4
 SHAPES = {"bias": [(3,), ()], "kernel": (4, 5)}
@@ -32,12 +31,6 @@ def stacked(rng, n, steps=None):
     lead = (n,) if steps is None else (steps, n)
     draw = lambda leaf: rng.normal(size=(*lead, *leaf.shape)).astype(np.float32)
     return jax.tree.map(draw, PARAMS)
-
-
-def flat(tree, lead):
-    """Leaves with some leading axes, side by side in float64."""
-    leaves = [np.asarray(leaf, float) for leaf in jax.tree.leaves(tree)]
-    return np.concatenate([leaf.reshape(*leaf.shape[:lead], -1) for leaf in leaves], -1)
 
 
 @cache
@@ -71,14 +64,14 @@ def run(name, gradients, counts=None, losses=None, state=None, k=K, **options):
 
 def test_the_folder_and_the_package_have_them():
     names = {"graddrop", "trimmed_mean", "modo", "sdmgrad", "moco", "excess_mtl"}
-    assert names == set(NAMES) and {"modo", "sdmgrad"} == HALVES
-    for name in NAMES:
+    assert names == set(AGGREGATORS) and {"modo", "sdmgrad"} == HALVES
+    for name in AGGREGATORS:
         assert getattr(mtl, name) is getattr(aggregators, name) and name in mtl.__all__
         assert isinstance(getattr(mtl, name)(K), aggregating.Aggregator)
         assert isinstance(getattr(mtl, name)(K), OnHalves) == (name in HALVES)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_settings_have_defaults_that_they_allow_and_wrong_arguments_are_errors(name):
     method = getattr(mtl, name)
     for setting in settings.settings_of(method, {"k", "seed", "axis_name"}).values():
@@ -221,7 +214,7 @@ def test_the_update_is_that_of_the_formula(name):
     np.testing.assert_allclose(flat(updates, 1), expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_identical_gradients_give_that_gradient(name):
     one = stacked(np.random.default_rng(0), 1, 1)
     same = jax.tree.map(lambda leaf: np.repeat(np.repeat(leaf, rows(name), 1), 3, 0), one)
@@ -230,7 +223,7 @@ def test_identical_gradients_give_that_gradient(name):
     np.testing.assert_allclose(flat(updates, 1), factor[:, None] * flat(one, 2)[0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATORS)
 @pytest.mark.parametrize("exponent", [-36, 33])
 def test_the_update_grows_with_the_gradients(name, exponent):
     gradients = stacked(np.random.default_rng(1), rows(name), 5)
@@ -240,7 +233,7 @@ def test_the_update_grows_with_the_gradients(name, exponent):
     np.testing.assert_allclose(flat(found, 1) / 2.0**exponent, flat(expected, 1), rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_relabelling_of_tasks_changes_nothing(name):
     gradients = stacked(np.random.default_rng(2), rows(name), 5)
     order = np.roll(np.arange(K), 1)
@@ -250,7 +243,7 @@ def test_relabelling_of_tasks_changes_nothing(name):
     np.testing.assert_allclose(flat(found, 1), flat(expected, 1), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_the_dtype_of_the_gradients_is_kept(name):
     tx = getattr(mtl, name)(K)
     gradients = {"a": jnp.ones((rows(name), 3), jnp.bfloat16)}
@@ -265,7 +258,7 @@ def test_the_dtype_of_the_gradients_is_kept(name):
 # Absent tasks.
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_without_some_tasks_the_update_is_that_of_the_others(name):
     gone, steps = 1, 4
     gradients = stacked(np.random.default_rng(3), rows(name), steps)
@@ -287,7 +280,7 @@ def test_without_some_tasks_the_update_is_that_of_the_others(name):
             np.testing.assert_array_equal(later[:, gone], np.repeat(first[None, gone], steps, 0))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_tasks_come_and_go(name):
     rng = np.random.default_rng(4)
     gradients = stacked(rng, rows(name), 16)
@@ -347,7 +340,7 @@ def test_a_trimmed_mean_of_few_is_their_median():
 # What is not finite.
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATORS)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("where", ["loss", "gradient", "gradients"])
 def test_what_is_not_finite_shows_in_the_update_and_leaves_no_trace(name, where, value):
@@ -402,13 +395,7 @@ def integers(name, steps):
     )
 
 
-def equal_replicas(tree):
-    for leaf in jax.tree.leaves(tree):
-        np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[0], leaf.shape))
-    return jax.tree.map(lambda leaf: leaf[0], tree)
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_four_devices_give_the_updates_and_the_state_of_one(name):
     gradients = integers(name, 3)
     counts = np.float32([2, 1, 0, 3, 1, 1, 0, 2][: rows(name)])
@@ -608,7 +595,7 @@ def test_excess_mtl_has_no_baseline_of_zero():
     assert np.isfinite(flat(updates, 1)).all() and np.isfinite(states.log_weights).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", AGGREGATORS)
 def test_trains_in_a_chain_with_adam(name):
     rng = np.random.default_rng(16)
     inputs = rng.normal(size=(24, 3)).astype(np.float32)

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_aggregators import HALVES, NAMES, equal_replicas, flat
-from test_methods import FOLDER
+from every_method import AGGREGATORS, FOLDER, HALVES, equal_replicas, flat
 
 from ant_jax import mtl
 from ant_jax.mtl.backward import FORMS
@@ -187,13 +186,14 @@ def updates_of_aggregators(k, params, _, batch, axis_name):
     # Two tasks can't be trimmed.
     settings = {"trimmed_mean": {"trim": min(1, (k - 1) // 2)}}
     methods = {
-        name: getattr(mtl, name)(k, axis_name=axis_name, **settings.get(name, {})) for name in NAMES
+        name: getattr(mtl, name)(k, axis_name=axis_name, **settings.get(name, {}))
+        for name in AGGREGATORS
     }
 
     def step(states, batch):
         examples, tasks, half = batch
         updates, after = {}, {}
-        for on_halves, names in ((0, set(NAMES) - HALVES), (1, HALVES)):
+        for on_halves, names in ((0, set(AGGREGATORS) - HALVES), (1, HALVES)):
             rows = (1 + on_halves) * k
             mask = (tasks + k * half * on_halves)[:, None] == jnp.arange(rows)
             counts = global_sum(mask.sum(0), axis_name)
@@ -226,4 +226,4 @@ def aggregated(k, n):
 @pytest.mark.parametrize("k", KS)
 def test_aggregators_on_devices_agree_with_one(k, n):
     found, want = aggregated(k, n), aggregated(k, 1)
-    check({name: difference(flat(found[name], 1), flat(want[name], 1)) for name in NAMES})
+    check({name: difference(flat(found[name], 1), flat(want[name], 1)) for name in AGGREGATORS})

@@ -7,14 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from every_method import FOLDER
 
 from ant_jax import mtl, settings
 from ant_jax.mtl import TaskStats
 
-FOLDER = {
-    name: settings.resolve(mtl, name, mtl.Weighting)
-    for name in settings.names_in(mtl, mtl.Weighting)
-}
 WRAPPED = {
     "scaled": lambda k: mtl.scaled(mtl.nash(k), jnp.full(k, 3.0)),
     "every": lambda k: mtl.every(mtl.nash(k), 2),
