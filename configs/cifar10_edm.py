@@ -11,11 +11,11 @@ for the eight gradients of pcgrad and nash. Any number of GPUs or TPU cores that
 The settings are those of Karras et al., *Elucidating the Design Space of Diffusion-Based Generative
 Models* (NeurIPS 2022), table 7: 200 M images in batches of 512, learning rate 1e-3 after 10 M
 images, half-life of the EMA 0.5 M images, no label dropout, and 18 Heun steps (35 calls of the
-network). The network differs. Theirs is DDPM++ or NCSN++; here it is the UNet with the widths,
-blocks and attention of DDPM++, but without its dropout (13 %), and without its scaled skip
-connections. Their augmentation (12 %) is replaced by mirror images. So expect a higher FID than the
-published one, which is the best of three times 50 k samples; this config has not been run to the
-end yet:
+network). The network differs. Theirs is DDPM++ or NCSN++; here it is the UNet with the widths and
+blocks of DDPM++ and its attention at 16x16 pixels, which has attention in all blocks of the decoder
+there instead of the last alone, no dropout (theirs is 13 %), and no scaled skip connections. Their
+augmentation (12 %) is replaced by mirror images. So expect a higher FID than the published one,
+which is the best of three times 50 k samples; this config has not been run to the end yet:
 
   EDM, VP or VE, conditional                     FID 1.79
   EDM, VP, unconditional (model.conditional)     FID 1.97

@@ -10,7 +10,8 @@ the eight gradients of pcgrad and nash. config.model.remat reduces the activatio
 ``configs/imagenet256_dit_l2.py`` says.
 
 The settings are those of SiT-XL/2, whose config lists the differences from SiT.
-This config has not been run to the end yet.
+Published FID, from 50 k samples, after 400 k steps without guidance: 18.8 (Yu et al., REPA, arXiv
+2410.06940, table 3). This config has not been run to the end yet.
 """
 
 from ant_jax.models.dit import SIZES
