@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 from ant_jax.runtime import logs
 from ant_jax.runtime.files import write_bytes
@@ -45,11 +46,23 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_bytes(path, stream.getvalue().encode())
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Writes a figure atomically and closes it."""
+def save_figure(figure: Any, path: Path, palette: bool = False) -> None:
+    """Writes a figure atomically and closes it.
+
+    Args:
+      figure: of Matplotlib.
+      path: of the PNG.
+      palette: whether 256 colours are enough, as for curves and bands: the file is a quarter as
+        large.
+    """
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     plt.close(figure)
+    if palette:
+        # Dithering would put dots into the bands.
+        image = Image.open(stream).convert("RGB").quantize(dither=Image.Dither.NONE)
+        stream = io.BytesIO()
+        image.save(stream, "png", optimize=True)
     write_bytes(path, stream.getvalue())
 
 

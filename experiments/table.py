@@ -187,7 +187,7 @@ def draw_processes(results: dict[str, list[dict[str, Any]]], path: Path) -> None
     axes[0, 0].set_ylabel(_measured(results))
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", ncols=4)
     figure.tight_layout(rect=(0, 0.14, 1, 1))
-    report.save_figure(figure, path)
+    report.save_figure(figure, path, palette=True)
 
 
 def draw_field(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -463,7 +463,7 @@ def draw(
         ax.legend(fontsize="small", ncols=1 if len(labels) < 4 else 2, **below)
     for ax in axes[:, 0]:
         ax.set_ylabel(_measured(results))
-    report.save_figure(figure, path)
+    report.save_figure(figure, path, palette=True)
 
 
 def _draw_curve(ax, group, label, colour=None):

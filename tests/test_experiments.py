@@ -216,6 +216,20 @@ def test_affinities_of_processes_are_compared_at_equal_log_snrs(tmp_path, capsys
     check_picture(tmp_path / "a.png")
 
 
+def test_a_palette_makes_curves_smaller_and_looks_the_same(tmp_path):
+    for palette in (False, True):
+        figure, ax = report.plt.subplots()
+        for i, colour in enumerate(report.plt.color_sequences["tab10"]):
+            ax.plot([0, 1], [i, 9 - i], color=colour)
+            ax.fill_between([0, 1], [i, 9 - i], [i + 2, 11 - i], color=colour, alpha=0.15)
+        report.save_figure(figure, tmp_path / f"{palette}.png", palette)
+    plain, small = (Image.open(tmp_path / f"{each}.png") for each in (False, True))
+    off = np.abs(np.subtract(plain.convert("RGB"), small.convert("RGB"), dtype=float))
+    assert off.mean() < 0.5 and np.percentile(off, 99) < 12
+    size = lambda palette: (tmp_path / f"{palette}.png").stat().st_size
+    assert size(True) < size(False) / 2
+
+
 def test_all_processes_are_compared_alike(tmp_path, capsys):
     with flagsaver.as_parsed(preset="processes", out=str(tmp_path), dry_run="true"):
         table.main(["table"])
