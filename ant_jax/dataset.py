@@ -15,7 +15,7 @@ from ant_jax.config import ConfigError
 from ant_jax.latents import codec as codec_lib
 from ant_jax.latents.codec import Codec
 from ant_jax.latents.shards import LatentSource, latents
-from ant_jax.runtime.files import user_path
+from ant_jax.runtime.files import user_path, words_of
 
 
 def open_data(config: ConfigDict, split: str | None = None) -> data.Source:
@@ -93,16 +93,14 @@ def open_images(config: ConfigDict, split: str) -> data.Source:
     settings = config.data
     try:
         source = config_lib.build(config, "data", split=split)
+    except ConfigError as error:
+        said = str(error).removeprefix("config.data: ")
+        where = f", config.data.split = {split!r}" if split == settings.split else ""
+        raise ConfigError(f"config.data.name = {settings.name!r}{where}: {said}") from error
+    try:
         data.check_crop(source, settings.crop, settings.image_size)
     except ValueError as error:
-        said = str(error).removeprefix("config.data: ")
-        own = "".join(
-            f", config.data.{name} = {value!r}"
-            for name, value in config_lib.arguments(config, "data").items()
-        )
-        raise ConfigError(
-            f"config.data.name = {settings.name!r}, split = {split!r}{own}: {said}"
-        ) from error
+        raise ConfigError(str(error)) from error
     return source
 
 
@@ -123,7 +121,7 @@ def open_codec(config: ConfigDict) -> Codec:
         return codec_lib.load(settings.name, settings.weights)
     except (ValueError, OSError) as error:
         path = str(user_path(settings.weights))
-        raise ConfigError(f"config.autoencoder.weights = {path!r}: {error}") from error
+        raise ConfigError(f"config.autoencoder.weights = {path!r}: {words_of(error)}") from error
 
 
 def decoder(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray] | None:

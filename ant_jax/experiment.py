@@ -112,9 +112,13 @@ def build(
         model = build_model(config, channels, num_classes if config.model.conditional else 0)
     multiple = models.input_multiple(model)
     if size % multiple:
+        # Of pixels, if the network sees latents.
+        step = multiple * (config.data.image_size // size)
+        below = config.data.image_size // step * step
+        near = f"{below} or {below + step}" if below else below + step
         raise ConfigError(
-            f"config.data.image_size = {config.data.image_size} gives the network sides of {size}, "
-            f"which must be divisible by {multiple}, by config.model"
+            f"config.data.image_size = {config.data.image_size} must be a multiple of {step} for "
+            f"this config.model: {near}, for example"
         )
     for name in ("frozen", "decay_mask"):
         if config.optimizer[name]:

@@ -24,7 +24,7 @@ from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError, migration
 from ant_jax.published_weights import OWN_NAMES, Names
 from ant_jax.runtime import checkpoint
-from ant_jax.runtime.files import user_path
+from ant_jax.runtime.files import user_path, words_of
 
 # The key of our metadata in a safetensors file.
 _METADATA = "ant_jax"
@@ -50,7 +50,8 @@ def initial_params(config: ConfigDict, setup: experiment.Setup) -> dict | None:
             return _ema_of_run(workdir, step, config, setup)
         return _of_file(path, config, setup)
     except (OSError, ValueError, checkpoint.CheckpointError) as error:
-        raise ConfigError(f"config.init_from = {config.init_from!r}: {error}") from error
+        said = words_of(error)
+        raise ConfigError(f"config.init_from = {config.init_from!r}: {said}") from error
 
 
 def export_names(setup: experiment.Setup, settings: Mapping[str, Any]) -> Names:
@@ -77,6 +78,8 @@ def export_metadata(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _of_file(path, config, setup):
+    if not path.exists():
+        raise FileNotFoundError("there is no file and no run of that name")
     metadata = interop.read_metadata(path).get(_METADATA)
     state = interop.read_state(path)
     template = experiment.abstract_params(setup)

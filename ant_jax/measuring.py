@@ -16,7 +16,7 @@ from ant_jax import settings as settings_lib
 from ant_jax.config import ConfigError
 from ant_jax.evaluation import metrics
 from ant_jax.evaluation.summary import Batch
-from ant_jax.runtime.files import user_path
+from ant_jax.runtime.files import user_path, words_of
 
 _VALIDATION_IMAGES = 1000
 
@@ -113,7 +113,9 @@ def build(config: ConfigDict, names: Sequence[str] = ()) -> Measuring:
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
-        raise ConfigError(f"config.evaluation.features = {settings.features!r}: {error}") from error
+        raise ConfigError(
+            f"config.evaluation.features = {settings.features!r}: {words_of(error)}"
+        ) from error
     if settings.reference:
         logging.info("reference: %s", settings.reference)
         try:
@@ -121,7 +123,7 @@ def build(config: ConfigDict, names: Sequence[str] = ()) -> Measuring:
                 user_path(settings.reference), evaluator, batch_size
             )
         except (ValueError, OSError) as error:
-            raise ConfigError(f"config.evaluation.reference: {error}") from error
+            raise ConfigError(f"config.evaluation.reference: {words_of(error)}") from error
     else:
         images = _images(config, config.data.split)
         held_out = _images(config, settings.split) if settings.split else None

@@ -42,7 +42,9 @@ def opened(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
             with zipfile.ZipFile(file) as archive:
                 yield archive
         except Exception as error:  # Damaged bytes cause almost any type of error.
-            raise ValueError(f"{os.fspath(path)} cannot be used: {error}") from error
+            foreign = "not a zip file" in str(error)
+            said = "it is damaged, or not an .npz file" if foreign else error
+            raise ValueError(f"{os.fspath(path)} cannot be used: {said}") from error
 
 
 def has(archive: zipfile.ZipFile, name: str) -> bool:

@@ -452,7 +452,7 @@ def test_no_config_file_surprises(name):
 
 
 REFUSED_BY_EVALUATION = {
-    "config.evaluation.split = 'validation': config.data.name = 'digits', split = 'validation'": {
+    "config.evaluation.split = 'validation': config.data.name = 'digits': digits has no split": {
         "evaluation__split": "validation"
     },
     "config.evaluation.features = 'inception' needs the path of the weights: pt_inception": {
@@ -597,10 +597,10 @@ def test_a_run_of_an_older_version_goes_on_as_it_began():
 
 MISFITS = {
     "config.model: width must be a multiple of heads (5)": {"model__heads": 5},
-    "config.data.image_size = 10 gives the network sides of 10, which must be divisible by 4": {
+    "config.data.image_size = 10 must be a multiple of 4 for this config.model: 8 or 12, for": {
         "data__image_size": 10
     },
-    "config.data.image_size = 10 gives the network sides of 10, which must be divisible by 8": {
+    "config.data.image_size = 10 must be a multiple of 8 for this config.model: 8 or 16, for": {
         "data__image_size": 10,
         "model__name": "unet",
         "model__channel_mult": (1, 1, 1, 1),

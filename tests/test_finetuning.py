@@ -146,7 +146,7 @@ def test_weights_that_do_not_fit_are_named(begun, tmp_path):
         state_of(unlabelled)
     with pytest.raises(ConfigError, match=r"config.init_from = .*a folder without a run"):
         state_of(tiny(init_from=str(tmp_path)))
-    with pytest.raises(ConfigError, match=r"config.init_from = 'no/where.pt': "):
+    with pytest.raises(ConfigError, match=r"config.init_from = 'no/where.pt': there is no file"):
         state_of(tiny(init_from="no/where.pt"))
     interop.write_state(tmp_path / "w.safetensors", {"a.weight": np.zeros((2, 2), np.float32)})
     with pytest.raises(ConfigError, match=r"(?s)w.safetensors.*a\.weight"):

@@ -943,6 +943,21 @@ def test_other_numbers_of_images_are_said(tmp_path, caplog):
     assert f"{tmp_path} has 3 images now, and had 4 when the run in w last trained" in caplog.text
 
 
+def test_other_images_are_said_where_all_counts_are_equal(tmp_path, caplog):
+    images = np.zeros((9, 4, 4, 1), np.uint8)
+    before = data.ArraySource(images).facts()
+    compatibility.check_data(before, data.ArraySource(images.copy()), Path("w"))
+    there = data.folder(dir=class_folders(tmp_path / "there", "ab"))
+    moved = data.folder(dir=shutil.copytree(there.name, tmp_path / "moved"))
+    compatibility.check_data(there.facts(), moved, Path("w"))
+    assert not caplog.text
+    compatibility.check_data(before, data.ArraySource(images + 1), Path("w"))
+    (tmp_path / "moved" / "a" / "0.png").write_bytes(b"another")
+    compatibility.check_data(there.facts(), moved, Path("w"))
+    told = [line.partition(" than those that the run in w has")[0] for line in caplog.messages]
+    assert told == ["arrays has other images", f"{tmp_path / 'moved'} has other images"]
+
+
 def test_a_run_goes_on_from_its_checkpoints_alone(finished, copied, tmp_path, caplog):
     config, whole, expected = finished
     workdir, _ = copied

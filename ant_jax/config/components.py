@@ -10,6 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from ant_jax import settings
 from ant_jax.config.groups import GROUPS, Group
+from ant_jax.runtime.files import words_of
 from ant_jax.settings import Check, Setting
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def build(config: ConfigDict | FrozenConfigDict, group: str, **given: Any) -> An
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
-        raise ConfigError(f"config.{group}: {error}") from error
+        raise ConfigError(f"config.{group}: {words_of(error)}") from error
     makes = made_type(NAMED_GROUPS[group])
     if not isinstance(made, makes):
         raise ConfigError(

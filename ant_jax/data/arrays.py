@@ -1,11 +1,12 @@
 """Images in memory: NumPy arrays, or an .npz file of them."""
 
 import dataclasses
-from typing import Annotated
+import zipfile
+from typing import Annotated, Any
 
 import numpy as np
 
-from ant_jax.data.source import Example, Source
+from ant_jax.data.source import Example, Source, fingerprint, sampled
 from ant_jax.runtime.files import user_path
 from ant_jax.settings import Affects, Path
 
@@ -75,6 +76,12 @@ class ArraySource(Source):
         """An image and its label; see `Source`."""
         return {"image": self.images[index], "label": self.labels[index]}
 
+    def facts(self) -> dict[str, Any]:
+        """See `Source`."""
+        some = self.images[sampled(len(self))]
+        found = fingerprint(self.labels.tobytes(), some.tobytes())
+        return super().facts() | {"fingerprint": found}
+
 
 def arrays(split: str = "train", file: Annotated[Path, Affects.NOTHING] = "") -> ArraySource:
     """Reads one split of an .npz file of images into memory.
@@ -95,15 +102,18 @@ def arrays(split: str = "train", file: Annotated[Path, Affects.NOTHING] = "") ->
     """
     if not file:
         raise ValueError("set file to the path of an .npz file")
+    with user_path(file).open("rb") as content:
+        if not zipfile.is_zipfile(content):
+            raise ValueError(f"{file} is damaged, or not an .npz file, which numpy.savez writes")
     try:
         with np.load(user_path(file), allow_pickle=False) as stored:
             found = {name: stored[name] for name in _names(split) if name in stored}
             others = list(stored)
-    except FileNotFoundError:
-        raise
     # Damaged bytes can raise almost any type of error.
     except Exception as error:
-        raise ValueError(f"{file} is damaged, or not an .npz file of arrays: {error}") from error
+        objects = "allow_pickle" in str(error)
+        said = "it has objects of Python; save arrays of numbers" if objects else error
+        raise ValueError(f"{file} can't be read: {said}") from error
     images, labels = map(found.get, _names(split))
     if images is None:
         raise ValueError(

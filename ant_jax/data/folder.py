@@ -8,7 +8,13 @@ from typing import Annotated, Any, get_args
 import numpy as np
 
 from ant_jax.data.decoding import Exif, decode, open_regular
-from ant_jax.data.source import Example, Source, UnreadableImageError
+from ant_jax.data.source import (
+    Example,
+    Source,
+    UnreadableImageError,
+    fingerprint,
+    sampled,
+)
 from ant_jax.runtime.files import user_path
 from ant_jax.settings import Affects, Path
 
@@ -55,7 +61,7 @@ class FolderSource(Source):
           UnreadableImageError: If the file is not a complete image of 8 bits a channel, or has more
             pixels than `decoding.MAX_PIXELS`.
         """
-        path = os.path.join(self.name, os.fsdecode(bytes(self.paths[index])))
+        path = self._path(index)
         try:
             with open_regular(path) as file:
                 image = decode(file, exif=self.exif)
@@ -66,7 +72,18 @@ class FolderSource(Source):
 
     def facts(self) -> dict[str, Any]:
         """See `Source`."""
-        return super().facts() | {"classes": list(self.classes)}
+        # The sizes, because folders of different images often have the same names.
+        sizes = [self._size(index) for index in sampled(len(self))]
+        found = fingerprint(self.paths.tobytes(), str(sizes).encode())
+        return super().facts() | {"classes": list(self.classes), "fingerprint": found}
+
+    def _path(self, index):
+        return os.path.join(self.name, os.fsdecode(bytes(self.paths[index])))
+
+    def _size(self, index):
+        with contextlib.suppress(OSError):
+            return os.path.getsize(self._path(index))
+        return -1
 
 
 def folder(
@@ -102,9 +119,12 @@ def folder(
     if exif not in get_args(Exif):
         raise ValueError(f"unknown exif {exif!r}; use one of {', '.join(get_args(Exif))}")
     root = user_path(dir) / split
+    if not user_path(dir).is_dir():
+        raise FileNotFoundError(f"there is no folder {dir}")
     if not root.is_dir():
-        hint = "; set split = '' if the folder has no subfolder for the split" if split else ""
-        raise FileNotFoundError(f"no folder {root}{hint}")
+        raise FileNotFoundError(
+            f"{dir} has no subfolder {split!r}; split = '' takes all images of the folder"
+        )
     top, loose = _list(root)
     classes = [name for name in top if not name.startswith(".")]
     if not classes:

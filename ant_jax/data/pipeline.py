@@ -24,6 +24,9 @@ _REPLACEMENTS = 100
 # The random numbers that order the images are independent of those that crop and flip them.
 _ORDER, _AUGMENT = 0, 1
 
+# In a batch that a reader makes: what is wrong with the images that were replaced.
+_UNREADABLE = "unreadable"
+
 # Batches that each worker prepares ahead of time: one is ready while it prepares the next.
 _AHEAD = 2
 _LOOK_SECONDS = 0.2  # between two checks whether to go on waiting
@@ -63,7 +66,7 @@ def batches(
         are the crops of ADM (see `transforms`).
       flip: Whether to mirror each image with probability 1/2.
       replace_unreadable: Whether to replace an unreadable image by the next readable one. Otherwise
-        it is an error.
+        it is an error. The first one is logged when it comes, and their number at the end.
       num_workers: Number of processes that prepare batches ahead of time; with 0 each batch is
         prepared on request. The processes are spawned, so a script needs
         `if __name__ == "__main__"`. They end when the returned iterator is closed or
@@ -123,6 +126,7 @@ class Batches:
         self._stopped, self._alone = stopped, alone
         self._start = self._step = self._asked = start_step
         self._readers: list[Reader] = []
+        self._unreadable: set[str] = set()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -152,6 +156,10 @@ class Batches:
         # After counting the step, so that the next call returns the batch of the next step.
         if isinstance(made, BaseException):
             raise made
+        for problem in map(str, made.pop(_UNREADABLE, ())):
+            if not self._unreadable:
+                logging.warning("unreadable, replaced by the next image: %s", problem)
+            self._unreadable.add(problem)
         return made
 
     def _ask(self, end):
@@ -165,7 +173,11 @@ class Batches:
         return f"no batch for step {self._step} of {self._name} after {waited:.0f} s; {states}"
 
     def close(self) -> None:
-        """Ends the workers."""
+        """Ends the workers; warns of unreadable images if there were several."""
+        if len(self._unreadable) > 1:
+            several = len(self._unreadable)
+            logging.warning("%d images of %s are unreadable: replaced", several, self._name)
+            self._unreadable.clear()
         for reader in self._readers:
             reader.close()
 
@@ -193,12 +205,12 @@ def _load(
     """Makes this host's part of the batch of a step; `part` is (process_index, process_count)."""
     per_host = batch_size // part[1]
     first = step * batch_size + part[0] * per_host
-    examples, replaced = [], []
+    examples, replaced, unreadable = [], [], []
     for position in range(first, first + per_host):
         epoch, place = divmod(position, len(source))
         index = int(epoch_order(len(source), seed, epoch)[place])
         try:
-            example, other = _read(source, index, _REPLACEMENTS if replace_unreadable else 0)
+            example, problems = _read(source, index, _REPLACEMENTS if replace_unreadable else 0)
             _check_example(example, source)
             if crop != "none" or flip or "mean" in example:
                 example = _augment(example, crop, image_size, flip, (seed, _AUGMENT, position))
@@ -209,24 +221,31 @@ def _load(
                 if replace_unreadable or not isinstance(error, UnreadableImageError)
                 else ("; config.data.replace_unreadable = True takes the next image instead")
             )
-            raise ExampleError(f"example {index} of {source.name}: {error!r}{way}") from error
+            # Of an unreadable image, the message says enough.
+            said = str(error) if isinstance(error, UnreadableImageError) else repr(error)
+            raise ExampleError(f"example {index} of {source.name}: {said}{way}") from error
         examples.append(example)
-        replaced.append(other)
+        replaced.append(bool(problems))
+        unreadable += problems
     batch = {
         "image": np.stack([example["image"] for example in examples]),
         "label": np.array([example["label"] for example in examples], np.int32),
     }
-    return batch | ({"replaced": np.array(replaced)} if replace_unreadable else {})
+    if replace_unreadable:
+        batch["replaced"] = np.array(replaced)
+    # The process that asked says so; those that read would all repeat it.
+    return batch | ({_UNREADABLE: np.array(unreadable)} if unreadable else {})
 
 
-def _read(source: Source, index: int, replacements: int) -> tuple[Example, bool]:
-    """The image, or the next readable one; and whether it was replaced."""
+def _read(source: Source, index: int, replacements: int) -> tuple[Example, list[str]]:
+    """The image, or the next readable one; and what is wrong with those before it."""
+    problems = []
     for shift in range(replacements):
         try:
-            return source[(index + shift) % len(source)], shift > 0
+            return source[(index + shift) % len(source)], problems
         except UnreadableImageError as error:
-            logging.warning("unreadable, replaced by the next image: %s", error)
-    return source[(index + replacements) % len(source)], replacements > 0
+            problems.append(str(error))
+    return source[(index + replacements) % len(source)], problems
 
 
 def _check_example(example: Example, source: Source) -> None:
@@ -309,6 +328,7 @@ def check_crop(source: Source, crop: str, image_size: int | None) -> None:
         )
     if image_size is not None and (height, width) != (image_size, image_size):
         raise ValueError(
-            f"the images of {source.name} are {height}x{width}: "
-            f"set config.data.crop = 'center' or 'random' for config.data.image_size = {image_size}"
+            f"config.data.image_size = {image_size}, but the images of {source.name} are "
+            f"{height}x{width}: change it, or set config.data.crop = 'center' or 'random', which "
+            "scales and crops them"
         )

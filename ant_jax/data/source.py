@@ -1,7 +1,10 @@
 """The interface of an image source."""
 
 import abc
+import hashlib
 from typing import Any
+
+import numpy as np
 
 Example = dict[str, Any]
 
@@ -12,6 +15,22 @@ class UnreadableImageError(OSError):
 
 class ExampleError(RuntimeError):
     """An example could not be read or prepared; the message names it and the cause."""
+
+
+_SAMPLED = 8
+
+
+def sampled(size: int) -> np.ndarray:
+    """Indices of a few images, spread over all, whose content a `fingerprint` has."""
+    return np.unique(np.linspace(0, size - 1, _SAMPLED, dtype=int)) if size else np.zeros(0, int)
+
+
+def fingerprint(*parts: bytes) -> str:
+    """A short hash by which a run notices that its images are others than before."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 class Source(abc.ABC):
@@ -48,8 +67,9 @@ class Source(abc.ABC):
     def facts(self) -> dict[str, Any]:
         """Facts that a run records of its data, as values for JSON, and compares when it resumes.
 
-        If a fact has changed, the run does not resume; for "num_images" it only warns. "classes",
-        optional, are the names of the classes in the order of the labels.
+        If a fact has changed, the run does not resume; for "num_images" and "fingerprint" it only
+        warns. "classes", optional, are the names of the classes in the order of the labels.
+        "fingerprint", optional, tells two sets of images apart; see `fingerprint`.
         """
         return {
             "channels": self.image_shape[-1],

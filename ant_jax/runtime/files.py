@@ -206,6 +206,8 @@ def words_of(error: Exception) -> str:
     """The message of an error; that of the system without its number, after the file's name."""
     if not isinstance(error, OSError) or error.strerror is None:
         return str(error)
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"there is no file or folder {error.filename}"
     return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 

@@ -52,8 +52,8 @@ def _alike(one, other):
 def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> None:
     """Checks that a run goes on with the data that it has learned from.
 
-    If only the number of images differs, it logs a warning: users add images on purpose, and the
-    labels keep their meaning, but the batches change.
+    If only the images or their number differ, it logs a warning: users add images on purpose, and
+    the labels keep their meaning, but the batches change.
 
     Args:
       before: facts of the run.
@@ -84,7 +84,7 @@ def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> No
         "channels": "number of channels",
         "encoder": "encoder of the latents",
     }
-    others = before.keys() - words.keys() - {"num_images", "classes", "boundaries"}
+    others = before.keys() - words.keys() - {"num_images", "fingerprint", "classes", "boundaries"}
     for name in (*words, *sorted(others)):
         what = words.get(name, name)
         if name in before and before[name] != now.get(name):
@@ -102,6 +102,13 @@ def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> No
             source.name,
             now["num_images"],
             count,
+            workdir,
+        )
+    elif before.get("fingerprint") and before["fingerprint"] != now.get("fingerprint"):
+        logging.warning(
+            "%s has other images than those that the run in %s has learned from: if you did not "
+            "intend this, stop it, and choose another --workdir or bring back the images",
+            source.name,
             workdir,
         )
 

@@ -99,6 +99,7 @@ _FACTS = {
     "num_classes": int,
     "num_images": int,
     "encoder": str,
+    "fingerprint": str,
     "boundaries": list,
     "classes": list,
 }

@@ -123,7 +123,7 @@ def stream(source, batch_size, **options):
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_damaged_image_is_replaced_by_the_next(classes, num_workers):
+def test_a_damaged_image_is_replaced_by_the_next(classes, num_workers, caplog):
     whole = data.folder("train", classes)
     (expected,) = itertools.islice(stream(whole, 4), 1)
     (classes / "train" / "bird" / "a.png").write_bytes(b"damaged")
@@ -131,6 +131,7 @@ def test_a_damaged_image_is_replaced_by_the_next(classes, num_workers):
     batches = stream(source, 4, replace_unreadable=True, num_workers=num_workers)
     batch = next(batches)
     batches.close()
+    assert "unreadable, replaced by the next image: " in caplog.text
     (place,) = np.flatnonzero(batch["replaced"])
     others = np.delete(np.arange(4), place)
     np.testing.assert_array_equal(batch["image"][others], expected["image"][others])
@@ -148,8 +149,10 @@ def test_a_folder_of_damaged_images_is_an_error(tmp_path):
 
 
 def test_bad_folders(tmp_path, photograph):
-    with pytest.raises(FileNotFoundError, match=r"no folder .*/none/train; set split = ''"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*/none$"):
         data.folder("train", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="has no subfolder 'train'; split = '' takes all"):
+        data.folder("train", tmp_path)
     with pytest.raises(ValueError, match="set dir to the path"):
         data.folder("train")
     with pytest.raises(ValueError, match=r"has no image with the suffix \.jpg"):

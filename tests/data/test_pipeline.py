@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -166,9 +167,30 @@ def test_an_unreadable_image_is_named():
 def test_a_damaged_image_names_the_way_out(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     source = data.folder(split="", dir=str(tmp_path))
-    words = rf"example 0 of {tmp_path}: UnreadableImageError.*; config.data.replace_unreadable = T"
+    words = rf"^example 0 of {tmp_path}: {tmp_path}/a.png: .*; config.data.replace_unreadable = T"
     with pytest.raises(data.ExampleError, match=words):
         _take(1, source, batch_size=1, seed=0, crop="center", image_size=8)
+
+
+class Damaged(Numbered):
+    def __getitem__(self, i):
+        if i in (3, 7):
+            raise data.UnreadableImageError(f"bad bytes of {i}")
+        return super().__getitem__(i)
+
+
+def test_unreadable_images_are_told_once_and_counted_at_the_end(caplog):
+    settings = {"batch_size": 4, "seed": 0, "replace_unreadable": True}
+    with (
+        caplog.at_level(logging.WARNING, logger="absl"),
+        contextlib.closing(data.batches(Damaged(12), **settings)) as stream,
+    ):
+        batches = list(itertools.islice(stream, 9))
+    assert sum(batch["replaced"].sum() for batch in batches) == 6
+    assert all(batch.keys() == {"image", "label", "replaced"} for batch in batches)
+    first, last = caplog.messages
+    assert re.fullmatch("unreadable, replaced by the next image: bad bytes of [37]", first)
+    assert last == "2 images of Numbered are unreadable: replaced"
 
 
 @pytest.mark.parametrize(
@@ -344,7 +366,7 @@ def test_workers_end_with_an_iterator_that_is_forgotten():
         (dict(crop="centre"), "'centre'.*none, center, random"),
         (dict(crop="center"), "image_size"),
         (dict(crop="random", image_size=0), "image_size"),
-        (dict(image_size=3), r"2x2.*image_size = 3"),
+        (dict(image_size=3), r"image_size = 3, but the images of Numbered are 2x2: change it"),
     ],
 )
 def test_bad_arguments(options, match):

@@ -141,7 +141,10 @@ def test_arrays_of_a_file(tmp_path):
     with pytest.raises(ValueError, match="no array 'train_images', only: images, val_images, val"):
         data.arrays("train", path)
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=r"file.npz is damaged, or not an .npz file of arrays"):
+    with pytest.raises(ValueError, match=r"file.npz is damaged, or not an .npz file, which num"):
+        data.arrays("", path)
+    np.savez(path, images=np.array([{}], object))
+    with pytest.raises(ValueError, match=r"file.npz can't be read: it has objects of Python; save"):
         data.arrays("", path)
 
 

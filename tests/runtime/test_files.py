@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from ant_jax.runtime.files import locked, write_bytes, write_new, writing
+from ant_jax.runtime.files import locked, words_of, write_bytes, write_new, writing
 
 
 def test_two_that_write_one_file_at_once_leave_that_of_the_last(tmp_path):
@@ -58,6 +58,18 @@ def test_what_is_there_is_not_written_anew(links, tmp_path, monkeypatch):
     path = tmp_path / "new" / "a"
     assert write_new(path, b"first") and not write_new(path, b"second")
     assert path.read_bytes() == b"first" and list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_of_the_system_is_told_without_its_number(tmp_path):
+    def words(use):
+        with pytest.raises(OSError) as error:
+            use()
+        return words_of(error.value)
+
+    assert words((tmp_path / "a").read_bytes) == f"there is no file or folder {tmp_path / 'a'}"
+    assert words(tmp_path.read_bytes) == f"{tmp_path}: Is a directory"
+    assert words_of(OSError(28, "No space left on device")) == "No space left on device"
+    assert words_of(OSError("ours")) == "ours"
 
 
 def test_what_killed_writers_have_left_is_removed_after_a_day(tmp_path):

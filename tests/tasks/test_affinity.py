@@ -379,11 +379,11 @@ GOOD = {"affinity": np.eye(2), "timesteps": np.array([0, 499]), "num_timesteps":
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "not a zip file"),
-        (b"some text", "not a zip file"),
-        (pickle.dumps([1]), "not a zip file"),
-        (npy(), "not a zip file"),
-        (npz(**GOOD)[:200], "not a zip file"),
+        (b"", "it is damaged, or not an .npz file"),
+        (b"some text", "it is damaged, or not an .npz file"),
+        (pickle.dumps([1]), "it is damaged, or not an .npz file"),
+        (npy(), "it is damaged, or not an .npz file"),
+        (npz(**GOOD)[:200], "it is damaged, or not an .npz file"),
         (
             npz(affinity=np.eye(2)),
             "it is not a task affinity: it has no num_timesteps, timesteps; ",
