@@ -22,6 +22,7 @@ from ant_jax import dataset, models, mtl, optimizers, sampling
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import Process
 from ant_jax.diffusion.samplers import SampleOptions
+from ant_jax.mtl.combine import weigh
 from ant_jax.runtime.sharded import gathering
 from ant_jax.tasks import affinity as affinities
 from ant_jax.tasks.clusterings import Clusters
@@ -289,6 +290,10 @@ def _build_weighting(config, k, seed, loss_scale, specialist, given):
     weighting = given
     if weighting is None:
         weighting = config_lib.build(config, "method", k=k, seed=seed + _METHOD_STREAM)
+    if given is not None or ":" in settings.name:
+        _check_weigh(
+            weighting, "weighting=" if given else f"config.method.name = {settings.name!r}"
+        )
     if settings.update_every > 1:
         weighting = mtl.every(weighting, settings.update_every)
     if settings.max_norm:
@@ -297,6 +302,16 @@ def _build_weighting(config, k, seed, loss_scale, specialist, given):
         weighting = mtl.scaled(weighting, loss_scale)
     # The cosines are computed from the Gram matrix, which the method may not need itself.
     return weighting._replace(needs=weighting.needs | ({"gram"} if settings.cosines else set()))
+
+
+def _check_weigh(weighting, what):
+    """Raises an error if a user's method returns something wrong, before the wrappers use it."""
+    k = weighting.k
+    stats = mtl.TaskStats(jnp.ones(k), jnp.eye(k), jnp.ones(k))
+    try:
+        jax.eval_shape(lambda: weigh(weighting, stats, weighting.init()))
+    except mtl.WeighError as error:
+        raise ConfigError(f"{what}: {error}") from error
 
 
 def build_optimizer(

@@ -658,6 +658,12 @@ def taken(k: int, max_norm: float = 7.0) -> Weighting:
 
 def unresolved(k: int, a: "Nothing" = 1) -> Weighting:
     return linear(k)
+
+def column(k: int) -> Weighting:
+    return linear(k)._replace(weigh=lambda stats, state: (stats.counts[:, None], state))
+
+def stateless(k: int) -> Weighting:
+    return linear(k)._replace(weigh=lambda stats, state: stats.counts)
 """
 
 
@@ -690,13 +696,17 @@ def test_a_component_of_ones_own_has_its_settings(own):
         ("own_parts:taken", "has an argument max_norm, which is a setting of all of config.method"),
         ("own_parts:unresolved", "name 'Nothing' is not defined"),
         ("broken_parts:f", "can't be imported: SyntaxError: invalid syntax"),
+        ("own_parts:column", r"weigh of own_parts.column .* \(k,\) = \(5,\) .* got .* \(5, 1\)"),
+        ("own_parts:stateless", r"weigh of own_parts.stateless must .* and a state, got 1 value"),
     ],
 )
 def test_a_faulty_component_of_ones_own_is_one_line(name, words, own):
     config = digits.get_config("linear")
     with pytest.raises(config_lib.ConfigError, match=f"config.method.name .*{words}") as error:
         config_lib.update(config, {"method.name": name})
-        config_lib.build(config, "method", k=3, seed=0)
+        # Wrappers would fail where they use what it returns.
+        config_lib.update(config, {"method.update_every": 2, "method.max_norm": 1.0})
+        experiment.build(config, channels=1, num_classes=10)
     assert "\n" not in str(error.value)
 
 

@@ -19,7 +19,7 @@ from ant_jax.mtl.mixing import pike
 from ant_jax.mtl.pooling import by_task, pooled
 from ant_jax.mtl.rep_mtl import RepMTL, rep_mtl
 from ant_jax.mtl.slgrad import SLGrad, slgrad, slgrad_weights
-from ant_jax.mtl.weighting import TaskStats, Weighting
+from ant_jax.mtl.weighting import TaskStats, WeighError, Weighting
 from ant_jax.mtl.wrappers import clipped, cr_mogm, every, scaled
 
 _METHODS = settings.names_in(sys.modules[__name__], Weighting)
@@ -38,6 +38,7 @@ __all__ = [
     "RepMTL",
     "SLGrad",
     "TaskStats",
+    "WeighError",
     "Weighting",
     "backward",
     "backward_at_features",

@@ -8,7 +8,14 @@ from optax.experimental import aggregating
 
 from ant_jax.mtl.gramian import gramian
 from ant_jax.mtl.shards import all_finite, gathered, global_sum, scattered_sum
-from ant_jax.mtl.weighting import State, TaskStats, Weighting, check_needs, refuse_rules
+from ant_jax.mtl.weighting import (
+    State,
+    TaskStats,
+    Weighting,
+    check_needs,
+    check_result,
+    refuse_rules,
+)
 
 
 class CombineState(NamedTuple):
@@ -193,17 +200,20 @@ def weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Arr
     """Calls the method's ``weigh``; the weight of a loss that is not finite becomes NaN.
 
     Otherwise the weight and the gradient could still be finite, and the update would hide the loss.
+
+    Raises:
+      WeighError: if it does not return weights (k,) and a state.
     """
     seen = {name: getattr(stats, name) for name in weighting.needs}
     try:
-        weights, state = weighting.weigh(
-            TaskStats(None, None, stats.counts)._replace(**seen), state
-        )
+        result = weighting.weigh(TaskStats(None, None, stats.counts)._replace(**seen), state)
     except (AttributeError, TypeError) as error:
         hidden = " and ".join(sorted({"losses", "gram"} - weighting.needs))
         if hidden:
             error.add_note(f"the method sees no {hidden}: Weighting.needs lists what it reads")
         raise
+    check_result(weighting, result)
+    weights, state = result
     if stats.losses is not None:
         weights = jnp.where(stats.present & ~jnp.isfinite(stats.losses), jnp.nan, weights)
     return weights, state

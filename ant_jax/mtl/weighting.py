@@ -5,11 +5,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.settings import check_integer, settings_of
 
 State = Any
+
+
+class WeighError(ValueError):
+    """A method does not return what `Weighting.weigh` must return."""
 
 
 class TaskStats(NamedTuple):
@@ -111,6 +116,18 @@ def check_needs(weighting: Weighting) -> None:
         raise ValueError(
             f"needs must be some of 'losses' and 'gram', got {', '.join(map(repr, unknown))}"
         )
+
+
+def check_result(weighting: Weighting, result: Any) -> None:
+    """Raises a WeighError unless a result of `Weighting.weigh` is weights (k,) and a state."""
+    weigh, k = weighting.weigh, weighting.k
+    name = getattr(weigh, "__qualname__", type(weigh).__qualname__).partition(".<locals>")[0]
+    must = f"weigh of {weigh.__module__}.{name} must return weights of shape (k,) = ({k},) and a "
+    if not isinstance(result, tuple) or len(result) != 2:
+        count = len(result) if isinstance(result, tuple) else 1
+        raise WeighError(f"{must}state, got {count} value(s)")
+    if jnp.shape(result[0]) != (k,):
+        raise WeighError(f"{must}state, got weights of shape {jnp.shape(result[0])}")
 
 
 def lifted(weighting: Weighting) -> Weighting:

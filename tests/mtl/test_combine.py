@@ -99,6 +99,14 @@ def test_missing_losses_are_an_error_where_they_are_needed():
             jax.eval_shape(tx.update, stacked, tx.init(None))
 
 
+def test_weights_of_a_wrong_shape_are_an_error_that_names_the_method():
+    wrong = mtl.linear(K)._replace(weigh=lambda stats, state: (stats.counts[1:], state))
+    stacked, tx = _stacked(np.random.default_rng(0)), mtl.combine(wrong)
+    words = rf"test_weights_of_a_wrong_shape\w* must return .* = \({K},\) .*, got .* \({K - 1},\)"
+    with pytest.raises(mtl.WeighError, match=words):
+        tx.update(stacked, tx.init(None))
+
+
 @pytest.mark.parametrize("make", [lambda k: mtl.combine(mtl.nash(k)), mtl.moco])
 @pytest.mark.parametrize("name", ["losses", "counts"])
 def test_losses_and_counts_of_a_wrong_shape_are_an_error(name, make):
