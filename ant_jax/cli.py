@@ -240,7 +240,7 @@ def usable_workdir(name: str | None) -> Path:
     return workdir
 
 
-# A name of a folder has at most 255 bytes.
+# In bytes: a name of a folder has at most 255.
 _LONGEST = 200
 
 
@@ -252,18 +252,30 @@ def _name_of_run(flag):
     others = [word for word in argument.split(",") if word and word not in tasks]
     plain = config_lib.flatten(config_file.read(read))
     in_name = {"method.name", "clusters.name", "seed"} | config_lib.may_change(config)
+    # The path of the data may change, but other data are another run.
+    known = (config_lib.settings_of_config(config).keys() - in_name) | {"data.dir", "data.file"}
     changes = {
-        name: value
+        _short_name(name, known): value
         for name, value in sorted(config_flags.get_override_values(flag).items())
-        # The path of the data may change, but other data are another run.
-        if (name not in in_name or name in ("data.dir", "data.file")) and value != plain.get(name)
+        if name in known and value != plain.get(name)
     }
     tasks = [task.rpartition(":")[2] for task in tasks]
     words = [Path(file).stem, *others, *tasks, str(config.seed), *config_lib.in_words(changes)]
     name = "-".join(words)
-    if len(name) > _LONGEST:
-        name = name[:_LONGEST] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+    if len(name.encode()) > _LONGEST:
+        digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+        name = f"{name.encode()[:_LONGEST].decode(errors='ignore')}-{digest}"
     return name
+
+
+def _short_name(setting, known):
+    """The setting without its group if that is clear; of a component's name, the group."""
+    components = config_lib.component_names()
+    if setting in components:
+        return components[setting]
+    leaf = setting.rpartition(".")[2]
+    alike = [name for name in known if name.rpartition(".")[2] == leaf]
+    return leaf if alike == [setting] and leaf not in components.values() else setting
 
 
 def settings_to_compare(config: ConfigDict, workdir: Path | None, **named: Any) -> dict[str, Any]:

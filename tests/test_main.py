@@ -321,14 +321,22 @@ def test_the_console_command_is_the_same_program(tmp_path):
 
 NAMES = {
     "digits-nash-snr-0": ["--config.optimizer.learning_rate=0.003", "--config.num_steps=5"],
-    "digits-nash-snr-3-optimizer.learning_rate=0.01": [
+    "digits-nash-snr-3-learning_rate=0.01": [
         *("--config.seed=3", "--config.optimizer.learning_rate=0.01", "--config.log_every=5")
     ],
-    "digits-nash-snr-0-num_steps=50-schedule.name=cosine": [
+    "digits-nash-snr-0-num_steps=50-schedule=cosine": [
         *("--config.schedule.name=cosine", "--config.num_steps=50")
     ],
     "fashion-14-nash-snr-0": ["--config=configs/fashion.py:nash,snr,14"],
-    "folder64-nash-snr-0-data.dir=cats": [
+    "digits-nash-snr-0-batch_size=10-model=unet-width=32-process.schedule=linear": [
+        *("--config.model.name=unet", "--config.model.width=32", "--config.data.batch_size=10"),
+        "--config.process.schedule=linear",
+    ],
+    # 207 bytes.
+    f"folder64-nash-snr-0-dir={'고양이' * 19}고-151cb009": [
+        *("--config=configs/folder64.py", f"--config.data.dir=data/{'고양이' * 28}")
+    ],
+    "folder64-nash-snr-0-dir=cats": [
         *("--config=configs/folder64.py", "--config.data.dir=data/cats")
     ],
 }
