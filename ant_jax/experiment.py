@@ -111,6 +111,7 @@ def build(
         _check_memory(config, group, name, shape)
     if model is None:
         model = build_model(config, channels, num_classes if config.model.conditional else 0)
+    _check_labels(config, models.num_classes(model))
     multiple = models.input_multiple(model)
     if size % multiple:
         # Of pixels, if the network sees latents.
@@ -356,6 +357,20 @@ def _draw(config, given):
     return "uniform" if config.method.name == "vanilla" and given is None else "stratified"
 
 
+def _check_labels(config, num_classes):
+    labels = config.sample.labels
+    if labels and not num_classes:
+        raise ConfigError(
+            f"config.sample.labels = {labels} needs a network that gets labels, by "
+            "config.model.conditional = True: set it to ()"
+        )
+    if labels and max(labels) >= num_classes:
+        raise ConfigError(
+            f"config.sample.labels = {labels} must be classes of the network: 0 to "
+            f"{num_classes - 1}"
+        )
+
+
 def _check_memory(config, group, name, image_shape):
     """Raises an error if the images of a batch, as float32, need more memory than there is."""
     need = 4 * config[group][name] * math.prod(image_shape)
@@ -470,6 +485,7 @@ def draw_samples(
         seed=config.sample.seed,
         batch_size=config.sample.batch_size,
         num=num,
+        labels=config.sample.labels,
         start=start,
         stop=stop,
         decode=dataset.decoder(config),

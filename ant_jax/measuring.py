@@ -107,6 +107,12 @@ def build(config: ConfigDict, names: Sequence[str] = ()) -> Measuring:
       ConfigError: If a file that the config names can't be used.
     """
     settings, batch_size = config.evaluation, config.sample.batch_size
+    if config.sample.labels and not settings.samples:
+        logging.warning(
+            "samples of the classes config.sample.labels = %s are compared with real images of all "
+            "classes",
+            config.sample.labels,
+        )
     every = _metrics(names or settings.metrics)
     try:
         evaluator = evaluation.build_evaluator(_extractor(config), every)

@@ -22,6 +22,7 @@ from ant_jax.settings import Affects
 _OF_THE_REFERENCE = ("real_", "num_", "classifier_", "nfe")
 _LOSS_OF = "held-out images"
 _PICTURE = "samples.png"
+_CLASSES = 20  # that are named, at most
 _CARD = """\
 ---
 {front}---
@@ -241,6 +242,8 @@ def _facts(config, known, setup, params, logged):
     for row, name in (("data", "source"), ("method", "weighting")):
         if name in given:
             rows[row] = ", ".join([f"{given[name]}, given from Python", *counts * (row == "data")])
+    if facts.get("classes"):
+        rows["classes"] = _classes(facts["classes"])
     if config.autoencoder.name:
         rows["autoencoder"] = f"{config.autoencoder.name}, latents times {config.autoencoder.scale}"
     if config.init_from:
@@ -253,6 +256,12 @@ def _facts(config, known, setup, params, logged):
         rows["time"] = f"{logged['seconds']:,.1f} s of training steps until step {logged['step']}"
     rows["exported with"] = f"ant-jax {ant_jax.__version__}, jax {jax.__version__}"
     return rows
+
+
+def _classes(names):
+    """The first names, each behind its label if that is not the name."""
+    shown = [name if name == str(i) else f"{i} {name}" for i, name in enumerate(names[:_CLASSES])]
+    return ", ".join([*shown, "..."] if len(names) > _CLASSES else shown)
 
 
 def _component(config: ConfigDict, group: str, *facts: str, without: Sequence[str] = ()) -> str:

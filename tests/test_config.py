@@ -615,6 +615,14 @@ MISFITS = {
         "autoencoder__weights": "vae.pt",
         "autoencoder__latents": "latents",
     },
+    "config.sample.labels = (3, 10) must be classes of the network: 0 to 9": {
+        "sample__labels": (3, 10)
+    },
+    "config.sample.labels = (3,) needs a network that gets labels, by config.model.conditional": {
+        "sample__labels": (3,),
+        "model__conditional": False,
+        "label_dropout": 0.0,
+    },
     "config.sampler.guidance_channels = 5 must not exceed the 1 channels": {
         "sampler__guidance_channels": 5
     },

@@ -156,6 +156,7 @@ def test_a_workdir_s_weights_are_exported_with_their_figures(modes):
     assert {name for name in figures if f"`{name}`" not in explained} == {"made_from"}
     assert f"| frechet_distance | {figures['frechet_distance']:.6g} |" in card
     assert f"| nfe | {figures['nfe']} |" in card
+    assert "| classes | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |" in card
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     config = json.loads((folder / "config.json").read_text())
     rate = f"learning rate {config['optimizer']['learning_rate']:g}"

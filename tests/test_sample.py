@@ -4,9 +4,10 @@ import json
 import re
 
 import evaluated_run
+import numpy as np
 from evaluated_run import configured
 
-from ant_jax import evaluate, sample
+from ant_jax import evaluate, measuring, sample
 from ant_jax import workdir as workdir_lib
 
 # pytest looks for fixtures among the names of a module.
@@ -51,3 +52,14 @@ def test_a_picture_that_the_trainer_is_still_to_draw_keeps_its_name(workdir, tmp
     workdir_lib.save_config(config, workdir)
     assert sample.sample(configured(tmp_path, sample__seed=1), workdir).name != "00000005.npz"
     assert sample.sample(configured(tmp_path), workdir).name == "00000005.npz"
+
+
+def test_classes_can_be_chosen(workdir, tmp_path, caplog):
+    plain = sample.sample(configured(tmp_path), workdir)
+    config = configured(tmp_path, sample__labels=(7, 1))
+    path = sample.sample(config, workdir)
+    assert path != plain
+    with np.load(path) as stored:
+        np.testing.assert_array_equal(stored["arr_1"], [7, 1] * 10 + [7])
+    measuring.build(config)
+    assert "samples of the classes config.sample.labels = (7, 1) are compared with" in caplog.text

@@ -275,6 +275,7 @@ class Samples:
       seed: of the samples.
       every: steps between two grids of samples during training; 0 for none.
       num: number of samples of ``--mode sample`` and ``--mode evaluate``.
+      labels: of the classes to draw, in turn; () for all classes.
       batch_size: number of samples drawn at a time.
     """
 
@@ -282,6 +283,13 @@ class Samples:
     seed: Annotated[int, Integer(0, 2**32 - 1)] = 0
     every: Annotated[int, Integer(0), Affects.NOTHING] = 1000
     num: Annotated[int, Integer(1)] = 1797
+    labels: Annotated[
+        tuple,
+        Check(
+            lambda labels: all(type(label) is int and label >= 0 for label in labels),
+            "classes as '3' or '(3, 5)', or ()",
+        ),
+    ] = ()
     batch_size: Annotated[int, Integer(1), Affects.NOTHING] = 600
 
 

@@ -16,6 +16,7 @@ _BEFORE = {
 _SINCE = {
     ("parallel", ""): {"params": "replicated"},
     ("evaluation", ""): {"every": 0, "num_in_training": 0},
+    ("sample", ""): {"labels": ()},
     ("optimizer", ""): {"decay_mask": ""},
     ("optimizer", "adamw"): {"b1": 0.9, "b2": 0.999, "eps": 1e-8},
     ("schedule", "cosine"): {"final": 0.0},

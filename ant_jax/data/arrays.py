@@ -20,6 +20,7 @@ class ArraySource(Source):
       labels: Integers (n,) from 0; None if the images have no labels.
       name: Name of the source in messages.
       num_classes: Number of classes; by default one more than the largest label.
+      classes: Names of the classes, in the order of the labels; () if they are not known.
 
     Raises:
       ValueError: If the arrays have other types or shapes, or a label is out of range.
@@ -30,6 +31,7 @@ class ArraySource(Source):
     labels: np.ndarray = dataclasses.field(default=None, repr=False)  # pyright: ignore[reportAssignmentType]
     name: str = "arrays"
     num_classes: int = None  # pyright: ignore[reportAssignmentType]
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self):
         images = np.asarray(self.images)
@@ -80,7 +82,8 @@ class ArraySource(Source):
         """See `Source`."""
         some = self.images[sampled(len(self))]
         found = fingerprint(self.labels.tobytes(), some.tobytes())
-        return super().facts() | {"fingerprint": found}
+        classes = {"classes": list(self.classes)} if self.classes else {}
+        return super().facts() | {"fingerprint": found} | classes
 
 
 def arrays(split: str = "train", file: Annotated[Path, Affects.NOTHING] = "") -> ArraySource:

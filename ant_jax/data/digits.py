@@ -36,7 +36,8 @@ def digits(split: Literal["train", "test", "all"] = "train") -> ArraySource:
     if split not in chosen:
         raise ValueError(f"digits has no split {split!r}; it has {', '.join(chosen)}")
     images = np.round(levels[chosen[split]] * (255 / 16)).astype(np.uint8)[..., None]
-    source = ArraySource(images, labels[chosen[split]], f"digits[{split}]", 10)
+    names = tuple("0123456789")
+    source = ArraySource(images, labels[chosen[split]], f"digits[{split}]", len(names), names)
     # The cache returns the same arrays to every caller.
     source.images.flags.writeable = source.labels.flags.writeable = False
     return source

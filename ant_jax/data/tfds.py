@@ -26,12 +26,14 @@ class TfdsSource(Source):
       records: The data source of the split; its images are the bytes of image files.
       image_shape: (height, width, channels); height and width are None if the size varies.
       num_classes: Number of classes; 0 if the builder has no class label.
+      classes: Names of the classes, in the order of the labels; () if there are none.
     """
 
     name: str
     records: Sequence[Example] = dataclasses.field(repr=False)
     image_shape: tuple[int | None, int | None, int]
     num_classes: int
+    classes: tuple[str, ...] = dataclasses.field(default=(), repr=False)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -50,6 +52,10 @@ class TfdsSource(Source):
             raise UnreadableImageError(f"image {index} of {self.name}: {error}") from error
         label = record["label"] if self.num_classes else 0
         return {"image": image, "label": np.int32(label)}
+
+    def facts(self) -> dict[str, Any]:
+        """See `Source`."""
+        return super().facts() | ({"classes": list(self.classes)} if self.classes else {})
 
 
 def tfds(
@@ -115,5 +121,6 @@ def tfds(
         raise ValueError(f"{builder!r} cannot read split {split!r}: {error}") from error
     labelled = isinstance(features.get("label"), library.features.ClassLabel)
     num_classes = features["label"].num_classes if labelled else 0
+    classes = tuple(features["label"].names) if labelled else ()
     shape = tuple(features["image"].shape)
-    return TfdsSource(f"{builder}[{split}]", records, shape, num_classes)
+    return TfdsSource(f"{builder}[{split}]", records, shape, num_classes, classes)

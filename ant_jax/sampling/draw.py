@@ -1,7 +1,7 @@
 """Draws samples from a trained model, batch by batch."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -27,13 +27,14 @@ def sample_batches(
     seed: int,
     batch_size: int,
     num: int,
+    labels: Sequence[int] = (),
     start: int = 0,
     stop: int | None = None,
     decode: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
     """Draws samples on this process's devices.
 
-    Sample i depends on the parameters, the seed and i alone. Its class is i mod ``num_classes``.
+    Sample i depends on the parameters, the seed, its class and i alone. The classes take turns.
 
     Args:
       sampler: the sampler.
@@ -46,6 +47,7 @@ def sample_batches(
       seed: of the samples; another seed gives other samples.
       batch_size: number of samples to draw at a time; see `rounded_batch_size`.
       num: number of samples in all.
+      labels: of the classes to draw, each below ``num_classes``; () for all.
       start: index of the first sample to draw.
       stop: index after that of the last sample to draw; by default ``num``.
       decode: from float32 latents (B, h, w, c) to uint8 images (B, H, W, C); None where the network
@@ -58,16 +60,16 @@ def sample_batches(
       FloatingPointError: if samples have numbers that are not finite; the message says how many.
     """
     stop = num if stop is None else stop
+    classes = np.asarray(labels or range(num_classes), np.int32)
     devices = jax.local_devices()
     stream = jax.random.fold_in(jax.random.key(seed), _SAMPLE_STREAM)
     batch = rounded_batch_size(batch_size, num)
     for first in range(start, stop, batch):
-        index = jax.device_put(np.arange(first, first + batch), split_over(devices))
-        keys = jax.vmap(functools.partial(jax.random.fold_in, stream))(index)
-        labels = index % num_classes if num_classes else None
-        x0 = sampler(
-            process, denoise, (batch, *image_shape), keys, options, labels, num_classes or None
-        )
+        index = np.arange(first, first + batch)
+        place = lambda array: jax.device_put(array, split_over(devices))
+        keys = jax.vmap(functools.partial(jax.random.fold_in, stream))(place(index))
+        y = place(classes[index % len(classes)]) if num_classes else None
+        x0 = sampler(process, denoise, (batch, *image_shape), keys, options, y, num_classes or None)
         keep = min(batch, stop - first)
         if decode is None:
             images, finite = (np.asarray(part)[:keep] for part in pixels.quantize(x0))
@@ -77,7 +79,7 @@ def sample_batches(
             finite = np.asarray(np.isfinite(latents).all((1, 2, 3)))
             pixels.check_finite(finite, "latents of samples", first)
             images = decode(latents)
-        yield images, None if labels is None else np.asarray(labels)[:keep]
+        yield images, None if y is None else np.asarray(y)[:keep]
 
 
 def rounded_batch_size(batch_size: int, num: int) -> int:

@@ -61,6 +61,8 @@ def test_a_source_is_what_the_contract_says(name, settings):
     facts = source.facts()
     assert json.loads(json.dumps(facts)) == facts
     assert facts["num_images"] == len(source) and facts["num_classes"] == source.num_classes
+    assert ("classes" in facts) == (name in ("digits", "folder", "tfds"))
+    assert len(facts.get("classes", range(source.num_classes))) == source.num_classes
     copy = cloudpickle.loads(cloudpickle.dumps(source))
     for i in (0, len(source) - 1):
         image, label = source[i]["image"], source[i]["label"]

@@ -87,6 +87,16 @@ def test_latents_are_decoded_as_they_were_drawn():
     np.testing.assert_array_equal(batches[0][0], whole[5:11] >= 128)
 
 
+def test_classes_that_are_chosen_take_turns():
+    whole, classes = join(draw(9, batch_size=100))
+    chosen, labels = join(draw(9, batch_size=100, labels=(2, 0)))
+    np.testing.assert_array_equal(labels, [2, 0, 2, 0, 2, 0, 2, 0, 2])
+    # Only the class of a sample has changed.
+    same = labels == classes
+    assert 0 < same.sum() < 9
+    np.testing.assert_array_equal((whole == chosen).all((1, 2, 3)), same)
+
+
 def test_samples_that_are_not_finite_are_counted():
     bad = jnp.arange(16)[:, None, None, None] % 5 == 2
     draw = lambda decode: list(
