@@ -40,9 +40,10 @@ export PYTHONDONTWRITEBYTECODE =
 .venv/installed-docs: EXTRA = [docs]
 .venv/installed .venv/installed-test .venv/installed-docs: setup.cfg setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ant-jax needs Python 3.11 or later; try make PYTHON=python3.12")'
+	@echo "installing '.$(EXTRA)' into .venv; half a minute, or more if the connection is slow ..."
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --no-compile --editable '.$(EXTRA)'
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --no-compile --editable '.$(EXTRA)'
 	touch .venv/installed $@
 
 .venv-lower/installed: setup.cfg setup.py pyproject.toml
