@@ -121,7 +121,8 @@ def test_without_the_packages_of_an_extra_one_line_names_it():
 def test_make_says_that_it_installs_before_pip_is_silent():
     command = ["make", "--dry-run", "--always-make", "demo"]
     said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60).stdout
-    assert 0 < said.index("installing '.[experiments]' into .venv; half a minute") < said.index("pip")
+    line = "installing '.[experiments]' into .venv; half a minute"
+    assert 0 < said.index(line) < said.index("pip")
 
 
 PROGRAM = """
