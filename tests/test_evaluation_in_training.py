@@ -251,7 +251,7 @@ IMPOSSIBLE = {
         "evaluation__samples": "some.npz"
     },
     "num_in_training = 1: metrics need 2 samples": {"evaluation__num_in_training": 1},
-    "every = 3 evaluates .* split = .validation.: .*: digits has no split .validation.": {
+    "every = 3 evaluates .*split = .validation.: .*: digits has no split .validation.": {
         "evaluation__split": "validation"
     },
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from tiny_runs import use_small_model
 
 from ant_jax.config import update
 from configs import digits
@@ -50,6 +51,8 @@ def test_an_example_trains(name, tmp_path, monkeypatch):
     # Eight devices of one machine would spend most of the time on the sums of a wide network.
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(jax, "device_count", lambda: 1)
+    if name != "own_network":
+        use_small_model(monkeypatch)
     module.main(tmp_path, 40)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 40

@@ -568,7 +568,7 @@ def test_a_network_of_ones_own_is_trained_exported_and_begun_with(begun, tmp_pat
         ({"model__name": f"{__name__}:Omn"}, ".*Omn' can't be imported: "),
         (
             {"model__name": f"{__name__}:tiny"},
-            "tiny makes a ConfigDict, not a Flax Linen module",
+            "tiny makes a Config, not a Flax Linen module",
         ),
     ):
         with pytest.raises(ConfigError, match=f"^config.model.* {fault}"):
@@ -629,7 +629,11 @@ def test_the_gram_matrix_is_of_the_gradients_of_what_is_not_frozen():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, part)
 
 
-@pytest.mark.parametrize("settings", [UNET, {"process.prediction": "v"}], ids=["unet", "v"])
+@pytest.mark.parametrize(
+    "settings",
+    [pytest.param(UNET, marks=pytest.mark.slow), {"process.prediction": "v"}],
+    ids=["unet", "v"],
+)
 def test_what_else_a_config_can_train(settings, tmp_path):
     changes = {name.replace(".", "__"): value for name, value in settings.items()}
     config = tiny("uncertainty", optimizer__learning_rate=1e-3, num_steps=6, **changes)

@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import forked
@@ -202,10 +200,17 @@ def test_processes_with_other_settings_name_them_and_write_nothing(tmp_path):
 
 
 def test_what_cannot_meet_says_so(tmp_path):
-    run = [sys.executable, "-m", "ant_jax.main", f"--workdir={tmp_path}", "--process_id=1"]
-    incomplete = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=100)
-    assert incomplete.returncode == 1
-    assert "need --coordinator, --num_processes too" in incomplete.stderr
+    program = tmp_path / "alone.py"
+    program.write_text(
+        "from ant_jax.runtime import connection; connection._CONNECT_SECONDS = 1\n"
+        "connection.initialize('localhost:1', 2, 1)"
+    )
+    run = ["-m", "ant_jax.main", f"--workdir={tmp_path}", "--process_id=1"]
+    (incomplete, reason), (alone, told) = forked.run([run, [program]], devices=1, together=True)
+    assert incomplete == alone == 1
+    assert "need --coordinator, --num_processes too" in reason
+    (line,) = told.splitlines()
+    assert "have not come together at localhost:1 within 1 s" in line
     for arguments, message in {
         ("localhost", 2, 0): "must be HOST:PORT",
         ("localhost:1", 2, 2): "--process_id=2 must be from 0",
@@ -216,16 +221,6 @@ def test_what_cannot_meet_says_so(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=f"port {port} of this machine: .*in use"):
             connection.initialize(f"localhost:{port}", 2, 0)
-    program = (
-        "from ant_jax.runtime import connection; connection._CONNECT_SECONDS = 1;"
-        "connection.initialize('localhost:1', 2, 1)"
-    )
-    alone = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
-    )
-    assert alone.returncode == 1
-    (line,) = alone.stderr.splitlines()
-    assert "have not come together at localhost:1 within 1 s" in line
 
 
 @pytest.mark.parametrize(

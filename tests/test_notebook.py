@@ -13,6 +13,9 @@ PATH = ROOT / "experiments" / "colab.ipynb"
 COLAB = runpy.run_path(str(ROOT / "experiments" / "colab.py"))
 # Goes in behind the first cell, which makes the packages importable; all else runs as it stands.
 SMALLEST = """
+sys.path.append("tests")
+import pytest
+import tiny_runs
 from ant_jax.config import update
 from configs import digits
 from experiments.presets import PRESETS
@@ -23,6 +26,7 @@ def smaller(argument, get_config=digits.get_config):
     return config
 
 digits.get_config = smaller
+tiny_runs.use_small_model(pytest.MonkeyPatch())
 """
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from ant_jax import compiled_step, experiment, state_layout
 from ant_jax import config as config_lib
+from ant_jax.models.dit import DiT
 from configs import digits
 
 # Millions of parameters, and the height, width and channels of the network's input.
@@ -29,7 +30,12 @@ PAPER = {
     "imagenet256_sit_xl2": (675, (32, 32, 4)),
     "cifar10_edm": (57, (32, 32, 3)),
 }
-FAMILIES = ("ffhq256_adm", "imagenet256_dit_s2", "imagenet256_sit_s2")
+# With a block of each kind, where the slow test has all of them.
+FAMILIES = {
+    "ffhq256_adm": {"model.channel_mult": (1, 2), "model.attention_factors": (2,)},
+    "imagenet256_dit_s2": {"model.depth": 1},
+    "imagenet256_sit_s2": {"model.depth": 1},
+}
 METHODS = ("vanilla", "linear", "uncertainty", "pcgrad", "nash")
 
 
@@ -56,9 +62,16 @@ def test_every_config_of_the_paper_is_here():
     assert names | {"cifar10_edm"} == set(PAPER)
 
 
-@functools.cache
 def num_params(model, shape):
-    """Configs of one network share it."""
+    """Of a DiT, whose blocks are alike, from those of one and of two blocks."""
+    if isinstance(model, DiT):
+        one, two = (_num_params(model.clone(depth=depth), shape) for depth in (1, 2))
+        return one + (model.depth - 1) * (two - one)
+    return _num_params(model, shape)
+
+
+@functools.cache
+def _num_params(model, shape):
     params = jax.eval_shape(lambda: experiment.init_params(model, shape, 0))
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
@@ -70,9 +83,7 @@ def test_it_builds_and_its_network_has_the_published_size(name):
     millions, shape = PAPER[name]
     setup = build(config, shape)
     assert setup.image_shape == shape
-    params = jax.eval_shape(lambda: experiment.init_params(setup.model, shape, 0))
-    size = sum(leaf.size for leaf in jax.tree.leaves(params))
-    assert round(size / 1e6) == millions
+    assert round(num_params(setup.model, shape) / 1e6) == millions
     assert f"{millions} M parameters" in (importlib.import_module(f"configs.{name}").__doc__) or (
         name.startswith("celebahq")
     )
@@ -116,11 +127,12 @@ def test_samplers_call_the_network_as_often_as_in_the_papers(name, calls):
     assert experiment.nfe(completed(name, "vanilla")) == calls
 
 
-def trace(name, method, monkeypatch):
+def trace(name, method, monkeypatch, changes=None):
     """The train step as a program for one device, of shapes alone."""
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     config = completed(name, f"{method},snr")
+    config_lib.update(config, changes or {})
     setup = build(config, PAPER[name][1])
     state = state_layout.abstract_state(config, setup)
     examples = (config.data.batch_size,)
@@ -144,7 +156,7 @@ def trace(name, method, monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_train_step_of_each_family_is_traced(name, monkeypatch):
-    trace(name, "uncertainty", monkeypatch)
+    trace(name, "uncertainty", monkeypatch, FAMILIES[name])
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ class Noisiest(GaussianDiffusion):
 @pytest.mark.parametrize("how", clusters.DRAWS)
 def test_levels_are_drawn_by_the_density_of_the_process(how, batch):
     process = Noisiest(alphas_bar("cosine", BOUNDARIES[-1]))
-    examples, tasks = draw_with(batch, how, process=process)
+    examples, tasks = jax.jit(lambda b: draw_with(b, how, process=process))(batch)
     highest = np.asarray(BOUNDARIES)[np.asarray(tasks) + 1] - 1
     np.testing.assert_array_equal(examples.t, highest)
     assert len(set(np.asarray(tasks))) == (K if how == "stratified" else 1)
@@ -125,7 +125,7 @@ def test_a_curriculum_trains_on_the_noisiest_tasks(params, batch, how):
     in_order = jnp.asarray([2, 2, 3, 3])
     setup = ts.Setup(None, DIFFUSION, BOUNDARIES, None, None, 3, how, num_classes=CLASSES)
     setup = setup._replace(label_dropout=0.3)
-    ex, tasks = ts.draw_examples(5, batch, setup, 0, BATCH, in_order)
+    ex, tasks = jax.jit(lambda b: ts.draw_examples(5, b, setup, 0, BATCH, in_order))(batch)
     assert ex.t.min() >= BOUNDARIES[2] and ex.t.max() > BOUNDARIES[3]
     np.testing.assert_array_equal(metrics["counts"], np.bincount(tasks, minlength=K))
     if how == "stratified":
@@ -166,7 +166,7 @@ def test_shares_of_the_batch(params, batch, method):
         np.testing.assert_allclose(metrics["weights"], counts / 16, rtol=1e-6)
         setup = ts.Setup(None, DIFFUSION, BOUNDARIES, None, None, 3, num_classes=CLASSES)
         setup = setup._replace(label_dropout=0.3)
-        ex, _ = ts.draw_examples(1, batch, setup, 0, BATCH, tasks)
+        ex, _ = jax.jit(lambda b: ts.draw_examples(1, b, setup, 0, BATCH, tasks))(batch)
         plain = jax.jit(jax.grad(lambda p: per_example(p, ex).mean()))(middle.params)
         moved = jax.tree.map(lambda a, b: (a - b) / 0.1, middle.params, want.params)
         assert_close(moved, plain, rtol=1e-4)
@@ -209,14 +209,14 @@ def test_cluster_losses_are_means_over_their_own_examples(params, batch):
         np.testing.assert_allclose(metrics["cluster_losses"][i], losses[inside].mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["pcgrad", "nash"])
-def test_grouped_forms_equal_the_masked_form(params, batch, method):
-    want, state, metrics = gradient(params, batch, METHODS[method], form="masked")
+def test_grouped_forms_equal_the_masked_form(params, batch):
+    """For every method that needs the gradients of the tasks: it comes after them."""
+    want, state, metrics = gradient(params, batch, METHODS["nash"], form="masked")
     gram = state.method_state.gram
     off_diagonal = gram[~np.eye(K, dtype=bool)]
     assert np.abs(off_diagonal).max() > 1e-3 * jnp.diag(gram).max()
     for form in ("vmap", "scan"):
-        got, got_state, got_metrics = gradient(params, batch, METHODS[method], form=form)
+        got, got_state, got_metrics = gradient(params, batch, METHODS["nash"], form=form)
         assert_close(got, want)
         np.testing.assert_allclose(got_state.method_state.gram, gram, rtol=1e-4)
         np.testing.assert_allclose(
@@ -224,8 +224,10 @@ def test_grouped_forms_equal_the_masked_form(params, batch, method):
         )
 
 
-@pytest.mark.parametrize("method", ["vanilla", "linear", "uncertainty"])
-@pytest.mark.parametrize("how", ["stratified", "uniform"])
+@pytest.mark.parametrize(
+    ("method", "how"),
+    [("vanilla", "uniform"), ("uncertainty", "uniform"), ("uncertainty", "stratified")],
+)
 def test_cotangent_path_equals_combine_on_stacked_gradients(params, batch, method, how):
     weighting = METHODS[method]
     # A few steps into a run, so that the weights of the clusters differ.
@@ -250,11 +252,10 @@ def test_cotangent_path_equals_combine_on_stacked_gradients(params, batch, metho
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
-# The form is that of the Gram matrix: without one there is one program.
+# Losses alone, and both forms of the Gram matrix.
 @pytest.mark.parametrize(
     ("method", "form"),
-    [(method, "vmap") for method in METHODS]
-    + [(name, "masked") for name, method in METHODS.items() if "gram" in method.needs],
+    [("vanilla", "vmap"), ("uncertainty", "vmap"), ("nash", "vmap"), ("nash", "masked")],
 )
 def test_microbatches_add_up_to_the_whole_batch(params, batch, method, form):
     weighting = METHODS[method]
@@ -270,7 +271,7 @@ def test_microbatches_add_up_to_the_whole_batch(params, batch, method, form):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["vanilla", "uncertainty", "nash"])
 def test_absent_clusters_under_uniform_timesteps(params, batch, method):
     small = jax.tree.map(lambda leaf: leaf[:4], batch)
     settings = {"draw": "uniform", "form": "masked"}
@@ -451,8 +452,7 @@ def test_dit_gradients_are_the_same_grouped_and_masked(batch):
     np.testing.assert_allclose(state.method_state.gram, want_state.method_state.gram, rtol=1e-4)
 
 
-@pytest.mark.parametrize("num_devices", [1, 4])
-def test_compiles_once(params, batch, num_devices):
+def test_compiles_once(params, batch):
     compiled = []
 
     def listen(event, *_, **__):
@@ -461,7 +461,7 @@ def test_compiles_once(params, batch, num_devices):
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     optimizer = optax.adamw(1e-3)
-    devices = jax.devices()[:num_devices]
+    devices = jax.devices()[:4]
     weighting = METHODS["nash"]
     step = parallel_step(step_fn(weighting, optimizer=optimizer), devices)
     start = jax.tree.map(jnp.copy, params)  # the step donates its state
@@ -653,14 +653,15 @@ def on_eight_devices(name, k):
 
 @pytest.mark.parametrize(
     ("method", "k"),
-    [("uncertainty", 8), ("nash", 8), ("pcgrad", 4), ("nash", 2), ("nash", 5), ("nash", 16)],
+    [("uncertainty", 8), ("nash", 8), ("nash", 2), ("nash", 5), ("nash", 16)],
 )
 def test_what_devices_send_and_hold(method, k):
     """The gradients of its own tasks alone, whatever k."""
     needs_gram = "gram" in getattr(mtl, method)(k).needs
     slots = blocks(k, 8).slots if needs_gram else 1
-    assert slots == {8: 1, 4: 1, 2: 1, 5: 2, 16: 2}[k]
-    _, vanilla, _, network = on_eight_devices("vanilla", k)
+    assert slots == {8: 1, 2: 1, 5: 2, 16: 2}[k]
+    # Its program is the same for every k.
+    _, vanilla, _, network = on_eight_devices("vanilla", 8)
     arguments, sent, held, work = on_eight_devices(method, k)
     assert vanilla == pytest.approx(2 * 7 / 8, rel=0.01)
     assert sent == pytest.approx((slots + 1) / 2 * vanilla, rel=0.02)

@@ -17,9 +17,6 @@ from configs import digits
 SETTINGS = {
     "num_steps": 4,
     "data.batch_size": 40,
-    "model.width": 8,
-    "model.depth": 1,
-    "model.heads": 1,
     "log_every": 2,
     "log_to": (),
     "sample.every": 0,
@@ -29,7 +26,7 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tmp_path_factory, small_model):
     """A workdir, its config and the last state; not to be changed."""
     config = digits.get_config("linear")
     config_lib.update(config, SETTINGS)

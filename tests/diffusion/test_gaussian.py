@@ -170,7 +170,7 @@ def test_decoder_is_exact_and_its_gradient_exact_up_to_27_nats_and_bounded(x0, v
         return jnp.sum(loss), loss
 
     channels = jnp.full(data.shape, v)
-    gradient, loss = jax.grad(losses, has_aux=True)(channels)
+    gradient, loss = jax.jit(jax.grad(losses, has_aux=True))(channels)
     constants = posterior(process.steps(process.span))
     range_ = constants.log_greatest[0] - constants.log_least[0]
     nats = np.asarray(loss, np.float64) * np.log(2)

@@ -100,7 +100,7 @@ def test_dual_cone_weights_are_optimal(k):
 
 
 @pytest.mark.parametrize("c", [0.4, 0.9])
-@pytest.mark.parametrize("k", [2, 5, 8])
+@pytest.mark.parametrize("k", [2, 8])
 def test_the_worst_case_shift_is_optimal(k, c):
     """The dual value, <g0, g_x> + c |g0| |g_x|, bounds the worst progress from above."""
     families = tuple(f for f in FAMILIES if f not in (*sets.OPPOSED, sets._zero_row))
@@ -120,7 +120,7 @@ def test_the_worst_case_shift_is_optimal(k, c):
     assert shortfall.max() < 1e-5
 
 
-@pytest.mark.parametrize("k", [3, 5, 8])
+@pytest.mark.parametrize("k", [3, 8])
 def test_cagrad_keeps_both_of_two_opposed_gradients(k):
     """Then no progress is possible for both: the optimum is 0, as far as float32 resolves it."""
     c = 0.9
@@ -134,8 +134,8 @@ def test_cagrad_keeps_both_of_two_opposed_gradients(k):
     assert reach.any() and cosine[reach].min() > -1e-3
 
 
-@pytest.mark.parametrize("k", [2, 5])
-def test_cagrad_is_the_mean_for_c_0_and_mgda_for_a_large_c(k):
+def test_cagrad_is_the_mean_for_c_0_and_mgda_for_a_large_c():
+    k = 5
     gram = Problem(k, (sets._random,)).gram
     np.testing.assert_allclose(weigh(gram, "cagrad", k, 0.0), 1 / k, rtol=1e-6)
     large = weigh(gram, "cagrad", k, 1e4)
