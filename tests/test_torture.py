@@ -590,7 +590,7 @@ def saved_in(workdir):
     {
         (
             "--config.data.batch_size=80",
-        ): "config.data.batch_size: 40 in process 0, 80 in process 1",
+        ): f"config.data.batch_size: {SMALL['data.batch_size']} in process 0, 80 in process 1",
         ("--config.sample.every=3",): "config.sample.every: 0 in process 0, 3 in process 1",
         ("--mode=sample",): "--mode: 'train' in process 0, 'sample' in process 1",
         ("--workdir=elsewhere",): "--workdir: ",
