@@ -1,9 +1,9 @@
 """A config: groups of settings, and the components that they name.
 
 A group such as ``config.method`` names a component. Its settings are those that all components
-share (`config.groups`) and the typed arguments of the component. `settings_of_config` lists all
-settings of a config. Each setting says what it affects. Resuming, the cache of samples, the
-compiled step and the experiments read it there.
+share (`config.shared_settings`) and the typed arguments of the component. `settings_of_config`
+lists all settings of a config. Each setting says what it affects. Resuming, the cache of samples,
+the compiled step and the experiments read it there.
 """
 
 from ant_jax.config.components import (
