@@ -146,8 +146,9 @@ def _can_listen(address, port):
 def _give_up(coordinator):
     where = coordinator or "process 0"
     signals.say(
-        f"the processes have not come together at {where} within {_CONNECT_SECONDS} s: is every "
-        "one of them running, with the same number of processes, and can it reach that address?"
+        f"error: the processes have not come together at {where} within {_CONNECT_SECONDS} s: "
+        "is every one of them running, with the same number of processes, and can it reach that "
+        "address?"
     )
     os._exit(1)
 
