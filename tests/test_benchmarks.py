@@ -149,7 +149,7 @@ def memory(size, variant):
 @pytest.mark.parametrize("count", [1, 2])
 def test_what_is_compiled_ahead_runs(count, monkeypatch):
     # Under the flags of these tests programs have no options of their own.
-    options = {"xla_backend_optimization_level": 2}
+    options = {"xla_backend_optimization_level": 0}
     monkeypatch.setattr(devices_lib, "compiler_options", lambda devices: options)
     task, devices = programs.Task(Layers(), (4, 4, 1), SIMPLE, K), jax.devices()[:count]
     program = programs.compile_step(task, "uncertainty", 2 * K, devices)

@@ -8,7 +8,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import yaml
 
@@ -612,9 +611,7 @@ def test_frozen_parameters_stay_and_count_for_nothing(begun, tmp_path):
 def test_the_gram_matrix_is_of_the_gradients_of_what_is_not_frozen():
     config = tiny(optimizer__frozen="output")
     setup = experiment.build(config, 1, 10)
-    params = state_layout.new_state(config, setup).params
-    rng = np.random.default_rng(0)
-    noisy = jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape), params)
+    noisy = jax.tree.map(lambda leaf: 0.3 * leaf, random_params(config))
     x = jnp.ones((2, 8, 8, 1))
     t, y = jnp.arange(2), jnp.arange(2)
 
@@ -624,7 +621,7 @@ def test_the_gram_matrix_is_of_the_gradients_of_what_is_not_frozen():
 
     grad = jax.jit(jax.grad(loss), static_argnums=1)
     whole, part = (grad(noisy, pattern) for pattern in ("", "^output/"))
-    assert optax.tree.norm(part["output"]) == 0 < optax.tree.norm(whole["output"])
+    assert not np.any(part["output"]["kernel"]) and np.any(whole["output"]["kernel"])
     del whole["output"], part["output"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), whole, part)
 

@@ -1,7 +1,5 @@
 """Samplers against data whose optimal model is known, and NumPy loops; all of the folder too."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,8 +66,7 @@ def _exact_moments(num_steps, sampler):
     return mean, covariance
 
 
-@functools.cache
-def _draw(sampler, shape, num_steps, spacing="even"):
+def _draw(sampler, shape, num_steps, spacing):
     """Samples of the Gaussian by a DDPM variance or a DDIM eta."""
     options = SampleOptions(num_steps, spacing, clip_x0=False)
     denoise, key = _optimal_eps(COVARIANCE), jax.random.key(1)
@@ -81,7 +78,7 @@ def _draw(sampler, shape, num_steps, spacing="even"):
 @pytest.mark.parametrize("sampler", ["fixed_small", "fixed_large", 0.0, 0.5, 1.0])
 def test_respaced_moments_are_exact(sampler):
     """At 50 steps the samplers differ by 6 to 13 % in standard deviation, and each is known."""
-    samples = _draw(sampler, (32, 32, 32, 2), 50)
+    samples = _draw(sampler, (32, 32, 32, 2), 50, "even")
     assert samples.shape == (32, 32, 32, 2)
     assert samples.dtype == jnp.float32
     mean, covariance = _moments(samples)
@@ -93,9 +90,7 @@ def test_respaced_moments_are_exact(sampler):
 
 @pytest.mark.parametrize("spacing", ["even", "ldm"])
 def test_ddim_with_eta_one_is_ddpm(spacing):
-    ddpm, ddim = (
-        _draw(sampler, (32, 32, 32, 2), 50, spacing=spacing) for sampler in ("fixed_small", 1.0)
-    )
+    ddpm, ddim = (_draw(sampler, (2, 4, 4, 2), 50, spacing) for sampler in ("fixed_small", 1.0))
     np.testing.assert_allclose(ddpm, ddim, atol=1e-4)
 
 
@@ -108,7 +103,7 @@ def test_exact_moments_tend_to_the_data(sampler):
 
 
 def test_full_process_returns_the_data_distribution():
-    mean, covariance = _moments(_draw("fixed_large", (2, 32, 32, 2), 1000))
+    mean, covariance = _moments(_draw("fixed_large", (2, 32, 32, 2), 1000, "even"))
     # Five standard errors of 2048 points.
     np.testing.assert_allclose(mean, MEAN, atol=0.06)
     np.testing.assert_allclose(covariance, COVARIANCE, atol=0.047)
@@ -341,7 +336,8 @@ def test_eta_is_checked():
         ddim(1.5)
 
 
-@pytest.mark.parametrize("make", SAMPLERS)
+# What the network says is made into data and noise, and guided, before a sampler has it.
+@pytest.mark.parametrize("make", [ddim, ddpm])
 def test_a_model_of_v_draws_the_same_samples(make):
     drawn = {}
     for prediction in ("epsilon", "v"):
@@ -360,7 +356,7 @@ def _v_from_eps(eps_fn, x, t, y):
     return (eps_fn(x, t, y) - jnp.sqrt(1 - ab) * x) / jnp.sqrt(ab)
 
 
-@pytest.mark.parametrize("make", SAMPLERS)
+@pytest.mark.parametrize("make", [ddim, ddpm])
 def test_channels_that_are_not_guided_are_those_of_the_conditional_model(make):
     """Where no channel depends on another, each is what guiding all of them or none makes it."""
 
@@ -415,7 +411,7 @@ def test_with_a_perfect_network_every_sampler_returns_the_data(make, make_proces
 def test_heun_and_dpm_solver_are_of_second_order():
     """Errors of a Gaussian's deviation fall by 4 for twice the steps, and Euler's by 2."""
     edm = diffusion.EDM(sigma_min=0.01, sigma_max=10.0)
-    process, sizes = _Perfect(edm, 0.0, 0.5), (20, 40, 80)
+    process, sizes = _Perfect(edm, 0.0, 0.5), (40, 80)
 
     def scale(sampler, num_steps):
         options = SampleOptions(num_steps, "log_snr", clip_x0=False)
@@ -430,8 +426,7 @@ def test_heun_and_dpm_solver_are_of_second_order():
     exact = 10 * 0.5**2 / np.sqrt((0.5**2 + 10**2) * (0.5**2 + 0.01**2))
     for sampler, order in ((ddim(), 1), (samplers.heun(), 2), (samplers.dpm_solver(), 2)):
         errors = [abs(scale(sampler, num_steps) / exact - 1) for num_steps in sizes]
-        rates = np.log2(np.array(errors[:-1]) / errors[1:])
-        np.testing.assert_allclose(rates, order, atol=0.35)
+        np.testing.assert_allclose(np.log2(errors[0] / errors[1]), order, atol=0.35)
 
 
 def test_churn_adds_noise_that_the_steps_remove_again():
