@@ -1,9 +1,7 @@
 """From a config to a `Setup`, with all checks that need no compilation."""
 
 import functools
-import itertools
 import json
-import math
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -18,11 +16,10 @@ from jax.tree_util import Partial
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from ant_jax import config as config_lib
-from ant_jax import dataset, models, mtl, optimizers, sampling
+from ant_jax import dataset, models, mtl, optimizers, sampling, setup_checks
 from ant_jax.config import ConfigError
 from ant_jax.diffusion import Process
 from ant_jax.diffusion.samplers import SampleOptions
-from ant_jax.mtl.combine import weigh
 from ant_jax.runtime.sharded import gathering
 from ant_jax.tasks import affinity as affinities
 from ant_jax.tasks.clusterings import Clusters
@@ -102,16 +99,16 @@ def build(
     if process is None:
         process = config_lib.build_process(config)
     if boundaries is not None:
-        _check_boundaries(config, boundaries, process)
+        setup_checks.check_boundaries(config, boundaries, process)
     size = config.data.image_size
     if config.autoencoder.name:
         size, _, _ = dataset.latent_shape(config)
     shape = (size, size, channels)
     for group, name in (("data", "batch_size"), ("sample", "batch_size")):
-        _check_memory(config, group, name, shape)
+        setup_checks.check_memory(config, group, name, shape)
     if model is None:
         model = build_model(config, channels, num_classes if config.model.conditional else 0)
-    _check_labels(config, models.num_classes(model))
+    setup_checks.check_labels(config, models.num_classes(model))
     multiple = models.input_multiple(model)
     if size % multiple:
         # Of pixels, if the network sees latents.
@@ -124,7 +121,8 @@ def build(
         )
     for name in ("frozen", "decay_mask"):
         if config.optimizer[name]:
-            _check_pattern(config, name, model, shape)
+            params = jax.eval_shape(lambda: init_params(model, shape, 0))
+            setup_checks.check_pattern(config, name, params)
     for name, argument in (("weight_decay", "weight_decay"), ("decay_mask", "mask")):
         if config.optimizer[name] and not config_lib.takes(config, "optimizer", argument):
             raise ConfigError(
@@ -292,7 +290,7 @@ def _build_weighting(config, k, seed, loss_scale, specialist, given):
     if weighting is None:
         weighting = config_lib.build(config, "method", k=k, seed=seed + _METHOD_STREAM)
     if given is not None or ":" in settings.name:
-        _check_weigh(
+        setup_checks.check_weigh(
             weighting, "weighting=" if given else f"config.method.name = {settings.name!r}"
         )
     if settings.update_every > 1:
@@ -303,16 +301,6 @@ def _build_weighting(config, k, seed, loss_scale, specialist, given):
         weighting = mtl.scaled(weighting, loss_scale)
     # The cosines are computed from the Gram matrix, which the method may not need itself.
     return weighting._replace(needs=weighting.needs | ({"gram"} if settings.cosines else set()))
-
-
-def _check_weigh(weighting, what):
-    """Raises an error if a user's method returns something wrong, before the wrappers use it."""
-    k = weighting.k
-    stats = mtl.TaskStats(jnp.ones(k), jnp.eye(k), jnp.ones(k))
-    try:
-        jax.eval_shape(lambda: weigh(weighting, stats, weighting.init()))
-    except mtl.WeighError as error:
-        raise ConfigError(f"{what}: {error}") from error
 
 
 def build_optimizer(
@@ -355,59 +343,6 @@ def _draw(config, given):
     if config.method.draw != "auto":
         return config.method.draw
     return "uniform" if config.method.name == "vanilla" and given is None else "stratified"
-
-
-def _check_labels(config, num_classes):
-    labels = config.sample.labels
-    if labels and not num_classes:
-        raise ConfigError(
-            f"config.sample.labels = {labels} needs a network that gets labels, by "
-            "config.model.conditional = True: set it to ()"
-        )
-    if labels and max(labels) >= num_classes:
-        raise ConfigError(
-            f"config.sample.labels = {labels} must be classes of the network: 0 to "
-            f"{num_classes - 1}"
-        )
-
-
-def _check_memory(config, group, name, image_shape):
-    """Raises an error if the images of a batch, as float32, need more memory than there is."""
-    need = 4 * config[group][name] * math.prod(image_shape)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if need > there:
-        raise ConfigError(
-            f"config.{group}.{name} = {config[group][name]} images of "
-            f"{'x'.join(map(str, image_shape))} take {need >> 30} GiB, more than the "
-            f"{there >> 30} GiB of this machine"
-        )
-
-
-def _check_pattern(config, name, model, image_shape):
-    pattern = config.optimizer[name]
-    params = jax.eval_shape(lambda: init_params(model, image_shape, 0))
-    names = jax.tree.leaves(optimizers.matching(params, pattern))
-    if not any(names) or (all(names) and name == "frozen"):
-        raise ConfigError(
-            f"config.optimizer.{name} = {pattern!r} matches {'all' if any(names) else 'none'} of "
-            "the parameters; with --verbosity=1 the log of a run begins with a table of their names"
-        )
-
-
-def _check_boundaries(config, boundaries, process):
-    k, last = config.clusters.k, process.span
-    one = config.clusters.specialist >= 0
-    if (
-        len(boundaries) != (2 if one else k + 1)
-        or any(low >= high for low, high in itertools.pairwise(boundaries))
-        or not (boundaries[0] >= 0 and boundaries[-1] <= last)
-        or not (one or boundaries[-1] - boundaries[0] == last)
-    ):
-        raise ConfigError(
-            f"the boundaries {list(boundaries)} of facts.json are not those of "
-            f"{'one of ' if one else ''}config.clusters.k = {k} tasks of the {last} noise levels "
-            "of config.process"
-        )
 
 
 def check_batch(config: ConfigDict, setup: Setup) -> None:
