@@ -710,9 +710,11 @@ def test_the_labelled_images_are_of_all_classes_and_the_others_have_no_label():
         assert order.shape == (2, 20)
         assert (order[:, :10] < labelled).all() and (order[:, 10:] >= 20).all()
     params = jax.tree.map(lambda leaf: leaf[0], auxiliary_tasks.init_params(2))
-    losses = auxiliary_tasks.example_losses(
-        params, auxiliary_tasks.trunk(params, examples), examples, ("digit", "parity")
-    )
+    losses = jax.jit(
+        lambda: auxiliary_tasks.example_losses(
+            params, auxiliary_tasks.trunk(params, examples), examples, ("digit", "parity")
+        )
+    )()
     np.testing.assert_array_equal(losses > 0, [examples.labelled, np.ones(40, bool)])
 
 

@@ -293,8 +293,8 @@ def test_v_says_the_same_as_the_epsilon_it_stands_for(variance):
 
     def losses(process, prediction):
         parts = [prediction, channels] if learned else [prediction]
-        output = jnp.asarray(np.concatenate(parts, -1), jnp.float32)
-        return process.losses(lambda *_: output, x0, TIMESTEPS, noise)
+        output = np.concatenate(parts, -1).astype(np.float32)
+        return jax.jit(lambda: process.losses(lambda *_: output, x0, TIMESTEPS, noise))()
 
     error = np.mean((v - (np.sqrt(signal) * noise - np.sqrt(1 - signal) * x0)) ** 2, (1, 2, 3))
     # The error of epsilon over sqrt(alphas_bar) is that of v.
