@@ -371,7 +371,7 @@ function measurements() {
     state.figure = value;
     redraw("figure");
   });
-  const stars = runs.some((run) => run.best) ? " A star is the step that --step best uses." : "";
+  const stars = runs.some((run) => run.best) ? " A star marks the step that --step best uses." : "";
   const node = section("Measurements", `Of samples of the moving average.${stars}`, choice);
   const card = element("div", { className: "card" });
   node.append(card);
