@@ -1,6 +1,6 @@
 """One process of several, with the small network of `tiny_runs`; a program for `test_hosts`.
 
-Arguments: a file for the numbers of the images that this process reads, the step at which SIGTERM
+Arguments: a file for the numbers of the images of this process's batches, the step at which SIGTERM
 comes to it or 0, whether to draw samples after training, and those of `ant_jax.main`.
 """
 
@@ -28,9 +28,16 @@ def record(patch, reads):
 def main(reads_file, stop, samples, *arguments):
     patch = pytest.MonkeyPatch()
     t.use_small_model(patch)
-    reads = []
-    record(patch, reads)
-    t.before_batch(patch, t.signal_at(int(stop), signal.SIGTERM))
+    everything, reads = [], []
+    record(patch, everything)
+    stops = t.signal_at(int(stop), signal.SIGTERM)
+
+    def hook(step, batch):
+        # The last that were read are those of this batch. An evaluation reads others.
+        reads.extend(everything[-len(batch["label"]) :])
+        return stops(step, batch)
+
+    t.before_batch(patch, hook)
     sys.argv = ["main", *arguments]
     try:
         runpy.run_module("ant_jax.main", run_name="__main__", alter_sys=True)

@@ -23,7 +23,7 @@ from ant_jax.runtime import checkpoint, connection
 
 pytestmark = pytest.mark.usefixtures("small_model")
 ROOT = Path(__file__).parents[1]
-STOP = 5
+STOP, EVALUATED = 5, 4
 SETTINGS = TINY | {"checkpoint.keep": 9, "evaluation.features": ""}
 BATCH = SETTINGS["data.batch_size"]
 
@@ -55,9 +55,10 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """The run of two processes; the second one gets a signal to stop."""
+    """The run of two processes, evaluated once; the second one gets a signal to stop."""
     folder = tmp_path_factory.mktemp("stopped")
-    ended = two(*programs(folder, folder / "run", stops=(0, STOP), samples=0))
+    more = {"evaluation__features": "digits", "evaluation__every": EVALUATED}
+    ended = two(*programs(folder, folder / "run", stops=(0, STOP), samples=0, **more))
     reads = [json.loads((folder / f"reads{i}").read_text()) for i in (0, 1)]
     return folder / "run", ended, reads
 
@@ -78,10 +79,20 @@ def assert_close(tree, other):
         np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-6, err_msg=name)
 
 
+def figures(workdir, whole, step, last=STEPS):
+    """The figures of the evaluation after a step; all else is as in a run up to the last step."""
+    found, expected = lines(workdir), lines(whole)[:last]
+    names = found[step - 1].keys() - expected[step - 1].keys()
+    measured = {name: found[step - 1].pop(name) for name in names}
+    assert_close(found, expected)
+    return measured
+
+
 def test_two_processes_find_the_losses_and_the_checkpoint_of_one(whole, stopped):
     workdir, ended, _ = stopped
     assert [status for status, _ in ended] == [0, 0], ended
-    assert_close(lines(workdir), lines(whole[0])[:STOP])
+    # Both know the same new run, by which the folder of their samples is named.
+    assert figures(workdir, whole[0], EVALUATED, STOP)["frechet_distance"] > 0
     assert_close(states(workdir, 4), states(whole[0], 4))
 
 
@@ -115,15 +126,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
     monkeypatch.setattr(jax, "device_count", lambda: count)
     state = trainer.train(configured(), workdir)
     assert_close(state, whole[1])
-    assert_close(lines(workdir), lines(whole[0]))
-
-
-def figures_of_last(workdir, whole):
-    """The figures of the evaluation after the last step; all else is as in another run."""
-    found, expected = lines(workdir), lines(whole)
-    figures = {name: found[-1].pop(name) for name in found[-1].keys() - expected[-1].keys()}
-    assert_close(found, expected)
-    return figures
+    figures(workdir, whole[0], EVALUATED)
 
 
 def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_path, monkeypatch):
@@ -134,7 +137,7 @@ def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_p
     ended = two(*programs(tmp_path, workdir, stops=(0, 0), samples=1, **more))
     assert [status for status, _ in ended] == [0, 0], ended
     assert_close(states(workdir, STEPS), whole[1])
-    figures = figures_of_last(workdir, whole[0])
+    measured = figures(workdir, whole[0], STEPS)
 
     alone = shutil.copytree(workdir, tmp_path / "alone")
     shutil.rmtree(alone / "samples")
@@ -144,19 +147,10 @@ def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_p
     for name in ("arr_0", "arr_1"):
         np.testing.assert_array_equal(np.load(found)[name], np.load(expected)[name])
     best = evaluate.evaluate(tiny("nash", checkpoint__keep=9), alone, "best")
-    assert "frechet_distance" in figures and figures.items() <= best.items()
+    assert "frechet_distance" in measured and measured.items() <= best.items()
     grids = [Image.open(path.with_suffix(".png")) for path in (found, expected)]
     np.testing.assert_array_equal(*map(np.asarray, grids))
     assert list((workdir / "drawn").iterdir()) == []
-
-
-def test_a_new_run_of_two_is_evaluated(tmp_path):
-    """Both know the same new run, by which the folder of their samples is named."""
-    more = {"evaluation__features": "digits", "evaluation__every": 1, "num_steps": 1}
-    ended = two(*programs(tmp_path, tmp_path / "run", stops=(0, 0), samples=0, **more))
-    assert [status for status, _ in ended] == [0, 0], ended
-    (line,) = lines(tmp_path / "run")
-    assert line["frechet_distance"] > 0
 
 
 def test_two_that_shard_the_parameters_over_all_devices_go_on(whole, tmp_path):
@@ -167,8 +161,8 @@ def test_two_that_shard_the_parameters_over_all_devices_go_on(whole, tmp_path):
     ended = two(*programs(tmp_path, workdir, stops=(0, 0), samples=1, **more))
     assert [status for status, _ in ended] == [0, 0], ended
     assert_close(states(workdir, STEPS), whole[1])
-    figures = figures_of_last(workdir, whole[0])
-    assert figures.keys() == {"validation_loss", "validation_cluster_losses"}
+    measured = figures(workdir, whole[0], STEPS)
+    assert measured.keys() == {"validation_loss", "validation_cluster_losses"}
     assert_close(ant_jax.load_run(workdir, "best").params, jax.device_get(whole[1].ema_params))
     assert {path.suffix for path in (workdir / "samples").iterdir()} == {".json", ".npz", ".png"}
 

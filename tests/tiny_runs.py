@@ -75,11 +75,14 @@ def lines(workdir):
 
 
 def before_batch(monkeypatch, hook):
-    """Calls ``hook(step, batch) -> batch`` on the batch of each step, counted from 1."""
+    """Calls ``hook(step, batch) -> batch`` on the batch of each step, counted from 1.
+
+    Not on the batches of an evaluation, which names no step to start at.
+    """
     make = data.batches
 
     class Batches:
-        def __init__(self, source, start_step=0, **settings):
+        def __init__(self, source, start_step, **settings):
             self.step, self.inner = start_step, make(source, start_step=start_step, **settings)
 
         def __next__(self):
@@ -89,7 +92,10 @@ def before_batch(monkeypatch, hook):
         def close(self):
             self.inner.close()
 
-    monkeypatch.setattr(data, "batches", Batches)
+    def batches(source, **settings):
+        return (Batches if "start_step" in settings else make)(source, **settings)
+
+    monkeypatch.setattr(data, "batches", batches)
 
 
 def signal_at(step, number):
