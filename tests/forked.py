@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 _SERVER = """
 import json, os, runpy, sys
-import matplotlib.pyplot, orbax.checkpoint, scipy.linalg
+import matplotlib.pyplot, scipy.linalg
 import ant_jax.cli, ant_jax.encode, ant_jax.evaluation_in_training, ant_jax.export, ant_jax.train
 
 # As in conftest.py.
