@@ -22,7 +22,11 @@ try:
 except KeyboardInterrupt:
     raise ImportError("while an extension was initialized")
 """,
-    "loses": "with signals.losing('this begins again'): time.sleep(60)",
+    "loses": """
+with signals.losing("this begins again"):
+    print("inside", flush=True)
+    time.sleep(60)
+""",
     # Where Python drops exceptions.
     "collects": """
 gc.disable()
@@ -81,6 +85,7 @@ def test_what_has_nothing_to_save_ends_in_one_line(what, number):
 
 def test_what_is_lost_is_said():
     with program("loses") as process:
+        assert process.stdout.readline() == "inside\n"
         process.send_signal(signal.SIGINT)
         assert end_of(process) == (130, ["SIGINT: stopped; start again; this begins again"])
 
