@@ -73,10 +73,12 @@ def origin(config: ConfigDict, step: int, params: Any) -> dict[str, Any]:
     """
     # The digest, because the same path may hold other weights later.
     decoder = dataset.open_codec(config).digest if config.autoencoder.name else ""
-    tree = {"step": step, "params": digest(params), "decoder": decoder}
-    return json.loads(
-        json.dumps(tree | {"settings": config_lib.affecting(config, Affects.SAMPLES)})
-    )
+    settings = config_lib.affecting(config, Affects.SAMPLES)
+    if not settings["sample.labels"]:
+        # Samples of an earlier version, which did not have this setting, are the same.
+        del settings["sample.labels"]
+    tree = {"step": step, "params": digest(params), "decoder": decoder, "settings": settings}
+    return json.loads(json.dumps(tree))
 
 
 def digest(params: Any) -> str:
