@@ -199,8 +199,10 @@ def _drawn(result):
     name, steps, guidance = (
         result.settings[f"sampler.{each}"] for each in ("name", "num_steps", "guidance")
     )
+    labels = result.settings.get("sample.labels", ())
+    of = f" of class {' and '.join(map(str, labels))}" if labels else ""
     samples = result.figures["num_samples"]
-    return f"{samples} samples, {name}, {steps} steps, guidance {guidance:g}"
+    return f"{samples} samples{of}, {name}, {steps} steps, guidance {guidance:g}"
 
 
 def _lead(config, setup, step):

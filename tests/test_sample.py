@@ -2,12 +2,13 @@
 
 import json
 import re
+from pathlib import Path
 
 import evaluated_run
 import numpy as np
 from evaluated_run import configured
 
-from ant_jax import evaluate, measuring, sample
+from ant_jax import evaluate, measuring, model_card, sample
 from ant_jax import workdir as workdir_lib
 
 # pytest looks for fixtures among the names of a module.
@@ -66,3 +67,13 @@ def test_classes_can_be_chosen(workdir, tmp_path, caplog):
         np.testing.assert_array_equal(stored["arr_1"], [7, 1] * 10 + [7])
     measuring.build(config)
     assert "samples of the classes config.sample.labels = (7, 1) are compared with" in caplog.text
+
+
+def test_a_model_card_names_the_classes_of_the_samples():
+    settings = {"sampler.name": "ddim", "sampler.num_steps": 9, "sampler.guidance": 1.0}
+    settings |= {"sample.seed": 0, "evaluation.features": "digits"}
+    table = lambda **more: model_card._table(
+        [model_card._Result(Path("x"), {"num_samples": 4}, settings | more)]
+    )
+    assert "| 4 samples, ddim, 9 steps" in table()
+    assert "| 4 samples of class 3 and 5, ddim" in table(**{"sample.labels": [3, 5]})
