@@ -333,6 +333,7 @@ NAMES = {
         *("--config.model.name=unet", "--config.model.width=32", "--config.data.batch_size=10"),
         "--config.process.schedule=linear",
     ],
+    "digits-nash-snr-0-init_from=old-best": ["--config.init_from=runs/old/best"],
     # 207 bytes.
     f"folder64-nash-snr-0-dir={'고양이' * 19}고-151cb009": [
         *("--config=configs/folder64.py", f"--config.data.dir=data/{'고양이' * 28}")

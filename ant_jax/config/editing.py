@@ -150,7 +150,13 @@ def in_words(changes: Mapping[str, Any]) -> list[str]:
     def word(value):
         if isinstance(value, tuple):
             return ",".join(map(str, value))
-        return Path(value).stem if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        # Of `init_from`, the best step of a run: every run has a folder of that name.
+        path = Path(value)
+        return (
+            f"{path.parent.name}-best" if path.name == "best" and len(path.parts) > 1 else path.stem
+        )
 
     return [f"{name}={word(value)}" for name, value in changes.items()]
 
