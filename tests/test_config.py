@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 from tiny_runs import changed
@@ -18,6 +19,7 @@ from ant_jax import (
     evaluate,
     experiment,
     measuring,
+    mtl,
     settings,
     state_layout,
     train,
@@ -748,6 +750,32 @@ def test_a_group_gets_the_settings_of_a_component_that_is_assigned(copied):
     with pytest.raises(config_lib.ConfigError, match="got 'nahs'; did you mean 'nash'"):
         config.method.name = "nahs"
     assert config.method.name == "nash"
+
+
+@pytest.mark.parametrize("kind", [dict, ml_collections.ConfigDict, ml_collections.FrozenConfigDict])
+def test_a_group_can_be_assigned(kind):
+    config = config_lib.default_config()
+    config.model = kind(config_lib.default_config(model="unet").model.to_dict())
+    assert config == config_lib.default_config(model="unet")
+    config.model.name = "dit"
+    assert config == config_lib.default_config() and config.model.is_locked
+
+
+def test_a_plain_config_is_updated():
+    config = ml_collections.ConfigDict(config_lib.default_config().to_dict())
+    config_lib.update(config, {"model.num_res_blocks": 1, "model.name": "unet"})
+    assert config.model.num_res_blocks == 1
+    config_lib.validate(config)
+
+
+def test_a_required_setting_has_a_type():
+    config = config_lib.default_config(method=f"{__name__}:needs_a_path")
+    with pytest.raises(config_lib.ConfigError, match="path must be of type str, got 3"):
+        config.method.path = 3
+
+
+def needs_a_path(k: int, path: str) -> mtl.Weighting:
+    return mtl.linear(k)
 
 
 @pytest.mark.parametrize(

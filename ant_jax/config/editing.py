@@ -55,6 +55,10 @@ class Config(ConfigDict):
         before = self[key]
         if isinstance(before, ConfigDict) and not isinstance(value, Mapping | ConfigDict):
             raise ConfigError(group_not_setting(key))
+        if isinstance(before, Config) and not isinstance(value, Config):
+            value = Config(value, group=key)
+            if self.is_locked:
+                value.lock()
         names_component = self._group in NAMED_GROUPS and key == key_of(self._group)
         if names_component and isinstance(value, str) and value != before:
             # An error, if there is no such component, before anything has changed.
@@ -66,7 +70,7 @@ class Config(ConfigDict):
         try:
             return super().__setitem__(key, value)
         except TypeError:
-            kind = type(before).__name__
+            kind = self.get_type(key).__name__
             raise ConfigError(f"config.{dot}{key} must be of type {kind}, got {value!r}") from None
 
     def copy_and_resolve_references(self, visit_map: Mapping[int, Any] | None = None) -> "Config":
@@ -121,7 +125,12 @@ def update(config: ConfigDict, changes: Mapping[str, Any]) -> None:
             place = place.get(group)
             if not isinstance(place, ConfigDict):
                 raise UnknownSettingError(unknown_setting(name, known))
+        former = place.get(leaf)
         place[leaf] = changes[name]
+        if name in keys and former != changes[name] and not isinstance(place, Config):
+            # A plain `ConfigDict` does not do it by itself.
+            with place.unlocked():
+                _fill(place, keys[name], former)
 
 
 def _fill(place, group, former=None):
