@@ -230,7 +230,9 @@ def usable_workdir(name: str | None) -> Path:
     flag = flags.FLAGS["config"]
     if name is None:
         config_lib.validate(flags.FLAGS.config)
-        name = f"runs/{_name_of_run(flag)}"
+        name, former = (f"runs/{_name_of_run(flag, names)}" for names in (_short_name, _full_name))
+        # Names used to have the groups of all settings.
+        name = former if os.path.exists(former) and not os.path.exists(name) else name
     workdir = user_path(name)
     above = next(each for each in (workdir, *workdir.absolute().parents) if os.path.exists(each))
     if not above.is_dir():
@@ -244,7 +246,7 @@ def usable_workdir(name: str | None) -> Path:
 _LONGEST = 200
 
 
-def _name_of_run(flag):
+def _name_of_run(flag, setting_name):
     """A name that differs between runs of which none can go on as the other."""
     config, read = flag.value, config_flags.get_config_filename(flag)
     file, _, argument = read.partition(":")
@@ -255,7 +257,7 @@ def _name_of_run(flag):
     # The path of the data may change, but other data are another run.
     known = (config_lib.settings_of_config(config).keys() - in_name) | {"data.dir", "data.file"}
     changes = {
-        _short_name(name, known): value
+        setting_name(name, known): value
         for name, value in sorted(config_flags.get_override_values(flag).items())
         if name in known and value != plain.get(name)
     }
@@ -266,6 +268,11 @@ def _name_of_run(flag):
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name.encode()[:_LONGEST].decode(errors='ignore')}-{digest}"
     return name
+
+
+def _full_name(setting, known):
+    del known
+    return setting
 
 
 def _short_name(setting, known):

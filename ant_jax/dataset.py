@@ -96,6 +96,9 @@ def open_images(config: ConfigDict, split: str) -> data.Source:
     except ConfigError as error:
         said = str(error).removeprefix("config.data: ")
         where = f", config.data.split = {split!r}" if split == settings.split else ""
+        for place in ("dir", "file"):
+            if settings.get(place):
+                where += f", config.data.{place} = {settings[place]!r}"
         raise ConfigError(f"config.data.name = {settings.name!r}{where}: {said}") from error
     try:
         data.check_crop(source, settings.crop, settings.image_size)

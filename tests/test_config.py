@@ -370,6 +370,11 @@ CONFIG_FILES = {
     "line 2: ModuleNotFoundError: No module named 'nothing'": ("config.py", "\nimport nothing"),
     "it has no function get_config": ("config.py", "get_config = 3"),
     "line 2: KeyError: 'boom'": ("config.py", "def get_config():\n  raise KeyError('boom')"),
+    "line 4: config.num_steps must be of type int, got 'x'": (
+        "config.py",
+        "from configs import digits\ndef get_config():\n  config = digits.get_config()\n"
+        "  config.num_steps = 'x'",
+    ),
     "its get_config takes no argument: write --config={folder}/config.py": (
         "config.py:argument",
         "def get_config(): pass",
@@ -801,3 +806,12 @@ def test_a_wrong_change_is_one_line(setting, value, words):
             setattr(config[group] if group else config, leaf, value)
         assert str(error.value) == words
     assert config == digits.get_config()
+
+
+def test_reading_a_setting_that_is_not_there_is_one_line_too():
+    config = digits.get_config("nash")
+    with pytest.raises(config_lib.ConfigError, match=r"config.method.c; .* 'cagrad': --config"):
+        _ = config.method.c
+    assert not hasattr(config, "nothing") and config.get("nothing", 3) == 3
+    with pytest.raises(config_lib.ConfigError, match=r"no dot: write config\.method\.name instead"):
+        config["method.name"] = "vanilla"

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import forked
@@ -344,6 +345,14 @@ NAMES = {
 }
 
 
+class Flags(dict):
+    """The flags of a command line that have only a config."""
+
+    def __init__(self, config):
+        super().__init__(config=types.SimpleNamespace(value=config))
+        self.config = config
+
+
 def test_runs_that_differ_have_workdirs_that_differ(tmp_path):
     script = tmp_path / "name.py"
     script.write_text(
@@ -352,6 +361,23 @@ def test_runs_that_differ_have_workdirs_that_differ(tmp_path):
     )
     ended = forked.run([[script, *line] for line in NAMES.values()], devices=1)
     assert ended == [(0, f"runs/{name}\n") for name in NAMES]
+
+
+def test_a_run_by_its_former_name_is_found(tmp_path, monkeypatch):
+    config = digits.get_config("nash,snr")
+    config.optimizer.learning_rate = 0.01
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli.flags, "FLAGS", Flags(config))
+    monkeypatch.setattr(cli.config_flags, "get_config_filename", lambda flag: config_file.DEFAULT)
+    changes = {"optimizer.learning_rate": 0.01}
+    monkeypatch.setattr(cli.config_flags, "get_override_values", lambda flag: changes)
+    short = Path("runs/digits-nash-snr-0-learning_rate=0.01")
+    former = Path("runs/digits-nash-snr-0-optimizer.learning_rate=0.01")
+    assert cli.usable_workdir(None) == short
+    former.mkdir(parents=True)
+    assert cli.usable_workdir(None) == former
+    short.mkdir()
+    assert cli.usable_workdir(None) == short
 
 
 def test_names_of_components_are_known_before_the_other_settings():

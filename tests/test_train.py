@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -948,6 +949,10 @@ def test_other_images_are_said_where_all_counts_are_equal(tmp_path, caplog):
     there = data.folder(dir=class_folders(tmp_path / "there", "ab"))
     moved = data.folder(dir=shutil.copytree(there.name, tmp_path / "moved"))
     compatibility.check_data(there.facts(), moved, Path("w"))
+    # A user's source may not have a fingerprint.
+    without = {name: value for name, value in before.items() if name != "fingerprint"}
+    other = types.SimpleNamespace(name="mine", facts=lambda: without)
+    compatibility.check_data(before, other, Path("w"))
     assert not caplog.text
     compatibility.check_data(before, data.ArraySource(images + 1), Path("w"))
     (tmp_path / "moved" / "a" / "0.png").write_bytes(b"another")

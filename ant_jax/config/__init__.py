@@ -21,7 +21,7 @@ from ant_jax.config.components import (
     takes,
 )
 from ant_jax.config.editing import (
-    UnknownSettingError,
+    AssignmentError,
     affecting,
     default_config,
     from_json,
@@ -36,8 +36,8 @@ from ant_jax.config.validation import check_same, may_change, unknown_setting, v
 
 __all__ = [
     "GROUPS",
+    "AssignmentError",
     "ConfigError",
-    "UnknownSettingError",
     "affecting",
     "arguments",
     "build",

@@ -25,7 +25,11 @@ from ant_jax.config.validation import group_not_setting, unknown_setting
 from ant_jax.settings import Affects
 
 
-class UnknownSettingError(ConfigError, AttributeError):
+class AssignmentError(ConfigError):
+    """A setting can't have this value."""
+
+
+class UnknownSettingError(AssignmentError, AttributeError):
     """There is no such setting."""
 
 
@@ -44,25 +48,44 @@ class Config(ConfigDict):
         super().__init__(*values, **options)
         object.__setattr__(self, "_group", group)
 
+    def __getattr__(self, name: str) -> Any:
+        """Returns a setting."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            # What copy and pickle ask for is not meant for a user.
+            if name.startswith("_"):
+                raise
+            raise self._unknown(name) from None
+
+    def _unknown(self, name):
+        if "." in name and not self._group:
+            words = f"a key has no dot: write config.{name} instead of config[{name!r}]"
+            return UnknownSettingError(words)
+        dot = f"{self._group}." if self._group else ""
+        known = {dot + each for each in self}
+        return UnknownSettingError(unknown_setting(dot + name, known))
+
     def __setitem__(self, key: str, value: Any) -> None:
         """Changes a setting."""
-        dot = f"{self._group}." if self._group else ""
         if key not in self:
             if self.is_locked:
-                known = {dot + name for name in self}
-                raise UnknownSettingError(unknown_setting(dot + key, known))
+                raise self._unknown(key)
             return super().__setitem__(key, value)
         before = self[key]
         if isinstance(before, ConfigDict) and not isinstance(value, Mapping | ConfigDict):
-            raise ConfigError(group_not_setting(key))
+            raise AssignmentError(group_not_setting(key))
         if isinstance(before, Config) and not isinstance(value, Config):
             value = Config(value, group=key)
             if self.is_locked:
                 value.lock()
         names_component = self._group in NAMED_GROUPS and key == key_of(self._group)
         if names_component and isinstance(value, str) and value != before:
-            # An error, if there is no such component, before anything has changed.
-            settings_of_component(self._group, value)
+            # Before anything has changed.
+            try:
+                settings_of_component(self._group, value)
+            except ConfigError as error:
+                raise AssignmentError(str(error)) from error
             super().__setitem__(key, value)
             with self.unlocked():
                 _fill(self, self._group, before)
@@ -70,8 +93,9 @@ class Config(ConfigDict):
         try:
             return super().__setitem__(key, value)
         except TypeError:
-            kind = self.get_type(key).__name__
-            raise ConfigError(f"config.{dot}{key} must be of type {kind}, got {value!r}") from None
+            name, kind = f"{self._group}.{key}".lstrip("."), self.get_type(key).__name__
+            words = f"config.{name} must be of type {kind}, got {value!r}"
+            raise AssignmentError(words) from None
 
     def copy_and_resolve_references(self, visit_map: Mapping[int, Any] | None = None) -> "Config":
         """See `ConfigDict`."""

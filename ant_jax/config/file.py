@@ -65,7 +65,7 @@ def read(file_and_argument: str, names: Mapping[str, str] = MappingProxyType({})
         _check_argument(module.get_config, file, argument)
         config = module.get_config(*argument)
     except Exception as error:
-        if isinstance(error, ConfigError) and not isinstance(error, config_lib.UnknownSettingError):
+        if isinstance(error, ConfigError) and not isinstance(error, config_lib.AssignmentError):
             raise
         # Any error here is a mistake in that file.
         lines = [

@@ -59,6 +59,10 @@ class ArraySource(Source):
                 f"labels of {self.name} must be 0 .. {num_classes - 1}, got {labels[wrong[0]]} for "
                 f"image {wrong[0]}"
             )
+        if self.classes and len(self.classes) != num_classes:
+            raise ValueError(
+                f"classes of {self.name} must be {num_classes} names, got {len(self.classes)}"
+            )
         for name, value in (
             ("images", images),
             ("labels", labels.astype(np.int32)),

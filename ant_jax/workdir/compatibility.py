@@ -104,7 +104,8 @@ def check_data(before: dict[str, Any], source: data.Source, workdir: Path) -> No
             count,
             workdir,
         )
-    elif before.get("fingerprint") and before["fingerprint"] != now.get("fingerprint"):
+    # A source of a user may have none.
+    elif len({each["fingerprint"] for each in (before, now) if each.get("fingerprint")}) == 2:
         logging.warning(
             "%s has other images than those that the run in %s has learned from: if you did not "
             "intend this, stop it, and choose another --workdir or bring back the images",

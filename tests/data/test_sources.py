@@ -127,6 +127,7 @@ def test_arrays_are_a_source():
         (r"must be 5 integers, .* got float64 \(5,\)", IMAGES, {"labels": np.zeros(5)}),
         (r"must be 0 .. 0, got -1 for image 3", IMAGES, {"labels": [0, 0, 0, -1, 0]}),
         (r"0 .. 1, got 2 for image 1", IMAGES, {"labels": [0, 2, 0, 1, 0], "num_classes": 2}),
+        (r"classes of arrays must be 0 names, got 1", IMAGES, {"classes": ("dog",)}),
     ],
 )
 def test_arrays_that_are_no_images_or_labels(told, images, more):
