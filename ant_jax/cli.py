@@ -242,6 +242,9 @@ def usable_workdir(name: str | None) -> Path:
     return workdir
 
 
+# The path of the data may change, but other data are another run.
+_PLACES = {"data.dir", "data.file"}
+
 # In bytes: a name of a folder has at most 255.
 _LONGEST = 200
 
@@ -254,10 +257,9 @@ def _name_of_run(flag, setting_name):
     others = [word for word in argument.split(",") if word and word not in tasks]
     plain = config_lib.flatten(config_file.read(read))
     in_name = {"method.name", "clusters.name", "seed"} | config_lib.may_change(config)
-    # The path of the data may change, but other data are another run.
-    known = (config_lib.settings_of_config(config).keys() - in_name) | {"data.dir", "data.file"}
+    known = (config_lib.settings_of_config(config).keys() - in_name) | _PLACES
     changes = {
-        setting_name(name, known): value
+        setting_name(name): value
         for name, value in sorted(config_flags.get_override_values(flag).items())
         if name in known and value != plain.get(name)
     }
@@ -270,18 +272,24 @@ def _name_of_run(flag, setting_name):
     return name
 
 
-def _full_name(setting, known):
-    del known
+def _leaf(setting):
+    return setting.rpartition(".")[2]
+
+
+def _full_name(setting):
     return setting
 
 
-def _short_name(setting, known):
-    """The setting without its group if that is clear; of a component's name, the group."""
+def _short_name(setting):
+    """The setting without its group if all components share it; of a component's name, the group.
+
+    It does not depend on the components of a run, so that it is the same for all runs of a sweep.
+    """
     components = config_lib.component_names()
     if setting in components:
         return components[setting]
-    leaf = setting.rpartition(".")[2]
-    alike = [name for name in known if name.rpartition(".")[2] == leaf]
+    leaf = _leaf(setting)
+    alike = [name for name in (*config_lib.common_setting_names(), *_PLACES) if _leaf(name) == leaf]
     return leaf if alike == [setting] and leaf not in components.values() else setting
 
 

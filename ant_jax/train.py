@@ -90,6 +90,10 @@ def train(
     built = {"model": model, "process": process, "weighting": weighting}
     built = {name: value for name, value in built.items() if value is not None}
     given = workdir_lib.names_of(built if source is None else built | {"source": source})
+    if source is not None and not isinstance(source, data.Source):
+        kind = type(source).__name__
+        way = ": ant_jax.data.ArraySource(images, labels) makes one" if kind == "ndarray" else ""
+        raise ConfigError(f"source= must be a data.Source, got an object of type {kind}{way}")
     if source is None:
         source = dataset.open_data(config)
     # Process 0 reads for all, because another may see the disk a little later.

@@ -4,6 +4,7 @@ Trains both with the same seed, batches and number of steps, draws samples from 
 distance of the samples to real digits. `experiments.table` is the careful comparison.
 """
 
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,9 @@ def main(argv):
         f"{last['real_frechet_distance']:.2f}: compare it with the groups of 300 samples.\n"
         "Label accuracy: share of samples that the classifier recognises as the requested digit."
     )
-    print(f"picture: {out / 'demo.png'}\n{more}\ntook {duration(time.perf_counter() - begin)}")
+    print(f"picture: {out / 'demo.png'}\n{more}")
+    print(f"next: {sys.executable} -m ant_jax.main --config configs/digits.py")
+    print(f"took {duration(time.perf_counter() - begin)}")
 
 
 def make_table(results: list[dict[str, Any]]) -> str:

@@ -243,6 +243,9 @@ def fault_of(words, commands):
     if program == "ant-jax":
         program, rest = "python", ["-m", f"ant_jax.{'report' if rest[0] == 'report' else 'main'}"]
         rest += words[1 + (rest[-1] == "ant_jax.report") :]
+    if program == ".":
+        # What `make` makes.
+        return [] if words[1:] == [".venv/bin/activate"] else [f"no file {words[1:]}"]
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
         return [f"no target {each}" for each in rest if "=" not in each and each not in targets]

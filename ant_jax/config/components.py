@@ -108,6 +108,13 @@ def common_settings(group: Group) -> dict[str, Setting]:
     return settings.settings_of(group.common, (), group.affects) if group.common else {}
 
 
+def common_setting_names() -> list[str]:
+    """The settings that do not depend on components, by ``"group.name"``."""
+    return [
+        f"{group.name}.{name}".lstrip(".") for group in GROUPS for name in common_settings(group)
+    ]
+
+
 def common(config: ConfigDict, group: str) -> dict[str, Any]:
     """The settings of a group that all its components share, as keyword arguments."""
     return {name: config[group][name] for name in common_settings(NAMED_GROUPS[group])}

@@ -1,6 +1,7 @@
 """Optional packages, which ``pip install 'ant-jax[EXTRA]'`` installs."""
 
 import importlib.util
+from pathlib import Path
 
 # What each extra makes importable. To look for a module is quicker than to import it.
 MODULES = {
@@ -23,5 +24,15 @@ def missing(extra: str) -> MissingExtraError | None:
     """The error to raise if a package of an extra is not installed."""
     for module in MODULES[extra]:
         if importlib.util.find_spec(module) is None:
-            return MissingExtraError(f"{module} is not installed: pip install 'ant-jax[{extra}]'")
+            return MissingExtraError(f"{module} is not installed: {_way_out(extra)}")
     return None
+
+
+def _way_out(extra):
+    clone = Path(__file__).resolve().parents[2]
+    if not (clone / "setup.cfg").exists():
+        return f"pip install 'ant-jax[{extra}]'"
+    # The name alone would be looked up in an index of packages.
+    way = f"pip install -e '{clone}[{extra}]'"
+    activate = clone / ".venv" / "bin" / "activate"
+    return f"{way}, or use the environment of make demo: . {activate}" if activate.exists() else way

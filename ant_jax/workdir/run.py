@@ -31,6 +31,10 @@ class Run(NamedTuple):
     metrics: dict[str, np.ndarray]
     samples: tuple[np.ndarray, np.ndarray | None] | None
 
+    def __repr__(self) -> str:
+        """In one line, without the arrays."""
+        return f"Run(step={self.step}, metrics of {', '.join(self.metrics)})"
+
 
 def load_run(workdir: str | os.PathLike, step: workdir_lib.Step = None) -> Run:
     """Loads the results of a run as NumPy arrays, without compiling anything.

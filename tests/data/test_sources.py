@@ -272,7 +272,7 @@ def test_tfds_errors_name_the_culprit_and_the_remedy(tmp_path):
 
 def test_without_tensorflow_datasets_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    told = r"tensorflow_datasets is not installed: pip install 'ant-jax\[tfds\]'"
+    told = r"tensorflow_datasets is not installed: pip install -e '.*\[tfds\]'"
     with pytest.raises(MissingExtraError, match=told):
         data.tfds("train", "cifar10")
 
