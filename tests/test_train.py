@@ -1081,6 +1081,8 @@ def test_what_is_given_trains_in_place_of_what_the_config_names(tmp_path):
         export.export(config, tmp_path)
     with pytest.raises(ConfigError, match=r"model= must be a Module, got .*: call it, Model\(\)"):
         trainer.train(tiny(), tmp_path / "class", model=Model)
+    with pytest.raises(ConfigError, match=r"source= must be a data.Source.*ArraySource"):
+        trainer.train(tiny(), tmp_path / "array", source=np.zeros((4, 8, 8, 1), np.uint8))
     with pytest.raises(ConfigError, match=r"given is for 2 tasks, and config.clusters.k = 4"):
         trainer.train(tiny(clusters__k=4), tmp_path / "four", weighting=fixed)
 

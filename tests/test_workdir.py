@@ -37,6 +37,7 @@ def trained(tmp_path_factory, small_model):
 def test_a_run_is_loaded_as_numpy_arrays(trained):
     workdir, config, state = trained
     run = ant_jax.load_run(str(workdir))
+    assert repr(run).startswith(f"Run(step={run.step}, ") and len(repr(run)) < 300
     assert run.config == config and run.step == 4 and run.samples is None
     assert jax.tree.structure(run.params) == jax.tree.structure(state.ema_params)
     for leaf, expected in zip(
