@@ -179,8 +179,8 @@ def _write_for_diffusers(folder, config, setup, params):
             write_bytes(folder / name, text.encode())
     if not found.exact:
         logging.warning(
-            "diffusers has other frequencies of timesteps than DiT: for equal outputs add the "
-            "lines of %s",
+            "diffusers has other frequencies of timesteps than DiT: for equal outputs add the two "
+            "lines in %s to the program that loads it",
             folder / "README.md",
         )
     return _WITH_DIFFUSERS.format(

@@ -397,9 +397,10 @@ def _log_resumed(config, workdir, step):
         if config_lib.schedule_needs_num_steps(config):
             way = f"begin another run with config.init_from = '{workdir}'"
         logging.info(
-            "the run in %s is finished, at step %d of config.num_steps = %d; to train on, %s",
+            "the run in %s is finished, at step %d %s config.num_steps = %d; to train on, %s",
             workdir,
             step,
+            "of" if step == config.num_steps else "beyond",
             config.num_steps,
             way,
         )

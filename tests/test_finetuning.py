@@ -474,7 +474,7 @@ def test_an_export_for_diffusers_is_a_folder(begun, caplog):
     # Without an autoencoder there is no pipeline.
     assert not (folder / "model_index.json").exists()
     assert "time_proj.downscale_freq_shift = 0" in (folder / "README.md").read_text()
-    assert "for equal outputs add the lines of" in caplog.text
+    assert "for equal outputs add the two lines in" in caplog.text
     with pytest.raises(ConfigError, match=r"it was exported for diffusers: start from the \.safet"):
         parameters_of(tiny(init_from=str(weights)))
 

@@ -296,6 +296,6 @@ def test_what_can_t_be_reported_is_named(tmp_path, monkeypatch):
         report.write([damaged], out)
     monkeypatch.setitem(sys.modules, "plotly", None)
     monkeypatch.delitem(sys.modules, "plotly.offline")
-    with pytest.raises(MissingExtraError, match=r"pip install 'ant-jax\[report\]'"):
+    with pytest.raises(MissingExtraError, match=r"pip install -e '.*\[report\]'"):
         report.write([damaged], out)
     assert not out.exists()

@@ -139,7 +139,9 @@ def test_a_finished_run_is_left_alone(finished, monkeypatch, caplog):
         config_lib.update(config, {"schedule.name": name})
         with caplog.at_level("INFO", logger="absl"):
             trainer._log_resumed(config, Path("w"), STEPS)
+            trainer._log_resumed(config, Path("w"), STEPS + 1)
         assert f"{said}begin another run with config.init_from = 'w'" in caplog.text
+        assert f"at step {STEPS + 1} beyond config.num_steps = {STEPS}" in caplog.text
     after = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     for path in content.keys() - {workdir / "config.json"}:
         assert after[path] == content[path], path

@@ -92,7 +92,7 @@ def opened(
     if not processes.is_first():
         return found
     if "tensorboard" in names and importlib.util.find_spec("tensorflow") is None:
-        logging.info("TensorFlow is not installed: nothing is written for TensorBoard")
+        logging.info("metrics go to metrics.jsonl; with TensorFlow installed, to TensorBoard too")
     elif "tensorboard" in names:
         # Importing it takes seconds, which the thread spends.
         found.append(Board("TensorBoard", lambda: _tensorboard(workdir)))

@@ -1,6 +1,7 @@
 """Optional packages, which ``pip install 'ant-jax[EXTRA]'`` installs."""
 
 import importlib.util
+import sys
 from pathlib import Path
 
 # What each extra makes importable. To look for a module is quicker than to import it.
@@ -34,5 +35,7 @@ def _way_out(extra):
         return f"pip install 'ant-jax[{extra}]'"
     # The name alone would be looked up in an index of packages.
     way = f"pip install -e '{clone}[{extra}]'"
-    activate = clone / ".venv" / "bin" / "activate"
-    return f"{way}, or use the environment of make demo: . {activate}" if activate.exists() else way
+    environment = clone / ".venv"
+    if not environment.exists() or environment == Path(sys.prefix):
+        return way
+    return f"{way}, or use the environment of make demo: . {environment}/bin/activate"

@@ -107,6 +107,6 @@ def test_weights_and_biases_that_can_t_be_used_is_named(tmp_path, wandb, monkeyp
     with pytest.raises(ConnectionError, match=r"does not start \(no key\): WANDB_MODE=offline"):
         write(tmp_path, ["wandb"])
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(extras.MissingExtraError, match=r"pip install 'ant-jax\[wandb\]'"):
+    with pytest.raises(extras.MissingExtraError, match=r"pip install -e '.*\[wandb\]'"):
         boards.check(["tensorboard", "wandb"])
     boards.check(["tensorboard"])
