@@ -164,9 +164,8 @@ def _hint(flag, config):
     """Which flag may have been meant by an unknown one."""
     known = {} if config is None else config_lib.settings_of_config(config)
     keys = {} if config is None else config_lib.component_names()
-    leaf = lambda name: name.rpartition(".")[2]
     found = [flag] if flag in known else [key for key, group in keys.items() if group == flag]
-    if found := found or [name for name in known if leaf(name) == flag]:
+    if found := found or [name for name in known if _leaf(name) == flag]:
         given = re.search(rf" --?{re.escape(flag)}[= ](?!-)(\S*)", " ".join(sys.argv))
         value = given[1] if given else "VALUE"
         return f"; write {' or '.join(f'--config.{name}={value}' for name in found)}"
@@ -174,7 +173,7 @@ def _hint(flag, config):
     for name in known:
         names[f"config.{name}"] = f"config.{name}"
         # Of equal names, that of the group that comes first.
-        names.setdefault(leaf(name), f"config.{name}")
+        names.setdefault(_leaf(name), f"config.{name}")
     near = difflib.get_close_matches(flag, names, 1)
     return f"; did you mean --{names[near[0]]}?" if near else "; --help lists the flags"
 
