@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from ant_jax.mtl.blocks import blocks
-from ant_jax.mtl.combine import CombineState, combine_parts, weigh, where_finite
+from ant_jax.mtl.combine import (
+    CombineState,
+    call_weigh,
+    combine_parts,
+    mark_nonfinite,
+    weigh,
+    where_finite,
+)
 from ant_jax.mtl.gramian import gramian
 from ant_jax.mtl.shards import exchanged, gathered, global_sum, scattered_sum
 from ant_jax.mtl.weighting import TaskStats, Weighting, refuse_rules
@@ -74,8 +81,8 @@ def backward(
         the order of the tasks: example j of the batch of all devices is of task j k // B, and
         device d has its examples d B / n to (d + 1) B / n - 1. Otherwise the losses are NaN.
       microbatches: number of parts into which the batch is split; their gradients are added. A
-        method that needs losses but no Gram matrix then runs the forward pass twice, because its
-        weights must be known before the first pullback.
+        method whose weights depend on these losses, but on no Gram matrix, then runs the forward
+        pass twice, because the weights must be known before the first pullback.
       axis_name: name of a mapped axis over which the batch is split.
       parts: whether the gradient stays split over the devices: each gets the `mtl.shards` part of
         every leaf, (p,), for an optimizer that treats every entry alone.
@@ -170,16 +177,14 @@ def backward(
                 lambda part, leaf: gathered(part, leaf.shape, axis_name), gradient, params
             )
     else:
-        find_weights = lambda losses: weigh(
-            weighting, TaskStats(losses, None, counts), state.weighting_state
-        )
         losses, gradient, weights, weighting_state, each = _cotangent_gradient(
             task_losses,
             params,
             _split(whole, microbatches),
             microbatches,
-            find_weights,
-            "losses" in weighting.needs,
+            weighting,
+            counts,
+            state.weighting_state,
             axis_name,
         )
         if parts and axis_name is not None:
@@ -291,29 +296,36 @@ def _sum_over(fn, whole, microbatches):
 
 
 def _cotangent_gradient(
-    task_losses, params, whole, microbatches, find_weights, needs_losses, axis_name
+    task_losses, params, whole, microbatches, weighting, counts, state, axis_name
 ):
     """One backward pass a part: the gradient of this device is the pullback of the weights."""
     losses_of = lambda part: jax.vjp(lambda p: task_losses(p, part), params, has_aux=True)
     if microbatches == 1:
         local_losses, pullback, each = losses_of(whole)
-        losses = global_sum(local_losses, axis_name)
-        weights, state = find_weights(losses)
+        stats = TaskStats(global_sum(local_losses, axis_name), None, counts)
+        weights, state = weigh(weighting, stats, state)
         (gradient,) = pullback(weights)
-        return losses, gradient, weights, state, each
+        return stats.losses, gradient, weights, state, each
 
     losses = None
-    if needs_losses:
+    if "losses" in weighting.needs:
         of_part = lambda part: task_losses(params, part)
         losses = global_sum(_sum_over(of_part, whole, microbatches)[0], axis_name)
-    weights, state = find_weights(losses)
+    weights, _ = call_weigh(weighting, TaskStats(losses, None, counts), state)
 
     def losses_and_gradient(part):
         losses, pullback, each = losses_of(part)
         return (losses, pullback(weights)[0]), each
 
-    (losses, gradient), each = _sum_over(losses_and_gradient, whole, microbatches)
-    return global_sum(losses, axis_name), gradient, weights, state, each
+    (local_losses, gradient), each = _sum_over(losses_and_gradient, whole, microbatches)
+    # All that follows comes from these losses. So XLA removes the forward pass above where the
+    # weights depend on the method's state alone.
+    stats = TaskStats(global_sum(local_losses, axis_name), None, counts)
+    _, state = call_weigh(weighting, stats, state)
+    weights = mark_nonfinite(weights, stats)
+    finite = jnp.isfinite(weights).all()
+    gradient = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), gradient)
+    return stats.losses, gradient, weights, state, each
 
 
 def _masked_gradients(task_losses, params, part, k):

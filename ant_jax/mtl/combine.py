@@ -197,9 +197,27 @@ def weighted_sum(weights: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Array, State]:
-    """Calls the method's ``weigh``; the weight of a loss that is not finite becomes NaN.
+    """Calls the method's ``weigh`` and marks the losses that are not finite.
+
+    Raises:
+      WeighError: if it does not return weights (k,) and a state.
+    """
+    weights, state = call_weigh(weighting, stats, state)
+    return mark_nonfinite(weights, stats), state
+
+
+def mark_nonfinite(weights: jax.Array, stats: TaskStats) -> jax.Array:
+    """The weights, NaN for a loss that is not finite.
 
     Otherwise the weight and the gradient could still be finite, and the update would hide the loss.
+    """
+    if stats.losses is None:
+        return weights
+    return jnp.where(stats.present & ~jnp.isfinite(stats.losses), jnp.nan, weights)
+
+
+def call_weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Array, State]:
+    """Calls the method's ``weigh`` with what it needs.
 
     Raises:
       WeighError: if it does not return weights (k,) and a state.
@@ -213,10 +231,7 @@ def weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Arr
             error.add_note(f"the method sees no {hidden}: Weighting.needs lists what it reads")
         raise
     check_result(weighting, result)
-    weights, state = result
-    if stats.losses is not None:
-        weights = jnp.where(stats.present & ~jnp.isfinite(stats.losses), jnp.nan, weights)
-    return weights, state
+    return result
 
 
 def where_finite(numbers: Any, after: State, before: State, axis_name: str | None = None) -> State:

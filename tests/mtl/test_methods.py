@@ -121,7 +121,10 @@ def test_relabelling_of_tasks_permutes_the_weights(method):
         relabelled, other = weigh(
             losses[relabel], gram[relabel][:, relabel], counts[relabel], other
         )
-        np.testing.assert_allclose(relabelled, np.asarray(weights)[relabel], rtol=1e-4)
+        weights = np.asarray(weights)
+        # A weight near 0 is the difference of larger ones, and as exact as those.
+        rounding = 1e-5 * np.abs(weights).max()
+        np.testing.assert_allclose(relabelled, weights[relabel], rtol=1e-4, atol=rounding)
 
 
 @pytest.mark.parametrize("name", FOLDER)
