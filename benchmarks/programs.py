@@ -28,23 +28,34 @@ from ant_jax.train_step import (
     train_step,
 )
 
-# METHOD or METHOD/FORM of the k gradients: each method by its fastest form, and the forms of Nash.
+# METHOD, METHOD/FORM of the k gradients or METHOD/FORM/MICROBATCHES: each method by its fastest
+# form, and the forms of Nash.
 _METHODS = [name for name in settings.names_in(mtl, mtl.Weighting) if name != "vanilla"]
 VARIANTS = [
     "vanilla",
     *_METHODS,
     *(f"nash/{form}" for form in ("scan", "masked")),
 ]
-LOOPS = ("scan", "masked")
 MODELS = ("S/2", "B/2", "L/2", "XL/2")
 
 
 def variant(text: str) -> str:
-    """Returns METHOD or METHOD/FORM; raises a ValueError if there is no such method or form."""
-    method, _, form = text.partition("/")
-    if method not in ("vanilla", *_METHODS) or form not in ("", *FORMS):
+    """Returns the text; raises a ValueError if it is no METHOD[/FORM[/MICROBATCHES]]."""
+    method, form, microbatches = _parts(text)
+    if method not in ("vanilla", *_METHODS) or form not in FORMS or microbatches < 1:
         raise ValueError(f"no such variant: {text!r}")
     return text
+
+
+def has_loop(variant: str) -> bool:
+    """Whether its step computes gradients in a loop."""
+    _, form, microbatches = _parts(variant)
+    return form in ("scan", "masked") or microbatches > 1
+
+
+def _parts(variant):
+    method, form, microbatches = [*variant.split("/"), "", ""][:3]
+    return method, form or "vmap", int(microbatches or 1)
 
 
 class Task(NamedTuple):
@@ -131,7 +142,7 @@ def first_batch(task: Task, size: int) -> dict[str, np.ndarray]:
 
 def step_of(task: Task, variant: str) -> Callable:
     """The train step of a variant, not compiled, as an argument of `parallel_step`."""
-    method, _, form = variant.partition("/")
+    method, form, microbatches = _parts(variant)
     costs = clustering.snr_costs(task.process.log_snr(clusters.levels(task.process)))
     positions = clustering.interval_clusters(costs, task.k)
 
@@ -146,7 +157,8 @@ def step_of(task: Task, variant: str) -> Callable:
         optimizer=_OPTIMIZER,
         seed=0,
         draw="uniform" if method == "vanilla" else "stratified",
-        form=form or "vmap",
+        form=form,
+        microbatches=microbatches,
         num_classes=task.model.num_classes,
         label_dropout=0.1 if task.model.num_classes else 0.0,
         split=True,
@@ -266,5 +278,5 @@ _OPTIMIZER = optax.adamw(1e-4)
 
 
 def _weighting(task, variant):
-    method = settings.resolve(mtl, variant.partition("/")[0], mtl.Weighting)
+    method = settings.resolve(mtl, _parts(variant)[0], mtl.Weighting)
     return method(task.k)

@@ -58,7 +58,7 @@ def parse():
         nargs="+",
         default=programs.VARIANTS,
         type=programs.variant,
-        metavar="METHOD[/FORM]",
+        metavar="METHOD[/FORM[/MICROBATCHES]]",
     )
     parser.add_argument("--compile_only", action="store_true", help="take no step")
     parser.add_argument("--target", help="a TPU to compile for, such as v5p:2x2x1; uses one chip")
@@ -243,7 +243,7 @@ def table(args, task, batch_size, devices, compiled, device_bytes, first_seconds
             possible = seconds * len(devices) * (peak_tflops or 0) * 1e12
             cells.append(f"{work / possible:.1%}" if possible else "-")
         # XLA counts the body of a loop once, and cuDNN's work not at all.
-        hidden = name.endswith(programs.LOOPS) or task.model.attention == "cudnn"
+        hidden = programs.has_loop(name) or task.model.attention == "cudnn"
         total = program.compiled.cost_analysis()["flops"] * len(devices) / 1e12
         cells.append("-" if hidden else f"{total:.4g}")
         cells.append(f"{programs.program_bytes(program.compiled) / 1e9:.2f}")
@@ -267,7 +267,7 @@ def limits_of(task, batch_size, compiled):
         "scan": ("vanilla", vanilla),
     }
     for name, program in compiled.items():
-        form = name.partition("/")[2]
+        form = name.partition("/")[2]  # without microbatches, which save memory themselves
         if form in limits:
             words, limit = limits[form]
             used = programs.program_bytes(program.compiled)

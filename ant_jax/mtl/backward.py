@@ -302,16 +302,16 @@ def _cotangent_gradient(
     losses_of = lambda part: jax.vjp(lambda p: task_losses(p, part), params, has_aux=True)
     if microbatches == 1:
         local_losses, pullback, each = losses_of(whole)
-        stats = TaskStats(global_sum(local_losses, axis_name), None, counts)
-        weights, state = weigh(weighting, stats, state)
+        losses = global_sum(local_losses, axis_name)
+        weights, state = weigh(weighting, TaskStats(losses, None, counts), state)
         (gradient,) = pullback(weights)
-        return stats.losses, gradient, weights, state, each
+        return losses, gradient, weights, state, each
 
-    losses = None
+    first = None
     if "losses" in weighting.needs:
         of_part = lambda part: task_losses(params, part)
-        losses = global_sum(_sum_over(of_part, whole, microbatches)[0], axis_name)
-    weights, _ = call_weigh(weighting, TaskStats(losses, None, counts), state)
+        first = global_sum(_sum_over(of_part, whole, microbatches)[0], axis_name)
+    weights, _ = call_weigh(weighting, TaskStats(first, None, counts), state)
 
     def losses_and_gradient(part):
         losses, pullback, each = losses_of(part)
@@ -320,12 +320,13 @@ def _cotangent_gradient(
     (local_losses, gradient), each = _sum_over(losses_and_gradient, whole, microbatches)
     # All that follows comes from these losses. So XLA removes the forward pass above where the
     # weights depend on the method's state alone.
-    stats = TaskStats(global_sum(local_losses, axis_name), None, counts)
+    losses = global_sum(local_losses, axis_name)
+    stats = TaskStats(losses, None, counts)
     _, state = call_weigh(weighting, stats, state)
     weights = mark_nonfinite(weights, stats)
     finite = jnp.isfinite(weights).all()
     gradient = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), gradient)
-    return stats.losses, gradient, weights, state, each
+    return losses, gradient, weights, state, each
 
 
 def _masked_gradients(task_losses, params, part, k):
