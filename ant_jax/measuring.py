@@ -159,6 +159,7 @@ def validation_losses(
         boundaries,
         y=labels if models.num_classes(setup.model) else None,
         timesteps_each=timesteps_each,
+        batch_size=config.sample.batch_size,
     )
 
 

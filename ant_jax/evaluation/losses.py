@@ -20,6 +20,7 @@ def interval_losses(
     *,
     y: jax.Array | np.ndarray | None = None,
     timesteps_each: int = 10,
+    batch_size: int,
 ) -> np.ndarray:
     """Mean loss of each interval on held-out images, without loss weights.
 
@@ -37,6 +38,7 @@ def interval_losses(
       y: (M,) labels or None.
       timesteps_each: number of levels in each interval. An interval with fewer timesteps repeats
         some.
+      batch_size: number of images that the network sees at a time.
 
     Returns:
       (k,) float64, means over images and levels.
@@ -51,6 +53,7 @@ def interval_losses(
         key,
         jnp.asarray(levels.reshape(-1)),
         process=_unweighted(process),
+        batch_size=min(batch_size, len(x0)),
     )
     return np.asarray(losses, np.float64).reshape(levels.shape).mean(1)
 
@@ -61,8 +64,10 @@ def _unweighted(process):
     return dataclasses.replace(process, loss_weight=None)
 
 
-@functools.partial(jax.jit, static_argnames="process")
-def _level_losses(apply_fn, x0, y, key, levels, *, process):
+@functools.partial(jax.jit, static_argnames=("process", "batch_size"))
+def _level_losses(apply_fn, x0, y, key, levels, *, process, batch_size):
+    in_batches = len(x0) // batch_size * batch_size
+
     def loss(t):
         bits = (
             t
@@ -70,7 +75,18 @@ def _level_losses(apply_fn, x0, y, key, levels, *, process):
             else jax.lax.bitcast_convert_type(t, jnp.int32)
         )
         noise = jax.random.normal(jax.random.fold_in(key, bits), x0.shape)
-        t = jnp.full(x0.shape[:1], t)
-        return process.losses(apply_fn, x0, t, noise, y).mean()
+        images = x0, noise, y
+
+        def of_batch(batch):
+            x0, noise, y = batch
+            return process.losses(apply_fn, x0, jnp.full(x0.shape[:1], t), noise, y)
+
+        batches = jax.tree.map(
+            lambda leaf: leaf[:in_batches].reshape(-1, batch_size, *leaf.shape[1:]), images
+        )
+        found = [jax.lax.map(of_batch, batches).reshape(-1)]
+        if in_batches < len(x0):
+            found.append(of_batch(jax.tree.map(lambda leaf: leaf[in_batches:], images)))
+        return jnp.concatenate(found).mean()
 
     return jax.lax.map(loss, levels)

@@ -3,6 +3,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.tree_util import Partial
 
 from ant_jax.diffusion import GaussianDiffusion, alphas_bar
@@ -17,7 +18,9 @@ def apply_fn(params, x, t, y):
     return jnp.full(x.shape, params["level"]) * (1 + 0.1 * t[:, None, None, None]) + y
 
 
-def losses(params, diffusion=DIFFUSION, seed=0, timesteps_each=2, boundaries=BOUNDARIES):
+def losses(
+    params, diffusion=DIFFUSION, seed=0, timesteps_each=2, boundaries=BOUNDARIES, batch_size=16
+):
     x0 = jax.random.uniform(jax.random.key(9), (16, 2, 2, 1), minval=-1)
     return interval_losses(
         Partial(apply_fn, params),
@@ -25,8 +28,9 @@ def losses(params, diffusion=DIFFUSION, seed=0, timesteps_each=2, boundaries=BOU
         x0,
         jax.random.key(seed),
         boundaries,
-        y=jnp.float32(0.25),
+        y=jnp.full((16, 1, 1, 1), 0.25),
         timesteps_each=timesteps_each,
+        batch_size=batch_size,
     )
 
 
@@ -50,6 +54,13 @@ def test_interval_losses_ignore_loss_weights_and_follow_the_key():
     assert (losses(params, seed=1) != losses(params)).all()
 
 
+@pytest.mark.parametrize("batch_size", [4, 5, 100])
+def test_interval_losses_do_not_depend_on_the_batch_size(batch_size):
+    params = {"level": jnp.float32(0.1)}
+    got = losses(params, batch_size=batch_size)
+    np.testing.assert_allclose(got, losses(params), rtol=1e-6)
+
+
 @dataclasses.dataclass(frozen=True)
 class Continuous:
     """A process on [0, 1]; its loss is the level, or the mean of the noise."""
@@ -66,7 +77,9 @@ class Continuous:
 
 def continuous_losses(process):
     x0, key, boundaries = jnp.zeros((3, 2, 2, 1)), jax.random.key(0), np.array([0, 0.25, 1])
-    return interval_losses(lambda x, t, y: x, process, x0, key, boundaries, timesteps_each=2)
+    return interval_losses(
+        lambda x, t, y: x, process, x0, key, boundaries, timesteps_each=2, batch_size=3
+    )
 
 
 def test_levels_of_a_continuous_process():
