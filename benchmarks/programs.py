@@ -47,6 +47,11 @@ def variant(text: str) -> str:
     return text
 
 
+def microbatches_of(variant: str) -> int:
+    """The number of microbatches of a variant."""
+    return _parts(variant)[2]
+
+
 def has_loop(variant: str) -> bool:
     """Whether its step computes gradients in a loop."""
     _, form, microbatches = _parts(variant)
@@ -54,7 +59,7 @@ def has_loop(variant: str) -> bool:
 
 
 def _parts(variant):
-    method, form, microbatches = [*variant.split("/"), "", ""][:3]
+    method, form, microbatches = (*variant.split("/"), *[""] * (2 - variant.count("/")))
     return method, form or "vmap", int(microbatches or 1)
 
 

@@ -18,6 +18,7 @@ flax, optax and numpy.
 """
 
 import argparse
+import math
 import multiprocessing
 import sys
 import time
@@ -161,7 +162,8 @@ def largest_batch(args):
                 return False
         return True
 
-    return programs.largest_batch(fits, args.k * len(devices))
+    microbatches = math.lcm(*map(programs.microbatches_of, args.variants))
+    return programs.largest_batch(fits, microbatches * args.k * len(devices))
 
 
 def peaks(args, batch_size):
@@ -267,7 +269,8 @@ def limits_of(task, batch_size, compiled):
         "scan": ("vanilla", vanilla),
     }
     for name, program in compiled.items():
-        form = name.partition("/")[2]  # without microbatches, which save memory themselves
+        # Microbatches save memory themselves, and have no limit here.
+        form = name.partition("/")[2]
         if form in limits:
             words, limit = limits[form]
             used = programs.program_bytes(program.compiled)

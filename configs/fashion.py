@@ -36,9 +36,11 @@ def get_config(argument: str = "nash,snr,32") -> ml_collections.ConfigDict:
     }
     if size == "14":
         changes |= {"data.image_size": 14, "data.crop": "center", "model.patch": 2}
-        # What a few images need fits a CPU's caches: a step and a sample take half the time.
-        changes |= {"optimizer.microbatches": 6, "method.gradient_form": "scan"}
-        changes |= {"sample.batch_size": 40}
+        # What a few images need fits a CPU's caches: a step and a sample take about half the time.
+        # By "scan" the examples of one task are such a part.
+        weighting = config_lib.build(config, "method", k=config.clusters.k, seed=0)
+        changes["optimizer.microbatches"] = 1 if "gram" in weighting.needs else 6
+        changes |= {"method.gradient_form": "scan", "sample.batch_size": 40}
     else:
         changes |= {"data.image_size": 32, "data.pad": 2, "model.patch": 2, "model.width": 256}
         changes |= {"model.depth": 8, "num_steps": 50_000, "optimizer.learning_rate": 3e-4}

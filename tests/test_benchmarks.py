@@ -125,6 +125,22 @@ def test_the_batches_of_the_table_fit_the_devices(k, n):
     )
 
 
+def test_a_variant_is_a_method_a_form_and_a_number_of_microbatches():
+    for name, loop, microbatches in (
+        ("vanilla", False, 1),
+        ("nash/scan", True, 1),
+        ("vanilla/vmap/2", True, 2),
+    ):
+        assert programs.variant(name) == name
+        assert programs.has_loop(name) == loop
+        assert programs.microbatches_of(name) == microbatches
+        primitives = {each.primitive.name for each in traced(name).jaxpr.jaxpr.eqns}
+        assert ("scan" in primitives) == loop
+    for name in ("adam", "nash/loop", "nash/scan/0", "nash/scan/2/2", "nash/scan/two"):
+        with pytest.raises(ValueError):
+            programs.variant(name)
+
+
 @pytest.mark.parametrize("variant", ["uncertainty", "pcgrad/vmap", "nash/vmap"])
 def test_a_multi_task_step_has_hardly_more_flops_than_vanilla(variant):
     assert flops_by_xla(variant) <= 1.05 * flops_by_xla("vanilla")

@@ -272,7 +272,7 @@ class Samples:
       every: steps between two grids of samples during training; 0 for none.
       num: number of samples of ``--mode sample`` and ``--mode evaluate``.
       labels: of the classes to draw, in turn; () for all classes.
-      batch_size: number of samples drawn at a time.
+      batch_size: number of samples drawn at a time, and of held-out images measured at a time.
     """
 
     # JAX keeps the last 32 bits of a seed.

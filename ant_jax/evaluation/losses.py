@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ def interval_losses(
       y: (M,) labels or None.
       timesteps_each: number of levels in each interval. An interval with fewer timesteps repeats
         some.
-      batch_size: number of images that the network sees at a time.
+      batch_size: largest number of images that the network sees at a time. The noise of one level
+        is drawn for all images at once.
 
     Returns:
       (k,) float64, means over images and levels.
@@ -53,7 +55,7 @@ def interval_losses(
         key,
         jnp.asarray(levels.reshape(-1)),
         process=_unweighted(process),
-        batch_size=min(batch_size, len(x0)),
+        batch_size=math.ceil(len(x0) / math.ceil(len(x0) / batch_size)),
     )
     return np.asarray(losses, np.float64).reshape(levels.shape).mean(1)
 

@@ -82,7 +82,8 @@ def backward(
         device d has its examples d B / n to (d + 1) B / n - 1. Otherwise the losses are NaN.
       microbatches: number of parts into which the batch is split; their gradients are added. A
         method whose weights depend on these losses, but on no Gram matrix, then runs the forward
-        pass twice, because the weights must be known before the first pullback.
+        pass twice, because the weights must be known before the first pullback. ``weigh`` is
+        called twice with one state. Without `jax.jit` every method that needs losses runs it twice.
       axis_name: name of a mapped axis over which the batch is split.
       parts: whether the gradient stays split over the devices: each gets the `mtl.shards` part of
         every leaf, (p,), for an optimizer that treats every entry alone.
@@ -307,24 +308,24 @@ def _cotangent_gradient(
         (gradient,) = pullback(weights)
         return losses, gradient, weights, state, each
 
-    first = None
+    losses = None
     if "losses" in weighting.needs:
         of_part = lambda part: task_losses(params, part)
-        first = global_sum(_sum_over(of_part, whole, microbatches)[0], axis_name)
-    weights, _ = call_weigh(weighting, TaskStats(first, None, counts), state)
+        losses = global_sum(_sum_over(of_part, whole, microbatches)[0], axis_name)
+    weights, _ = call_weigh(weighting, TaskStats(losses, None, counts), state)
 
     def losses_and_gradient(part):
         losses, pullback, each = losses_of(part)
         return (losses, pullback(weights)[0]), each
 
     (local_losses, gradient), each = _sum_over(losses_and_gradient, whole, microbatches)
-    # All that follows comes from these losses. So XLA removes the forward pass above where the
-    # weights depend on the method's state alone.
+    # The new state and the marks come from the losses of this pass, which are the same. So only the
+    # weights use the first one, and XLA removes it where they depend on the method's state alone.
     losses = global_sum(local_losses, axis_name)
     stats = TaskStats(losses, None, counts)
     _, state = call_weigh(weighting, stats, state)
     weights = mark_nonfinite(weights, stats)
-    finite = jnp.isfinite(weights).all()
+    finite = jnp.isfinite(jnp.where(stats.present, weights, 0)).all()
     gradient = jax.tree.map(lambda leaf: jnp.where(finite, leaf, jnp.nan), gradient)
     return losses, gradient, weights, state, each
 

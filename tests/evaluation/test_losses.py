@@ -55,10 +55,21 @@ def test_interval_losses_ignore_loss_weights_and_follow_the_key():
 
 
 @pytest.mark.parametrize("batch_size", [4, 5, 100])
-def test_interval_losses_do_not_depend_on_the_batch_size(batch_size):
-    params = {"level": jnp.float32(0.1)}
-    got = losses(params, batch_size=batch_size)
-    np.testing.assert_allclose(got, losses(params), rtol=1e-6)
+@pytest.mark.parametrize("labelled", [True, False])
+def test_interval_losses_do_not_depend_on_the_batch_size(batch_size, labelled):
+    def of(batch_size):
+        return interval_losses(
+            lambda x, t, y: x * (1 if y is None else y[:, None, None, None]),
+            DIFFUSION,
+            jax.random.uniform(jax.random.key(9), (13, 2, 2, 1), minval=-1),
+            jax.random.key(0),
+            BOUNDARIES,
+            y=jnp.arange(13) if labelled else None,
+            timesteps_each=2,
+            batch_size=batch_size,
+        )
+
+    np.testing.assert_allclose(of(batch_size), of(13), rtol=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)

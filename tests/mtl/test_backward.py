@@ -65,34 +65,44 @@ def test_tasks_that_share_all_examples(problem, name, microbatches):
     np.testing.assert_array_equal(found.counts, np.ones(K))
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize(
     ("weighting", "passes"),
     [(mtl.vanilla(K), 1), (mtl.uncertainty(K), 1), (mtl.stch(K), 2)],
     ids=["no losses", "losses of earlier steps", "losses of this step"],
 )
 def test_microbatches_take_a_second_forward_pass_only_for_losses_of_this_step(
-    problem, weighting, passes
+    problem, weighting, passes, devices
 ):
     params, batch = problem
     state = mtl.init_combine(weighting)
-    find = lambda params: mtl.backward(task_losses, params, batch, weighting, state, microbatches=2)
-    assert jax.jit(find).lower(params).compile().as_text().count(" while(") == passes
+    batch = jax.tree.map(lambda leaf: leaf.reshape(devices, -1, *leaf.shape[1:]), batch)
+    find = jax.pmap(
+        lambda params, batch: mtl.backward(
+            task_losses, params, batch, weighting, state, microbatches=2, axis_name="devices"
+        ),
+        "devices",
+        in_axes=(None, 0),
+        devices=jax.devices()[:devices],
+    )
+    assert find.lower(params, batch).compile().as_text().count(" while(") == passes
 
 
-def test_a_loss_that_is_not_finite_shows_in_the_gradient_of_microbatches(problem):
+@pytest.mark.parametrize("weighting", [mtl.vanilla(K), mtl.uncertainty(K), mtl.stch(K)])
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_loss_that_is_not_finite_shows_in_the_gradient(problem, weighting, microbatches):
     """The gradient of infinity is 0 here."""
     params, batch = problem
     infinite = lambda params, batch: task_losses(params, batch) + jnp.inf
-    weighting = mtl.uncertainty(K)
     state = mtl.init_combine(weighting)
-    for microbatches in (1, 2):
-        find = lambda params, n=microbatches: mtl.backward(
-            infinite, params, batch, weighting, state, microbatches=n
-        )
-        found = jax.jit(find)(params)
-        assert np.isnan(found.state.weights).all()
-        for leaf in jax.tree.leaves(found.gradient):
-            assert np.isnan(leaf).all()
+    find = lambda params: mtl.backward(
+        infinite, params, batch, weighting, state, microbatches=microbatches
+    )
+    found = jax.jit(find)(params)
+    assert np.isnan(found.state.weights).all()
+    for leaf in jax.tree.leaves(found.gradient):
+        assert np.isnan(leaf).all()
+    jax.tree.map(np.testing.assert_array_equal, found.state.weighting_state, state.weighting_state)
 
 
 @pytest.mark.parametrize("name", METHODS)
