@@ -98,7 +98,7 @@ PRESETS = {
         4,
         100,
         240,
-        0.2,
+        0.075,
     ),
     "fashion32": Preset(
         "fashion32",
