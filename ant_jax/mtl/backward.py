@@ -319,8 +319,8 @@ def _cotangent_gradient(
         return (losses, pullback(weights)[0]), each
 
     (local_losses, gradient), each = _sum_over(losses_and_gradient, whole, microbatches)
-    # The new state and the marks come from the losses of this pass, the same but for rounding. So only
-    # the weights use the first one, and XLA removes it where they depend on the state alone.
+    # The new state and the marks come from the losses of this pass, the same but for rounding. So
+    # only the weights use the first one, and XLA removes it where they depend on the state alone.
     losses = global_sum(local_losses, axis_name)
     stats = TaskStats(losses, None, counts)
     _, state = call_weigh(weighting, stats, state)
