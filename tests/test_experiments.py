@@ -435,7 +435,7 @@ def test_steps_to_reach_a_distance_are_interpolated():
 
 
 def test_the_best_mean_over_seeds_chooses_the_learning_rate(tmp_path, monkeypatch):
-    preset = SMOKE._replace(seeds=(0, 1, 2))
+    preset = SMOKE._replace(tuning_seeds=3)
     distances = {
         ("vanilla", 3e-3): [4.0, 5.0, 6.0],
         ("vanilla", 6e-3): [1.0, 9.0, 8.0],  # the best seed, but not the best mean
