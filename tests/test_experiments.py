@@ -265,7 +265,7 @@ def test_fashion_compares_three_processes_on_14x14(tmp_path, capsys):
     with flagsaver.as_parsed(preset="fashion", out=str(tmp_path), dry_run="true"):
         table.main(["table"])
     plan = capsys.readouterr().out
-    assert "learning rates: 81 runs, 81 of them to do, 162000 steps" in plan
+    assert "learning rates: 27 runs, 27 of them to do, 54000 steps" in plan
     assert "comparison: 27 runs, 27 of them to do, 108000 steps" in plan
     assert "in total on two CPU cores" in plan
 
