@@ -89,11 +89,12 @@ def main(argv: list[str]) -> None:
 
 
 def _run(name):
-    from ant_jax.runtime import compilation_cache, processes
+    from ant_jax.runtime import compilation_cache, garbage, processes
 
     # Imported here, so that --help and errors in flags are fast, and no mode imports what only
     # another needs.
     mode = getattr(importlib.import_module(f"ant_jax.{name}"), name)
+    garbage.collect_less()
     # Latents do not belong to a run.
     workdir = None if name == "encode" else cli.usable_workdir(_WORKDIR.value)
     if name == "report":

@@ -29,7 +29,7 @@ from ant_jax import cli, dataset, evaluate, experiment, measuring, train
 from ant_jax import config as config_lib
 from ant_jax import workdir as workdir_lib
 from ant_jax.config import ConfigError
-from ant_jax.runtime import compilation_cache, logs, progress, signals
+from ant_jax.runtime import compilation_cache, garbage, logs, progress, signals
 from ant_jax.runtime.files import user_path, write_bytes
 from ant_jax.runtime.logs import quiet_console
 from ant_jax.settings import Affects
@@ -82,6 +82,7 @@ def start(main: Callable[[list[str]], None], presets: Collection[str] = tuple(PR
 
     def run(argv):
         quiet_console()
+        garbage.collect_less()
         if (_chosen_workers() or 1) > 1:
             # JAX reserves three quarters of a GPU's memory for each process, this one included,
             # unless it is told not to before it finds the devices.
@@ -450,6 +451,7 @@ def _start_worker(shares, parent):
     # NumPy counted all cores at its import; its threads would wait for each other on fewer.
     threadpool_limits(len(share))
     compilation_cache.enable()
+    garbage.collect_less()
     logging.set_verbosity(logging.WARNING)
 
     def watch():

@@ -1,6 +1,5 @@
 """Eight CPU devices for every test, set before jax is imported, and quick compilation."""
 
-import gc
 import importlib.metadata
 import os
 import shutil
@@ -48,10 +47,10 @@ for _signal, _handler in (
 
 
 def pytest_collection_finish():
-    # What the imports have made stays until the end, and tracing makes a million small objects.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 20)
+    # The package's modules may be imported only after the settings above.
+    from ant_jax.runtime import garbage
+
+    garbage.collect_less()
     # The loss of all held-out images takes most of an evaluation's time without optimizations.
     if measuring := sys.modules.get("ant_jax.measuring"):
         measuring._VALIDATION_IMAGES = 20

@@ -18,9 +18,11 @@ _SERVER = """
 import json, os, runpy, sys
 import matplotlib.pyplot, scipy.linalg
 import ant_jax.cli, ant_jax.encode, ant_jax.evaluation_in_training, ant_jax.export, ant_jax.train
+import ant_jax.runtime.garbage
 
 # As in conftest.py.
 ant_jax.measuring._VALIDATION_IMAGES = 20
+ant_jax.runtime.garbage.collect_less()
 
 def start(arguments, said, flags):
     process = os.fork()
