@@ -14,7 +14,7 @@ from ant_jax import compiled_step, experiment, state_layout
 from ant_jax.train_step import TrainState
 from benchmarks import programs
 
-STEPS, DEVICES = 20, 8
+STEPS, DEVICES = 5, 8
 
 
 class Model(nn.Module):

@@ -296,9 +296,12 @@ def state_on(devices, name, **settings):
             compiled_step.start_compiling(config, setup),
             state_layout.layout(config, setup),
         )
-        state = state_layout.new_state(config, setup)
-        before, state = jax.device_get(state), layout.split(state)
         rng = np.random.default_rng(0)
+        # Drawing the parameters on the devices is as much to compile as the step.
+        draw = lambda leaf: np.float32(0.1 * rng.normal(size=leaf.shape))
+        params = jax.tree.map(draw, experiment.abstract_params(setup))
+        state = state_layout.new_state(config, setup, params)
+        before, state = jax.device_get(state), layout.split(state)
         for _ in range(3):
             image = rng.integers(0, 256, (16, 8, 8, 1)).astype(np.uint8)
             state, _ = step(state, {"image": image, "label": rng.integers(0, 10, 16, np.int32)})

@@ -305,8 +305,8 @@ def test_a_wait_ends_where_asked_and_names_the_worker_that_is_stopped(monkeypatc
         assert taken <= 9 and not caplog.messages
         # Still asked for, it is a batch late and no other.
         asked.clear()
-        monkeypatch.setattr(pipeline, "_STOPPED_SECONDS", 1.5)
-        words = rf"no batch for step {taken} of Numbered.* after 2 s; .* {first.pid} is stopped"
+        monkeypatch.setattr(pipeline, "_STOPPED_SECONDS", 0.5)
+        words = rf"no batch for step {taken} of Numbered.* after 1 s; .* {first.pid} is stopped"
         with pytest.raises(data.ExampleError, match=words + ".*kill -CONT"):
             next(batches)
     assert f"process {first.pid} is stopped" in caplog.messages[0] and len(caplog.messages) < 5

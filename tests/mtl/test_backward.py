@@ -158,6 +158,7 @@ def test_grouped_forms_take_tasks_in_blocks(problem):
     ("k", "n", "form", "microbatches", "parts"),
     [
         (8, 8, "vmap", 1, True),
+        (5, 8, "vmap", 1, True),
         (8, 2, "vmap", 1, False),
         (8, 4, "vmap", 2, True),
         (3, 2, "vmap", 2, False),

@@ -52,7 +52,9 @@ class Problem:
     """Sets of gradients as float32 rounds them, with what float64 makes of them."""
 
     def __init__(self, k, families=FAMILIES):
-        gradients = sets.draw(families, k, n=20).astype(np.float32).astype(float)
+        # The larger problems take most of the time.
+        sizes = {"n": 20 if k < 32 else 5}
+        gradients = sets.draw(families, k, **sizes).astype(np.float32).astype(float)
         self.gram = sets.grams(gradients)
         self.norms = np.sqrt(np.einsum("nii->ni", self.gram))
         self.active = self.norms > 0

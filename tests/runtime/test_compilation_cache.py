@@ -1,42 +1,42 @@
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import forked
 import pytest
 
 from ant_jax.runtime import compilation_cache
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = (
-    "import jax; from ant_jax.runtime import compilation_cache;"
-    "compilation_cache.enable(); jax.jit(lambda x: x * 2)(3.0)"
-)
+# The variables of a test are not those of the process that the programs are forked from.
+PROGRAM = """
+import os, sys, jax
+os.environ["XDG_CACHE_HOME"], known = sys.argv[1:]
+jax.config.update("jax_compilation_cache_dir", known)
+from ant_jax.runtime import compilation_cache
+compilation_cache.enable()
+jax.jit(lambda x: x * 2)(3.0)
+"""
 
 
 @pytest.mark.parametrize("known", [False, True])
 def test_compiled_programs_are_kept_where_jax_knows_no_other_place(known, tmp_path):
-    environment = os.environ | {
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "known") if known else "",
-        "XDG_CACHE_HOME": str(tmp_path / "cache"),
-    }
-    command = [sys.executable, "-c", PROGRAM]
-    run = lambda: subprocess.run(
-        command, cwd=ROOT, env=environment, check=True, timeout=100, capture_output=True, text=True
-    )
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+
+    def run():
+        arguments = [program, tmp_path / "cache", tmp_path / "known" if known else ""]
+        ((status, said),) = forked.run([arguments], devices=1)
+        assert status == 0, said
+        return said
+
     run()
     kept = lambda folder: any(path.is_file() for path in (tmp_path / folder).rglob("*"))
     assert (kept("cache/ant_jax/programs"), kept("known")) == (not known, known)
     if not known:
         # XLA can read it back: it prints nothing.
-        assert run().stderr == ""
+        assert run() == ""
         # A kill or a bad disk has damaged the file: it is compiled again, with one warning.
         (path,) = [path for path in (tmp_path / "cache").rglob("*-sealed")]
         whole = path.read_bytes()
         path.write_bytes(whole[:-9])
-        assert "damaged and will be compiled again" in run().stderr
-        assert "damaged" not in run().stderr
+        assert "damaged and will be compiled again" in run()
+        assert "damaged" not in run()
 
 
 def test_a_damaged_program_is_not_run_and_is_replaced(tmp_path, caplog):
@@ -62,8 +62,13 @@ def test_each_machine_has_a_folder():
     assert one == same != other
 
 
+# Without the flags of the tests, which turn optimizations off, and without a cache.
 SAME = """
+import os
+os.environ["XLA_FLAGS"] = ""
 import jax
+jax.config.update("jax_disable_most_optimizations", False)
+jax.config.update("jax_compilation_cache_dir", None)
 from ant_jax.runtime import devices
 def draw(key):
     return jax.random.normal(key, (7, 33)), 0.3 * jax.random.uniform(key, (7, 33), minval=-1)
@@ -75,8 +80,8 @@ for each, other in zip(first, second):
 """
 
 
-def test_parameters_are_drawn_the_same_to_the_bit_however_the_program_is_compiled():
-    # Without the flags of the tests, which turn optimizations off.
-    environment = {name: os.environ[name] for name in ("PATH", "JAX_PLATFORMS")}
-    command = [sys.executable, "-c", SAME]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=100)
+def test_parameters_are_drawn_the_same_to_the_bit_however_the_program_is_compiled(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(SAME)
+    ((status, said),) = forked.run([[program]], devices=1)
+    assert status == 0, said

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 PROGRAMS = {
     "waits": "time.sleep(60)",
     "saves": "while not stop.signum: time.sleep(0.01)\ntime.sleep(0.1)",
-    "saves long": "while True: time.sleep(0.01)",
+    "saves long": "signals._ONCE_SECONDS = 0.2\nwhile True: time.sleep(0.01)",
     "imports": """
 try:
     time.sleep(60)
@@ -37,7 +37,7 @@ time.sleep(60)
 """,
     # In C code, where Python does not handle signals.
     "computes": """
-signals._UNWIND_SECONDS = 0.3
+signals._UNWIND_SECONDS = 0.1
 hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 30)
 """,
 }
@@ -115,7 +115,7 @@ def test_where_the_terminal_is_gone_it_ends_all_the_same(what):
 def test_a_second_signal_ends_at_once():
     with program("saves long") as process:
         process.send_signal(signal.SIGTERM)
-        time.sleep(1.1)
+        time.sleep(0.3)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         status, (_, last) = end_of(process)
@@ -131,14 +131,15 @@ def test_what_nohup_ignores_stays_ignored():
         assert end_of(process)[0] == 0
 
 
-def test_a_library_s_second_signal_raises_and_handlers_are_put_back():
+def test_a_library_s_second_signal_raises_and_handlers_are_put_back(monkeypatch):
+    monkeypatch.setattr(signals, "_ONCE_SECONDS", 0.2)
     before = signal.getsignal(signal.SIGTERM)
     with signals.saving() as stop, pytest.raises(KeyboardInterrupt):
         assert not signals.asked()
         stop.saving = True
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signum == signal.SIGTERM and signals.asked()
-        time.sleep(1.1)
+        time.sleep(0.3)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(1)
     assert signal.getsignal(signal.SIGTERM) is before
