@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from ant_jax import data
 
@@ -67,6 +66,9 @@ def main():
 
 def write_images(directory, width, height, num):
     """Writes random crops of the photographs (427 pixels high), enlarged if they are too small."""
+    # Here, because the import is slow.
+    from sklearn.datasets import load_sample_images
+
     directory.mkdir()
     rng = np.random.default_rng(0)
     photographs = [Image.fromarray(photograph) for photograph in load_sample_images().images]

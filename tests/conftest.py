@@ -54,6 +54,9 @@ def pytest_collection_finish():
     # The loss of all held-out images takes most of an evaluation's time without optimizations.
     if measuring := sys.modules.get("ant_jax.measuring"):
         measuring._VALIDATION_IMAGES = 20
+    # A multiple of most k, so that one program computes the loss of all levels and of each task.
+    if evaluate := sys.modules.get("ant_jax.evaluate"):
+        evaluate._LEVELS = 20
 
 
 def pytest_unconfigure():

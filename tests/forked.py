@@ -15,13 +15,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _SERVER = """
-import json, os, runpy, sys
-import matplotlib.pyplot, scipy.linalg
+import atexit, json, os, runpy, sys, threading
+import jax, matplotlib.pyplot, orbax.checkpoint, pytest, scipy.linalg
 import ant_jax.cli, ant_jax.encode, ant_jax.evaluation_in_training, ant_jax.export, ant_jax.train
 import ant_jax.runtime.garbage
 
 # As in conftest.py.
-ant_jax.measuring._VALIDATION_IMAGES = 20
+ant_jax.measuring._VALIDATION_IMAGES = ant_jax.evaluate._LEVELS = 20
 ant_jax.runtime.garbage.collect_less()
 
 def start(arguments, said, flags):
@@ -39,12 +39,18 @@ def start(arguments, said, flags):
             sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
             runpy.run_path(arguments[0], run_name="__main__")
     except SystemExit as end:
-        if not end.code:
-            raise
-        # Without half a second of cleaning up.
-        print(end.code, file=sys.stderr, flush=True)
-        os._exit(1)
-    sys.exit()
+        if end.code:
+            print(end.code, file=sys.stderr, flush=True)
+            os._exit(1)
+    # As Python ends, without half a second in which it and JAX free what they hold.
+    threading._shutdown()
+    atexit.unregister(jax._src.api.clean_up)
+    atexit._run_exitfuncs()
+    jax.effects_barrier()
+    jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 for line in sys.stdin:
     programs, said, flags, together = json.loads(line)
@@ -114,8 +120,12 @@ def free_address():
         return f"localhost:{free.getsockname()[1]}"
 
 
-def two(*programs):
-    """Runs two processes that connect; [(exit status, what it has written)]."""
+def pair(one, other):
+    """Two programs that connect to each other, for `run`."""
     together = [f"--coordinator={free_address()}", "--num_processes=2"]
-    lines = [[*each, *together, f"--process_id={i}"] for i, each in enumerate(programs)]
-    return run(lines, devices=4, together=True)
+    return [[*each, *together, f"--process_id={i}"] for i, each in enumerate((one, other))]
+
+
+def two(one, other):
+    """Runs two processes that connect; [(exit status, what it has written)]."""
+    return run(pair(one, other), devices=4, together=True)

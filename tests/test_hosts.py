@@ -10,7 +10,7 @@ import forked
 import jax
 import numpy as np
 import pytest
-from forked import free_address, two
+from forked import free_address, pair, two
 from host_program import record
 from PIL import Image
 from tiny_runs import STEPS, TINY, lines, tiny
@@ -131,8 +131,7 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(
 
 def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_path, monkeypatch):
     workdir = shutil.copytree(whole[0], tmp_path / "run")
-    for step in (6, 8):
-        shutil.rmtree(workdir / "checkpoints" / str(step))
+    shutil.rmtree(workdir / "checkpoints" / "8")
     more = {"evaluation__features": "digits", "evaluation__every": STEPS}
     ended = two(*programs(tmp_path, workdir, stops=(0, 0), samples=1, **more))
     assert [status for status, _ in ended] == [0, 0], ended
@@ -155,8 +154,7 @@ def test_two_go_on_from_the_checkpoint_of_one_and_share_the_drawing(whole, tmp_p
 
 def test_two_that_shard_the_parameters_over_all_devices_go_on(whole, tmp_path):
     workdir = shutil.copytree(whole[0], tmp_path / "run")
-    for step in (6, 8):
-        shutil.rmtree(workdir / "checkpoints" / str(step))
+    shutil.rmtree(workdir / "checkpoints" / "8")
     more = {"parallel__params": "sharded", "sample__every": STEPS, "evaluation__every": STEPS}
     ended = two(*programs(tmp_path, workdir, stops=(0, 0), samples=1, **more))
     assert [status for status, _ in ended] == [0, 0], ended
@@ -167,9 +165,31 @@ def test_two_that_shard_the_parameters_over_all_devices_go_on(whole, tmp_path):
     assert {path.suffix for path in (workdir / "samples").iterdir()} == {".json", ".npz", ".png"}
 
 
-def test_one_that_fails_ends_the_other_with_its_reason(tmp_path):
-    run = ["-m", "ant_jax.main", f"--workdir={tmp_path}"]
-    (first, told), (second, reason) = two(run, [*run, "--config.data.num_workers=-1"])
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """What three programs say that can't run, and the workdir of the second.
+
+    All at once, because they wait most of the time.
+    """
+    folders = [tmp_path_factory.mktemp("refused") / "run" for _ in range(3)]
+    runs = [["-m", "ant_jax.main", f"--workdir={folder}"] for folder in folders]
+    changes = ["--config.seed=1", "--config.checkpoint.every=7", "--config.data.num_workers=1"]
+    alone = folders[2].with_name("alone.py")
+    alone.write_text(
+        "from ant_jax.runtime import connection; connection._CONNECT_SECONDS = 1\n"
+        "connection.initialize('localhost:1', 2, 1)"
+    )
+    lines = [
+        *pair(runs[0], [*runs[0], "--config.data.num_workers=-1"]),
+        *pair(runs[1], [*runs[1], *changes]),
+        *([*runs[2], "--process_id=1"], [alone]),
+    ]
+    ended = forked.run(lines, devices=4, together=True)
+    return ended[:2], ended[2:4], ended[4:], folders[1]
+
+
+def test_one_that_fails_ends_the_other_with_its_reason(refused):
+    (first, told), (second, reason) = refused[0]
     assert first == second == 1
     message = "config.data.num_workers must be an integer >= 0 and <= 1024, got -1"
     assert f"\nerror: {message}" in f"\n{reason}"
@@ -177,10 +197,8 @@ def test_one_that_fails_ends_the_other_with_its_reason(tmp_path):
     assert "Traceback" not in told + reason
 
 
-def test_processes_with_other_settings_name_them_and_write_nothing(tmp_path):
-    run = ["-m", "ant_jax.main", f"--workdir={tmp_path / 'run'}"]
-    changes = ["--config.seed=1", "--config.checkpoint.every=7", "--config.data.num_workers=1"]
-    (first, told), (second, reason) = two(run, [*run, *changes])
+def test_processes_with_other_settings_name_them_and_write_nothing(refused):
+    _, ((first, told), (second, reason)), _, workdir = refused
     assert first == second == 1
     message = (
         "the processes of a run must have the same: "
@@ -190,17 +208,11 @@ def test_processes_with_other_settings_name_them_and_write_nothing(tmp_path):
     assert f"error: {message}" in told
     assert re.search(f"^error: process 0 on .* failed: {message}", reason, re.M)
     assert "Traceback" not in told + reason
-    assert not (tmp_path / "run").exists()
+    assert not workdir.exists()
 
 
-def test_what_cannot_meet_says_so(tmp_path):
-    program = tmp_path / "alone.py"
-    program.write_text(
-        "from ant_jax.runtime import connection; connection._CONNECT_SECONDS = 1\n"
-        "connection.initialize('localhost:1', 2, 1)"
-    )
-    run = ["-m", "ant_jax.main", f"--workdir={tmp_path}", "--process_id=1"]
-    (incomplete, reason), (alone, told) = forked.run([run, [program]], devices=1, together=True)
+def test_what_cannot_meet_says_so(refused):
+    (incomplete, reason), (alone, told) = refused[2]
     assert incomplete == alone == 1
     assert "need --coordinator, --num_processes too" in reason
     (line,) = told.splitlines()

@@ -1,6 +1,7 @@
 """Runs that take seconds, and what tests do to them and see of them."""
 
 import contextlib
+import functools
 import json
 import os
 
@@ -44,8 +45,14 @@ class Model(nn.Module):
         )
 
 
+# Cached, because compiled samplers are cached by the identity of the model.
+_model = functools.cache(Model)
+
+
 def use_small_model(monkeypatch):
-    monkeypatch.setattr(experiment, "build_model", lambda config, channels, classes: Model(classes))
+    monkeypatch.setattr(
+        experiment, "build_model", lambda config, channels, classes: _model(classes)
+    )
 
 
 def tiny(argument="uncertainty", **settings):

@@ -11,7 +11,6 @@ import zlib
 import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
-from sklearn.datasets import load_sample_image
 
 from ant_jax import data
 from ant_jax.data import decoding
@@ -21,6 +20,9 @@ SIDE = 64
 
 @pytest.fixture(scope="module")
 def picture():
+    # Here, because the import is slow and a process may have no test that needs it.
+    from sklearn.datasets import load_sample_image
+
     return Image.fromarray(load_sample_image("china.jpg")[100 : 100 + SIDE, 200 : 240 + SIDE])
 
 

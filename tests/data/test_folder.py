@@ -3,7 +3,6 @@ import itertools
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_sample_image
 
 from ant_jax import data
 
@@ -11,6 +10,9 @@ from ant_jax import data
 @pytest.fixture(scope="module")
 def photograph():
     """A real one, 64x64."""
+    # Here, because the import is slow and a process may have no test that needs it.
+    from sklearn.datasets import load_sample_image
+
     return load_sample_image("china.jpg")[100:164, 200:264]
 
 

@@ -9,8 +9,6 @@ import cloudpickle
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from ant_jax import data
 from ant_jax.runtime.extras import MissingExtraError
@@ -92,6 +90,10 @@ def test_a_source_names_what_it_lacks(name, settings):
 
 
 def test_digits_are_those_of_scikit_learn_and_so_is_what_is_held_out():
+    # Here, because the import is slow and a process may have no test that needs it.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     raw = load_digits()
     rows = np.arange(len(raw.target))
     train, test = train_test_split(rows, test_size=300, stratify=raw.target, random_state=0)

@@ -1,5 +1,7 @@
 """The process and its losses against float64 NumPy written from other forms of the formulas."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,25 +154,30 @@ def test_decoder_is_finite_far_from_the_data():
     assert np.isfinite(gradient).all()
 
 
+DECODER = GaussianDiffusion(
+    diffusion.alphas_bar("cosine", 1000), "learned_range", loss_weight=np.zeros(1000)
+)
+
+
+@jax.jit
+@functools.partial(jax.grad, has_aux=True)
+def _decoder_at_0(channels, error, data):
+    """The gradient in the channels of the variance, and the losses, of predictions that err."""
+    output = jnp.concatenate([error.reshape(data.shape), channels], -1)
+    t = np.zeros(len(error), int)
+    loss = DECODER.losses(lambda *_: output, data, t, jnp.zeros(data.shape))
+    return jnp.sum(loss), loss
+
+
 @pytest.mark.parametrize("v", [-1.0, 0.5])
 @pytest.mark.parametrize("x0", [-1.0, 0.2, 1.0])
 def test_decoder_is_exact_and_its_gradient_exact_up_to_27_nats_and_bounded(x0, v):
     """At t = 0, for predictions 0 to a million standard deviations from the data, both sides."""
-    process = GaussianDiffusion(
-        diffusion.alphas_bar("cosine", 1000), "learned_range", loss_weight=np.zeros(1000)
-    )
+    process = DECODER
     far = np.append(0, np.geomspace(0.1, 1e6, 60))
     error = np.concatenate([-far, far]).astype(np.float32)
     data = np.full((len(error), 1, 1, 1), x0, np.float32)
-
-    def losses(channels):
-        output = jnp.concatenate([jnp.asarray(error).reshape(data.shape), channels], -1)
-        t = np.zeros(len(error), int)
-        loss = process.losses(lambda *_: output, data, t, jnp.zeros(data.shape))
-        return jnp.sum(loss), loss
-
-    channels = jnp.full(data.shape, v)
-    gradient, loss = jax.jit(jax.grad(losses, has_aux=True))(channels)
+    gradient, loss = _decoder_at_0(np.full(data.shape, v, np.float32), error, data)
     constants = posterior(process.steps(process.span))
     range_ = constants.log_greatest[0] - constants.log_least[0]
     nats = np.asarray(loss, np.float64) * np.log(2)

@@ -49,7 +49,7 @@ def test_copies_of_a_model_and_one_of_several_draw_its_samples_bit_by_bit(sample
     copies = draw(_stack(one, one, one), [0, 10, 20, T], range(3))
     np.testing.assert_array_equal(copies, expected[0])
     for i in range(2):
-        chosen = draw(_stack(one, other, other), [0, T], [i])
+        chosen = draw(_stack(one, other, other), [0, 10, 20, T], [i] * 3)
         np.testing.assert_array_equal(chosen, expected[i])
 
 

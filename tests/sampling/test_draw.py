@@ -1,3 +1,5 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,8 +27,12 @@ class Model(nn.Module):
         return nn.Dense(16)(jnp.concatenate(inputs, 1)).reshape(x.shape)
 
 
+# Cached, because compiled samplers are cached by the identity of the model.
+_model = functools.cache(Model)
+
+
 def draw(num, num_classes=3, sampler=samplers.ddim, batch_size=600, **settings):
-    model = Model(num_classes)
+    model = _model(num_classes)
     params = experiment.init_params(model, SHAPE, seed=0)
     options = samplers.SampleOptions(num_steps=3, guidance=2.0 if num_classes else 1.0)
     return list(
