@@ -15,10 +15,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 _SERVER = """
-import atexit, json, os, runpy, sys, threading
+import atexit, json, logging, os, runpy, sys, threading
 import jax, matplotlib.pyplot, orbax.checkpoint, pytest, scipy.linalg
 import ant_jax.cli, ant_jax.encode, ant_jax.evaluation_in_training, ant_jax.export, ant_jax.train
 import ant_jax.runtime.garbage
+
+# A program that has not imported orbax yet has none.
+logging.root.handlers.clear()
 
 # As in conftest.py.
 ant_jax.measuring._VALIDATION_IMAGES = ant_jax.evaluate._LEVELS = 20
