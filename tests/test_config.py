@@ -63,11 +63,10 @@ def test_every_config_file_is_valid(name):
     config_lib.validate(config)
 
 
-@pytest.mark.parametrize("method", ["vanilla", "nash"])
-def test_the_default_network_takes_a_train_step(method, monkeypatch):
+def test_the_default_network_takes_a_train_step(monkeypatch):
     """As shapes alone: the tests that train make it smaller."""
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    config = digits.get_config(method)
+    config = digits.get_config()
     setup = experiment.build(config, channels=1, num_classes=10)
     state = jax.eval_shape(lambda: state_layout.new_state(config, setup))
     batch = {

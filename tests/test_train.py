@@ -352,6 +352,14 @@ def test_a_run_that_fails_early_leaves_no_thread_behind(tmp_path, monkeypatch):
     assert not thread.is_alive()
 
 
+@pytest.fixture
+def one_device(monkeypatch):
+    """For what has nothing to do with devices, because it compiles sooner."""
+    devices = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
 def nan_at(step):
     def hook(now, batch):
         image = batch["image"] / np.float32(127.5) - 1
@@ -462,6 +470,7 @@ def test_the_message_says_that_there_is_no_good_checkpoint(tmp_path, monkeypatch
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == []
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     """The loss and gradient of step 4 are finite; what the optimizer makes of them is not."""
     build = experiment.build_optimizer
@@ -730,6 +739,7 @@ def test_damaged_images_of_a_folder_are_counted_or_named(tmp_path, monkeypatch):
         trainer.train(tiny(**settings), tmp_path / "named")
 
 
+@pytest.mark.usefixtures("one_device")
 def test_runs_of_every_control_differ(tmp_path):
     """Each setting reaches the step: none of these gradients is that of another."""
     norms = {}
