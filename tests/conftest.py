@@ -25,14 +25,23 @@ os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # The matrices are small, and every core has its own tests: threads would wait for each other.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
-# What one test has compiled, and the classifier of the digits, the other tests, in whichever
-# process of pytest-xdist, and the programs they start need not make again.
+
+def _memory():
+    """A folder in memory that has room for what the tests write, or None."""
+    folder, needed = "/dev/shm", 4 << 30
+    return folder if os.path.isdir(folder) and shutil.disk_usage(folder).free > needed else None
+
+
 _OURS = "PYTEST_XDIST_WORKER" not in os.environ
 if _OURS:
-    _CACHE = tempfile.mkdtemp(prefix="ant_jax_tests_")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_CACHE, "jax")
+    # Checkpoints wait for the disk. The folder goes with the tests; --basetemp=DIR keeps theirs.
+    _FOLDER = tempfile.mkdtemp(prefix="ant_jax_tests_", dir=_memory())
+    os.environ["TMPDIR"] = tempfile.tempdir = _FOLDER
+    # What one test has compiled, and the classifier of the digits, the other tests, in whichever
+    # process of pytest-xdist, and the programs they start need not make again.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(_FOLDER, "jax")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["XDG_CACHE_HOME"] = _CACHE
+    os.environ["XDG_CACHE_HOME"] = os.path.join(_FOLDER, "cache")
 
 
 # Tests send these to programs, which leave them ignored where they find them so, as under nohup and
@@ -61,7 +70,7 @@ def pytest_collection_finish():
 
 def pytest_unconfigure():
     if _OURS:
-        shutil.rmtree(_CACHE, ignore_errors=True)
+        shutil.rmtree(_FOLDER, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
