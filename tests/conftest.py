@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, set before jax is imported, and quick compilation."""
 
+import glob
 import importlib.metadata
 import os
 import shutil
@@ -29,13 +30,20 @@ os.environ["OPENBLAS_NUM_THREADS"] = "1"
 def _memory():
     """A folder in memory that has room for what the tests write, or None."""
     folder, needed = "/dev/shm", 4 << 30
-    return folder if os.path.isdir(folder) and shutil.disk_usage(folder).free > needed else None
+    if not os.access(folder, os.W_OK | os.X_OK) or shutil.disk_usage(folder).free < needed:
+        return None
+    # What tests have left that were killed.
+    for old in glob.glob(f"{folder}/ant_jax_tests_*"):
+        if not os.path.exists(f"/proc/{old.split('_')[3]}"):
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
 
 
 _OURS = "PYTEST_XDIST_WORKER" not in os.environ
 if _OURS:
-    # Checkpoints wait for the disk. The folder goes with the tests; --basetemp=DIR keeps theirs.
-    _FOLDER = tempfile.mkdtemp(prefix="ant_jax_tests_", dir=_memory())
+    # In memory, because writing a checkpoint waits for the disk. Removed at the end; with
+    # --basetemp=DIR the tests' own files stay in DIR.
+    _FOLDER = tempfile.mkdtemp(prefix=f"ant_jax_tests_{os.getpid()}_", dir=_memory())
     os.environ["TMPDIR"] = tempfile.tempdir = _FOLDER
     # What one test has compiled, and the classifier of the digits, the other tests, in whichever
     # process of pytest-xdist, and the programs they start need not make again.

@@ -146,7 +146,7 @@ def test_a_finished_run_neither_evaluates_nor_reports_again(whole, monkeypatch, 
 
 
 def test_a_run_that_goes_on_keeps_the_figures_of_its_last_step(tmp_path):
-    """It is not due any more: no multiple of 3. A figure that is not finite is null."""
+    """Step 4 is not due any more: it is no multiple of 3. A figure that is not finite is null."""
     figures = lambda: {row["step"]: row["scripted"] for row in lines(tmp_path) if "scripted" in row}
     SCRIPT[:] = [float("nan"), np.float32(2), 4.0]
     trainer.train(evaluated(num_steps=4), tmp_path)

@@ -167,9 +167,9 @@ def test_two_that_shard_the_parameters_over_all_devices_go_on(whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def refused(tmp_path_factory):
-    """What three programs say that can't run, and the workdir of the second.
+    """What the programs of three tests say, none of which can run, and the workdir of the second.
 
-    All at once, because they wait most of the time.
+    Two pairs, and two that are alone. They start together, because they wait most of the time.
     """
     folders = [tmp_path_factory.mktemp("refused") / "run" for _ in range(3)]
     runs = [["-m", "ant_jax.main", f"--workdir={folder}"] for folder in folders]

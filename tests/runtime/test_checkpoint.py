@@ -319,7 +319,7 @@ def test_check_does_not_wait_for_a_save(tmp_path, monkeypatch):
     checkpoints.save(1, make_state(1))
     checkpoints.check()
     assert not saved
-    # What closes it waits.
+    # `close` waits.
     threading.Timer(0.1, released.set).start()
     checkpoints.close()
     assert saved

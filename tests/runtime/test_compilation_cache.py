@@ -3,7 +3,7 @@ import pytest
 
 from ant_jax.runtime import compilation_cache
 
-# The variables of a test are not those of the process that the programs are forked from.
+# Programs are forked from a process that has started before: they set their variables themselves.
 PROGRAM = """
 import os, sys, jax
 os.environ["XDG_CACHE_HOME"], known = sys.argv[1:]

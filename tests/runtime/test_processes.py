@@ -60,7 +60,7 @@ def together(monkeypatch):
     monkeypatch.setattr(processes, "_names", Names())
 
     def run(function, never=()):
-        """``never`` are the processes that do not end."""
+        """``never``: processes whose function does not return; they are not waited for."""
         results = [None] * 3
 
         def call(number):
@@ -94,7 +94,7 @@ def test_all_get_what_each_gives_and_nothing_is_left_to_add_up(together):
 
 def test_a_process_that_differs_is_named_in_process_0(together):
     facts = lambda number: processes.assert_equal(lambda: {"config.seed": number // 2, "same": "x"})
-    # The others end by `exit_all_on_error`.
+    # In a run `exit_all_on_error` ends the others; here they wait on.
     results, _ = together(facts, never=(1, 2))
     assert isinstance(results[0], processes.DisagreementError)
     assert str(results[0]) == (
