@@ -145,7 +145,7 @@ def tuning_runs(preset: Preset, grid: tuple[float, ...], setting: Setting) -> li
             measurements=1,
         )
         for rate in grid
-        for i in range(preset.tuning_seeds)
+        for i in range(len(preset.seeds))
     ]
 
 

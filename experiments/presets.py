@@ -18,7 +18,6 @@ class Preset(NamedTuple):
       settings: changes of this config, by ``"group.name"``.
       methods: the multi-task methods to compare.
       seeds: the seeds of every setting.
-      tuning_seeds: number of other seeds with which every learning rate is tried.
       measurements: number of evenly spaced steps at which a run is measured.
       affinity_grid: number of timesteps between which the task affinity is measured.
       affinity_images: number of training images for the task affinity.
@@ -31,7 +30,6 @@ class Preset(NamedTuple):
     settings: dict[str, Any]
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
-    tuning_seeds: int
     measurements: int
     affinity_grid: int
     affinity_images: int
@@ -64,7 +62,6 @@ PRESETS = {
         },
         ("nash",),
         (0,),
-        1,
         2,
         12,
         32,
@@ -76,7 +73,6 @@ PRESETS = {
         {"num_steps": 2000, "log_every": 50, "sampler.num_steps": 25},
         METHODS,
         (0, 1, 2),
-        3,
         4,
         100,
         240,
@@ -88,7 +84,6 @@ PRESETS = {
         {"log_every": 500},
         METHODS,
         (0, 1, 2),
-        3,
         8,
         100,
         240,
@@ -100,7 +95,6 @@ PRESETS = {
         {"log_every": 50, "sampler.num_steps": 25} | _FASHION,
         METHODS,
         (0, 1, 2),
-        1,
         4,
         100,
         240,
@@ -112,7 +106,6 @@ PRESETS = {
         {"num_steps": 20_000} | _FASHION,
         METHODS,
         (0, 1, 2),
-        1,
         4,
         100,
         240,

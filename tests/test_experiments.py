@@ -266,7 +266,7 @@ def test_fashion_compares_three_processes_on_14x14(tmp_path, capsys):
     with flagsaver.as_parsed(preset="fashion", out=str(tmp_path), dry_run="true"):
         table.main(["table"])
     plan = capsys.readouterr().out
-    assert "learning rates: 27 runs, 27 of them to do, 54000 steps" in plan
+    assert "learning rates: 81 runs, 81 of them to do, 162000 steps" in plan
     assert "comparison: 27 runs, 27 of them to do, 108000 steps" in plan
     assert "in total on two CPU cores" in plan
 
@@ -390,7 +390,7 @@ def test_a_tilde_is_the_home_in_the_name_of_the_output(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("preset", presets.PRESETS.values(), ids=presets.PRESETS)
 def test_every_planned_config_is_valid(preset, tmp_path):
-    preset = preset._replace(seeds=preset.seeds[:2], tuning_seeds=1)
+    preset = preset._replace(seeds=preset.seeds[:2])
     plans = [
         task_affinity.plan(preset),
         *transfer_gap.plan(preset),
@@ -437,7 +437,7 @@ def test_steps_to_reach_a_distance_are_interpolated():
 
 
 def test_the_best_mean_over_seeds_chooses_the_learning_rate(tmp_path, monkeypatch):
-    preset = SMOKE._replace(tuning_seeds=3)
+    preset = SMOKE._replace(seeds=(0, 1, 2))
     distances = {
         ("vanilla", 3e-3): [4.0, 5.0, 6.0],
         ("vanilla", 6e-3): [1.0, 9.0, 8.0],  # the best seed, but not the best mean
