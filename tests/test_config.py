@@ -63,10 +63,11 @@ def test_every_config_file_is_valid(name):
     config_lib.validate(config)
 
 
-def test_the_default_network_takes_a_train_step(monkeypatch):
+@pytest.mark.parametrize("method", ["vanilla", "nash"])
+def test_the_default_network_takes_a_train_step(method, monkeypatch):
     """As shapes alone: the tests that train make it smaller."""
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    config = digits.get_config()
+    config = digits.get_config(method)
     setup = experiment.build(config, channels=1, num_classes=10)
     state = jax.eval_shape(lambda: state_layout.new_state(config, setup))
     batch = {
