@@ -86,11 +86,13 @@ def state_of(config):
     return state_layout.new_state(config, setup, init_from.initial_params(config, setup))
 
 
-def test_a_run_begins_with_the_moving_average_of_another(begun, tmp_path):
+def test_a_run_begins_with_the_moving_average_of_another_and_leaves_what_is_frozen(begun, tmp_path):
     workdir, before = begun
     # The method, the optimizer and the number of clusters may differ, but not the network.
     changes = dict(clusters__k=4, optimizer__clip_norm=1.0, process__variance="fixed_small")
     changes["init_from"] = str(workdir)
+    pattern = "block_0/(qkv|mlp)|embedding"
+    changes |= dict(optimizer__weight_decay=0.1, optimizer__frozen=pattern)
     config = tiny("uncertainty", **changes)
     state = state_of(config)
     assert int(state.step) == 0
@@ -98,6 +100,22 @@ def test_a_run_begins_with_the_moving_average_of_another(begun, tmp_path):
     assert_same(state.ema_params, before.ema_params)
     assert np.abs(before.params["output"]["kernel"] - state.params["output"]["kernel"]).max() > 0
     first = train.train(config, tmp_path)
+    frozen = optimizers.matching(first.params, pattern)
+    assert frozen["block_0"]["qkv"]["kernel"] and frozen["label_embedding"]["embedding"]
+    assert not frozen["output"]["kernel"]
+    free = 0
+    for (path, leaf), old, stays in zip(
+        jax.tree.leaves_with_path(first.params),
+        jax.tree.leaves(before.ema_params),
+        jax.tree.leaves(frozen),
+        strict=True,
+    ):
+        changed = np.abs(np.asarray(leaf) - np.asarray(old)).max() > 0
+        assert changed != stays, jax.tree_util.keystr(path)
+        free += 0 if stays else leaf.size
+    # The optimizer keeps no moments for what is frozen.
+    kept = sum(leaf.size for leaf in jax.tree.leaves(first.opt_state))
+    assert 2 * free <= kept < 2 * free + 10
     # The run resumes from its own checkpoint; the other run is no longer needed.
     config.num_steps = 5
     checkpoints = tmp_path / "checkpoints"
@@ -572,40 +590,6 @@ def test_a_network_of_ones_own_is_trained_exported_and_begun_with(begun, tmp_pat
     ):
         with pytest.raises(ConfigError, match=f"^config.model.* {fault}"):
             state_of(tiny(**own | changes))
-
-
-def test_frozen_parameters_stay_and_count_for_nothing(begun, tmp_path):
-    workdir, before = begun
-    settings = dict(optimizer__weight_decay=0.1, init_from=str(workdir))
-    pattern = "block_0/(qkv|mlp)|embedding"
-    config = tiny(optimizer__frozen=pattern, **settings)
-    state = train.train(config, tmp_path)
-    frozen = optimizers.matching(state.params, pattern)
-    assert frozen["block_0"]["qkv"]["kernel"] and frozen["label_embedding"]["embedding"]
-    assert not frozen["output"]["kernel"]
-
-    def check(name, path_frozen, value, old):
-        changed = np.abs(np.asarray(value) - np.asarray(old)).max() > 0
-        assert changed != path_frozen, name
-
-    for (path, leaf), old, stays in zip(
-        jax.tree.leaves_with_path(state.params),
-        jax.tree.leaves(before.ema_params),
-        jax.tree.leaves(frozen),
-        strict=True,
-    ):
-        check(jax.tree_util.keystr(path), stays, leaf, old)
-    # The optimizer keeps no moments for them.
-    sizes = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))
-    free = sum(
-        leaf.size
-        for leaf, stays in zip(jax.tree.leaves(state.params), jax.tree.leaves(frozen), strict=True)
-        if not stays
-    )
-    assert 2 * free <= sizes(state.opt_state) < 2 * free + 10
-    # Such a run resumes from its checkpoint.
-    config.num_steps = 5
-    assert int(train.train(config, tmp_path).step) == 5
 
 
 def test_the_gram_matrix_is_of_the_gradients_of_what_is_not_frozen():
