@@ -687,13 +687,13 @@ def on_eight_devices(name, k):
 
 @pytest.mark.parametrize(
     ("method", "k"),
-    [("uncertainty", 8), ("nash", 8), ("nash", 2), ("nash", 5), ("nash", 16)],
+    [("uncertainty", 8), *(("nash", k) for k in (8, 4, 2, 5, 16))],
 )
 def test_what_devices_send_and_hold(method, k):
     """The gradients of its own tasks alone, whatever k."""
     needs_gram = "gram" in getattr(mtl, method)(k).needs
     slots = blocks(k, 8).slots if needs_gram else 1
-    assert slots == {8: 1, 2: 1, 5: 2, 16: 2}[k]
+    assert slots == {8: 1, 4: 1, 2: 1, 5: 2, 16: 2}[k]
     # Its program is the same for every k.
     _, vanilla, _, network = on_eight_devices("vanilla", 8)
     arguments, sent, held, work = on_eight_devices(method, k)
