@@ -613,8 +613,8 @@ def test_runs_side_by_side_in_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "_cores", lambda: [core, core])
     monkeypatch.setenv("XLA_FLAGS", ONE_DEVICE)
     # The losses of all held-out images are the slowest here.
-    others = {name: each for name, each in SMOKE.settings.items() if "model." not in name}
-    settings = others | {"num_steps": 2, "evaluation.split": "", "model.name": "tiny_runs:Model"}
+    kept = {name: each for name, each in SMOKE.settings.items() if "model." not in name}
+    settings = kept | {"num_steps": 2, "evaluation.split": "", "model.name": "tiny_runs:Model"}
     preset = SMOKE._replace(settings=settings)
     runs = [runner.make_run(preset, "vanilla", "snr", seed, measurements=1) for seed in (0, 1)]
     first, second = runner.execute(runs, tmp_path)

@@ -450,18 +450,9 @@ def test_a_split_state_is_whole_again_to_the_bit(params):
     jax.tree.map(np.testing.assert_array_equal, found, state)
 
 
-@pytest.mark.parametrize(("method", "microbatches"), [("nash", 1), ("uncertainty", 2)])
-def test_a_step_that_one_device_finds_not_finite_is_skipped_by_all(
-    params, batch, method, microbatches
-):
-    optimizer, weighting = optax.sgd(0.1), METHODS[method]
-    step = step_fn(
-        weighting,
-        optimizer=optimizer,
-        split=True,
-        skip_nonfinite=True,
-        microbatches=microbatches,
-    )
+def test_a_step_that_one_device_finds_not_finite_is_skipped_by_all(params, batch):
+    optimizer, weighting = optax.sgd(0.1), METHODS["nash"]
+    step = step_fn(weighting, optimizer=optimizer, split=True, skip_nonfinite=True)
     image = batch["image"] / np.float32(127.5) - 1
     image[-1] = np.nan
     devices, axes = jax.devices()[:8], ts.split_axes(optimizer, params)

@@ -90,19 +90,27 @@ def test_microbatches_take_a_second_forward_pass_only_for_losses_of_this_step(
 
 @pytest.mark.parametrize("weighting", [mtl.vanilla(K), mtl.uncertainty(K), mtl.stch(K)])
 @pytest.mark.parametrize("microbatches", [1, 2])
-def test_a_loss_that_is_not_finite_shows_in_the_gradient(problem, weighting, microbatches):
-    """The gradient of infinity is 0 here."""
+@pytest.mark.parametrize("devices", [1, 3])
+def test_a_loss_that_is_not_finite_shows_in_the_gradient(problem, weighting, microbatches, devices):
+    """On every device, though only the last one sees it. The gradient of infinity is 0 here."""
     params, batch = problem
-    infinite = lambda params, batch: task_losses(params, batch) + jnp.inf
-    state = mtl.init_combine(weighting)
-    find = lambda params: mtl.backward(
-        infinite, params, batch, weighting, state, microbatches=microbatches
+    batch = batch | {"infinite": np.arange(B) == B - 1}
+    split = jax.tree.map(lambda leaf: leaf.reshape(devices, -1, *leaf.shape[1:]), batch)
+    infinite = lambda params, part: (
+        task_losses(params, part) + jnp.where(part["infinite"].any(), jnp.inf, 0)
     )
-    found = jax.jit(find)(params)
-    assert np.isnan(found.state.weights).all()
-    for leaf in jax.tree.leaves(found.gradient):
+    state = mtl.init_combine(weighting)
+    settings = {"microbatches": microbatches, "axis_name": "devices"}
+    find = lambda part: mtl.backward(infinite, params, part, weighting, state, **settings)
+    found = jax.device_get(jax.pmap(find, "devices", devices=jax.devices()[:devices])(split))
+    for leaf in jax.tree.leaves((found.state.weights, found.gradient)):
         assert np.isnan(leaf).all()
-    jax.tree.map(np.testing.assert_array_equal, found.state.weighting_state, state.weighting_state)
+    for leaf, before in zip(
+        jax.tree.leaves(found.state.weighting_state),
+        jax.tree.leaves(state.weighting_state),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(leaf, np.broadcast_to(before, leaf.shape))
 
 
 @pytest.mark.parametrize("name", METHODS)
