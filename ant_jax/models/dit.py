@@ -19,9 +19,9 @@ from ant_jax.models.attention import (
     check_attention,
     check_attention_devices,
 )
-from ant_jax.models.linear import Dense
+from ant_jax.models.linear import Dense, SplitDense
 from ant_jax.models.network import check_fields
-from ant_jax.models.norms import LayerNorm, RMSNorm
+from ant_jax.models.norms import RMSNorm, modulated_norm
 from ant_jax.models.remat import Remat, rematerialised
 from ant_jax.models.routing import routing_mask
 from ant_jax.models.timesteps import LEVEL_SCALE, MAX_PERIOD, timestep_features
@@ -39,11 +39,8 @@ TIMESTEP_FEATURES = 256
 MLP_RATIO = 4
 
 _Dense = functools.partial(Dense, kernel_init=nn.initializers.xavier_uniform())
+_SplitDense = functools.partial(SplitDense, kernel_init=nn.initializers.xavier_uniform())
 _ZeroDense = functools.partial(Dense, kernel_init=nn.initializers.zeros)
-_NORMS = {
-    "layer": functools.partial(LayerNorm, epsilon=1e-6, use_bias=False, use_scale=False),
-    "rms": functools.partial(RMSNorm, epsilon=1e-6, use_scale=False),
-}
 
 
 class DiT(nn.Module):
@@ -197,7 +194,7 @@ class DiT(nn.Module):
             x = layer(x, condition) if mask is None else layer(x * mask, condition) + x * (1 - mask)
 
         modulation = _ZeroDense(2 * self.width, dtype=self.dtype, name="modulation")(condition)
-        x = _modulate(_NORMS[self.norm](dtype=self.dtype)(x), *jnp.split(modulation, 2, axis=-1))
+        x = modulated_norm(x, *jnp.split(modulation, 2, axis=-1), self.norm, self.dtype)
         outputs = channels * (2 if self.learned_variance else 1)
         x = _ZeroDense(p * p * outputs, dtype=jnp.float32, name="output")(x)
         x = x.reshape(batch, rows, columns, p, p, outputs).swapaxes(2, 3)
@@ -211,7 +208,7 @@ class _Block(nn.Module):
     heads: int
     dtype: Any
     attention: Implementation
-    norm: str
+    norm: Literal["layer", "rms"]
     qk_norm: bool
     mlp: str
     grid: tuple[int, int] | None
@@ -221,11 +218,10 @@ class _Block(nn.Module):
         modulation = _ZeroDense(6 * self.width, dtype=self.dtype, name="modulation")(condition)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(modulation, 6, axis=-1)
 
-        norm = functools.partial(_NORMS[self.norm], dtype=self.dtype)
-        h = _modulate(norm()(x), shift_1, scale_1)
-        h = _Dense(3 * self.width, dtype=self.dtype, name="qkv")(h)
-        h = h.reshape(*h.shape[:2], 3, self.heads, self.width // self.heads)
-        query, key, value = jnp.unstack(h, axis=2)
+        h = modulated_norm(x, shift_1, scale_1, self.norm, self.dtype)
+        qkv = _SplitDense(3 * self.width, 3, dtype=self.dtype, name="qkv")(h)
+        by_head = (*x.shape[:2], self.heads, self.width // self.heads)
+        query, key, value = (each.reshape(by_head) for each in qkv)
         if self.qk_norm:
             query = RMSNorm(epsilon=1e-6, dtype=self.dtype, name="query_norm")(query)
             key = RMSNorm(epsilon=1e-6, dtype=self.dtype, name="key_norm")(key)
@@ -236,7 +232,7 @@ class _Block(nn.Module):
         h = _Dense(self.width, dtype=self.dtype, name="attention_output")(h.reshape(x.shape))
         x += gate_1[:, None] * h
 
-        h = _modulate(norm()(x), shift_2, scale_2)
+        h = modulated_norm(x, shift_2, scale_2, self.norm, self.dtype)
         if self.mlp == "swiglu":
             hidden = MLP_RATIO * self.width * 2 // 3
             h = _Dense(2 * hidden, dtype=self.dtype, name="mlp_hidden")(h)
@@ -247,10 +243,6 @@ class _Block(nn.Module):
             h = _Dense(hidden, dtype=self.dtype, activation=nn.gelu, name="mlp_hidden")(h)
         h = _Dense(self.width, dtype=self.dtype, name="mlp_output")(h)
         return x + gate_2[:, None] * h
-
-
-def _modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    return x * (1 + scale[:, None]) + shift[:, None]
 
 
 def _rotated(x: jax.Array, angles: np.ndarray) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from optax.experimental import aggregating
 
-from ant_jax.mtl.gramian import gramian
+from ant_jax.mtl.gramian import gramian, on_gpus
 from ant_jax.mtl.shards import all_finite, gathered, global_sum, scattered_sum
 from ant_jax.mtl.weighting import (
     State,
@@ -192,7 +192,12 @@ def present_rows(leaf: jax.Array, present: jax.Array) -> jax.Array:
 
 def weighted_sum(weights: jax.Array, leaf: jax.Array) -> jax.Array:
     """``J^T w`` of a leaf (k, ...), summed in float32."""
-    total = jnp.einsum("k,k...->...", weights, leaf.astype(jnp.float32), precision="highest")
+    rows = leaf.astype(jnp.float32)
+    if on_gpus():
+        # Term by term: a product is slow there if the leaf is joined from several gradients.
+        total = jnp.asarray(sum(weights[i] * rows[i] for i in range(len(rows))))
+    else:
+        total = jnp.einsum("k,k...->...", weights, rows, precision="highest")
     return total.astype(leaf.dtype)
 
 

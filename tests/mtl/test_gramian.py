@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ant_jax import mtl
+from ant_jax.mtl.combine import weighted_sum
 
 pairwise_cosines = jax.jit(mtl.pairwise_cosines)
 
@@ -15,6 +16,13 @@ def _flat(stacked):
     return np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], 1)
 
 
+@pytest.fixture(params=["cpu", "gpu"])
+def form(request, monkeypatch):
+    """Lets the sums have the form that they have on these devices."""
+    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+
+
+@pytest.mark.usefixtures("form")
 def test_gramian_of_a_tree_of_mixed_shapes_and_types():
     rng = np.random.default_rng(0)
     stacked = {
@@ -25,11 +33,22 @@ def test_gramian_of_a_tree_of_mixed_shapes_and_types():
         "none": None,
     }
     flat = _flat(stacked)
-    gram = jax.jit(mtl.gramian)(stacked)
+    gram = jax.jit(lambda stacked: mtl.gramian(stacked))(stacked)
     assert gram.dtype == np.float32
     # In bfloat16 the products of the last leaf would be off by 1e-3.
     np.testing.assert_allclose(gram, flat @ flat.T, atol=1e-5 * (flat @ flat.T).max())
     np.testing.assert_array_equal(gram, gram.T)
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_weighted_sum(dtype):
+    rng = np.random.default_rng(0)
+    leaf, weights = jnp.asarray(rng.normal(size=(4, 3, 5)), dtype), jnp.float32(rng.normal(size=4))
+    exact = np.einsum("k,kij->ij", np.float64(weights), np.asarray(leaf, np.float64))
+    found = jax.jit(lambda *args: weighted_sum(*args))(weights, leaf)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(np.float64(found), exact, rtol=2 * jnp.finfo(dtype).eps, atol=1e-6)
 
 
 def test_pairwise_cosines():

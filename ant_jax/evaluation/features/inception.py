@@ -1,6 +1,8 @@
 """Features of images by Inception, on all local devices."""
 
 import functools
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from ant_jax import interop
-from ant_jax.evaluation.features import Extractor, Network
+from ant_jax.evaluation.features import Extractor, Network, Outputs
 from ant_jax.evaluation.features.inception_network import INCEPTION, InceptionV3
 from ant_jax.runtime import files
 from ant_jax.runtime.devices import replicated, split_over
@@ -57,7 +59,7 @@ def inception(weights: Path = "") -> Extractor:
 def _load(path):
     params = interop.from_torch(interop.read_state(path), _template(), INCEPTION)
     placed = jax.device_put(params, replicated(jax.local_devices()))
-    return Network(functools.partial(_outputs, placed), tree_hash(params))
+    return Network(functools.partial(outputs, placed), tree_hash(params))
 
 
 @functools.cache
@@ -70,7 +72,8 @@ def _template():
 _apply = jax.jit(lambda params, images: InceptionV3().apply({"params": params}, images))
 
 
-def _outputs(params, batches):
+def outputs(params: Any, batches: Iterable[np.ndarray]) -> Iterator[Outputs]:
+    """The outputs of `inception`, from its parameters on the devices: see `Network.outputs`."""
     devices = jax.local_devices()
     size, running = None, None
     for images in batches:
