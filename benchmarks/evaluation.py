@@ -1,10 +1,10 @@
 """Throughput of an evaluation: ``python -m benchmarks.evaluation``.
 
-Prints images per second of each stage alone: the sampler of a DiT with classifier-free guidance,
-the decoder of the autoencoder "KL-f8", Inception, and the means and covariances of its features for
-FID and sFID. The last line is all of them together, as an evaluation runs them. Each figure is the
-median of some rounds after one that compiles. All weights are random, because no time depends on
-them.
+Prints the images per second of each stage alone: the sampler of a DiT with classifier-free
+guidance, the decoder of the autoencoder "KL-f8", Inception, and the means and covariances of its
+features for FID and sFID. The last line is all of them together, as an evaluation runs them. Each
+figure is the median of some rounds after one that compiles. All weights are random, because no time
+depends on them.
 
 The defaults are for 2 CPU cores; for an accelerator::
 
@@ -53,39 +53,46 @@ def parse():
 
 def main():
     args = parse()
+    print(
+        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {args.images} images, sampled "
+        f"{args.batch} at a time in {args.steps} steps with guidance",
+        flush=True,
+    )
+    table(stages(args), args.repeats)
+
+
+def stages(args):
+    """For each stage the number of images that it handles, and what it does."""
     if args.model:
         size: dict[str, Any] = dict(SIZES[args.model.partition("/")[0]], dtype=jnp.bfloat16)
         shape = 32, 32, 4
     else:
         size, shape = dict(width=384, depth=4, heads=6), (16, 16, 4)
     model = DiT(channels=4, patch=2, num_classes=1000, attention=args.attention, **size)
-    task = programs.Task(model, shape, diffusion.gaussian(), 5)
-    print(
-        f"{jax.devices()[0].device_kind}, jax {jax.__version__}; "
-        f"{programs.num_params(task) / 1e6:.1f} M parameters, latents {shape}, "
-        f"{args.images} images, sampled {args.batch} at a time in {args.steps} steps with guidance",
-        flush=True,
-    )
-    draw = sampler(task, args)
-    codec = random_codec()
+    draw = sampler(programs.Task(model, shape, diffusion.gaussian(), 5), args)
+    codec, network = random_codec(), random_inception()
     decode = lambda latents: codec_lib.decode(codec, latents, args.decode)
-    network = random_inception()
 
-    latents = np.random.default_rng(0).normal(size=(args.images, *shape)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    latents = rng.normal(size=(args.images, *shape)).astype(np.float32)
     pixels = decode(latents)
     outputs = next(network.outputs([pixels]))
     # As many as an evaluation joins.
     features = [np.resize(outputs[name], (4096, outputs[name].shape[1])) for name in MOMENTS_OF]
-    stages = {
+    return {
         "sampler": (args.images, lambda: list(draw(None))),
         "decoder": (args.images, lambda: decode(latents)),
         "Inception": (args.images, lambda: list(network.outputs([pixels]))),
         "means and covariances": (4096, lambda: list(map(moments, features))),
         "all": (args.images, lambda: summarise(draw(decode), network, MOMENTS_OF, ("logits",))),
     }
+
+
+def table(stages, repeats):
+    """Measures and prints."""
     print("\n| stage | images/s | ms per image |\n| --- | --- | --- |", flush=True)
     for name, (count, stage) in stages.items():
-        seconds = np.median(timed(stage, args.repeats)) / count
+        seconds = np.median(timed(stage, repeats)) / count
         print(f"| {name} | {1 / seconds:.1f} | {1000 * seconds:.2f} |", flush=True)
 
 

@@ -73,25 +73,4 @@ def _operands(layer, x):
 
 def _affine(x, kernel, bias):
     product = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel)
-    return _add_bias(product.reshape(*x.shape[:-1], -1), bias)
-
-
-@jax.custom_jvp
-def _add_bias(product, bias):
-    """``product + bias``. The bias gets its gradient from sums over positions, then over examples.
-
-    XLA for GPUs is slower where it sums over both at once, above all for k tasks side by side.
-    """
-    return product + bias
-
-
-@_add_bias.defjvp
-def _add_bias_jvp(primals, tangents):
-    (product, bias), (to_product, to_bias) = primals, tangents
-    if product.ndim > 2:
-        of_example = (*product.shape[:-2], 1, product.shape[-1])
-        to_bias = jnp.broadcast_to(to_bias.astype(jnp.float32), of_example)
-        # Else XLA joins the two sums of the transpose.
-        to_bias = jax.lax.optimization_barrier(to_bias)
-        to_bias = jnp.broadcast_to(to_bias, product.shape).astype(product.dtype)
-    return product + bias, to_product + to_bias
+    return product.reshape(*x.shape[:-1], -1) + bias

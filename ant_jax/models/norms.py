@@ -10,8 +10,6 @@ error of the result is 1e-3. With `use_fast_variance=False` the rounding error o
 import functools
 from typing import Any, Literal
 
-# Those of flax also take a mask.
-# pyright: reportIncompatibleMethodOverride=false
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

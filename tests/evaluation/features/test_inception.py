@@ -63,7 +63,7 @@ def test_batches_of_any_size_are_one_program(sizes, stub, monkeypatch):
     monkeypatch.setattr(inception, "_PER_DEVICE", 2)
     images = np.uint8(np.random.default_rng(0).integers(0, 256, (sum(sizes), 4, 6, 3)))
     batches = np.split(images, np.cumsum(sizes)[:-1])
-    parts = list(inception._outputs(np.float32(2), iter(batches)))
+    parts = list(inception.outputs(np.float32(2), iter(batches)))
     assert stub == [(16 if sizes[0] == 20 else 8, 4, 6, 3)]
     expected = 2 * images.sum((1, 2))
     for i, name in enumerate(("features", "spatial", "logits")):
@@ -80,20 +80,20 @@ def test_the_next_batch_is_asked_for_before_the_last_is_fetched(stub):
             asked.append(i)
             yield np.full((8, 2, 2, 3), i, np.uint8)
 
-    parts = inception._outputs(np.float32(1), batches())
+    parts = inception.outputs(np.float32(1), batches())
     assert next(parts)["features"][0, 0] == 0 and asked == [0, 1]
     assert [part["features"][0, 0] for part in parts] == [4, 8]
 
 
 def test_grey_images_are_colourless_ones(stub):
     grey = np.uint8(np.random.default_rng(0).integers(0, 256, (3, 2, 2, 1)))
-    (got,) = inception._outputs(np.float32(1), [grey])
-    (expected,) = inception._outputs(np.float32(1), [grey.repeat(3, -1)])
+    (got,) = inception.outputs(np.float32(1), [grey])
+    (expected,) = inception.outputs(np.float32(1), [grey.repeat(3, -1)])
     np.testing.assert_array_equal(got["features"], expected["features"])
     for bad in (np.zeros((2, 2, 2, 4), np.uint8), np.zeros((2, 2, 2, 3)), np.zeros((2, 2), "u1")):
         with pytest.raises(ValueError, match="Inception needs uint8 images"):
-            list(inception._outputs(np.float32(1), [bad]))
+            list(inception.outputs(np.float32(1), [bad]))
 
 
 def test_nothing_has_no_features(stub):
-    assert list(inception._outputs(np.float32(1), [])) == []
+    assert list(inception.outputs(np.float32(1), [])) == []
