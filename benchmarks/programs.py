@@ -18,6 +18,7 @@ from ant_jax import mtl, settings
 from ant_jax.diffusion import Process
 from ant_jax.models.dit import DiT
 from ant_jax.mtl.backward import FORMS
+from ant_jax.platforms import making_for
 from ant_jax.runtime.devices import abstract, parallel_step, parts_of, replicate
 from ant_jax.tasks import clustering, clusters
 from ant_jax.train_step import (
@@ -182,7 +183,8 @@ def compile_step(task: Task, variant: str, size: int, devices: Sequence[jax.Devi
         # A program of pmap takes a batch that is already split over the devices.
         step = jax.jit(lambda state, batch: mapped(state, batch), donate_argnums=0)
     begin = time.perf_counter()
-    lowered = step.lower(state, batch)
+    with making_for(devices[0].platform):
+        lowered = step.lower(state, batch)
     middle = time.perf_counter()
     compiled = lowered.compile()
     return Program(compiled, middle - begin, time.perf_counter() - middle)

@@ -13,10 +13,12 @@ from ant_jax.runtime.extras import MODULES
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ant_jax"
-CORE = {"jax", "flax", "optax", "numpy", "ant_jax.settings", "ant_jax.pixels"}
+CORE = {"jax", "flax", "optax", "numpy"}
+CORE |= {"ant_jax.settings", "ant_jax.platforms", "ant_jax.pixels"}
 # A layer imports from those named, and from itself.
 LAYERS = {
     "settings": set(),
+    "platforms": {"jax"},
     "pixels": {"jax", "numpy"},
     "npz": {"numpy"},
     "mtl": CORE,
@@ -40,7 +42,7 @@ EDGES -= {"absl", "ml_dtypes", "yaml"}
 
 # A module imports from its own room and from those before it.
 ROOMS = [
-    *("settings", "pixels", "npz", "published_weights", "runtime"),
+    *("settings", "platforms", "pixels", "npz", "published_weights", "runtime"),
     *("mtl", "diffusion", "tasks", "models", "optimizers", "schedules", "train_step"),
     *("interop", "data", "latents", "sampling", "evaluation"),
     *(

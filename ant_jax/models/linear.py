@@ -8,13 +8,16 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from ant_jax.platforms import platform
+
 
 class Dense(nn.Module):
     """`flax.linen.Dense`, with its parameters and its values, and an activation if one is given.
 
-    All positions of all examples are the rows of one matrix. With several axes of rows, XLA for
-    CPUs transposes a copy of the output's gradient before it computes the gradient of the kernel,
-    which can double its time.
+    All positions of all examples are the rows of one matrix, except on TPUs. With several axes of
+    rows, XLA for CPUs transposes a copy of the output's gradient before it computes the gradient of
+    the kernel, which can double its time. With one axis, XLA for TPUs needs a sixth more memory for
+    k tasks side by side.
 
     The backward pass computes the activation again, from its input. Otherwise XLA keeps what the
     derivative needs, such as the tanh of a GELU: as many bytes again as the output. On NVIDIA GPUs
@@ -72,5 +75,7 @@ def _operands(layer, x):
 
 
 def _affine(x, kernel, bias):
+    if platform() == "tpu":
+        return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias
     product = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel)
     return product.reshape(*x.shape[:-1], -1) + bias

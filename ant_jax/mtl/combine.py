@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from optax.experimental import aggregating
 
-from ant_jax.mtl.gramian import gramian, on_gpus
+from ant_jax.mtl.gramian import gramian
 from ant_jax.mtl.shards import all_finite, gathered, global_sum, scattered_sum
 from ant_jax.mtl.weighting import (
     State,
@@ -16,6 +16,7 @@ from ant_jax.mtl.weighting import (
     check_result,
     refuse_rules,
 )
+from ant_jax.platforms import platform
 
 
 class CombineState(NamedTuple):
@@ -193,7 +194,7 @@ def present_rows(leaf: jax.Array, present: jax.Array) -> jax.Array:
 def weighted_sum(weights: jax.Array, leaf: jax.Array) -> jax.Array:
     """``J^T w`` of a leaf (k, ...), summed in float32."""
     rows = leaf.astype(jnp.float32)
-    if on_gpus():
+    if platform() == "gpu":
         # Term by term: a product is slow there if the leaf is joined from several gradients.
         total = jnp.asarray(sum(weights[i] * rows[i] for i in range(len(rows))))
     else:

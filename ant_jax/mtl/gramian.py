@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ant_jax.platforms import platform
+
 # With k (k + 1) / 2 sums in one loop, more would not fit the registers of a GPU.
 _LARGEST_BY_PAIRS = 8
 
@@ -39,7 +41,7 @@ def gramian(stacked: Any) -> jax.Array:
       (k, k) float32, accumulated in float32 at full precision.
     """
     leaves = jax.tree.leaves(stacked)
-    if on_gpus() and _flatten.get() and leaves and len(leaves[0]) <= _LARGEST_BY_PAIRS:
+    if platform() == "gpu" and _flatten.get() and leaves and len(leaves[0]) <= _LARGEST_BY_PAIRS:
         return _by_pairs(leaves)
     grams = []
     for leaf in leaves:
@@ -49,11 +51,6 @@ def gramian(stacked: Any) -> jax.Array:
         axes = tuple(range(1, rows.ndim))
         grams.append(jnp.tensordot(rows, rows, (axes, axes), precision="highest"))
     return jnp.asarray(sum(grams))
-
-
-def on_gpus() -> bool:
-    """Whether the gradients are on GPUs, where sums of other forms are faster."""
-    return jax.default_backend() == "gpu"
 
 
 def _by_pairs(leaves):

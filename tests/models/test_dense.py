@@ -6,8 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from ant_jax.models.linear import Dense, SplitDense
+from ant_jax.platforms import making_for
 
 
 def compiled_gradient(layer, params, x):
@@ -22,6 +24,17 @@ def test_the_gradient_is_that_of_flax_without_a_transposed_copy():
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(close, ours(params), theirs(params))
     assert " transpose(" in theirs.as_text() and " transpose(" not in ours.as_text()
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_the_forms_of_all_platforms_agree(platform):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 8)), jnp.float32)
+    params = nn.Dense(16).init(jax.random.key(0), x)
+    loss = lambda layer: lambda params: jnp.sum(jnp.sin(layer.apply(params, x)))
+    with making_for(platform):
+        ours = jax.value_and_grad(loss(Dense(16)))(params)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, ours, jax.value_and_grad(loss(nn.Dense(16)))(params))
 
 
 def test_an_activation_is_computed_again_and_not_kept():

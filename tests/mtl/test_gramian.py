@@ -7,6 +7,7 @@ import pytest
 
 from ant_jax import mtl
 from ant_jax.mtl.combine import weighted_sum
+from ant_jax.platforms import making_for
 
 pairwise_cosines = jax.jit(mtl.pairwise_cosines)
 
@@ -17,9 +18,10 @@ def _flat(stacked):
 
 
 @pytest.fixture(params=["cpu", "gpu"])
-def form(request, monkeypatch):
-    """Lets the sums have the form that they have on these devices."""
-    monkeypatch.setattr(jax, "default_backend", lambda: request.param)
+def form(request):
+    """The sums have the form that they have on these devices."""
+    with making_for(request.param):
+        yield
 
 
 @pytest.mark.usefixtures("form")
