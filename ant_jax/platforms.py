@@ -10,15 +10,15 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 
 def platform() -> str:
-    """Its name, such as "cpu", "gpu" or "tpu": by default that of this machine's devices."""
+    """The platform's name, such as "cpu", "gpu" or "tpu": by default that of this machine."""
     return _platform.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
 def making_for(name: str) -> Iterator[None]:
-    """Lets programs have the forms of another platform than that of this machine.
+    """Traces programs in the forms for another platform than that of this machine.
 
-    Only where they are traced, so it encloses the call of ``lower``.
+    It encloses the call of ``lower``. A function that `jax.jit` has traced before keeps its form.
     """
     token = _platform.set(name)
     try:

@@ -10,11 +10,11 @@ names or those of diffusers. The latents take 42 GB. docs/paper_row.md describes
 the raw images to the metrics.
 
 Hardware: 458 M parameters take 9 GB with the EMA, the optimizer and a gradient, and 9 GB more for
-the five gradients of pcgrad and nash. With the activations of 240 examples the total is 84 GB, by
-the compiled programs in benchmarks/RESULTS.md, or 63 GB on a GPU with config.model.attention =
-"cudnn". config.model.remat = "dots" reduces the 84 GB to 41 GB for 1.5 % more work, "blocks" to 17
-GB for a third more. On several devices each holds less, and 240 examples fit any number of devices
-that divides 240: docs/many_devices.md.
+the five gradients of pcgrad and nash. With the activations of 240 examples the total is 84 GB on a
+TPU and 100 GB on a GPU, or 63 GB there with config.model.attention = "cudnn", by the compiled
+programs in benchmarks/RESULTS.md. On a TPU config.model.remat = "dots" reduces it to 41 GB for 1.5
+% more work, "blocks" to 17 GB for a third more. On several devices each holds less, and 240
+examples fit any number of devices that divides 240: docs/many_devices.md.
 
 The settings are those of the ANT paper and its code: AdamW 1e-4 without weight decay, batch 240,
 400 k steps, EMA 0.9999, cosine schedule, learned variance, 250 steps and guidance 1.5. There are

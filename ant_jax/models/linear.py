@@ -20,8 +20,9 @@ class Dense(nn.Module):
     k tasks side by side.
 
     The backward pass computes the activation again, from its input. Otherwise XLA keeps what the
-    derivative needs, such as the tanh of a GELU: as many bytes again as the output. On NVIDIA GPUs
-    cuBLAS then applies the bias and a GELU within the product, and writes both input and output.
+    derivative needs, such as the tanh of a GELU: as many bytes again as the output. With
+    `ant_jax.runtime.devices.compiler_options` cuBLAS then applies the bias and a GELU within the
+    product, and writes the input and the output of the GELU.
 
     Attributes:
       features: of the output.
@@ -78,4 +79,4 @@ def _affine(x, kernel, bias):
     if platform() == "tpu":
         return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ()))) + bias
     product = jax.lax.dot(x.reshape(-1, x.shape[-1]), kernel)
-    return product.reshape(*x.shape[:-1], -1) + bias
+    return product.reshape(*x.shape[:-1], kernel.shape[1]) + bias

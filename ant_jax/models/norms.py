@@ -79,8 +79,8 @@ def _statistics(x, norm):
         return jnp.zeros_like(x[..., :1]), jax.lax.rsqrt(
             jnp.square(x).mean(-1, keepdims=True) + _EPSILON
         )
-    # E[d^2] - E[d]^2 loses few digits where d is small. No entry is farther from the mean than
-    # sqrt(C - 1) standard deviations, so the differences from any entry do.
+    # E[d^2] - E[d]^2 loses few digits if d is at most sqrt(C - 1) standard deviations on average.
+    # Differences from any entry are, because no entry is farther from the mean.
     d = x - x[..., :1]
     mean = d.mean(-1, keepdims=True)
     variance = jnp.maximum(jnp.square(d).mean(-1, keepdims=True) - jnp.square(mean), 0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ant_jax.platforms import platform
 
-# With k (k + 1) / 2 sums in one loop, more would not fit the registers of a GPU.
+# A loop with k (k + 1) / 2 sums for more tasks would probably not fit the registers of a GPU.
 _LARGEST_BY_PAIRS = 8
 
 _flatten = contextvars.ContextVar("flatten", default=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -190,14 +191,16 @@ def alone(devices: Sequence[jax.Device]) -> bool:
 def compiler_options(devices: Sequence[jax.Device]) -> dict[str, int | bool] | None:
     """Options for compiling large programs with `jax.jit`; pmap accepts no options.
 
-    On GPUs cuBLAS computes all products, because it also applies biases and a GELU within them.
+    On GPUs cuBLAS computes all products, because it also applies biases and a GELU within them,
+    unless XLA_FLAGS says whether Triton does.
 
     For CPUs it is optimization level 2 instead of 3, which compiles faster. Random parameters stay
     equal bit for bit; other results may differ by rounding. Level 1 is not faster, and level 0
     changes the random parameters.
     """
     if devices[0].platform == "gpu":
-        return {"xla_gpu_enable_triton_gemm": False}
+        said = "xla_gpu_enable_triton_gemm" in os.environ.get("XLA_FLAGS", "")
+        return None if said else {"xla_gpu_enable_triton_gemm": False}
     if devices[0].platform != "cpu" or jax.config.read("jax_disable_most_optimizations"):
         return None
     return {"xla_backend_optimization_level": 2}

@@ -211,7 +211,8 @@ def test_remat_computes_blocks_or_the_products_of_attention_again():
     products = [
         str(jax.make_jaxpr(jax.grad(function))(params)).count("dot_general[") for function in losses
     ]
-    # Five dense layers and the two products of attention; "dots" computes only those two again.
+    # Seven products of dense layers (query, key and value have one each) and the two of attention;
+    # "dots" computes only these two again.
     assert np.subtract(products, products[0]).tolist() == [0, 9, 2]
 
 

@@ -89,6 +89,16 @@ def test_a_modulated_norm_and_its_derivatives(norm):
     assert along == pytest.approx(sum(products), rel=1e-4)
 
 
+def test_a_modulated_norm_keeps_its_input_and_little_else():
+    x, shift = jnp.ones((2, 3, 16), jnp.bfloat16), jnp.ones((2, 16), jnp.bfloat16)
+    apply = lambda *args: norms.modulated_norm(*args, "layer", jnp.bfloat16)
+    result, pullback = jax.vjp(apply, x, shift, shift)
+    assert result.dtype == jnp.bfloat16
+    kept = [leaf for leaf in jax.tree.leaves(pullback) if leaf.size >= x.size]
+    assert [leaf.dtype for leaf in kept] == [jnp.bfloat16]
+    assert [each.dtype for each in pullback(result)] == [jnp.bfloat16] * 3
+
+
 @pytest.mark.parametrize("name", _NETWORKS)
 def test_networks_have_no_other_norms(name):
     network, found = _NETWORKS[name], []

@@ -7,6 +7,7 @@ import pytest
 
 from ant_jax import mtl
 from ant_jax.mtl.combine import weighted_sum
+from ant_jax.mtl.gramian import keeping_axes
 from ant_jax.platforms import making_for
 
 pairwise_cosines = jax.jit(mtl.pairwise_cosines)
@@ -51,6 +52,25 @@ def test_weighted_sum(dtype):
     found = jax.jit(lambda *args: weighted_sum(*args))(weights, leaf)
     assert found.dtype == dtype
     np.testing.assert_allclose(np.float64(found), exact, rtol=2 * jnp.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 5, 9])
+def test_on_gpus_few_tasks_need_no_product(k):
+    rng = np.random.default_rng(0)
+    stacked = jnp.float32(rng.normal(size=(k, 3, 4))), jnp.float32(rng.normal(size=k))
+    # In a function of its own, because JAX keeps what it has traced.
+    traced = lambda f, *args: str(jax.make_jaxpr(lambda *args: f(*args))(*args))
+    has_product = lambda *args: "dot_general" in traced(*args)
+    assert has_product(mtl.gramian, stacked) and has_product(weighted_sum, stacked[1], stacked[0])
+    with making_for("gpu"):
+        assert has_product(mtl.gramian, stacked) == (k > 8)
+        assert not has_product(weighted_sum, stacked[1], stacked[0])
+        gram = jax.jit(lambda stacked: mtl.gramian(stacked))(stacked)
+        with keeping_axes():
+            # Of sharded gradients.
+            assert has_product(mtl.gramian, stacked)
+    flat = _flat(stacked)
+    np.testing.assert_allclose(gram, flat @ flat.T, atol=1e-5 * (flat @ flat.T).max())
 
 
 def test_pairwise_cosines():

@@ -1,7 +1,9 @@
+from types import SimpleNamespace
+
 import forked
 import pytest
 
-from ant_jax.runtime import compilation_cache
+from ant_jax.runtime import compilation_cache, devices
 
 # Programs are forked from a process that has started before: they set their variables themselves.
 PROGRAM = """
@@ -85,3 +87,16 @@ def test_parameters_are_drawn_the_same_to_the_bit_however_the_program_is_compile
     program.write_text(SAME)
     ((status, said),) = forked.run([[program]], devices=1)
     assert status == 0, said
+
+
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ("", {"xla_gpu_enable_triton_gemm": False}),
+        ("--xla_gpu_autotune_level=2", {"xla_gpu_enable_triton_gemm": False}),
+        ("--xla_gpu_enable_triton_gemm=true", None),
+    ],
+)
+def test_what_the_user_says_about_triton_counts(flags, options, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    assert devices.compiler_options([SimpleNamespace(platform="gpu")]) == options
