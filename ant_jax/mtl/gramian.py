@@ -56,7 +56,7 @@ def gramian(stacked: Any) -> jax.Array:
 def _by_pairs(leaves):
     """One loop over each leaf with a sum for each pair, which reads the gradients once as they are.
 
-    In a product XLA for GPUs writes and reads them as float32 first, and it is too thin for cuBLAS.
+    For a product XLA writes them as float32 first, and cuBLAS is slow if one has so few rows.
     """
     k = len(leaves[0])
     first, second = np.triu_indices(k)
