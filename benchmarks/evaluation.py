@@ -3,8 +3,8 @@
 Prints the images per second of each stage alone: the sampler of a DiT with classifier-free
 guidance, the decoder of the autoencoder "KL-f8", Inception, and the means and covariances of its
 features for FID and sFID. The last line is all of them together, as an evaluation runs them. Each
-figure is the median of some rounds after one that compiles. All weights are random, because no time
-depends on them.
+figure is the median of some interleaved rounds after one that compiles. All weights are random, so
+no file is needed.
 
 The defaults are for 2 CPU cores; for an accelerator::
 
@@ -13,8 +13,6 @@ The defaults are for 2 CPU cores; for an accelerator::
 
 import argparse
 import functools
-import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +29,9 @@ from ant_jax.evaluation.summary import summarise
 from ant_jax.latents import codec as codec_lib
 from ant_jax.latents.autoencoder import autoencoder
 from ant_jax.models.attention import ATTENTION
-from ant_jax.models.dit import SIZES, DiT
 from ant_jax.sampling.draw import sample_batches
 from benchmarks import programs
+from benchmarks.processes import interleaved, table
 
 GUIDANCE = 1.5
 MOMENTS_OF = ("features", "spatial")
@@ -58,17 +56,16 @@ def main():
         f"{args.batch} at a time in {args.steps} steps with guidance",
         flush=True,
     )
-    table(stages(args), args.repeats)
+    counts, calls = stages(args)
+    times = interleaved(calls, args.repeats)
+    seconds = {name: np.median(each) / counts[name] for name, each in times.items()}
+    rows = [[name, f"{1 / each:.1f}", f"{1000 * each:.2f}"] for name, each in seconds.items()]
+    table(["stage", "images/s", "ms per image"], rows)
 
 
 def stages(args):
-    """For each stage the number of images that it handles, and what it does."""
-    if args.model:
-        size: dict[str, Any] = dict(SIZES[args.model.partition("/")[0]], dtype=jnp.bfloat16)
-        shape = 32, 32, 4
-    else:
-        size, shape = dict(width=384, depth=4, heads=6), (16, 16, 4)
-    model = DiT(channels=4, patch=2, num_classes=1000, attention=args.attention, **size)
+    """The number of images that each stage handles, and what it does."""
+    model, shape = programs.network(args.model, attention=args.attention)
     draw = sampler(programs.Task(model, shape, diffusion.gaussian(), 5), args)
     codec, network = random_codec(), random_inception()
     decode = lambda latents: codec_lib.decode(codec, latents, args.decode)
@@ -79,21 +76,14 @@ def stages(args):
     outputs = next(network.outputs([pixels]))
     # As many as an evaluation joins.
     features = [np.resize(outputs[name], (4096, outputs[name].shape[1])) for name in MOMENTS_OF]
-    return {
-        "sampler": (args.images, lambda: list(draw(None))),
-        "decoder": (args.images, lambda: decode(latents)),
-        "Inception": (args.images, lambda: list(network.outputs([pixels]))),
-        "means and covariances": (4096, lambda: list(map(moments, features))),
-        "all": (args.images, lambda: summarise(draw(decode), network, MOMENTS_OF, ("logits",))),
+    calls = {
+        "sampler": lambda: list(draw(None)),
+        "decoder": lambda: decode(latents),
+        "Inception": lambda: list(network.outputs([pixels])),
+        "means and covariances": lambda: list(map(moments, features)),
+        "all": lambda: summarise(draw(decode), network, MOMENTS_OF, ("logits",)),
     }
-
-
-def table(stages, repeats):
-    """Measures and prints."""
-    print("\n| stage | images/s | ms per image |\n| --- | --- | --- |", flush=True)
-    for name, (count, stage) in stages.items():
-        seconds = np.median(timed(stage, repeats)) / count
-        print(f"| {name} | {1 / seconds:.1f} | {1000 * seconds:.2f} |", flush=True)
+    return dict.fromkeys(calls, args.images) | {"means and covariances": len(features[0])}, calls
 
 
 def sampler(task, args):
@@ -123,17 +113,6 @@ def random_codec():
 def random_inception():
     params = jax.jit(InceptionV3().init)(jax.random.key(0), np.zeros((1, 8, 8, 3), np.uint8))
     return Network(functools.partial(inception_lib.outputs, params["params"]), "")
-
-
-def timed(function, repeats):
-    """Seconds of each call, after one that compiles."""
-    function()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begin)
-    return times
 
 
 if __name__ == "__main__":

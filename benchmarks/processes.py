@@ -14,7 +14,6 @@ The defaults are for 2 CPU cores; for an accelerator::
 import argparse
 import functools
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from jax.tree_util import Partial
 
 from ant_jax import diffusion
 from ant_jax.diffusion import samplers
-from ant_jax.models.dit import SIZES, DiT
 from benchmarks import programs
 
 PROCESSES = {
@@ -54,13 +52,7 @@ def parse():
 
 def main():
     args = parse()
-    if args.model:
-        size: dict[str, Any] = dict(SIZES[args.model.partition("/")[0]], dtype=jnp.bfloat16)
-        model = DiT(channels=4, patch=2, num_classes=1000, **size)
-        shape = 32, 32, 4
-    else:
-        model = DiT(width=384, depth=4, heads=6, patch=2, channels=4, num_classes=10)
-        shape = 16, 16, 4
+    model, shape = programs.network(args.model)
     tasks = {name: programs.Task(model, shape, each, 5) for name, each in PROCESSES.items()}
     first = next(iter(tasks.values()))
     device = jax.devices()[0]

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 
 from ant_jax import mtl, settings
 from ant_jax.diffusion import Process
-from ant_jax.models.dit import DiT
+from ant_jax.models.dit import SIZES, DiT
 from ant_jax.mtl.backward import FORMS
 from ant_jax.platforms import making_for
 from ant_jax.runtime.devices import abstract, parallel_step, parts_of, replicate
@@ -105,6 +105,15 @@ def published(name: str, k: int) -> tuple[Task, int]:
     assert isinstance(model, DiT)
     task = Task(model, (32, 32, 4), config_lib.build_process(config), k)
     return task, config.data.batch_size
+
+
+def network(name: str | None, **fields: Any) -> tuple[DiT, tuple[int, int, int]]:
+    """A DiT of the paper in bfloat16, or by default one for 2 CPU cores; and its input's shape."""
+    if name:
+        size: dict[str, Any] = dict(SIZES[name.partition("/")[0]], dtype=jnp.bfloat16)
+        return DiT(channels=4, patch=2, num_classes=1000, **size, **fields), (32, 32, 4)
+    size = dict(width=384, depth=4, heads=6)
+    return DiT(channels=4, patch=2, num_classes=10, **size, **fields), (16, 16, 4)
 
 
 def first_state(task: Task, variant: str) -> TrainState:
