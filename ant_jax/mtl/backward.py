@@ -193,7 +193,8 @@ def backward(
         else:
             gradient = global_sum(gradient, axis_name)
         weighting_state = where_finite(
-            (losses, weights, gradient),
+            (losses, weights),
+            gradient,
             learn(weighting_state, each),
             state.weighting_state,
             axis_name if parts else None,
@@ -249,7 +250,7 @@ def backward_at_features(
     of_heads = heads_pullback(jnp.where(counts > 0, 1.0, 0))[0]
     gradient = jax.tree.map(jnp.add, of_trunk, of_heads)
     weighting_state = where_finite(
-        (losses, weights, gram, gradient), weighting_state, state.weighting_state
+        (losses, weights, gram), gradient, weighting_state, state.weighting_state
     )
     return Backward(gradient, losses, counts, CombineState(weighting_state, weights, gram))
 

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from optax.experimental import aggregating
 
 from ant_jax.mtl.gramian import gramian
@@ -129,7 +130,7 @@ def combine(
 
         update = treedef.unflatten(map(combined, leaves, is_shared, shapes))
         weighting_state = where_finite(
-            (weights, gram, update), weighting_state, state.weighting_state
+            (weights, gram), update, weighting_state, state.weighting_state
         )
         return update, CombineState(weighting_state, weights, gram)
 
@@ -166,7 +167,7 @@ def combine_parts(
     )
     update = jax.tree.map(lambda leaf: weighted_sum(weights, leaf), parts)
     weighting_state = where_finite(
-        (weights, gram, update), weighting_state, state.weighting_state, axis_name
+        (weights, gram), update, weighting_state, state.weighting_state, axis_name
     )
     return update, CombineState(weighting_state, weights, gram)
 
@@ -240,9 +241,25 @@ def call_weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[ja
     return result
 
 
-def where_finite(numbers: Any, after: State, before: State, axis_name: str | None = None) -> State:
-    """The state ``after``, or ``before`` unless all numbers are finite, on all devices."""
-    finite = all_finite(numbers, axis_name)
+def where_finite(
+    numbers: Any, gradient: Any, after: State, before: State, axis_name: str | None = None
+) -> State:
+    """Keeps a state that comes from numbers that are not finite out of a method.
+
+    Args:
+      numbers: pytree of small arrays.
+      gradient: pytree. A train step takes its norm anyway, and asking that this norm is finite
+        reads the gradient no second time.
+      after: the state from these numbers.
+      before: the state before them.
+      axis_name: name of the mapped axis of devices, if they have different numbers.
+
+    Returns:
+      ``after``, or ``before`` unless all numbers and the gradient's norm are finite, on all
+      devices.
+    """
+    squared = optax.tree.norm(optax.tree.cast(gradient, jnp.float32), squared=True)
+    finite = all_finite((numbers, squared), axis_name)
     return jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +12,13 @@ import numpy as np
 
 from ant_jax.platforms import platform
 
-# A loop with k (k + 1) / 2 sums for more tasks would probably not fit the registers of a GPU.
+# With more tasks a sum for each of k (k + 1) / 2 pairs is no faster on a CPU, and would probably not
+# fit the registers of a GPU.
 _LARGEST_BY_PAIRS = 8
+# On a CPU a product of smaller gradients takes as long, and compiles faster.
+_SMALLEST_BY_PAIRS = {"cpu": 1 << 18, "gpu": 1}
+# Numbers that a CPU adds one after the other; more would add up their rounding errors.
+_RUN = 1024
 
 _flatten = contextvars.ContextVar("flatten", default=True)
 
@@ -41,10 +47,12 @@ def gramian(stacked: Any) -> jax.Array:
       (k, k) float32, accumulated in float32 at full precision.
     """
     leaves = jax.tree.leaves(stacked)
-    if platform() == "gpu" and _flatten.get() and leaves and len(leaves[0]) <= _LARGEST_BY_PAIRS:
-        return _by_pairs(leaves)
-    grams = []
-    for leaf in leaves:
+    least = _SMALLEST_BY_PAIRS.get(platform(), math.inf)
+    few = _flatten.get() and leaves and len(leaves[0]) <= _LARGEST_BY_PAIRS
+    by_pairs = [leaf for leaf in leaves if few and leaf[0].size >= least]
+    by_product = [leaf for leaf in leaves if not few or leaf[0].size < least]
+    grams = [_by_pairs(by_pairs)] if by_pairs else []
+    for leaf in by_product:
         rows = leaf.astype(jnp.float32)
         if _flatten.get():
             rows = rows.reshape(len(rows), -1)
@@ -56,16 +64,22 @@ def gramian(stacked: Any) -> jax.Array:
 def _by_pairs(leaves):
     """One loop over each leaf with a sum for each pair, which reads the gradients once as they are.
 
-    For a product XLA writes them as float32 first, and cuBLAS is slow if one has so few rows.
+    A product of so few rows is slow: cuBLAS gets a copy of them in float32, and XLA for CPUs sorts
+    them into blocks first.
     """
     k = len(leaves[0])
     first, second = np.triu_indices(k)
     add = lambda a, b: tuple(map(jnp.add, a, b))
     zeros = total = (np.float32(0),) * len(first)
     for leaf in leaves:
+        if platform() == "cpu":
+            leaf = leaf.reshape(k, -1, math.gcd(leaf[0].size, _RUN))
         rows = [leaf[i].astype(jnp.float32) for i in range(k)]
         products = tuple(rows[i] * rows[j] for i, j in zip(first, second, strict=True))
-        total = add(total, jax.lax.reduce(products, zeros, add, tuple(range(leaf.ndim - 1))))
+        if platform() == "cpu":
+            products = jax.lax.reduce(products, zeros, add, (1,))
+        axes = tuple(range(products[0].ndim))
+        total = add(total, jax.lax.reduce(products, zeros, add, axes))
     pair = np.zeros((k, k), int)
     pair[first, second] = pair[second, first] = np.arange(len(first))
     return jnp.stack(total)[pair]

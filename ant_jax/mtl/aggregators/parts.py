@@ -48,7 +48,7 @@ def on_parts(
             found,
             updates,
         )
-        return found, where_finite(found, after, state)
+        return found, where_finite((), found, after, state)
 
     return aggregating.Aggregator(init, update)
 
