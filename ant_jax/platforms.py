@@ -10,8 +10,10 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 
 def platform() -> str:
-    """The platform's name, such as "cpu", "gpu" or "tpu": by default that of this machine."""
-    return _platform.get() or jax.default_backend()
+    """The platform's name, such as "cpu", "gpu" or "tpu": by default that of JAX's device."""
+    device = jax.config.jax_default_device
+    of_jax = device if device is None or isinstance(device, str) else device.platform
+    return _platform.get() or of_jax or jax.default_backend()
 
 
 @contextlib.contextmanager

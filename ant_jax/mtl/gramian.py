@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,12 +11,12 @@ import numpy as np
 
 from ant_jax.platforms import platform
 
-# With more tasks a sum for each of k (k + 1) / 2 pairs is no faster on a CPU, and would probably not
-# fit the registers of a GPU.
+# With more tasks a sum for each of k (k + 1) / 2 pairs is no faster on a CPU, and would probably
+# not fit the registers of a GPU.
 _LARGEST_BY_PAIRS = 8
 # On a CPU a product of smaller gradients takes as long, and compiles faster.
-_SMALLEST_BY_PAIRS = {"cpu": 1 << 18, "gpu": 1}
-# Numbers that a CPU adds one after the other; more would add up their rounding errors.
+_SMALLEST_BY_PAIRS = 1 << 18
+# How many numbers a CPU adds one after the other. More would add up their rounding errors.
 _RUN = 1024
 
 _flatten = contextvars.ContextVar("flatten", default=True)
@@ -47,18 +46,26 @@ def gramian(stacked: Any) -> jax.Array:
       (k, k) float32, accumulated in float32 at full precision.
     """
     leaves = jax.tree.leaves(stacked)
-    least = _SMALLEST_BY_PAIRS.get(platform(), math.inf)
-    few = _flatten.get() and leaves and len(leaves[0]) <= _LARGEST_BY_PAIRS
-    by_pairs = [leaf for leaf in leaves if few and leaf[0].size >= least]
-    by_product = [leaf for leaf in leaves if not few or leaf[0].size < least]
+    by_pairs = [leaf for leaf in leaves if _has_form_by_pairs(leaf)]
     grams = [_by_pairs(by_pairs)] if by_pairs else []
-    for leaf in by_product:
+    for leaf in leaves:
+        if _has_form_by_pairs(leaf):
+            continue
         rows = leaf.astype(jnp.float32)
         if _flatten.get():
             rows = rows.reshape(len(rows), -1)
         axes = tuple(range(1, rows.ndim))
         grams.append(jnp.tensordot(rows, rows, (axes, axes), precision="highest"))
     return jnp.asarray(sum(grams))
+
+
+def _has_form_by_pairs(leaf):
+    if not _flatten.get() or len(leaf) > _LARGEST_BY_PAIRS:
+        return False
+    if platform() == "cpu":
+        size = leaf[0].size
+        return size >= _SMALLEST_BY_PAIRS and size % _RUN == 0
+    return platform() == "gpu"
 
 
 def _by_pairs(leaves):
@@ -72,14 +79,14 @@ def _by_pairs(leaves):
     add = lambda a, b: tuple(map(jnp.add, a, b))
     zeros = total = (np.float32(0),) * len(first)
     for leaf in leaves:
+        axes = tuple(range(leaf.ndim - 1))
         if platform() == "cpu":
-            leaf = leaf.reshape(k, -1, math.gcd(leaf[0].size, _RUN))
+            leaf, axes = leaf.reshape(k, -1, _RUN), (1,)
         rows = [leaf[i].astype(jnp.float32) for i in range(k)]
         products = tuple(rows[i] * rows[j] for i, j in zip(first, second, strict=True))
-        if platform() == "cpu":
-            products = jax.lax.reduce(products, zeros, add, (1,))
-        axes = tuple(range(products[0].ndim))
-        total = add(total, jax.lax.reduce(products, zeros, add, axes))
+        sums = jax.lax.reduce(products, zeros, add, axes)
+        # Nothing is left to add on a GPU.
+        total = add(total, map(jnp.sum, sums))
     pair = np.zeros((k, k), int)
     pair[first, second] = pair[second, first] = np.arange(len(first))
     return jnp.stack(total)[pair]

@@ -54,6 +54,19 @@ def test_weighted_sum(dtype):
     np.testing.assert_allclose(np.float64(found), exact, rtol=2 * jnp.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(512, 512), (513, 513)])
+def test_long_gradients_are_summed_accurately(shape):
+    rng = np.random.default_rng(0)
+    stacked = jnp.float32(rng.normal(size=(5, *shape)))
+    flat, gramian = _flat(stacked), lambda stacked: mtl.gramian(stacked)
+    # One sum from end to end would be off by 6e-5.
+    np.testing.assert_allclose(
+        jax.jit(gramian)(stacked), flat @ flat.T, atol=1e-6 * (flat @ flat.T).max()
+    )
+    has_product = "dot_general" in str(jax.make_jaxpr(gramian)(stacked))
+    assert has_product == (shape == (513, 513))
+
+
 @pytest.mark.parametrize("k", [1, 5, 9])
 def test_on_gpus_few_tasks_need_no_product(k):
     rng = np.random.default_rng(0)
