@@ -21,11 +21,14 @@ from ant_jax.runtime.process_failure import exit_all_on_error
 BATCH, STEPS = 80, 2
 # The update is the gradient, and the optimizer has no state.
 OPTIMIZER = optax.identity()
-# The method, k, and settings of the step: those whose collectives are of some of the devices.
+# The method, k, and settings of the step.
 CASES = {
     "two devices a task": ("imtl_g", 4, {"microbatches": 2}),
     "two tasks a device": ("krum", 16, {"form": "scan"}),
     "parts of two tasks a device": ("nash", 5, {}),
+    "losses alone": ("uncertainty", 5, {"microbatches": 2}),
+    "neither, uniform": ("vanilla", 5, {"draw": "uniform"}),
+    "masked, uniform": ("imtl_g", 5, {"form": "masked", "draw": "uniform"}),
 }
 
 

@@ -4,6 +4,7 @@ Arguments: a file for the numbers of the images of this process's batches, the s
 comes to it or 0, whether to draw samples after training, and those of `ant_jax.main`.
 """
 
+import copy
 import json
 import os
 import runpy
@@ -19,25 +20,30 @@ from ant_jax import workdir as workdir_lib
 
 
 def record(patch, reads):
-    """Lists the numbers of the images of the digits that are read from now on."""
-    kind = t.data.ArraySource
-    getitem = kind.__getitem__
-    patch.setattr(kind, "__getitem__", lambda self, i: (reads.append(i), getitem(self, i))[1])
+    """Lists the numbers of the images of the digits that training reads from now on."""
+    make = t.data.batches
+
+    class Recorded(t.data.ArraySource):
+        def __getitem__(self, i):
+            reads.append(i)
+            return super().__getitem__(i)
+
+    def batches(source, **settings):
+        # An evaluation names no step to start at.
+        if "start_step" in settings:
+            source = copy.copy(source)
+            object.__setattr__(source, "__class__", Recorded)
+        return make(source, **settings)
+
+    patch.setattr(t.data, "batches", batches)
 
 
 def main(reads_file, stop, samples, *arguments):
     patch = pytest.MonkeyPatch()
     t.use_small_model(patch)
-    everything, reads = [], []
-    record(patch, everything)
-    stops = t.signal_at(int(stop), signal.SIGTERM)
-
-    def hook(step, batch):
-        # The last that were read are those of this batch. An evaluation reads others.
-        reads.extend(everything[-len(batch["label"]) :])
-        return stops(step, batch)
-
-    t.before_batch(patch, hook)
+    reads = []
+    record(patch, reads)
+    t.before_batch(patch, t.signal_at(int(stop), signal.SIGTERM))
     sys.argv = ["main", *arguments]
     try:
         runpy.run_module("ant_jax.main", run_name="__main__", alter_sys=True)
