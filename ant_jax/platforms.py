@@ -11,7 +11,7 @@ _platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform
 
 def platform() -> str:
     """The platform's name, such as "cpu", "gpu" or "tpu": by default that of JAX's device."""
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     of_jax = device if device is None or isinstance(device, str) else device.platform
     return _platform.get() or of_jax or jax.default_backend()
 

@@ -14,6 +14,7 @@ from ant_jax.diffusion import Process
 from ant_jax.experiment import Setup
 from ant_jax.mtl import Weighting
 from ant_jax.mtl.shards import gathered
+from ant_jax.runtime import processes
 from ant_jax.runtime.devices import (
     alone,
     compiler_options,
@@ -171,9 +172,19 @@ def _layout(program):
     )
     return Layout(
         lambda state: parts_of(state, devices, axes),
-        lambda state: rest(state)._replace(params=state.params),
-        parallel_map(average, devices, axes, None),
+        _together(lambda state: rest(state)._replace(params=state.params)),
+        _together(parallel_map(average, devices, axes, None)),
     )
+
+
+def _together(gather):
+    """Lets the processes start together: on CPUs a collective waits half a minute at most."""
+
+    def run(state):
+        processes.barrier()
+        return gather(state)
+
+    return run
 
 
 def new_state(config: ConfigDict, setup: Setup, params: dict | None = None) -> TrainState:

@@ -315,7 +315,8 @@ def shard_in_process(tree: Any, devices: Sequence[jax.Device]) -> Any:
     in_process = lambda leaf: jax.sharding.NamedSharding(
         mesh, spec_of(leaf.shape, len(here), _AXIS)
     )
-    everywhere = jax.jit(lambda tree: tree, out_shardings=jax.tree.map(in_process, tree))(tree)
+    leaves, structure = jax.tree.flatten(tree)
+    everywhere = structure.unflatten(_resharded(tuple(map(in_process, leaves)))(leaves))
 
     def local(leaf):
         shards = [shard.data for shard in leaf.addressable_shards]
@@ -323,6 +324,12 @@ def shard_in_process(tree: Any, devices: Sequence[jax.Device]) -> Any:
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
 
     return jax.tree.map(local, everywhere)
+
+
+@functools.lru_cache(maxsize=8)
+def _resharded(shardings):
+    """A function that is traced once, of a list of arrays."""
+    return jax.jit(lambda leaves: leaves, out_shardings=list(shardings))
 
 
 def checksums(tree: Any) -> list[int]:
