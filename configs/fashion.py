@@ -36,8 +36,8 @@ def get_config(argument: str = "nash,snr,32") -> ml_collections.ConfigDict:
     }
     if size == "14":
         changes |= {"data.image_size": 14, "data.crop": "center", "model.patch": 2}
-        # What a few images need fits a CPU's caches: a step and a sample take about half the time.
-        # By "scan" the examples of one task are such a part.
+        # Programs for CPUs get large arrays from the system at each call, which takes time. The
+        # arrays of a few images are small, and by "scan" those of one task.
         weighting = config_lib.build(config, "method", k=config.clusters.k, seed=0)
         changes["optimizer.microbatches"] = 1 if "gram" in weighting.needs else 6
         changes |= {"method.gradient_form": "scan", "sample.batch_size": 40}

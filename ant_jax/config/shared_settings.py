@@ -221,8 +221,8 @@ class Optimizer:
       clip_norm: bound on the norm of the combined gradient; 0 for none.
       frozen: regular expression for parameters that do not change, such as "embedding|block_0/".
       nonfinite: what to do at a step whose loss or gradient is not finite.
-      microbatches: number of parts into which a batch is split, to save memory or to fit a CPU's
-        caches.
+      microbatches: number of parts into which a batch is split, to save memory; on CPUs it may save
+        time too.
     """
 
     learning_rate: Annotated[float, Number(above=0), Traced()] = 1e-3
