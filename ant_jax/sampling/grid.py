@@ -14,8 +14,10 @@ GRID = 100  # samples in a grid
 def image_grid(images: np.ndarray) -> np.ndarray:
     """Lays images out in rows of ten with white lines between them, and enlarges small images.
 
+    Images that are neither grey nor RGB are shown as their channels, side by side and grey.
+
     Args:
-      images: uint8 (n, H, W, C) with C = 1 or 3.
+      images: uint8 (n, H, W, C).
 
     Returns:
       uint8 (height, width, 3).
@@ -23,6 +25,9 @@ def image_grid(images: np.ndarray) -> np.ndarray:
     columns, gap = 10, 2
     scale = max(1, 32 // images.shape[1])
     images = images.repeat(scale, 1).repeat(scale, 2)
+    if images.shape[-1] not in (1, 3):
+        # What the channels mean is not known: a fourth need not be an opacity.
+        images = images.transpose(0, 1, 3, 2).reshape(*images.shape[:2], -1, 1)
     n, height, width, _ = images.shape
     rows = -(-n // columns)
     grid = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)

@@ -143,8 +143,21 @@ def test_the_grid_enlarges_small_images_and_keeps_colours():
     np.testing.assert_array_equal(grid[2:34, 2:34], image.repeat(4, 0).repeat(4, 1))
 
 
-def test_a_grid_is_a_picture(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
+@pytest.mark.parametrize("channels", [2, 4, 13])
+def test_the_grid_shows_other_channels_side_by_side_in_grey(channels):
+    images = np.random.default_rng(0).integers(0, 256, (12, 32, 32, channels)).astype(np.uint8)
+    grid = sampling.image_grid(images)
+    assert grid.shape == (2 * 34 + 2, 10 * (32 * channels + 2) + 2, 3)
+    for c in range(channels):
+        # The second image of the second row.
+        left = 2 + 32 * channels + 2 + 32 * c
+        panel = grid[36:68, left : left + 32]
+        assert (panel == images[11, :, :, c, None]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_a_grid_is_a_picture(channels, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, channels)).astype(np.uint8)
     grid = sampling.image_grid(images)
     sampling.save_png(tmp_path / "new" / "grid.png", grid)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "grid.png")), grid)

@@ -97,3 +97,13 @@ def test_grey_images_are_colourless_ones(stub):
 
 def test_nothing_has_no_features(stub):
     assert list(inception.outputs(np.float32(1), [])) == []
+
+
+def test_other_channels_are_refused_before_samples_are_drawn(tmp_path):
+    (tmp_path / "weights.pth").touch()
+    check = inception.inception(str(tmp_path / "weights.pth")).check
+    for channels in (1, 3, None):
+        check(32, 32, channels)
+    for channels in (2, 4):
+        with pytest.raises(ValueError, match=f"of 1 or 3 channels, not of {channels}$"):
+            check(32, 32, channels)
