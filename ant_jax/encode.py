@@ -21,6 +21,7 @@ from ant_jax.runtime import logs, processes
 from ant_jax.runtime.files import write_bytes
 from ant_jax.runtime.lock import job_lock
 from ant_jax.runtime.progress import with_time_left
+from ant_jax.settings import Affects
 
 # Images per shard. A kill loses at most one shard: 33 MB for KL-f8 and images of 256 x 256 pixels.
 _SHARD = 1024
@@ -73,7 +74,7 @@ def encode(config: ConfigDict) -> Path:
 
 def _encode(config, source, codec, directory, shape):
     settings = config.autoencoder
-    missing = processes.broadcast_from_first(lambda: _plan(config, directory, codec, len(source)))
+    missing = processes.broadcast_from_first(lambda: _plan(config, directory, codec, source))
     mine = _share(missing)
     if mine:
         logging.info(
@@ -125,23 +126,30 @@ def _share(shards):
     return shards[len(shards) * process // count : len(shards) * (process + 1) // count]
 
 
-def _plan(config, directory, codec, num_images):
+def _plan(config, directory, codec, source):
     """The missing shards of a folder; checks that it was started with the same settings."""
+    others = {"data.name", "data.builder", "data.flip", "data.batch_size"}
+    found = source.facts().get("fingerprint")
+    # A source of a user may have none.
+    images = {"fingerprint of the images": found} if found else {}
     plan = {
         "autoencoder.name": config.autoencoder.name,
         "digest of the encoder": codec.encoder_digest,
-        "number of images": num_images,
+        "number of images": len(source),
         "data.name": dataset.source_name(config),
+        # As for a run, the folder of the images may change, and whether to replace damaged ones.
         **{
-            f"data.{name}": value
-            for name, value in config.data.items()
-            if name not in ("name", "builder", "flip", "batch_size", "num_workers")
+            name: value
+            for name, value in config_lib.affecting(config, Affects.PARAMETERS).items()
+            if name.startswith("data.") and name not in others
         },
+        **images,
     }
     path = directory / "plan.json"
     if path.is_file():
         try:
-            before = {"data.exif": "ignore"} | json.loads(path.read_text())
+            # Of an older version, which had neither.
+            before = {"data.exif": "ignore"} | images | json.loads(path.read_text())
         # Deeply nested JSON raises a RecursionError.
         except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
@@ -160,7 +168,7 @@ def _plan(config, directory, codec, num_images):
             )
     else:
         write_bytes(path, (json.dumps(plan, indent=1) + "\n").encode())
-    shards = range(-(-num_images // _SHARD))
+    shards = range(-(-len(source) // _SHARD))
     return [shard for shard in shards if not shard_path(directory, shard).exists()]
 
 

@@ -236,6 +236,27 @@ def test_a_folder_begun_with_other_settings_is_refused(place, encoded):
         encode.encode(settings(place, autoencoder__weights="nowhere.pt"))
 
 
+def test_encoding_goes_on_with_settings_that_do_not_change_the_latents(place, encoded, tmp_path):
+    shutil.copytree(encoded, tmp_path / "latents" / "_")
+    shutil.copytree(place / "images", tmp_path / "moved")
+    here = {"autoencoder__latents": str(tmp_path / "latents")}
+    moved = here | {"data__dir": str(tmp_path / "moved")}
+    for changes in (here | {"data__replace_unreadable": True}, moved):
+        assert encode.encode(settings(place, **changes)) == tmp_path / "latents" / "_"
+    # Of an older version, which did not know the images.
+    plan = tmp_path / "latents" / "_" / "plan.json"
+    content = json.loads(plan.read_text())
+    known = {name: value for name, value in content.items() if not name.startswith("fingerprint")}
+    plan.write_text(json.dumps(known))
+    encode.encode(settings(place, **moved))
+    plan.write_text(json.dumps(content))
+    (tmp_path / "moved/class0/00.png").write_bytes(b"another image")
+    with pytest.raises(
+        ConfigError, match=r"other settings: fingerprint of the images: '\w+' there"
+    ):
+        encode.encode(settings(place, **moved))
+
+
 def test_a_damaged_folder_is_named(place, encoded, tmp_path):
     del place
     for path in encoded.iterdir():
