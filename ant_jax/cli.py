@@ -44,13 +44,19 @@ class _ConfigFileParser(flags.ArgumentParser):
 _parser = _ConfigFileParser()
 
 
-def _settings_in(arguments):
-    """The settings of a command line, ``--config.NAME=VALUE``, by name; the last of equal ones."""
+def _flags_in(arguments):
+    """The flags of a command line, ``--NAME=VALUE``, by name; the last of equal ones."""
     found = {}
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        if match := re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", argument, re.DOTALL):
+        if match := re.fullmatch(r"--?([\w.]+)(?:=(.*))?", argument, re.DOTALL):
             found[match[1]] = following if match[2] is None else match[2]
     return found
+
+
+def _settings_in(arguments):
+    """The settings of a command line, ``--config.NAME=VALUE``, by name."""
+    found, prefix = _flags_in(arguments), "config."
+    return {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
 
 
 def names_in(arguments: Sequence[str]) -> dict[str, str]:
@@ -60,23 +66,23 @@ def names_in(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _has_config(arguments):
-    return re.search(r" --?config[= ]", " ".join(arguments) + " ")
+    return "config" in _flags_in(arguments)
 
 
 def _names_of_run(arguments):
     """``--workdir`` and the components of its run, if the command line has no ``--config``."""
     from ant_jax import workdir as workdir_lib
 
-    workdir = re.search(r" --?workdir[= ](\S+) ", " ".join(arguments) + " ")
-    if workdir is None or _has_config(arguments):
+    workdir = _flags_in(arguments).get("workdir")
+    if not workdir or _has_config(arguments):
         return None, {}
     # Opening the run later gives the error, if there is one.
     with contextlib.suppress(ConfigError, OSError):
-        saved = workdir_lib.load_config(user_path(workdir[1]))
+        saved = workdir_lib.load_config(user_path(workdir))
         if saved is not None:
             flat = config_lib.flatten(saved)
             known = config_lib.component_names()
-            return workdir[1], {name: flat[name] for name in known if name in flat}
+            return workdir, {name: flat[name] for name in known if name in flat}
     return None, {}
 
 

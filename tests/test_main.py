@@ -398,6 +398,19 @@ def test_names_of_components_are_known_before_the_other_settings():
     assert config.num_steps == digits.get_config().num_steps
 
 
+def test_a_workdir_s_components_are_known_whatever_its_name(tmp_path):
+    workdir = str(tmp_path / "my runs/a --config b")
+    config = digits.get_config()
+    config.sampler.name = "heun"
+    os.makedirs(workdir)
+    workdir_lib.save_config(config, workdir)
+    last = f"--workdir={workdir}"
+    for given in (["-workdir", workdir], [last], ["--workdir=other", last]):
+        found, names = cli._names_of_run(["main", *given, "--config.sampler.churn=40"])
+        assert found == workdir and names["sampler.name"] == "heun"
+        assert cli._names_of_run(["main", *given, "--config", "x"]) == (None, {})
+
+
 @pytest.mark.parametrize("mode", [sample.sample, evaluate.evaluate])
 def test_a_workdir_without_a_run_is_named(mode, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path}: give its --workdir, or"):
