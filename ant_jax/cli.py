@@ -264,13 +264,13 @@ def _name_of_run(flag, setting_name):
     in_name = {"method.name", "clusters.name", "seed"} | config_lib.may_change(config)
     known = (config_lib.settings_of_config(config).keys() - in_name) | _PLACES
     changes = {
-        setting_name(name): value
+        name: value
         for name, value in sorted(config_flags.get_override_values(flag).items())
         if name in known and value != plain.get(name)
     }
     tasks = [task.rpartition(":")[2] for task in tasks]
-    words = [Path(file).stem, *others, *tasks, str(config.seed), *config_lib.in_words(changes)]
-    name = "-".join(words)
+    changed = config_lib.in_words(config, changes, setting_name)
+    name = "-".join([Path(file).stem, *others, *tasks, str(config.seed), *changed])
     if len(name.encode()) > _LONGEST:
         digest = hashlib.sha256(name.encode()).hexdigest()[:8]
         name = f"{name.encode()[:_LONGEST].decode(errors='ignore')}-{digest}"

@@ -174,7 +174,7 @@ def make_run(
     config.checkpoint.every = math.gcd(every, config.checkpoint.every)
     steps = [*range(every, config.num_steps, every), config.num_steps]
     count = len(steps) if measurements is None else measurements
-    name = "-".join([method, clusters, *config_lib.in_words(settings), f"seed={seed}"])
+    name = "-".join([method, clusters, *config_lib.in_words(config, settings), f"seed={seed}"])
     return Run(name, config, tuple(steps[len(steps) - count :]))
 
 

@@ -579,6 +579,30 @@ def test_settings_that_only_one_of_them_has_differ():
         config_lib.check_same(changed(), changed(new=1), "w")
 
 
+WORDS = {
+    "model.name": {"unet": "unet", "mine:Net": "mine:Net", "mine.a:Net": "mine.a:Net"},
+    "data.builder": {"cifar10": "cifar10", "resized/64x64": "resized%2F64x64"},
+    "data.split": {"train[:90%]": "train[:90%]", "train[:12.5%]": "train[:12.5%]"},
+    "optimizer.frozen": {"qkv": "qkv", "block_0/qkv": "block_0%2Fqkv", r".*\.b": r".*\.b"},
+    "data.dir": {"": "", "data/cats": "cats", "cats.zip": "cats", "data/best": "data-best"},
+    "init_from": {
+        "runs/a/best": "a-best",
+        "a.safetensors": "a",
+        "runs/a-learning_rate=0.01": "a-learning_rate=0.01",
+        "runs/a-model.width=8": "a-model.width=8",
+    },
+    "model.channel_mult": {(1, 2): "1,2"},
+    "optimizer.learning_rate": {0.01: "0.01", 1: "1"},
+}
+
+
+def test_other_values_are_other_words_for_the_name_of_a_folder():
+    config = config_lib.default_config(data="tfds", model="unet")
+    for name, words in WORDS.items():
+        for value, word in words.items():
+            assert config_lib.in_words(config, {name: value}) == [f"{name}={word}"]
+
+
 def test_a_workdir_describes_itself(tmp_path):
     assert workdir_lib.load_config(tmp_path) is None
     config = digits.get_config()

@@ -335,6 +335,10 @@ NAMES = {
         "--config.process.schedule=linear",
     ],
     "digits-nash-snr-0-init_from=old-best": ["--config.init_from=runs/old/best"],
+    "digits-nash-snr-0-init_from=a-learning_rate=0.01": [
+        "--config.init_from=runs/a-learning_rate=0.01"
+    ],
+    "digits-nash-snr-0-frozen=block_0%2Fqkv": ["--config.optimizer.frozen=block_0/qkv"],
     # 207 bytes.
     f"folder64-nash-snr-0-dir={'고양이' * 19}고-151cb009": [
         *("--config=configs/folder64.py", f"--config.data.dir=data/{'고양이' * 28}")

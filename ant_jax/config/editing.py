@@ -1,6 +1,6 @@
 """Configs with their defaults, changes of them, and the parts that others depend on."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -177,21 +177,34 @@ def _alike(one, other):
     return parts(one) == parts(other)
 
 
-def in_words(changes: Mapping[str, Any]) -> list[str]:
-    """Settings by ``"group.name"`` as words for the name of a folder, such as "seed=3"."""
+def in_words(
+    config: ConfigDict, changes: Mapping[str, Any], shown: Callable[[str], str] = str
+) -> list[str]:
+    """Changed settings as words for the name of a folder, such as "seed=3".
 
-    def word(value):
-        if isinstance(value, tuple):
-            return ",".join(map(str, value))
-        if not isinstance(value, str):
-            return value
-        # Of `init_from`, the best step of a run: every run has a folder of that name.
-        path = Path(value)
-        return (
-            f"{path.parent.name}-best" if path.name == "best" and len(path.parts) > 1 else path.stem
-        )
+    Other values are other words, except that of a path only the last part counts, without the
+    suffix of a file.
 
-    return [f"{name}={word(value)}" for name, value in changes.items()]
+    Args:
+      config: has the settings.
+      changes: their values, by ``"group.name"``.
+      shown: from the name of a setting to that in its word.
+    """
+    paths = per_process_settings(config)
+    return [f"{shown(name)}={_word(value, name in paths)}" for name, value in changes.items()]
+
+
+def _word(value, is_path):
+    if not (is_path and isinstance(value, str)):
+        parts = value if isinstance(value, tuple) else (value,)
+        # A name of a folder has no slash.
+        return ",".join(map(str, parts)).replace("/", "%2F")
+    path = Path(value)
+    # Of `init_from`, the best step of a run: every run has a folder of that name.
+    if path.name == "best" and len(path.parts) > 1:
+        return f"{path.parent.name}-best"
+    # The name of a run may end in a number, as "learning_rate=0.01" does.
+    return path.stem if path.suffix[1:].isidentifier() else path.name
 
 
 def affecting(config: ConfigDict, affects: Affects) -> dict[str, Any]:
