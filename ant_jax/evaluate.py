@@ -145,7 +145,8 @@ def measure_step(
       The figures, in process 0; None in the others.
 
     Raises:
-      ConfigError: in process 0, if the samples can't be measured.
+      ConfigError: if held-out images can't be opened; in process 0, if the samples can't be
+        measured.
       InUseError: if another job draws the same samples.
       FloatingPointError: if samples or the validation loss are not finite.
       Stopped: after a signal, if it does not end the program.
@@ -193,29 +194,32 @@ def _folder(workdir, origin):
 
         def enter():
             nonlocal place
-            try:
-                place = stack.enter_context(cache.folder(workdir, origin))
-            except InUseError as error:
-                return str(error)
-            return ""
+            place = stack.enter_context(cache.folder(workdir, origin))
 
-        if problem := processes.broadcast_from_first(enter):
-            raise InUseError(problem)
+        _in_first(enter)
         yield place or stack.enter_context(cache.folder(workdir, origin))
 
 
+# Training goes on after these: if they came in process 0 alone, the others would wait for it.
+_PASSED_ON = {each.__name__: each for each in (ConfigError, FloatingPointError, InUseError)}
+
+
 def _in_first(function):
-    """The result of process 0, or its FloatingPointError, in all processes."""
+    """The result of process 0, or its error of `_PASSED_ON`, in all processes."""
+    cause = None
 
     def attempt():
+        nonlocal cause
         try:
-            return [function(), ""]
-        except FloatingPointError as error:
-            return [None, str(error)]
+            return [function(), "", ""]
+        except tuple(_PASSED_ON.values()) as error:
+            cause = error
+            kind = next(name for name, each in _PASSED_ON.items() if isinstance(error, each))
+            return [None, kind, str(error)]
 
-    result, problem = processes.broadcast_from_first(attempt)
-    if problem:
-        raise FloatingPointError(problem)
+    result, kind, problem = processes.broadcast_from_first(attempt)
+    if kind:
+        raise _PASSED_ON[kind](problem) from cause
     return result
 
 

@@ -6,11 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import tiny
 
-from ant_jax import cli, compiled_step
+from ant_jax import cli, compiled_step, evaluate, evaluation_in_training
 from ant_jax import config as config_lib
+from ant_jax.config import ConfigError
 from ant_jax.runtime import connection, processes
 from ant_jax.runtime import devices as devices_lib
+from ant_jax.runtime.lock import InUseError
 from configs import digits
 
 
@@ -101,6 +104,27 @@ def test_a_process_that_differs_is_named_in_process_0(together):
         "the processes of a run must have the same: config.seed: 0 in processes 0-1, 1 in process 2"
     )
     assert results[1:] == [None, None]
+
+
+@pytest.mark.parametrize("error", [ConfigError, FloatingPointError, InUseError])
+def test_an_evaluation_that_fails_in_process_0_ends_in_all(error, together, tmp_path, monkeypatch):
+    """The images of the split may be gone since the run has begun; training goes on without."""
+
+    def fail(*_):
+        raise error("no such images")
+
+    monkeypatch.setattr(evaluate, "_validation", fail)
+    config = tiny(evaluation__features="", evaluation__every=3)
+    measure = evaluation_in_training.prepare(config, None, tmp_path, "run", {})
+    results, _ = together(lambda number: (measure(3, {}), processes.all_gather(number)))
+    assert results == [(({}, {}, None), [0, 1, 2])] * 3
+
+    def alone(number):
+        with pytest.raises(error, match="no such images"):
+            evaluate.measure_step(config, tmp_path, 3, None, {}, {}, None)
+        return number
+
+    assert together(alone)[0] == [0, 1, 2]
 
 
 def test_what_one_lacks_and_many_differences_are_told_briefly():
