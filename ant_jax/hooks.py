@@ -171,7 +171,10 @@ class Pictures:
 
     def is_missing(self, step: int) -> bool:
         """Whether the grid of a step is missing: the run was killed after saving the checkpoint."""
-        return step > 0 and self.is_due(step) and not self._path(step).exists()
+        if step == 0 or not self.is_due(step):
+            return False
+        # Process 0 looks for all, because another may see the disk a little later.
+        return processes.broadcast_from_first(lambda: not self._path(step).exists())
 
     def draw(self, step: int, params: Any) -> None:
         """Draws the grid of a step in process 0; the other processes wait."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from tiny_runs import tiny
 
-from ant_jax import cli, compiled_step, evaluate, evaluation_in_training
+from ant_jax import cli, compiled_step, evaluate, evaluation_in_training, hooks
 from ant_jax import config as config_lib
 from ant_jax.config import ConfigError
 from ant_jax.runtime import connection, processes
@@ -125,6 +125,21 @@ def test_an_evaluation_that_fails_in_process_0_ends_in_all(error, together, tmp_
         return number
 
     assert together(alone)[0] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_all_draw_a_missing_picture_or_none(there, together, tmp_path):
+    """The disks of the hosts show a new file at different times."""
+    picture = tmp_path / str(there) / "samples" / "00000006.png"
+    picture.parent.mkdir(parents=True)
+    picture.touch()
+
+    def is_missing(number):
+        workdir, is_due = tmp_path / str(number), lambda step: step % 3 == 0
+        pictures = hooks.Pictures(workdir, is_due, None, None, None)
+        return [pictures.is_missing(step) for step in (0, 6, 7)]
+
+    assert together(is_missing)[0] == [[False, there == 1, False]] * 3
 
 
 def test_what_one_lacks_and_many_differences_are_told_briefly():
