@@ -55,8 +55,8 @@ def _flags_in(arguments):
 
 def _settings_in(arguments):
     """The settings of a command line, ``--config.NAME=VALUE``, by name."""
-    found, prefix = _flags_in(arguments), "config."
-    return {name.removeprefix(prefix): found[name] for name in found if name.startswith(prefix)}
+    each = ((name.partition("config."), value) for name, value in _flags_in(arguments).items())
+    return {name: value for (before, _, name), value in each if name and not before}
 
 
 def names_in(arguments: Sequence[str]) -> dict[str, str]:
