@@ -52,7 +52,7 @@ def aligned_mtl(k: int, scale: Literal["min", "median", "rmse"] = "min") -> Weig
         else:
             # The eigenvalues that count are the last ones.
             chosen = values[k - rank + (rank - 1) // 2 * (scale == "median")]
-        mean = active / jnp.maximum(stats.present.sum(), 1)
+        mean = active / jnp.maximum(stats.present.sum(), 1).astype(jnp.float32)
         parts = jnp.dot(mean, vectors, precision="highest")
         parts = jnp.where(positive, parts * jnp.sqrt(chosen / jnp.where(positive, values, 1)), 0)
         weights = jnp.dot(vectors, parts, precision="highest")

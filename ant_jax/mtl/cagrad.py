@@ -42,13 +42,13 @@ def worst_case_shift(unit: UnitGram, mean: jax.Array, c: float) -> jax.Array:
     progress = jnp.where(active, jnp.clip(progress, -1, 1), 0)
     shortest = jnp.where(active, norms, jnp.inf).min()
     bound = jnp.where(active, shortest / norms, 0)
-    matrix = cosines + ridge(k) * jnp.eye(k)
+    matrix = cosines + ridge(k) * jnp.eye(k, dtype=cosines.dtype)
 
     def at(t, free):
         """The shortest shift z, its length, and the t where this set gives the length c."""
         z = complementarity(matrix, progress - t * bound, free)
         free = z > 0
-        system = jnp.where(free[:, None] & free, matrix, jnp.eye(k))
+        system = jnp.where(free[:, None] & free, matrix, jnp.eye(k, dtype=matrix.dtype))
         sides = jnp.where(free[:, None], jnp.stack([bound, progress], axis=1), 0)
         x, y = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(system), True), sides).T
         a, b = dot(bound, x), dot(bound, y)
@@ -108,7 +108,7 @@ def cagrad(k: int, c: Annotated[float, Number(0)] = 0.4) -> Weighting:
 
     def weigh(stats, state):
         unit = unit_gram(stats.gram, stats.present)
-        mean = unit.active / jnp.maximum(unit.active.sum(), 1)
+        mean = unit.active / jnp.maximum(unit.active.sum(), 1).astype(jnp.float32)
         return (mean + worst_case_shift(unit, mean, c)) / (1 + c * c), state
 
     return Weighting(init=tuple, weigh=weigh, k=k, needs=frozenset({"gram"}))

@@ -80,8 +80,8 @@ def combine(
     Returns:
       An `optax.experimental.aggregating.Aggregator`. Its update takes a pytree with leaves
       (k, *param_shape), and the extra arguments ``losses`` (k,) and ``counts`` (k,), the examples
-      of each task (None: one each), and returns a pytree with leaves (*param_shape) and a
-      `CombineState`.
+      of each task (None: one each), and returns a pytree with leaves (*param_shape), of the types
+      of the gradients, and a `CombineState`. Losses and counts count as float32.
 
     Raises:
       ValueError: from update, if the method needs losses and none came, if a leaf's leading axis is
@@ -103,7 +103,7 @@ def combine(
             raise ValueError("this weighting needs the task losses: update(..., losses=losses)")
         check_rows(updates, k)
         check_vectors(k, losses=losses, counts=counts)
-        counts = jnp.ones(k) if counts is None else counts
+        counts = jnp.ones(k, jnp.float32) if counts is None else counts
         leaves, treedef = jax.tree.flatten(updates)
         is_shared = _shared_leaves(shared, updates)
         shapes = [leaf.shape[1:] for leaf in leaves]
@@ -121,7 +121,7 @@ def combine(
 
         def combined(leaf, mine, shape):
             if not mine:
-                leaf = weighted_sum(jnp.ones(k), present_rows(leaf, stats.present))
+                leaf = weighted_sum(jnp.ones(k, jnp.float32), present_rows(leaf, stats.present))
             else:
                 leaf = weighted_sum(weights, leaf)
             if mine and gram is not None:
@@ -204,11 +204,12 @@ def weighted_sum(weights: jax.Array, leaf: jax.Array) -> jax.Array:
 
 
 def weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Array, State]:
-    """Calls the method's ``weigh`` and marks the losses that are not finite.
+    """Calls the method's ``weigh``, in float32, and marks the losses that are not finite.
 
     Raises:
       WeighError: if it does not return weights (k,) and a state.
     """
+    stats = jax.tree.map(lambda each: jnp.asarray(each, jnp.float32), stats)
     weights, state = call_weigh(weighting, stats, state)
     return mark_nonfinite(weights, stats), state
 
@@ -224,7 +225,7 @@ def mark_nonfinite(weights: jax.Array, stats: TaskStats) -> jax.Array:
 
 
 def call_weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[jax.Array, State]:
-    """Calls the method's ``weigh`` with what it needs.
+    """Calls the method's ``weigh`` with what it needs; the weights become float32.
 
     Raises:
       WeighError: if it does not return weights (k,) and a state.
@@ -238,7 +239,8 @@ def call_weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[ja
             error.add_note(f"the method sees no {hidden}: Weighting.needs lists what it reads")
         raise
     check_result(weighting, result)
-    return result
+    weights, state = result
+    return jnp.asarray(weights, jnp.float32), state
 
 
 def where_finite(

@@ -70,7 +70,7 @@ def min_norm_weights(unit: UnitGram) -> jax.Array:
     k = unit.norms.size
     shortest = jnp.where(unit.active, unit.norms, jnp.inf).min()
     a = jnp.where(unit.active, shortest / unit.norms, 0)
-    matrix = unit.cosines + ridge(k) * jnp.eye(k) + a[:, None] * a
+    matrix = unit.cosines + ridge(k) * jnp.eye(k, dtype=a.dtype) + a[:, None] * a
     # x is z over the norms, times one factor for all.
     x = complementarity(matrix, -a) * a
     return x / jnp.maximum(x.sum(), jnp.finfo(x.dtype).tiny)
@@ -94,7 +94,7 @@ def dual_cone_weights(unit: UnitGram, weights: jax.Array) -> jax.Array:
     start = jnp.where(unit.active, weights * unit.norms, 0)
     scale = jnp.maximum(jnp.abs(start).max(), jnp.finfo(start.dtype).tiny)
     start = start / scale
-    matrix = unit.cosines + ridge(k) * jnp.eye(k)
+    matrix = unit.cosines + ridge(k) * jnp.eye(k, dtype=unit.cosines.dtype)
     z = complementarity(matrix, jnp.dot(matrix, start, precision="highest"))
     return weights + z * scale / unit.norms
 
@@ -131,7 +131,7 @@ def complementarity(matrix: jax.Array, q: jax.Array, free: jax.Array | None = No
 
     def pivot(carry):
         free, _, bad, least, patience, count = carry
-        number = bad.sum()
+        number = bad.sum(dtype=jnp.int32)
         better = number < least
         whole = better | (patience > 0)
         last = jnp.arange(k) == k - 1 - jnp.argmax(bad[::-1])

@@ -40,7 +40,7 @@ def fair_weights(unit: UnitGram, alpha: float) -> jax.Array:
     """
     cosines, norms, active = unit
     p = 1 / alpha
-    eye = jnp.eye(norms.size)
+    eye = jnp.eye(norms.size, dtype=norms.dtype)
     logs = jnp.log(norms)
     mean = jnp.where(active, logs, 0).sum() / jnp.maximum(active.sum(), 1)
     # A row that is left out has c = 1, which solves to b = 1 on its own.

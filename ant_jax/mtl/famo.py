@@ -76,7 +76,9 @@ def exact_update(
       The state after the step.
     """
     changes = jnp.log(positive_losses(before, present)) - jnp.log(positive_losses(after, present))
-    return _updated(state, changes, present, optax.adam(learning_rate), weight_decay)
+    return _updated(
+        state, changes.astype(jnp.float32), present, optax.adam(learning_rate), weight_decay
+    )
 
 
 def _updated(state, changes, present, adam, weight_decay):

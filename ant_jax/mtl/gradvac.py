@@ -85,7 +85,7 @@ def gradvac(
             averages = averages.at[j].set(jnp.where(valid, average, averages[j]))
             return (coefficients.at[j].add(shift), averages), None
 
-        return jax.lax.scan(correct, (jax.nn.one_hot(i, k), averages), order)[0]
+        return jax.lax.scan(correct, (jax.nn.one_hot(i, k, dtype=jnp.float32), averages), order)[0]
 
     def weigh(stats, state):
         unit = unit_gram(stats.gram, stats.present)

@@ -62,7 +62,7 @@ def krum(
         m = jnp.minimum(selected, number)
         last = jnp.sort(scores)[m - 1]
         below, equal = scores < last, active & (scores == last)
-        share = (m - below.sum()) / jnp.maximum(equal.sum(), 1)
+        share = (m - below.sum()) / jnp.maximum(equal.sum(), 1).astype(jnp.float32)
         return jnp.where(below, 1, jnp.where(equal, share, 0)) / jnp.maximum(m, 1), state
 
     return Weighting(init=tuple, weigh=weigh, k=k, needs=frozenset({"gram"}))

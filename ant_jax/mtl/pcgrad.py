@@ -13,7 +13,8 @@ def projection_orders(seed: int | jax.Array, count: jax.Array, k: int) -> jax.Ar
     the seed and the call count alone.
     """
     key = jax.random.fold_in(jax.random.key(seed), count)
-    return jax.vmap(lambda key: jax.random.permutation(key, k))(jax.random.split(key, k))
+    orders = jax.vmap(lambda key: jax.random.permutation(key, k))(jax.random.split(key, k))
+    return orders.astype(jnp.int32)
 
 
 def pcgrad(k: int, seed: int | jax.Array = 0) -> Weighting:
@@ -49,7 +50,7 @@ def pcgrad(k: int, seed: int | jax.Array = 0) -> Weighting:
             shift = jnp.where(conflict, inner / jnp.where(conflict, gram[j, j], 1), 0)
             return coefficients.at[j].add(-shift), None
 
-        start = jax.nn.one_hot(i, k)
+        start = jax.nn.one_hot(i, k, dtype=jnp.float32)
         return jax.lax.scan(project, start, order)[0]
 
     def weigh(stats, count):

@@ -33,7 +33,8 @@ def random(k: int, seed: int | jax.Array = 0) -> Weighting:
 
     def weigh(stats, count):
         key = jax.random.fold_in(jax.random.key(seed), count)
-        return jax.nn.softmax(jax.random.normal(key, (k,)), where=stats.present), count + 1
+        logits = jax.random.normal(key, (k,), jnp.float32)
+        return jax.nn.softmax(logits, where=stats.present), count + 1
 
     init = lambda: jnp.zeros((), jnp.int32)
     return Weighting(init=init, weigh=weigh, k=k, needs=frozenset())

@@ -39,7 +39,7 @@ def upgrad(k: int) -> Weighting:
     def weigh(stats, state):
         present = stats.present
         unit = unit_gram(stats.gram, present)
-        basis = jnp.where(present, jnp.eye(k), 0)
+        basis = jnp.where(present, jnp.eye(k, dtype=jnp.float32), 0)
         projections = jax.vmap(lambda e: dual_cone_weights(unit, e))(basis)
         return projections.sum(0) / jnp.maximum(present.sum(), 1), state
 

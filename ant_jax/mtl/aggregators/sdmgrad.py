@@ -63,7 +63,7 @@ def sdmgrad(
     check_arguments(
         sdmgrad, k, lam=lam, steps=steps, learning_rate=learning_rate, momentum=momentum
     )
-    toward_mean = lambda x, tasks: x + lam * tasks / jnp.maximum(tasks.sum(), 1)
+    toward_mean = lambda x, tasks: x + lam * tasks.astype(x.dtype) / jnp.maximum(tasks.sum(), 1)
 
     def renew(cross, trace, tasks, state):
         del trace

@@ -10,7 +10,7 @@ def among(weights: jax.Array, tasks: jax.Array) -> jax.Array:
     """The weights of some tasks, (k,) bool, scaled to the sum 1; equal ones if all are 0."""
     kept = jnp.where(tasks, weights, 0)
     total = kept.sum()
-    equal = tasks / jnp.maximum(tasks.sum(), 1)
+    equal = tasks / jnp.maximum(tasks.sum(), 1).astype(weights.dtype)
     return jnp.where(total == 0, equal, kept / jnp.where(total == 0, 1, total))
 
 
