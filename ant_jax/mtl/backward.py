@@ -29,7 +29,7 @@ class Backward(NamedTuple):
     Attributes:
       gradient: the combined gradient ``J^T w``, a pytree like the parameters, or this device's part
         of it.
-      losses: (k,) the task losses, 0 where a task is absent.
+      losses: (k,) float32, the task losses, 0 where a task is absent.
       counts: (k,) the examples of each task; 1 each where all tasks share all examples.
       state: the method's new state, with the weights and the Gram matrix that were used.
     """
@@ -66,7 +66,8 @@ def backward(
 
     Args:
       losses_fn: ``(params, batch)`` to the loss of each example, (B,), or, where ``tasks`` is None,
-        to the task losses, (k,), each a mean over the examples.
+        to the task losses, (k,), each a mean over the examples. They count as float32, whatever
+        their type.
       params: pytree of parameters.
       batch: pytree with the examples on the leading axis of every leaf.
       weighting: the method.
@@ -113,11 +114,11 @@ def backward(
     def example_losses(params, part):
         """The losses with the weights of their levels, and those without if they differ."""
         examples, scale = part
-        losses = losses_fn(params, examples)
+        losses = jnp.asarray(losses_fn(params, examples), jnp.float32)
         return (losses, None) if scale is None else (losses * scale, losses)
 
     if tasks is None:
-        counts, factors = jnp.ones(k), None
+        counts, factors = jnp.ones(k, jnp.float32), None
         parts_in_all = microbatches * devices
 
         def means(losses: jax.Array, tasks: Any) -> jax.Array:
@@ -127,7 +128,7 @@ def backward(
             return losses / parts_in_all
 
     else:
-        counts = global_sum(jax.nn.one_hot(tasks, k).sum(0), axis_name)
+        counts = global_sum(jax.nn.one_hot(tasks, k, dtype=jnp.float32).sum(0), axis_name)
         factors = jnp.where(counts > 0, 1 / jnp.maximum(counts, 1), 0)
 
         def means(losses: jax.Array, tasks: Any) -> jax.Array:
@@ -226,7 +227,7 @@ def backward_at_features(
 
     Args:
       trunk: ``(params, batch) -> features``, a pytree.
-      heads: ``(params, features, batch) -> (k,)``, the task losses.
+      heads: ``(params, features, batch) -> (k,)``, the task losses; they count as float32.
       params: pytree of all parameters. One that both functions use gets the sum of both gradients.
       batch: what the functions take.
       weighting: the method.
@@ -236,18 +237,21 @@ def backward_at_features(
     """
     refuse_rules(weighting)
     k = weighting.k
-    counts = jnp.ones(k) if counts is None else counts
+    counts = jnp.ones(k, jnp.float32) if counts is None else counts
     features, trunk_pullback = jax.vjp(lambda p: trunk(p, batch), params)
-    losses, heads_pullback = jax.vjp(lambda p, z: heads(p, z, batch), params, features)
+    head_losses = lambda p, z: jnp.asarray(heads(p, z, batch), jnp.float32)
+    losses, heads_pullback = jax.vjp(head_losses, params, features)
     losses = jnp.where(counts > 0, losses, 0)
     gram = None
     if "gram" in weighting.needs:
-        gram = gramian(jax.lax.map(lambda row: heads_pullback(row)[1], jnp.eye(k)))
+        gram = gramian(
+            jax.lax.map(lambda row: heads_pullback(row)[1], jnp.eye(k, dtype=jnp.float32))
+        )
     weights, weighting_state = weigh(
         weighting, TaskStats(losses, gram, counts), state.weighting_state
     )
     (of_trunk,) = trunk_pullback(heads_pullback(weights)[1])
-    of_heads = heads_pullback(jnp.where(counts > 0, 1.0, 0))[0]
+    of_heads = heads_pullback((counts > 0).astype(jnp.float32))[0]
     gradient = jax.tree.map(jnp.add, of_trunk, of_heads)
     weighting_state = where_finite(
         (losses, weights, gram), gradient, weighting_state, state.weighting_state
@@ -334,7 +338,7 @@ def _cotangent_gradient(
 def _masked_gradients(task_losses, params, part, k):
     """The k gradients of one part by k pullbacks, whatever the sizes of its tasks."""
     losses, pullback, each = jax.vjp(lambda p: task_losses(p, part), params, has_aux=True)
-    (stacked,) = jax.lax.map(pullback, jnp.eye(k))
+    (stacked,) = jax.lax.map(pullback, jnp.eye(k, dtype=jnp.float32))
     return (losses, stacked), each
 
 

@@ -85,7 +85,7 @@ def level_uncertainty(
     adam = optax.adam(learning_rate)
 
     def scaled_features(levels):
-        found = features(levels)
+        found = features(levels).astype(jnp.float32)
         return found / np.float32(np.sqrt(found.shape[1]))
 
     def u_of(state, levels):

@@ -128,6 +128,29 @@ def test_devices_that_share_the_examples_agree_with_one(problem, name):
         assert_close(jax.tree.map(lambda leaf, i=device: leaf[i], found), expected)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("name", METHODS)
+def test_losses_of_another_type_count_as_float32(problem, name, dtype):
+    params, batch = problem
+    weighting, state = METHODS[name], mtl.init_combine(METHODS[name])
+
+    def both(cast):
+        losses = lambda params, part: cast(task_losses(params, part))
+        of_features = lambda *args: cast(heads(*args))
+        return (
+            mtl.backward(losses, params, batch, weighting, state),
+            mtl.backward_at_features(trunk, of_features, params, batch, weighting, state),
+        )
+
+    with jax.enable_x64(dtype == "float64"):
+        want, found = jax.jit(
+            lambda: (both(lambda losses: losses), both(lambda losses: losses.astype(dtype)))
+        )()
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        assert leaf.dtype == other.dtype
+        np.testing.assert_allclose(leaf, other, rtol=0.02, atol=0.02)
+
+
 def one_loss_each(params, part):
     return ((trunk(params, part) - part["y"][:, :1]) ** 2).mean(1)
 
