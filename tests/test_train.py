@@ -47,6 +47,7 @@ from ant_jax.config import ConfigError
 from ant_jax.runtime import checkpoint
 from ant_jax.runtime import devices as devices_lib
 from ant_jax.runtime.lock import InUseError
+from ant_jax.runtime.processes import DisagreementError
 from ant_jax.tasks import affinity
 from ant_jax.train_step import TrainState
 from ant_jax.workdir import compatibility
@@ -493,6 +494,41 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, monkeypatch):
     assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [2]
 
 
+def with_another_copy(array, number):
+    """An array that the devices hold whole, whose copy on one device is another."""
+    copies = [shard.data for shard in array.addressable_shards]
+    copies[number] = copies[number] + 1
+    return jax.make_array_from_single_device_arrays(array.shape, array.sharding, copies)
+
+
+def test_a_state_whose_copies_differ_is_not_saved(tmp_path, monkeypatch):
+    start = compiled_step.start_compiling
+
+    def starting(*args):
+        take_step = start(*args)
+
+        def take(state, batch):
+            state, metrics = take_step(state, batch)
+            # Of the step that is saved: the next one makes all copies anew, from their parts.
+            if int(state.step) == 4:
+                first, *others = jax.tree.leaves(state.params)
+                leaves = [with_another_copy(first, 5), *others]
+                state = state._replace(
+                    params=jax.tree.unflatten(jax.tree.structure(state.params), leaves)
+                )
+            return state, metrics
+
+        return take
+
+    monkeypatch.setattr(compiled_step, "start_compiling", starting)
+    message = (
+        r"same: the state after step 4: \d+ in devices 0-4, 6-7, \d+ in device 5. One of them "
+    )
+    with pytest.raises(DisagreementError, match=message):
+        trainer.train(tiny(), tmp_path)
+    assert checkpoint.checkpoint_steps(tmp_path / "checkpoints") == [2]
+
+
 def test_a_failing_save_stops_the_run_with_the_reason(tmp_path, monkeypatch):
     commit = checkpoint.Checkpointer._commit
 
@@ -733,6 +769,7 @@ def test_damaged_images_of_a_folder_are_counted_or_named(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         # As if a second process had found three more.
         patch.setattr(trainer.processes, "all_gather", lambda mine: [mine, (mine or 0) + 3])
+        patch.setattr(hooks, "check_replicas", lambda *_: None)
         trainer.train(tiny(**settings, data__replace_unreadable=True), tmp_path / "two")
     assert [row["replaced_images"] for row in lines(tmp_path / "two")] == [2 + 5, 2 + 5]
     with pytest.raises(RuntimeError, match=r"class1/15\.png: "):

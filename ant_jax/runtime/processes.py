@@ -30,7 +30,7 @@ _read: list[str] = []  # broadcasts; every process has read them when it calls `
 
 
 class DisagreementError(RuntimeError):
-    """Something that must be the same in all processes of a run is not."""
+    """Something that must be the same in all processes or devices of a run is not."""
 
 
 def is_first() -> bool:
@@ -126,25 +126,55 @@ def assert_equal(facts: Callable[[], Mapping[str, Any]]) -> None:
     broadcast_from_first(check)
 
 
-def differences(everywhere: Sequence[Mapping[str, str]]) -> list[str]:
-    """One line for each value that differs between processes: which process has which value."""
+def assert_replicas_equal(name: str, values: Sequence[Any]) -> None:
+    """Checks that a value is the same on all devices of all processes.
+
+    Args:
+      name: that the message uses.
+      values: one for each device of this process.
+
+    Raises:
+      DisagreementError: as `assert_equal` does; the devices count on from process to process.
+    """
+    everywhere = all_gather(list(values))
+
+    def check():
+        on_each = [{name: repr(value)} for values in everywhere for value in values]
+        if found := differences(on_each, "device"):
+            many = f" ({len(values)} in each process)" if len(everywhere) > 1 else ""
+            raise DisagreementError(
+                f"the devices of a run{many} must have the same: {found[0]}. One of them may be "
+                "faulty: start the run again, and if this comes back, without that device"
+            )
+
+    broadcast_from_first(check)
+
+
+def differences(everywhere: Sequence[Mapping[str, str]], kind: str = "process") -> list[str]:
+    """One line for each value that differs between processes: which process has which value.
+
+    Args:
+      everywhere: the values of each, by name.
+      kind: what has the values, if not processes.
+    """
     found = []
     for name in dict.fromkeys(itertools.chain(*everywhere)):
         having = {}
         for process, facts in enumerate(everywhere):
             having.setdefault(facts.get(name, "not set"), []).append(process)
         if len(having) > 1:
-            each = (f"{value} in {_processes(some)}" for value, some in having.items())
+            each = (f"{value} in {_named(kind, some)}" for value, some in having.items())
             found.append(f"{name}: {', '.join(each)}")
     return found
 
 
-def _processes(numbers):
-    """Names processes, neighbours as a range: "processes 0, 2-3"."""
+def _named(kind, numbers):
+    """Names processes or devices, neighbours as a range: "processes 0, 2-3"."""
     runs = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
     ends = [[number for _, number in run] for _, run in runs]
     words = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in ends]
-    return f"process{'es' * (len(numbers) > 1)} {', '.join(words)}"
+    plural = "es" if kind.endswith("s") else "s"
+    return f"{kind}{plural * (len(numbers) > 1)} {', '.join(words)}"
 
 
 def wait_for_file(path: Path) -> bool:

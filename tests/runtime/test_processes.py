@@ -106,6 +106,19 @@ def test_a_process_that_differs_is_named_in_process_0(together):
     assert results[1:] == [None, None]
 
 
+def test_a_device_that_differs_is_named_in_process_0(together):
+    sums = {0: [7, 7], 1: [7, 7], 2: [7, 8]}
+    check = lambda number: processes.assert_replicas_equal("the state", sums[number])
+    results, _ = together(check, never=(1, 2))
+    assert isinstance(results[0], processes.DisagreementError)
+    assert str(results[0]).startswith(
+        "the devices of a run (2 in each process) must have the same: the state: "
+        "7 in devices 0-4, 8 in device 5. One of them may be faulty: "
+    )
+    sums[2] = [7, 7]
+    assert together(check)[0] == [None] * 3
+
+
 @pytest.mark.parametrize("error", [ConfigError, FloatingPointError, InUseError])
 def test_an_evaluation_that_fails_in_process_0_ends_in_all(error, together, tmp_path, monkeypatch):
     """The images of the split may be gone since the run has begun; training goes on without."""
