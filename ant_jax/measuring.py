@@ -206,6 +206,8 @@ def _images(config, split, as_in_training=False):
         "size": settings.image_size,
         "crop": crop,
         "flip": flip,
+        # Other images may come to the same place. Some sources have no fingerprint.
+        **{name: fact for name, fact in source.facts().items() if name == "fingerprint"},
     }
     pipeline = {
         "image_size": settings.image_size,

@@ -291,14 +291,15 @@ def test_training_data_are_cropped_in_the_centre_and_each_counts_once(tmp_path, 
 
 def test_other_data_are_another_reference(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        np.savez(f"{name}.npz", images=np.zeros((3, 8, 8, 1), np.uint8))
     keys = []
-    for file in ("a.npz", str(tmp_path / "a.npz"), "b.npz"):
+    for file, value in (("a.npz", 0), (str(tmp_path / "a.npz"), 0), ("b.npz", 0), ("a.npz", 1)):
+        np.savez(file, images=np.full((3, 8, 8, 1), value, np.uint8))
         config = config_lib.default_config(data="arrays", model="dit", method="vanilla")
         config_lib.update(config, {"data.file": file, "data.split": "", "data.image_size": 8})
         keys.append(measuring._images(config, "").key)
     assert keys[0] == keys[1] != keys[2]
+    # The last are other images in the same file.
+    assert keys[3] not in keys[:3]
 
 
 def test_a_classifier_is_trained_on_the_images_of_the_run(tmp_path):
