@@ -23,6 +23,9 @@ from ant_jax.runtime.lock import job_lock
 from ant_jax.runtime.progress import with_time_left
 from ant_jax.settings import Affects
 
+# Settings of sources that say where their images are.
+_PLACES = ("dir", "file")
+_FINGERPRINT = "fingerprint of the images"
 # Images per shard. A kill loses at most one shard: 33 MB for KL-f8 and images of 256 x 256 pixels.
 _SHARD = 1024
 # A fixed shuffle: the trainer shuffles the latents again.
@@ -129,9 +132,7 @@ def _share(shards):
 def _plan(config, directory, codec, source):
     """The missing shards of a folder; checks that it was started with the same settings."""
     others = {"data.name", "data.builder", "data.flip", "data.batch_size"}
-    found = source.facts().get("fingerprint")
-    # A source of a user may have none.
-    images = {"fingerprint of the images": found} if found else {}
+    fingerprint = source.facts().get("fingerprint")
     plan = {
         "autoencoder.name": config.autoencoder.name,
         "digest of the encoder": codec.encoder_digest,
@@ -143,23 +144,27 @@ def _plan(config, directory, codec, source):
             for name, value in config_lib.affecting(config, Affects.PARAMETERS).items()
             if name.startswith("data.") and name not in others
         },
-        **images,
+        **{f"data.{name}": config.data[name] for name in _PLACES if name in config.data},
+        **({_FINGERPRINT: fingerprint} if fingerprint else {}),
     }
     path = directory / "plan.json"
     if path.is_file():
         try:
-            # Of an older version, which had neither.
-            before = {"data.exif": "ignore"} | images | json.loads(path.read_text())
+            # A plan of an older version does not have this setting.
+            before = {"data.exif": "ignore"} | json.loads(path.read_text())
         # Deeply nested JSON raises a RecursionError.
         except (ValueError, TypeError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is damaged, so the settings of its latents are unknown: {error}. "
                 "Choose another config.autoencoder.latents"
             ) from error
+        # Without a fingerprint, as older versions had none, the place stands for the images.
+        known = _FINGERPRINT in before and _FINGERPRINT in plan
+        ignored = {f"data.{name}" for name in _PLACES} if known else {_FINGERPRINT}
         differing = [
             f"{name}: {before.get(name)!r} there, {value!r} now"
             for name, value in plan.items()
-            if before.get(name) != value
+            if name not in ignored and before.get(name) != value
         ]
         if differing:
             raise ConfigError(

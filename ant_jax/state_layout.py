@@ -157,7 +157,8 @@ def _layout(program):
         same = lambda state: state
         if not program.is_sharded:
             return Layout(same, same, lambda state: state.ema_params)
-        return Layout(same, same, lambda state: shard_in_process(state.ema_params, devices))
+        in_process = _together(lambda state: shard_in_process(state.ema_params, devices))
+        return Layout(same, same, in_process)
     optimizer = program.optimizer().transformation
 
     # The parameters are whole in both layouts, and pmap would copy them.

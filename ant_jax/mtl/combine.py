@@ -54,7 +54,8 @@ def combine(
 
     If a loss or gradient is not finite, the update is not finite, whatever the method, so later
     code can detect it. The method's own state then does not change; ``weights`` and ``gram`` show
-    what was computed, NaN for a task whose loss is not finite.
+    what was computed, NaN for a task whose loss is not finite. For the state, an update whose
+    squared norm is too large for float32 counts as not finite.
 
     Wrappers that keep gradients, such as `optax.MultiSteps` and `optax.apply_if_finite`, go around
     the optimizer inside the chain, not around `combine`, whose input has another shape than its
@@ -246,12 +247,12 @@ def call_weigh(weighting: Weighting, stats: TaskStats, state: State) -> tuple[ja
 def where_finite(
     numbers: Any, gradient: Any, after: State, before: State, axis_name: str | None = None
 ) -> State:
-    """Keeps a state that comes from numbers that are not finite out of a method.
+    """The new state of a method, or the old one if the new one comes from what is not finite.
 
     Args:
       numbers: pytree of small arrays.
-      gradient: pytree. A train step takes its norm anyway, and asking that this norm is finite
-        reads the gradient no second time.
+      gradient: pytree. It counts as not finite also if its squared norm is too large for float32.
+        A train step takes this norm anyway, and so reads the gradient only once.
       after: the state from these numbers.
       before: the state before them.
       axis_name: name of the mapped axis of devices, if they have different numbers.

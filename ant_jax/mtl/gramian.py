@@ -13,7 +13,7 @@ from ant_jax.platforms import platform
 
 # With more tasks a sum for each of k (k + 1) / 2 pairs is no faster on a CPU, and would probably
 # not fit the registers of a GPU.
-_LARGEST_BY_PAIRS = 8
+_LARGEST_BY_PAIRS = {"cpu": 7, "gpu": 8}
 # On a CPU a product of smaller gradients takes as long, and compiles faster.
 _SMALLEST_BY_PAIRS = 1 << 18
 # How many numbers a CPU adds one after the other. More would add up their rounding errors.
@@ -60,12 +60,11 @@ def gramian(stacked: Any) -> jax.Array:
 
 
 def _has_form_by_pairs(leaf):
-    if not _flatten.get() or len(leaf) > _LARGEST_BY_PAIRS:
+    k = len(leaf)
+    if not _flatten.get() or k > _LARGEST_BY_PAIRS.get(platform(), 0):
         return False
-    if platform() == "cpu":
-        size = leaf[0].size
-        return size >= _SMALLEST_BY_PAIRS and size % _RUN == 0
-    return platform() == "gpu"
+    size = leaf.size // k
+    return platform() != "cpu" or (size >= _SMALLEST_BY_PAIRS and size % _RUN == 0)
 
 
 def _by_pairs(leaves):

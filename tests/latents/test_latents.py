@@ -243,12 +243,14 @@ def test_encoding_goes_on_with_settings_that_do_not_change_the_latents(place, en
     moved = here | {"data__dir": str(tmp_path / "moved")}
     for changes in (here | {"data__replace_unreadable": True}, moved):
         assert encode.encode(settings(place, **changes)) == tmp_path / "latents" / "_"
-    # Of an older version, which did not know the images.
+    # Of an older version, which knew only the place of the images.
     plan = tmp_path / "latents" / "_" / "plan.json"
     content = json.loads(plan.read_text())
     known = {name: value for name, value in content.items() if not name.startswith("fingerprint")}
-    plan.write_text(json.dumps(known))
-    encode.encode(settings(place, **moved))
+    plan.write_text(json.dumps(known | {"data.replace_unreadable": False}))
+    encode.encode(settings(place, **here, data__replace_unreadable=True))
+    with pytest.raises(ConfigError, match=r"other settings: data\.dir"):
+        encode.encode(settings(place, **moved))
     plan.write_text(json.dumps(content))
     (tmp_path / "moved/class0/00.png").write_bytes(b"another image")
     with pytest.raises(
