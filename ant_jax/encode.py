@@ -23,8 +23,6 @@ from ant_jax.runtime.lock import job_lock
 from ant_jax.runtime.progress import with_time_left
 from ant_jax.settings import Affects
 
-# Settings of sources that say where their images are.
-_PLACES = ("dir", "file")
 _FINGERPRINT = "fingerprint of the images"
 # Images per shard. A kill loses at most one shard: 33 MB for KL-f8 and images of 256 x 256 pixels.
 _SHARD = 1024
@@ -133,6 +131,14 @@ def _plan(config, directory, codec, source):
     """The missing shards of a folder; checks that it was started with the same settings."""
     others = {"data.name", "data.builder", "data.flip", "data.batch_size"}
     fingerprint = source.facts().get("fingerprint")
+    # Where the images are: the paths.
+    places = {
+        name: value
+        for name, value in config_lib.flatten(config).items()
+        if name.startswith("data.")
+        and name in config_lib.per_process_settings(config)
+        and isinstance(value, str)
+    }
     plan = {
         "autoencoder.name": config.autoencoder.name,
         "digest of the encoder": codec.encoder_digest,
@@ -144,7 +150,7 @@ def _plan(config, directory, codec, source):
             for name, value in config_lib.affecting(config, Affects.PARAMETERS).items()
             if name.startswith("data.") and name not in others
         },
-        **{f"data.{name}": config.data[name] for name in _PLACES if name in config.data},
+        **places,
         **({_FINGERPRINT: fingerprint} if fingerprint else {}),
     }
     path = directory / "plan.json"
@@ -160,7 +166,7 @@ def _plan(config, directory, codec, source):
             ) from error
         # Without a fingerprint, as older versions had none, the place stands for the images.
         known = _FINGERPRINT in before and _FINGERPRINT in plan
-        ignored = {f"data.{name}" for name in _PLACES} if known else {_FINGERPRINT}
+        ignored = places if known else {_FINGERPRINT}
         differing = [
             f"{name}: {before.get(name)!r} there, {value!r} now"
             for name, value in plan.items()

@@ -46,10 +46,10 @@ def gramian(stacked: Any) -> jax.Array:
       (k, k) float32, accumulated in float32 at full precision.
     """
     leaves = jax.tree.leaves(stacked)
-    by_pairs = [leaf for leaf in leaves if _has_form_by_pairs(leaf)]
+    by_pairs = [leaf for leaf in leaves if _is_summed_by_pairs(leaf)]
     grams = [_by_pairs(by_pairs)] if by_pairs else []
     for leaf in leaves:
-        if _has_form_by_pairs(leaf):
+        if _is_summed_by_pairs(leaf):
             continue
         rows = leaf.astype(jnp.float32)
         if _flatten.get():
@@ -59,7 +59,7 @@ def gramian(stacked: Any) -> jax.Array:
     return jnp.asarray(sum(grams))
 
 
-def _has_form_by_pairs(leaf):
+def _is_summed_by_pairs(leaf):
     k = len(leaf)
     if not _flatten.get() or k > _LARGEST_BY_PAIRS.get(platform(), 0):
         return False

@@ -38,7 +38,7 @@ def assert_float32(tree):
 
 
 # Types are known when a program is traced: nothing is compiled here.
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_state_keeps_its_types(name, dtype):
     rows = 2 * K if name in HALVES else K
